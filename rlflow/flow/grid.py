@@ -1,0 +1,98 @@
+"""Denoising time grids (K + 1,) from 0 (noise) to 1 (data), in float64, and training times.
+
+Every grid is a callable of the number of steps, so that one policy trains with K = 8 and is
+deployed with K = 40. Foreign sigma grids (1 = noise) enter through `FromSigmas` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class TimeGrid(Protocol):
+    """num_steps K -> strictly increasing times (K + 1,) with ends 0 and 1."""
+
+    def __call__(self, num_steps: int) -> Tensor: ...
+
+
+def check_grid(t: Tensor) -> Tensor:
+    """Return t, or raise ValueError unless it increases strictly from 0 to 1."""
+    if t.ndim != 1 or len(t) < 2:
+        raise ValueError(f"a time grid needs at least 2 times in one dimension, got shape {tuple(t.shape)}")
+    if t[0] != 0 or t[-1] != 1 or not bool((t.diff() > 0).all()):
+        raise ValueError(f"a time grid must increase strictly from 0 to 1, got {t.tolist()}")
+    return t
+
+
+def _unit(num_steps: int) -> Tensor:
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    return torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Equal steps."""
+
+    def __call__(self, num_steps: int) -> Tensor:
+        return _unit(num_steps)
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """SD3's shift in our direction: sigma' = s sigma / (1 + (s - 1) sigma), sigma = 1 - t (Esser et al. 2024)."""
+
+    shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.shift <= 0:
+            raise ValueError(f"shift must be positive, got {self.shift}; 1 is the uniform grid")
+
+    def __call__(self, num_steps: int) -> Tensor:
+        t = _unit(num_steps)
+        return t / (self.shift + (1 - self.shift) * t)
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """A logistic curve through (0, 0) and (1, 1): dense at both ends; `scale` -> 0 is uniform (Lumina-Next)."""
+
+    scale: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.scale <= 0:
+            raise ValueError(f"scale must be positive, got {self.scale}; use the uniform grid for 0")
+
+    def __call__(self, num_steps: int) -> Tensor:
+        curve = torch.sigmoid(self.scale * (_unit(num_steps) - 0.5))
+        t = (curve - curve[0]) / (curve[-1] - curve[0])
+        t[0], t[-1] = 0.0, 1.0
+        return t
+
+
+@dataclass(frozen=True)
+class FromSigmas:
+    """A grid read from a scheduler: decreasing sigmas from 1 to 0, as the foreign pipeline sets them."""
+
+    sigmas: Sequence[float]
+
+    def __post_init__(self) -> None:
+        check_grid(1 - torch.as_tensor(self.sigmas, dtype=torch.float64))
+
+    def __call__(self, num_steps: int) -> Tensor:
+        if num_steps != len(self.sigmas) - 1:
+            raise ValueError(
+                f"these sigmas are a grid of {len(self.sigmas) - 1} steps, not {num_steps}: read the "
+                "scheduler again for another number of steps"
+            )
+        return 1 - torch.as_tensor(self.sigmas, dtype=torch.float64)
+
+
+def logit_normal(num: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """Training times (num,) = sigmoid(N(mean, std^2)); mean > 0 prefers the data end (Esser et al. 2024)."""
+    return torch.sigmoid(mean + std * torch.randn(num, generator=generator, device=generator.device))

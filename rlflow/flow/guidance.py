@@ -1,0 +1,75 @@
+"""Guidance as a wrapper of the field, so that sampling, chain scoring and the reference share it.
+
+A guided field is not E[x_1 - x_0 | x_t] of its own samples, so matching losses read `unguided`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from rlflow.flow.path import expand
+from rlflow.types import Cond, Tree
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Per-row inner product (N, 1, ..., 1)."""
+    return expand((a * b).flatten(1).sum(-1), a)
+
+
+class CFG(nn.Module):
+    """Classifier-free guidance v_u + w (v_c - v_u), both branches in one network call (Ho & Salimans 2022)."""
+
+    def __init__(self, field: nn.Module, scale: float):
+        super().__init__()
+        self.field, self.scale = field, scale
+        self.event_shape, self.num_features = field.event_shape, field.num_features
+        self.uses_dt, self.has_instantaneous = field.uses_dt, field.has_instantaneous
+        self.calls = 2 * field.calls
+
+    def encode(self, obs: Tree) -> Cond:
+        """As the inner field."""
+        return self.field.encode(obs)
+
+    def null(self, cond: Cond) -> Cond:
+        """As the inner field."""
+        return self.field.null(cond)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """As the inner field."""
+        return self.field.decode(x)
+
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        """As the inner field."""
+        return self.field.encoder_parameters()
+
+    @property
+    def unguided(self) -> nn.Module:
+        """The inner field."""
+        return self.field
+
+    def forward(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
+        """Guided velocity (N, *D)."""
+        both = Cond.cat([cond, self.field.null(cond)])
+        twice = [torch.cat([z, z]) for z in (x, t, dt)]
+        v_cond, v_null = self.field(*twice, both).chunk(2)
+        return self.combine(v_cond, v_null, t)
+
+    def combine(self, v_cond: Tensor, v_null: Tensor, t: Tensor) -> Tensor:
+        """v_u + w (v_c - v_u)."""
+        return v_null + self.scale * (v_cond - v_null)
+
+
+class CFGZero(CFG):
+    """CFG-Zero*: v_u scaled by its projection on v_c, and a zero velocity for t < `zero_until` (Fan et al. 2025)."""
+
+    def __init__(self, field: nn.Module, scale: float, zero_until: float = 0.04):
+        super().__init__(field, scale)
+        self.zero_until = zero_until
+
+    def combine(self, v_cond: Tensor, v_null: Tensor, t: Tensor) -> Tensor:
+        """s v_u + w (v_c - s v_u), s = <v_c, v_u> / |v_u|^2 per row."""
+        s = _inner(v_cond, v_null) / _inner(v_null, v_null).clamp(min=torch.finfo(v_null.dtype).tiny)
+        guided = s * v_null + self.scale * (v_cond - s * v_null)
+        return torch.where(expand(t < self.zero_until, guided), 0.0, guided)

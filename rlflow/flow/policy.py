@@ -1,0 +1,272 @@
+"""FlowPolicy: a velocity field made into a Markov chain with a Gaussian step.
+
+`transition` is the only function that turns a velocity, noise and time into a distribution; sampling
+iterates it and scoring calls it again on the stored pairs, so at unchanged weights the log-ratio is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from rlflow.flow.gaussian import Gaussian
+from rlflow.flow.grid import TimeGrid, Uniform
+from rlflow.flow.kernels import Kernel
+from rlflow.flow.noise import Key, noise
+from rlflow.flow.path import expand
+from rlflow.flow.solvers import Euler, Solver
+from rlflow.flow.steps import Plan, Steps, deterministic
+from rlflow.models.field import VelocityField
+from rlflow.models.weights import WeightSets
+from rlflow.types import Chain, Cond, Tree, tree_map
+
+
+class FlowPolicy(nn.Module):
+    """Field + kernel + solver + grid + squash; the chain and its densities live before the squash."""
+
+    def __init__(
+        self,
+        field: VelocityField,
+        kernel: Kernel,
+        solver: Solver | None = None,
+        grid: TimeGrid | None = None,
+        num_steps: int = 10,
+        squash: nn.Module | None = None,
+        normalizer: nn.Module | None = None,
+        autocast: torch.dtype | None = None,
+        storage_dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.field, self.kernel = field, kernel
+        self.solver, self.grid, self.num_steps = solver or Euler(), grid or Uniform(), num_steps
+        self.squash, self.normalizer = squash or nn.Identity(), normalizer or nn.Identity()
+        self.autocast, self.storage_dtype = autocast, storage_dtype
+        self.network_rows = 0
+        self.encoder_rows = 0
+        self._check_velocity()
+        self.weights = WeightSets(self)
+
+    def _check_velocity(self) -> None:
+        name = type(self.field).__name__
+        if self.field.has_instantaneous:
+            return
+        if self.kernel.velocity == "instantaneous":
+            raise ValueError(
+                f"{type(self.kernel).__name__} needs the instantaneous velocity, but {name} has no dt = 0 branch: "
+                "use kernel=ancestral or kernel=learned_noise"
+            )
+        if self.solver.needs_instantaneous:
+            raise ValueError(f"{type(self.solver).__name__} needs a dt = 0 branch, {name} has none: use solver=euler")
+
+    # -- where things live ------------------------------------------------------------------------
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """*D of one sample."""
+        return self.field.event_shape
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the field's parameters."""
+        return next(self.field.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the chain: at least float32."""
+        return torch.promote_types(next(self.field.parameters()).dtype, torch.float32)
+
+    @property
+    def encoder_trains(self) -> bool:
+        """False when encodings made during the rollout stay valid."""
+        return any(p.requires_grad for p in self.field.encoder_parameters())
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[FlowPolicy]:
+        """Run with the weight set 'live', 'ref', 'old' or 'ema' in place; restored on exit."""
+        with self.weights.using(name):
+            yield self
+
+    # -- the chain --------------------------------------------------------------------------------
+
+    def encode(self, obs: Tree) -> Cond:
+        """Raw observations (N, ...) to a Cond (N)."""
+        obs = tree_map(lambda v: v.to(self.device), obs)
+        with self._precision():
+            cond = self.field.encode(self.normalizer(obs))
+        self.encoder_rows += len(cond)
+        return cond
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+
+    def velocity(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
+        """The field's velocity (N, *D) in the chain's dtype; counts network rows."""
+        self.network_rows += len(x) * self.field.calls
+        with self._precision():
+            return self.field(x, t, dt, cond).to(x.dtype)
+
+    def _kernel_dt(self, t: Tensor, t_next: Tensor) -> Tensor:
+        return t_next - t if self.kernel.velocity == "step" else torch.zeros_like(t)
+
+    def transition(self, x: Tensor, t: Tensor, t_next: Tensor, cond: Cond) -> Gaussian:
+        """p(x_next | x, cond) for x (N, *D), t, t_next (N,)."""
+        v = self.velocity(x, t, self._kernel_dt(t, t_next), cond)
+        return self.kernel(x, v, t, t_next, cond["pooled"])
+
+    def plan(self, num_steps: int | None = None) -> Plan:
+        """The deployment plan: no noise."""
+        return deterministic(self.grid(num_steps or self.num_steps))
+
+    def sample(
+        self,
+        cond: Cond,
+        plan: Plan | None = None,
+        *,
+        key: Key | None = None,
+        row_ids: Tensor | None = None,
+        copies: int = 1,
+        shared_noise: bool = False,
+        x_0: Tensor | None = None,
+        keep_path: bool = False,
+    ) -> Chain:
+        """One chain for each of `copies` samples of each row of `cond`; gradients are the caller's choice.
+
+        With `shared_noise` the copies of a row start from one x_0, and the steps before the first noisy
+        one run once per row and are then repeated. Noise is a function of (key, row_ids) only.
+        """
+        plan, key = plan or self.plan(), key or Key(0, "sample")
+        num = len(cond) * copies
+        row_ids = torch.arange(num) if row_ids is None else row_ids.cpu()
+        run = _Run(self, plan, key, row_ids, keep_path)
+        if x_0 is None:
+            x_0 = run.noise("x_0", 0, row_ids[::copies] if shared_noise else row_ids)
+        split = plan.first_noisy() if shared_noise and not plan.per_row and copies > 1 else 0
+        if split:
+            run.advance(x_0, cond, range(split))
+            run.repeat(copies)
+        elif shared_noise and copies > 1 and len(x_0) < num:
+            x_0 = x_0.repeat_interleave(copies, 0)
+        run.advance(run.x if split else x_0, cond.repeat(copies), range(split, plan.num_steps))
+        return run.chain()
+
+    # -- checks -----------------------------------------------------------------------------------
+
+    def check_steps(self, steps: Steps, max_kappa: float = 5.0) -> None:
+        """ValueError unless every step that `steps` can score has a usable density on this policy's grid."""
+        name = type(self.kernel).__name__
+        if steps.mixed_rows and not isinstance(self.solver, Euler):
+            raise ValueError(
+                f"{type(steps).__name__} mixes noisy and ODE rows in one step, which needs one network call: use solver=euler"
+            )
+        grid = self.grid(self.num_steps)
+        t, t_next = grid[:-1], grid[1:]
+        with torch.no_grad():
+            kappa = self.kernel.double().kappa(t, t_next)
+            self.kernel.to(self.dtype)
+        possible = list(steps.possible(self.num_steps))
+        silent = [k for k in possible if torch.isinf(kappa[k])]
+        if silent:
+            raise ValueError(f"{name} has zero std at step {silent} of {self.num_steps}: use steps=all_but_last")
+        steep = [k for k in possible if not kappa[k] <= max_kappa]
+        if steep:
+            raise ValueError(
+                f"{name} has kappa = |dmean/dv| / std of {[round(float(kappa[k]), 1) for k in steep]} at steps {steep}, "
+                f"above {max_kappa}: network rounding would swamp the ratio; exclude them (steps.skip_last) or raise "
+                "steps_max_kappa"
+            )
+
+
+class _Run:
+    """The state of one `sample` call: x, solver memory, and the pairs recorded so far."""
+
+    def __init__(self, policy: FlowPolicy, plan: Plan, key: Key, row_ids: Tensor, keep_path: bool):
+        self.policy, self.plan, self.key, self.row_ids = policy, plan, key, row_ids
+        self.times = plan.t.to(policy.device, policy.dtype)
+        self.noisy = plan.noisy.to(policy.device)
+        self.memory: object = None
+        self.pairs: list[tuple[Tensor, ...]] = []
+        self.path: list[tuple[Tensor, Tensor]] | None = [] if keep_path else None
+
+    def noise(self, purpose: str, k: int, row_ids: Tensor) -> Tensor:
+        key = self.key._replace(purpose=f"{self.key.purpose}/{purpose}", k=k)
+        return noise(key, row_ids, self.policy.event_shape, self.policy.dtype, self.policy.device)
+
+    def time(self, k: int, num: int) -> Tensor:
+        return self.times[k].expand(num) if self.times.ndim == 1 else self.times[:, k]
+
+    def advance(self, x: Tensor, cond: Cond, ks: range) -> None:
+        """Run the steps `ks` from x."""
+        self.x = x
+        for k in ks:
+            t, t_next = self.time(k, len(self.x)), self.time(k + 1, len(self.x))
+            self._remember(t)
+            if self.plan.noisy.ndim == 2:
+                self._mixed(k, t, t_next, cond)
+            elif self.plan.noisy[k]:
+                self._stochastic(k, t, t_next, cond)
+            else:
+                step = self.policy.solver(self.policy.velocity, self.x, t, t_next, cond, self.memory)
+                self.x, self.memory = step
+        self.end = self.time(self.plan.num_steps, len(self.x))
+
+    def _remember(self, t: Tensor) -> None:
+        if self.path is not None:
+            self.path.append((self.x, t))
+
+    def _stored(self, x: Tensor) -> Tensor:
+        """Rounded to the storage dtype: the chain continues from the value that will be scored."""
+        storage = self.policy.storage_dtype
+        return x if storage is None else x.to(storage).to(x.dtype)
+
+    def _stochastic(self, k: int, t: Tensor, t_next: Tensor, cond: Cond) -> None:
+        dist = self.policy.transition(self.x, t, t_next, cond)
+        x_next = self._stored(dist.sample(self.noise("step", k, self.row_ids)))
+        self.pairs.append((self.x, x_next, t, t_next, dist.mean, dist.std))
+        self.x, self.memory = x_next, None
+
+    def _mixed(self, k: int, t: Tensor, t_next: Tensor, cond: Cond) -> None:
+        """Noisy for some rows, Euler for the others, with one network call."""
+        policy, noisy = self.policy, self.noisy[:, k]
+        dt = torch.where(noisy, policy._kernel_dt(t, t_next), t_next - t)
+        v = policy.velocity(self.x, t, dt, cond)
+        dist = policy.kernel(self.x, v, t, t_next, cond["pooled"])
+        x_next = self._stored(dist.sample(self.noise("step", k, self.row_ids)))
+        self.pairs.append((self.x, x_next, t, t_next, dist.mean, dist.std))
+        self.x = torch.where(expand(noisy, v), x_next, self.x + expand(t_next - t, v) * v)
+
+    def repeat(self, copies: int) -> None:
+        """One row becomes `copies` rows."""
+
+        def again(v: Tensor) -> Tensor:
+            return v.repeat_interleave(copies, 0)
+
+        self.x, self.memory = again(self.x), tree_map(again, self.memory)
+        if self.path is not None:
+            self.path = [(again(x), again(t)) for x, t in self.path]
+
+    def chain(self) -> Chain:
+        """Everything recorded, with the scored columns only."""
+        path = path_t = None
+        if self.path is not None:
+            self._remember(self.end)
+            path, path_t = (torch.stack(z, 1) for z in zip(*self.path, strict=True))
+        x, x_next, t, t_next, mean, std = self._columns()
+        return Chain(self.x, x, x_next, t, t_next, mean, std, path, path_t)
+
+    def _columns(self) -> list[Tensor]:
+        if not self.pairs or self.plan.num_scored == 0:
+            empty = self.x.new_empty((len(self.x), 0, *self.x.shape[1:]))
+            return [empty, empty, empty.flatten(2)[:, :, 0], empty.flatten(2)[:, :, 0], empty, empty]
+        stacked = [torch.stack(z, 1) for z in zip(*self.pairs, strict=True)]
+        ran = self.plan.noisy if self.plan.noisy.ndim == 1 else torch.ones(self.plan.num_steps, dtype=torch.bool)
+        if self.plan.scored.ndim == 1:
+            if bool(self.plan.scored[ran].all()):
+                return stacked
+            return [z[:, self.plan.scored[ran].nonzero()[:, 0]] for z in stacked]
+        columns = self.plan.scored[:, ran].nonzero()[:, 1].reshape(len(self.x), -1).to(self.x.device)
+        rows = torch.arange(len(self.x), device=self.x.device).unsqueeze(-1)
+        return [z[rows, columns] for z in stacked]

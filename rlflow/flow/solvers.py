@@ -1,0 +1,135 @@
+"""ODE solvers for the steps that are not scored: (velocity, x, t, t_next, cond, memory) -> (x_next, memory).
+
+`velocity(x, t, dt, cond)` is the policy's; t, t_next are (N,). Memory carries multistep state and is
+None at the first step and after a scored one. Decisions on times use `where`, never a host sync.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rlflow.flow.path import expand
+from rlflow.types import Cond
+
+Velocity = Callable[[Tensor, Tensor, Tensor, Cond], Tensor]
+Memory = Any
+
+
+class Solver:
+    """Base of all solvers; stateless."""
+
+    order: ClassVar[int] = 1
+    calls: ClassVar[int] = 1
+    """Network calls of one step without memory."""
+    needs_instantaneous: ClassVar[bool] = True
+    """False when the solver asks for dt = t_next - t, which an average-velocity field answers exactly."""
+
+    def __call__(
+        self, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, cond: Cond, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        raise NotImplementedError
+
+    def num_calls(self, num_steps: int) -> int:
+        """Network calls of `num_steps` consecutive steps."""
+        return self.calls * num_steps
+
+
+class Euler(Solver):
+    """x + dt v."""
+
+    needs_instantaneous = False
+
+    def __call__(
+        self, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, cond: Cond, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        dt = t_next - t
+        return x + expand(dt, x) * velocity(x, t, dt, cond), None
+
+
+class Heun(Solver):
+    """Trapezoid with an Euler predictor; plain Euler into t = 1, where velocities may be singular (Karras et al. 2022)."""
+
+    order = 2
+    calls = 2
+
+    def __call__(
+        self, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, cond: Cond, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        dt, zero = t_next - t, torch.zeros_like(t)
+        v = velocity(x, t, zero, cond)
+        into_data = t_next >= 1
+        t_safe = torch.where(into_data, t, t_next)
+        v_next = velocity(x + expand(dt, x) * v, t_safe, zero, cond)
+        slope = torch.where(expand(into_data, x), v, (v + v_next) / 2)
+        return x + expand(dt, x) * slope, None
+
+
+class Midpoint(Solver):
+    """x + dt v(x + dt v / 2, t + dt / 2); the same as the RF-Solver."""
+
+    order = 2
+    calls = 2
+
+    def __call__(
+        self, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, cond: Cond, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        dt, zero = t_next - t, torch.zeros_like(t)
+        half = x + expand(dt / 2, x) * velocity(x, t, zero, cond)
+        return x + expand(dt, x) * velocity(half, t + dt / 2, zero, cond), None
+
+
+class FireFlow(Solver):
+    """Midpoint whose predictor reuses the last midpoint velocity: order 2 with K + 1 calls (Deng et al. 2024)."""
+
+    order = 2
+    calls = 2
+
+    def __call__(
+        self, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, cond: Cond, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        dt, zero = t_next - t, torch.zeros_like(t)
+        predictor = velocity(x, t, zero, cond) if memory is None else memory
+        middle = velocity(x + expand(dt / 2, x) * predictor, t + dt / 2, zero, cond)
+        return x + expand(dt, x) * middle, middle
+
+    def num_calls(self, num_steps: int) -> int:
+        return num_steps + min(num_steps, 1)
+
+
+class DPMSolver2M(Solver):
+    """DPM-Solver++ (2M, midpoint) on data predictions m = x + (1 - t) v (Lu et al. 2022).
+
+    With sigma = 1 - t and lambda = log(t / sigma):
+    x' = (sigma'/sigma) x + (t' - (sigma'/sigma) t) [m + (m - m_prev) h / (2 h_prev)], h = lambda' - lambda.
+    The correction vanishes where lambda is infinite (a first step, the second step of a grid from
+    t = 0, the step into t = 1); what is left is Euler exactly.
+    """
+
+    order = 2
+
+    def __call__(
+        self, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, cond: Cond, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        m = x + expand(1 - t, x) * velocity(x, t, torch.zeros_like(t), cond)
+        shrink = (1 - t_next) / (1 - t)
+        drift = m
+        if memory is not None:
+            m_prev, t_prev = memory
+            weight = self._correction(t_prev, t, t_next)
+            drift = m + expand(weight, x) * (m - m_prev)
+        x_next = expand(shrink, x) * x + expand(t_next - shrink * t, x) * drift
+        return x_next, (m, t)
+
+    @staticmethod
+    def _correction(t_prev: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        """h / (2 h_prev), 0 where either is infinite."""
+        usable = (t_prev > 0) & (t_next < 1)
+        safe_prev = torch.where(usable, t_prev, t / 2)
+        safe_next = torch.where(usable, t_next, (1 + t) / 2)
+        lam = [torch.logit(s) for s in (safe_prev, t, safe_next)]
+        ratio = (lam[2] - lam[1]) / (2 * (lam[1] - lam[0]))
+        return torch.where(usable, ratio, torch.zeros_like(ratio))

@@ -1,0 +1,1 @@
+"""Networks, and the only files that know foreign conventions."""

@@ -1,0 +1,53 @@
+"""VelocityField: the one contract every network meets, image or robot.
+
+Convention of the whole package: t = 0 noise, t = 1 data, velocity v = dx/dt = data - noise.
+`dt = 0` asks for the instantaneous velocity, `dt = t_next - t > 0` for the average one over the
+step (MeanFlow, Shortcut); a field that only knows the instantaneous one ignores dt.
+"""
+
+from __future__ import annotations
+
+import torch.nn as nn
+from torch import Tensor
+
+from rlflow.types import Cond, Tree
+
+
+class VelocityField(nn.Module):
+    """Base of all networks; subclasses set the attributes and override `encode` and `forward`."""
+
+    event_shape: tuple[int, ...]
+    """Shape *D of one sample, without the row axis."""
+    num_features: int
+    """F, the width of Cond["pooled"]."""
+    uses_dt: bool = False
+    """True when `forward` reads dt (an average-velocity field)."""
+    has_instantaneous: bool = True
+    """False for a flow map that has no dt = 0 branch."""
+    calls: int = 1
+    """Network rows evaluated per row of one `forward` (2 under guidance)."""
+
+    def encode(self, obs: Tree) -> Cond:
+        """Raw observations (N, ...) to a Cond with at least "pooled" (N, F)."""
+        raise NotImplementedError
+
+    def null(self, cond: Cond) -> Cond:
+        """The unconditional version of `cond`, for guidance (N rows)."""
+        raise NotImplementedError(f"{type(self).__name__} was not trained without a condition: use guidance scale 1")
+
+    def forward(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
+        """Velocity (N, *D) at x (N, *D), t (N,), dt (N,)."""
+        raise NotImplementedError
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Sample (N, *D) to what an environment receives: an image in [0, 1] or the action itself."""
+        return x
+
+    @property
+    def unguided(self) -> VelocityField:
+        """The field without any guidance wrapper."""
+        return self
+
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        """Parameters that `encode` reads; when none of them trains, encodings are kept and reused."""
+        return []

@@ -1,0 +1,62 @@
+"""MLP velocity field for vector observations and small actions (robots, toys)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from rlflow.models.field import VelocityField
+from rlflow.types import Cond, Tree
+
+
+def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.SiLU) -> nn.Sequential:
+    """Linear layers of the given sizes with activations between them."""
+    layers: list[nn.Module] = []
+    for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        layers += [nn.Linear(a, b)] + ([activation()] if i < len(sizes) - 2 else [])
+    return nn.Sequential(*layers)
+
+
+class TimeFeatures(nn.Module):
+    """Sines and cosines of t in [0, 1] at `width / 2` frequencies from 1/2 to 32 periods."""
+
+    def __init__(self, width: int = 16):
+        super().__init__()
+        self.register_buffer("freq", math.pi * 2.0 ** torch.linspace(0, 6, width // 2), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t (N,) to (N, width)."""
+        angle = t[:, None] * self.freq.to(t.dtype)
+        return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+class MLPField(VelocityField):
+    """v(x, t, dt | obs) with vector observations (N, obs_dim); `average` reads dt as well."""
+
+    def __init__(
+        self, obs_dim: int, event_shape: Sequence[int], width: int = 128, depth: int = 2, average: bool = False
+    ):
+        super().__init__()
+        self.event_shape, self.num_features, self.uses_dt = tuple(event_shape), obs_dim, average
+        dim, self.time = math.prod(event_shape), TimeFeatures()
+        extra = 16 * (2 if average else 1)
+        self.net = mlp([dim + obs_dim + extra, *[width] * depth, dim])
+
+    def encode(self, obs: Tree) -> Cond:
+        """Observations (N, obs_dim), or a dict of tensors concatenated in the order of its sorted keys."""
+        if isinstance(obs, dict):
+            obs = torch.cat([obs[k].flatten(1) for k in sorted(obs)], -1)
+        return Cond({"pooled": obs.to(next(self.parameters()).dtype)})
+
+    def null(self, cond: Cond) -> Cond:
+        """Zeros for the observation."""
+        return Cond({"pooled": torch.zeros_like(cond["pooled"])})
+
+    def forward(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
+        """Velocity (N, *D)."""
+        times = [self.time(t), self.time(dt)] if self.uses_dt else [self.time(t)]
+        return self.net(torch.cat([x.flatten(1), cond["pooled"], *times], -1)).reshape(x.shape)

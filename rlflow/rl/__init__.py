@@ -1,0 +1,1 @@
+"""Learners: likelihoods, advantages, losses, rollouts, algorithms."""
