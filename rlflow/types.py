@@ -143,6 +143,7 @@ class Step:
     final_obs: Tree | None  # observation truly reached where the episode ended, else None
     valid: Tensor  # (B,) bool; False masks the row everywhere
     info: dict[str, Tensor] = field(default_factory=dict)  # (B,) floats, logged as means
+    reward_parts: dict[str, Tensor] = field(default_factory=dict)  # (B,) each reward by name, nan = no score
 
 
 @dataclass
@@ -156,11 +157,12 @@ class Rollout:
     truncated: Tensor  # (T, B) bool
     weight: Tensor  # (T, B) float; 0 masks
     last_obs: Tree  # (B, ...) observation after the last step
-    final_obs: Tree | None  # (F, ...) true last observations of truncated rows
-    final_index: Tensor  # (F, 2) their (t, b)
+    final_obs: Tree | None  # (T, B, ...) observation truly reached where an episode ended; None if never truncated
     group: Tensor  # (B,) long, global group id
     row_ids: Tensor  # (T, B) long, on CPU: global, unique inside the iteration
     info: dict[str, Tensor] = field(default_factory=dict)  # (T, B)
+    reward_parts: dict[str, Tensor] = field(default_factory=dict)  # (T, B) per reward, nan = no score
+    reward_weights: dict[str, float] = field(default_factory=dict)  # set when they combine as advantages
     evidence: Evidence | None = None  # (T * B, R, ...)
     cond: Cond | None = None  # (T * B, ...) kept when the encoder is frozen
     network_calls: int = 0  # network rows evaluated while sampling

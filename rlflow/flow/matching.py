@@ -15,8 +15,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from rlflow.flow.field import VelocityField
 from rlflow.flow.path import at_least_float, interpolate
-from rlflow.models.field import VelocityField
 from rlflow.types import Cond
 
 Coupling = Callable[[Tensor, Tensor], Tensor]

@@ -20,8 +20,8 @@ from rlflow.flow.noise import Key, noise
 from rlflow.flow.path import expand
 from rlflow.flow.solvers import Euler, Solver
 from rlflow.flow.steps import Plan, Steps, deterministic
-from rlflow.models.field import VelocityField
-from rlflow.models.weights import WeightSets
+from rlflow.flow.field import VelocityField
+from rlflow.flow.weights import WeightSets
 from rlflow.types import Chain, Cond, Tree, tree_map
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rlflow.models.field import VelocityField
+from rlflow.flow.field import VelocityField
 from rlflow.types import Cond, Tree
 
 

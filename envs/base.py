@@ -1,0 +1,57 @@
+"""VecEnv: the one environment contract, image or robot. Batched tensors on one device; B rows."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rlflow.types import Step, Tree
+
+
+class VecEnv:
+    """`recv(send(action))` advances every row once; an image environment ends every episode at once (T = 1)."""
+
+    num_envs: int
+    """B, rows of this process."""
+    action_shape: tuple[int, ...]
+    """*D of one action."""
+    horizon: int
+    """Longest episode in steps."""
+    device: torch.device = torch.device("cpu")
+    exact_resume: ClassVar[bool] = True
+    """False when the simulator cannot be saved; a resumed run is then equal in law only."""
+
+    def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
+        """Start an episode per row from its seed (B,) (rows with mask False keep theirs); observations (B, ...)."""
+        raise NotImplementedError
+
+    def send(self, action: Tensor, rows: slice) -> None:
+        """Hand over the actions of `rows`; may return before they are carried out."""
+        raise NotImplementedError
+
+    def recv(self) -> Step:
+        """Wait for every row sent; observations are those after an automatic reset of ended rows."""
+        raise NotImplementedError
+
+    def step(self, action: Tensor) -> Step:
+        """recv(send(action))."""
+        self.send(action, slice(0, self.num_envs))
+        return self.recv()
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """Weights when several rewards are to be combined as advantages; otherwise empty."""
+        return {}
+
+    def metrics(self) -> dict[str, float]:
+        """Counters since the last call (masked rewards, seconds)."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able and tensor state: simulator, RNG, elapsed steps."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""

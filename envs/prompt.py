@@ -1,0 +1,79 @@
+"""PromptEnv: image generation as an environment with horizon T = 1; prompt = observation, latent = action.
+
+`send` decodes a micro-batch and hands it to the rewards in another thread, so the next one is sampled
+meanwhile; `recv` joins them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlflow import dist
+from rlflow.envs.base import VecEnv
+from rlflow.envs.prompts import Prompts
+from rlflow.rewards.base import RewardSet
+from rlflow.types import Step, Tree
+
+
+class PromptEnv(VecEnv):
+    """Prompts in, rewards out. Groups with the same serial number get the same prompt."""
+
+    horizon = 1
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        rewards: RewardSet,
+        num_envs: int,
+        action_shape: Sequence[int],
+        tokenize: Callable[[list[str]], Tree],
+        decode: Callable[[Tensor], Tensor],
+        seed: int = 0,
+    ):
+        rewards.check_columns([*prompts.columns, "images"])
+        self.prompts, self.rewards, self.num_envs, self.seed = prompts, rewards, num_envs, seed
+        self.action_shape, self.tokenize, self.decode = tuple(action_shape), tokenize, decode
+        self.rows: list[int] = []
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rewards")
+        self._sent: list[tuple[slice, Future[dict[str, Tensor]]]] = []
+
+    def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
+        """The prompts of serial numbers `seeds`, tokenised."""
+        if mask is not None and not bool(mask.all()):
+            raise ValueError("a prompt is a whole episode: PromptEnv resets all rows at once")
+        self.rows = self.prompts.index(seeds.tolist(), self.seed)
+        self.obs = self.tokenize(self.prompts.take(self.rows)["prompt"])
+        return self.obs
+
+    def send(self, action: Tensor, rows: slice) -> None:
+        """Decode and score `rows` in the background."""
+        images = self.decode(action.detach()).float().cpu()
+        columns: dict[str, Any] = self.prompts.take(self.rows[rows])
+        columns["images"] = images
+        self._sent.append((rows, self._pool.submit(self.rewards.compute, columns, len(images))))
+
+    def recv(self) -> Step:
+        """Join all scores; a row without a score has reward nan and valid False."""
+        parts = {n: torch.full((self.num_envs,), torch.nan) for n in self.rewards.weights}
+        sent, self._sent = self._sent, []
+        for rows, future in sent:
+            for name, score in future.result().items():
+                parts[name][rows] = score
+        everyone = {n: dist.all_gather_rows(v) for n, v in parts.items()}
+        reward, valid = self.rewards.total(parts, everyone)
+        done = torch.ones(self.num_envs, dtype=torch.bool)
+        return Step(self.obs, reward, done, ~done, None, valid, {}, parts)
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """Weights when rewards combine as advantages."""
+        return self.rewards.weights if self.rewards.normalize == "advantage" else {}
+
+    def metrics(self) -> dict[str, float]:
+        """Per-reward means, masked shares and seconds since the last call."""
+        return self.rewards.metrics()

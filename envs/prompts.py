@@ -1,0 +1,95 @@
+"""Prompt tables: rows of columns, one of them "prompt"; from the embedded worlds or the user's txt / jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from rlflow.envs import scenes, words
+from rlflow.flow.noise import generator
+
+Split = Literal["train", "heldout"]
+WORLDS = {"scenes": "captioned shapes, or scenes:count,pair,relation", "words": "three-letter words to write"}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A table of prompts; duplicates are fine, since groups are told apart by number and not by text."""
+
+    rows: tuple[dict[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ValueError("the prompt table is empty")
+        names = set(self.rows[0])
+        for i, row in enumerate(self.rows):
+            if set(row) != names or not isinstance(row.get("prompt"), str):
+                raise ValueError(f'prompt row {i} has columns {sorted(row)}: every row needs "prompt" and the same columns')
+
+    @property
+    def columns(self) -> list[str]:
+        """Column names."""
+        return list(self.rows[0])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def index(self, serial: Sequence[int], seed: int) -> list[int]:
+        """Row of each serial number: every epoch is a fresh permutation, so nothing repeats before all were seen."""
+        n, orders = len(self), {}
+        for epoch in {s // n for s in serial}:
+            orders[epoch] = torch.randperm(n, generator=generator("prompts", seed, epoch)).tolist()
+        return [orders[s // n][s % n] for s in serial]
+
+    def take(self, index: Sequence[int]) -> dict[str, list[Any]]:
+        """Columns of the rows `index`."""
+        return {name: [self.rows[i][name] for i in index] for name in self.columns}
+
+
+def _equal_shares(pools: Sequence[Sequence[str]]) -> list[str]:
+    """One list in which every pool has about the same share, by repeating the short ones."""
+    longest = max(len(p) for p in pools)
+    return [text for pool in pools for text in list(pool) * max(1, round(longest / len(pool)))]
+
+
+def _scenes(kinds: str, split: Split) -> Prompts:
+    chosen = kinds.split(",") if kinds else list(scenes.KINDS)
+    if unknown := [k for k in chosen if k not in scenes.KINDS]:
+        raise ValueError(f"unknown kind of scene {unknown}: choose from {list(scenes.KINDS)}")
+    pools = [scenes.split(split == "heldout", (kind,)) for kind in chosen]
+    return Prompts(tuple({"prompt": text} for text in _equal_shares(pools)))
+
+
+def _words(split: Split) -> Prompts:
+    texts = words.heldout_texts() if split == "heldout" else words.train_texts()
+    return Prompts(tuple({"prompt": words.caption(t), "text": t} for t in texts))
+
+
+def _file(path: Path) -> Prompts:
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix == ".jsonl":
+        return Prompts(tuple(json.loads(line) for line in lines))
+    return Prompts(tuple({"prompt": line.strip()} for line in lines))
+
+
+def load_prompts(source: str, split: Split = "train") -> Prompts:
+    """'scenes', 'scenes:pair', 'words', or a .txt (one prompt a line) / .jsonl (one object a line) file.
+
+    The embedded worlds know which captions are held out; a file is used as it is for either split.
+    """
+    world, _, kinds = source.partition(":")
+    if world == "scenes":
+        return _scenes(kinds, split)
+    if source == "words":
+        return _words(split)
+    path = Path(source)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"prompts {source!r}: give a .txt or .jsonl file, or one of {sorted(WORLDS)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no prompt file {source!r}")
+    return _file(path)

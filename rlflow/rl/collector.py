@@ -1,0 +1,155 @@
+"""Collector: walks an environment with the policy and hands back one Rollout; nothing of it survives a call."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlflow.flow.noise import Key
+from rlflow.flow.policy import FlowPolicy
+from rlflow.flow.steps import Plan, Steps
+from rlflow.rl.groups import Groups
+from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.types import Chain, Cond, Evidence, Rollout, Step, Tree, tree_map, tree_stack
+
+
+class Collector:
+    """Samples `horizon` outer steps of B rows in micro-batches, so images are scored while the next are sampled.
+
+    mode 'episodes': every iteration starts anew from the groups' seeds, and a row is masked after its
+    first end. mode 'steps': episodes run on across iterations.
+    """
+
+    def __init__(
+        self,
+        env: Any,
+        policy: FlowPolicy,
+        likelihood: ChainLikelihood | None,
+        steps: Steps,
+        groups: Groups,
+        *,
+        seed: int = 0,
+        horizon: int = 1,
+        mode: Literal["episodes", "steps"] = "episodes",
+        rows_per_call: int = 64,
+        sample_with: str = "live",
+        shared_noise: bool = False,
+    ):
+        if env.num_envs != groups.num_rows:
+            raise ValueError(f"the environment has {env.num_envs} rows, the groups of this process {groups.num_rows}")
+        if tuple(env.action_shape) != tuple(policy.event_shape):
+            raise ValueError(f"the policy makes {policy.event_shape}, the environment takes {env.action_shape}")
+        self.env, self.policy, self.likelihood, self.steps, self.groups = env, policy, likelihood, steps, groups
+        self.seed, self.horizon, self.mode, self.sample_with = seed, horizon, mode, sample_with
+        self.shared_noise = shared_noise
+        # only rows of one group share an observation, and only while an episode has just begun
+        self.copies = groups.group_size if horizon == 1 and mode == "episodes" else 1
+        self.rows_per_call = max(self.copies, rows_per_call // self.copies * self.copies)
+        self.obs: Tree | None = None
+
+    @torch.no_grad()
+    def collect(self, iteration: int) -> Rollout:
+        """One iteration of experience under the weights `sample_with`."""
+        rows_before = self.policy.network_rows
+        obs = self._start(iteration)
+        alive = torch.ones(self.groups.num_rows, device=self.env.device)
+        outs: list[dict[str, Any]] = []
+        with self.policy.using(self.sample_with):
+            for outer in range(self.horizon):
+                chains, evidence, conds = self._act(obs, iteration, outer)
+                step: Step = self.env.recv()
+                outs.append(self._entry(obs, chains, step, alive, outer) | {"evidence": evidence, "cond": conds})
+                if self.mode == "episodes":
+                    alive = alive * ~(step.terminated | step.truncated)
+                obs = step.obs
+        self.obs = obs
+        return self._rollout(outs, obs, self.policy.network_rows - rows_before)
+
+    def _start(self, iteration: int) -> Tree:
+        if self.obs is None or self.mode == "episodes":
+            return self.env.reset(self.groups.seeds(iteration))
+        return self.obs
+
+    def _act(self, obs: Tree, iteration: int, outer: int) -> tuple[list[Chain], list[Evidence], list[Cond]]:
+        """Sample every micro-batch of one outer step and send its actions."""
+        chains, evidence, conds = [], [], []
+        grid = self.policy.grid(self.policy.num_steps)
+        key = Key(self.seed, "rollout", iteration, outer)
+        for start in range(0, self.groups.num_rows, self.rows_per_call):
+            rows = slice(start, min(start + self.rows_per_call, self.groups.num_rows))
+            ids = self.groups.row_ids()[rows]
+            plan: Plan = self.steps(iteration, grid, ids + outer * self.groups.total_rows)
+            mine = tree_map(lambda v, rows=rows: v[rows][:: self.copies], obs)
+            cond = self.policy.encode(mine)
+            chain = self.policy.sample(
+                cond, plan, key=key, row_ids=ids, copies=self.copies, shared_noise=self.shared_noise
+            )
+            self.env.send(self.policy.squash(chain.final), rows)
+            chains.append(chain)
+            cond = cond.repeat(self.copies)
+            if self.likelihood is not None:
+                evidence.append(self.likelihood.record(self.policy, cond, chain))
+            conds.append(cond)
+        return chains, evidence, conds
+
+    def _entry(self, obs: Tree, chains: list[Chain], step: Step, alive: Tensor, outer: int) -> dict[str, Any]:
+        weight = alive * step.valid * step.reward.isfinite()
+        return {
+            "obs": obs,
+            "action": torch.cat([c.final for c in chains]),
+            "reward": step.reward,
+            "terminated": step.terminated,
+            "truncated": step.truncated,
+            "weight": weight.to(self.policy.dtype),
+            "final_obs": step.final_obs,
+            "info": step.info,
+            "parts": step.reward_parts,
+            "row_ids": self.groups.row_ids() + outer * self.groups.total_rows,
+        }
+
+    def _rollout(self, outs: list[dict[str, Any]], last_obs: Tree, network_rows: int) -> Rollout:
+        def stack(name: str) -> Any:
+            return tree_map(lambda v: v.to(self.policy.device), tree_stack([o[name] for o in outs]))
+
+        evidence = [e for o in outs for e in o["evidence"]]
+        keep = not self.policy.encoder_trains
+        return Rollout(
+            obs=stack("obs"),
+            action=stack("action"),
+            reward=stack("reward").to(self.policy.dtype),
+            terminated=stack("terminated"),
+            truncated=stack("truncated"),
+            weight=stack("weight"),
+            last_obs=last_obs,
+            final_obs=None if outs[0]["final_obs"] is None else stack("final_obs"),
+            group=self.groups.group_ids().to(self.policy.device),
+            row_ids=tree_stack([o["row_ids"] for o in outs]),
+            info=stack("info"),
+            reward_parts=stack("parts"),
+            reward_weights=self.env.reward_weights,
+            evidence=Evidence.cat(evidence) if evidence else None,
+            cond=Cond.cat([c for o in outs for c in o["cond"]]) if keep else None,
+            network_calls=network_rows,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Observation in hand and the environment's state; nothing is needed where every iteration starts anew."""
+        if self.mode == "episodes":
+            return {}
+        return {"obs": self.obs, "env": self.env.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        if state:
+            self.obs = state["obs"]
+            self.env.load_state_dict(state["env"])
+
+
+def permute_rewards(rollout: Rollout, generator: torch.Generator) -> None:
+    """The control: rewards shuffled across the batch before anything else, so they carry no information."""
+    order = torch.randperm(rollout.reward.shape[1], generator=generator)
+    rollout.reward = rollout.reward[:, order]
+    rollout.weight = rollout.weight[:, order]
+    rollout.reward_parts = {name: value[:, order] for name, value in rollout.reward_parts.items()}

@@ -1,0 +1,103 @@
+"""AdamW with warm-up and cosine decay, one global gradient clip, and steps that a bad gradient cannot spoil."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from rlflow import dist
+
+
+class NonFiniteError(RuntimeError):
+    """Several optimiser steps in a row had a non-finite loss or gradient."""
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Settings of the optimiser; `warmup` in optimiser steps, `cosine` decays to `final` x lr over the run."""
+
+    lr: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    warmup: int = 0
+    cosine: bool = False
+    final: float = 0.1
+    max_bad_steps: int = 5
+
+
+class Optimizer:
+    """Steps `parameters` from gradients summed over ranks; skips, counts and finally refuses bad ones."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], config: AdamW):
+        if not parameters:
+            raise ValueError("nothing to train: no parameter has requires_grad")
+        self.config, self.parameters = config, list(parameters)
+        self.adam = torch.optim.AdamW(
+            self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, eps=config.eps
+        )
+        self.steps, self.skipped, self.bad_in_a_row, self.progress = 0, 0, 0, 0.0
+
+    def learning_rate(self) -> float:
+        """Warm-up by optimiser steps times cosine by progress in [0, 1]."""
+        c = self.config
+        warm = min(1.0, (self.steps + 1) / c.warmup) if c.warmup else 1.0
+        decay = c.final + (1 - c.final) * 0.5 * (1 + math.cos(math.pi * self.progress)) if c.cosine else 1.0
+        return c.lr * warm * decay
+
+    def zero_grad(self) -> None:
+        """Drop gradients."""
+        self.adam.zero_grad(set_to_none=True)
+
+    def step(self) -> float:
+        """Reduce over ranks, clip, step; returns the gradient norm (nan when the step was skipped).
+
+        Raises NonFiniteError after `max_bad_steps` skipped steps in a row.
+        """
+        dist.sum_gradients(self.parameters)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if not bool(torch.isfinite(norm)):
+            self._skip()
+            return math.nan
+        self.bad_in_a_row = 0
+        if self.config.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
+        for group in self.adam.param_groups:
+            group["lr"] = self.learning_rate()
+        self.adam.step()
+        self.steps += 1
+        return float(norm)
+
+    def _skip(self) -> None:
+        self.skipped += 1
+        self.bad_in_a_row += 1
+        self.zero_grad()
+        if self.bad_in_a_row >= self.config.max_bad_steps:
+            raise NonFiniteError(
+                f"{self.bad_in_a_row} optimiser steps in a row had a non-finite loss or gradient: "
+                "the last checkpoint is intact; lower algorithm.optimizer.lr or look for a reward that explodes"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors of Adam plus counters."""
+        counters = {"steps": self.steps, "skipped": self.skipped, "bad_in_a_row": self.bad_in_a_row}
+        state = self.adam.state_dict()["state"]
+        moments = {f"{i}/{k}": v for i, s in state.items() for k, v in s.items()}
+        return {"moments": moments, "counters": counters}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        full = self.adam.state_dict()
+        full["state"] = {}
+        for key, value in state["moments"].items():
+            index, _, name = key.partition("/")
+            full["state"].setdefault(int(index), {})[name] = value
+        self.adam.load_state_dict(full)
+        for name, value in state["counters"].items():
+            setattr(self, name, int(value))

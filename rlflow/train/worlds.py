@@ -1,0 +1,155 @@
+"""The two embedded text-to-image checkpoints: what their data is, how they are pre-trained, judged and saved.
+
+Everything is drawn by the program itself. A checkpoint folder holds model.safetensors and config.json, whose
+"made_by" names the command, seed and time that made it and its accuracy on held-out captions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rlflow.envs import scenes, words
+from rlflow.flow.field import VelocityField
+from rlflow.models.dit import DiT
+from rlflow.rewards.ocr import ocr_exact
+from rlflow.rewards.shapes import shapes_strict
+from rlflow.train.pretrain import pretrain
+
+EVALUATION_STEPS = 10
+
+
+@dataclass(frozen=True)
+class World:
+    """A captioned data source: `draw(rng)` gives one training (image (3, H, W) in [0, 1], caption)."""
+
+    name: str
+    vocab: list[str]
+    draw: Callable[[np.random.Generator], tuple[NDArray[np.float32], str]]
+    evaluate: Callable[[DiT], dict[str, float]]
+    steps: int
+
+    def batches(self, field: DiT, rng: np.random.Generator, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless (data (rows, 3, H, W) in [-1, 1], token ids (rows, context))."""
+        while True:
+            images, captions = zip(*(self.draw(rng) for _ in range(rows)), strict=True)
+            yield torch.from_numpy(np.stack(images)) * 2 - 1, field.tokenize(captions)
+
+
+@torch.no_grad()
+def euler_images(field: DiT, captions: list[str], seed: int, *, num_steps: int = EVALUATION_STEPS) -> Tensor:
+    """Images (N, 3, H, W) in [0, 1] for captions by uniform Euler steps, without guidance."""
+    rng = torch.Generator().manual_seed(seed)
+    images = []
+    for part in (captions[i : i + 64] for i in range(0, len(captions), 64)):
+        x = torch.randn((len(part), *field.event_shape), generator=rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            cond = field.encode(part)
+            for k in range(num_steps):
+                t = torch.full((len(part),), k / num_steps)
+                x = x + field(x, t, torch.zeros_like(t), cond) / num_steps
+        images.append(field.decode(x))
+    return torch.cat(images)
+
+
+def draw_scene(rng: np.random.Generator) -> tuple[NDArray[np.float32], str]:
+    """A drawing of a random training caption."""
+    (text,) = scenes.draw_captions(rng, 1)
+    return scenes.render(scenes.parse(text), rng), text
+
+
+def judge_scenes(field: DiT) -> dict[str, float]:
+    """Strict accuracy on two drawings of every held-out caption: of all, and of each kind."""
+    captions = scenes.heldout_captions() * 2
+    right = shapes_strict(euler_images(field, captions, seed=0), captions)
+    kinds = [scenes.parse(text).kind for text in captions]
+    share = {"heldout_strict": right.mean().item()}
+    for kind in scenes.KINDS:
+        share[f"heldout_strict_{kind}"] = right[torch.tensor([k == kind for k in kinds])].mean().item()
+    return share
+
+
+def draw_word(rng: np.random.Generator) -> tuple[NDArray[np.float32], str]:
+    """A drawing of a random training string."""
+    (text,) = words.draw_texts(rng, 1)
+    return words.render(text, rng), words.caption(text)
+
+
+def judge_words(field: DiT) -> dict[str, float]:
+    """Share of 256 held-out strings that text recognition reads back exactly."""
+    texts = words.draw_texts(np.random.default_rng(0), 256, heldout=True)
+    images = euler_images(field, [words.caption(text) for text in texts], seed=0)
+    return {"heldout_ocr": torch.as_tensor(ocr_exact(images, texts)).nanmean().item()}
+
+
+WORLDS = {
+    "shapes": World("shapes", scenes.VOCAB, draw_scene, judge_scenes, steps=1400),
+    "words": World("words", words.VOCAB, draw_word, judge_words, steps=500),
+}
+
+
+def make_checkpoint(world: World, out: Path, *, steps: int, seed: int, rows: int = 64) -> dict[str, Any]:
+    """Pre-train a DiT on `world`, judge it, save it in `out`; returns what config.json says of its making."""
+    torch.manual_seed(seed)
+    field = DiT(world.vocab)
+    begin = time.perf_counter()
+    averaged = pretrain(
+        field,
+        world.batches(field, np.random.default_rng(seed), rows),
+        steps=steps,
+        hidden=field.hidden_matrices(),
+        seed=seed,
+        progress=_report(steps, begin),
+    )
+    made_by = {
+        "command": f"python scripts/pretrain_{world.name}.py --steps {steps} --seed {seed}",
+        "seed": seed,
+        "steps": steps,
+        "seconds": round(time.perf_counter() - begin),
+        "threads": torch.get_num_threads(),
+    }
+    made_by |= {name: round(value, 3) for name, value in world.evaluate(averaged).items()}
+    made_by["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    save_checkpoint(averaged, out, made_by)
+    return made_by
+
+
+def _report(steps: int, begin: float) -> Callable[[int, float, VelocityField], None]:
+    def progress(step: int, loss: float, averaged: VelocityField) -> None:
+        if step % 50 == 0 or step == steps:
+            print(f"step {step}/{steps}  loss {loss:.4f}  {time.perf_counter() - begin:.0f} s", flush=True)
+
+    return progress
+
+
+def save_checkpoint(field: DiT, folder: Path, made_by: dict[str, Any]) -> None:
+    """Write model.safetensors (float32) and config.json: the arguments of DiT, and how it was made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.float().contiguous() for name, value in field.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    config = {"model": "dit", "args": field.args, "made_by": made_by}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def main(world: World, argv: list[str] | None = None) -> None:
+    """The command line of scripts/pretrain_*.py."""
+    parser = argparse.ArgumentParser(description=f"pre-train the embedded {world.name} model")
+    parser.add_argument("--steps", type=int, default=world.steps)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "assets" / world.name)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    print(json.dumps(make_checkpoint(world, args.out, steps=args.steps, seed=args.seed), indent=1))
