@@ -29,7 +29,9 @@ class Prompts:
         names = set(self.rows[0])
         for i, row in enumerate(self.rows):
             if set(row) != names or not isinstance(row.get("prompt"), str):
-                raise ValueError(f'prompt row {i} has columns {sorted(row)}: every row needs "prompt" and the same columns')
+                raise ValueError(
+                    f'prompt row {i} has columns {sorted(row)}: every row needs "prompt" and the same columns'
+                )
 
     @property
     def columns(self) -> list[str]:

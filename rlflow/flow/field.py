@@ -7,6 +7,8 @@ step (MeanFlow, Shortcut); a field that only knows the instantaneous one ignores
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn as nn
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from rlflow.types import Cond, Tree
 class VelocityField(nn.Module):
     """Base of all networks; subclasses set the attributes and override `encode` and `forward`."""
 
+    args: dict[str, Any]
+    """Constructor arguments as JSON values: a checkpoint rebuilds the network from them."""
     event_shape: tuple[int, ...]
     """Shape *D of one sample, without the row axis."""
     num_features: int

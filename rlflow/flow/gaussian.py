@@ -31,6 +31,11 @@ class Gaussian:
     mean: Tensor
     std: Tensor
 
+    def __post_init__(self) -> None:
+        """Half-precision parameters are promoted: densities and KL are never computed in them."""
+        object.__setattr__(self, "mean", at_least_float(self.mean))
+        object.__setattr__(self, "std", at_least_float(self.std))
+
     def sample(self, noise: Tensor) -> Tensor:
         """mean + std * noise; gradients flow."""
         return self.mean + self.std * noise

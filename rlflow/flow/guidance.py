@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rlflow.flow.path import expand
+from rlflow.flow.path import at_least_float, expand
 from rlflow.types import Cond, Tree
 
 
@@ -53,7 +53,7 @@ class CFG(nn.Module):
         """Guided velocity (N, *D)."""
         both = Cond.cat([cond, self.field.null(cond)])
         twice = [torch.cat([z, z]) for z in (x, t, dt)]
-        v_cond, v_null = self.field(*twice, both).chunk(2)
+        v_cond, v_null = at_least_float(self.field(*twice, both)).chunk(2)  # w amplifies half-precision rounding
         return self.combine(v_cond, v_null, t)
 
     def combine(self, v_cond: Tensor, v_null: Tensor, t: Tensor) -> Tensor:

@@ -43,8 +43,7 @@ class Kernel(nn.Module):
     def gain(self, t: Tensor, t_next: Tensor) -> Tensor:
         """c = dmean / dv (N,), a scalar per step because every kernel is affine in v."""
         zero = torch.zeros_like(t).unsqueeze(-1)
-        hidden = self._any_hidden(len(t), t)
-        at = [self(zero, zero + v, t, t_next, hidden).mean for v in (0.0, 1.0)]
+        at = [self(zero, zero + v, t, t_next, None).mean for v in (0.0, 1.0)]
         return (at[1] - at[0]).reshape(len(t), -1)[:, 0]
 
     def min_std(self, t: Tensor, t_next: Tensor) -> Tensor:
@@ -55,9 +54,6 @@ class Kernel(nn.Module):
     def kappa(self, t: Tensor, t_next: Tensor) -> Tensor:
         """|dmean/dv| / std (N,): how an error of the network enters the log-ratio; inf where std = 0."""
         return self.gain(t, t_next).abs() / self.min_std(t, t_next)
-
-    def _any_hidden(self, num: int, like: Tensor) -> Tensor | None:
-        return None
 
 
 class MarginalSDE(Kernel):
@@ -182,8 +178,8 @@ class LearnedNoise(Kernel):
         std = (self.lo + (self.hi - self.lo) * level).exp().to(x.dtype)
         return Gaussian(x + v * (t_next - t), std.reshape(-1, *self.event_shape))
 
+    def gain(self, t: Tensor, t_next: Tensor) -> Tensor:
+        return t_next - t
+
     def min_std(self, t: Tensor, t_next: Tensor) -> Tensor:
         return torch.full_like(t, math.exp(self.lo))
-
-    def _any_hidden(self, num: int, like: Tensor) -> Tensor:
-        return torch.zeros(num, self.num_features, dtype=like.dtype, device=like.device)

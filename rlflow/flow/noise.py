@@ -53,6 +53,8 @@ def noise(
         if b not in drawn:
             g = generator(*key, b, device=device)
             drawn[b] = torch.randn((block, *shape), generator=g, dtype=dtype, device=device)
+    if not owner:
+        return torch.empty((0, *shape), dtype=dtype, device=device)
     if block == 1:
         return torch.cat([drawn[b] for b in owner])
     place = {b: i for i, b in enumerate(drawn)}

@@ -45,7 +45,7 @@ class FlowPolicy(nn.Module):
         self.solver, self.grid, self.num_steps = solver or Euler(), grid or Uniform(), num_steps
         self.squash, self.normalizer = squash or nn.Identity(), normalizer or nn.Identity()
         self.autocast, self.storage_dtype = autocast, storage_dtype
-        self.network_rows = 0
+        self.network_rows, self.graph_rows = 0, 0  # rows evaluated; those of them with a graph
         self.encoder_rows = 0
         self._check_velocity()
         self.weights = WeightSets(self)
@@ -84,6 +84,11 @@ class FlowPolicy(nn.Module):
         """False when encodings made during the rollout stay valid."""
         return any(p.requires_grad for p in self.field.encoder_parameters())
 
+    @property
+    def network_cost(self) -> int:
+        """Forward-equivalents so far; a backward pass counts as two forwards."""
+        return self.network_rows + 2 * self.graph_rows
+
     @contextmanager
     def using(self, name: str) -> Iterator[FlowPolicy]:
         """Run with the weight set 'live', 'ref', 'old' or 'ema' in place; restored on exit."""
@@ -105,7 +110,9 @@ class FlowPolicy(nn.Module):
 
     def velocity(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
         """The field's velocity (N, *D) in the chain's dtype; counts network rows."""
-        self.network_rows += len(x) * self.field.calls
+        rows = len(x) * self.field.calls
+        self.network_rows += rows
+        self.graph_rows += rows * torch.is_grad_enabled()
         with self._precision():
             return self.field(x, t, dt, cond).to(x.dtype)
 

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rlflow.flow.noise import generator
+from rlflow.flow.noise import Key, generator, noise
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class Steps:
 
 def _usable(num_steps: int, skip_last: int, need: int, name: str) -> int:
     usable = num_steps - skip_last
+    if skip_last < 0:
+        raise ValueError(f"{name} needs skip_last >= 0, got {skip_last}")
     if usable < need:
         raise ValueError(
             f"{name} needs {need} usable steps but {num_steps} steps less skip_last={skip_last} leave {usable}: "
@@ -125,6 +127,10 @@ class LastN(Steps):
 
     n: int = 3
     skip_last: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"last_n needs n >= 1, got {self.n}; use steps=none to score nothing")
 
     def __call__(self, iteration: int, grid: Tensor, row_ids: Tensor) -> Plan:
         return _plan(grid, self.possible(len(grid) - 1))
@@ -202,6 +208,8 @@ class Window(Steps):
 
     def _regrid(self, plan: Plan, last: int) -> Plan:
         assert self.compress is not None
+        if last + 1 == plan.num_steps:
+            return plan  # the window ends at the data: nothing is left to re-grid
         num_after = max(1, int((plan.num_steps - last) * self.compress) - 1)
         index = torch.linspace(last + 1, plan.num_steps, num_after + 1, dtype=torch.float64)
         low = index.floor().long().clamp(max=plan.num_steps - 1)
@@ -221,9 +229,15 @@ class RandomWindow(Steps):
     stop: int | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"random_window needs size >= 1, got {self.size}; use steps=none to score nothing")
+
     def __call__(self, iteration: int, grid: Tensor, row_ids: Tensor) -> Plan:
         num = len(self.possible(len(grid) - 1))
-        start = int(torch.randint(num - self.size + 1, (1,), generator=generator("random_window", self.seed, iteration)))
+        start = int(
+            torch.randint(num - self.size + 1, (1,), generator=generator("random_window", self.seed, iteration))
+        )
         return _plan(grid, range(start, start + self.size))
 
     def possible(self, num_steps: int) -> range:
@@ -235,11 +249,8 @@ class RandomWindow(Steps):
 
 def _per_row_choice(name: str, seed: int, iteration: int, row_ids: Tensor, num: int, choose: int) -> Tensor:
     """`choose` distinct of `num` per row, (N, num) bool; a function of the row id, not of the batch."""
-    rows = []
-    for row in row_ids.tolist():
-        order = torch.randperm(num, generator=generator(name, seed, iteration, row))
-        rows.append(torch.zeros(num, dtype=torch.bool).index_fill_(0, order[:choose], True))
-    return torch.stack(rows)
+    order = noise(Key(seed, name, iteration), row_ids.cpu(), (num,)).argsort(-1)
+    return torch.zeros(len(row_ids), num, dtype=torch.bool).scatter_(1, order[:, :choose], True)
 
 
 @dataclass(frozen=True)

@@ -109,11 +109,12 @@ class DiT(VelocityField):
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         """The word embeddings and their positions."""
-        return [self.word.weight, self.word_position]
+        return [*self.word.parameters(), self.word_position]
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The weights of the blocks' linear layers, which Muon trains."""
-        return [m.weight for m in self.blocks.modules() if isinstance(m, nn.Linear)]
+        layers = [m for m in self.blocks.modules() if isinstance(m, nn.Linear)]
+        return [p for layer in layers for p in layer.parameters() if p.ndim == 2]
 
     def forward(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
         """Velocity (N, *D), in at least float32, at x (N, *D) and t (N,); dt is ignored."""

@@ -38,9 +38,16 @@ class MLPField(VelocityField):
     """v(x, t, dt | obs) with vector observations (N, obs_dim); `average` reads dt as well."""
 
     def __init__(
-        self, obs_dim: int, event_shape: Sequence[int], width: int = 128, depth: int = 2, average: bool = False
+        self,
+        obs_dim: int,
+        event_shape: Sequence[int],
+        width: int = 128,
+        depth: int = 2,
+        average: bool = False,
     ):
         super().__init__()
+        self.args = {"obs_dim": obs_dim, "event_shape": list(event_shape), "width": width, "depth": depth}
+        self.args |= {"average": average}
         self.event_shape, self.num_features, self.uses_dt = tuple(event_shape), obs_dim, average
         dim, self.time = math.prod(event_shape), TimeFeatures()
         extra = 16 * (2 if average else 1)

@@ -78,7 +78,11 @@ class GroupAdvantage:
         alive = rollout.weight[0]
         if rollout.reward_weights:
             scale = sum(abs(w) for w in rollout.reward_weights.values())
-            parts = [(w / scale, self._returns(rollout, rollout.reward_parts[n])) for n, w in rollout.reward_weights.items() if w]
+            parts = [
+                (w / scale, self._returns(rollout, rollout.reward_parts[n]))
+                for n, w in rollout.reward_weights.items()
+                if w
+            ]
         else:
             parts = [(1.0, self._returns(rollout, rollout.reward))]
         advantage, spread = torch.zeros_like(alive), torch.zeros_like(alive, dtype=torch.bool)

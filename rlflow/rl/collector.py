@@ -41,7 +41,13 @@ class Collector:
             raise ValueError(f"the environment has {env.num_envs} rows, the groups of this process {groups.num_rows}")
         if tuple(env.action_shape) != tuple(policy.event_shape):
             raise ValueError(f"the policy makes {policy.event_shape}, the environment takes {env.action_shape}")
-        self.env, self.policy, self.likelihood, self.steps, self.groups = env, policy, likelihood, steps, groups
+        self.env, self.policy, self.likelihood, self.steps, self.groups = (
+            env,
+            policy,
+            likelihood,
+            steps,
+            groups,
+        )
         self.seed, self.horizon, self.mode, self.sample_with = seed, horizon, mode, sample_with
         self.shared_noise = shared_noise
         # only rows of one group share an observation, and only while an episode has just begun

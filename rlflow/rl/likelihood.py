@@ -39,7 +39,9 @@ class ChainLikelihood:
     def record(self, policy: FlowPolicy, cond: Cond, chain: Chain) -> Evidence:
         """Evidence (N, R, ...) of a sampled chain; no network call."""
         if chain.t.shape[1] == 0:
-            raise ValueError("the chain likelihood needs scored steps: this plan has none (steps=all_but_last, window, ...)")
+            raise ValueError(
+                "the chain likelihood needs scored steps: this plan has none (steps=all_but_last, window, ...)"
+            )
         old = Gaussian(chain.mean, chain.std)
         log_prob = self._log_prob(old, chain.x_next)
         valid = torch.ones_like(chain.t, dtype=torch.bool)

@@ -40,7 +40,11 @@ class Optimizer:
             raise ValueError("nothing to train: no parameter has requires_grad")
         self.config, self.parameters = config, list(parameters)
         self.adam = torch.optim.AdamW(
-            self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, eps=config.eps
+            self.parameters,
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            eps=config.eps,
         )
         self.steps, self.skipped, self.bad_in_a_row, self.progress = 0, 0, 0, 0.0
 

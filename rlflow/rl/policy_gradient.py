@@ -19,13 +19,14 @@ from rlflow import dist
 from rlflow.flow.noise import generator
 from rlflow.flow.policy import FlowPolicy
 from rlflow.rl import losses
-from rlflow.rl.advantages import GAE, Advantages, GroupAdvantage
+from rlflow.rl.advantages import GAE, GroupAdvantage
+from rlflow.rl.batch import Batch, Meter, Pairs
 from rlflow.rl.critic import Critic
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihood import ChainLikelihood, Score
 from rlflow.rl.losses import weighted_sum
 from rlflow.rl.optim import AdamW, Optimizer
-from rlflow.types import Cond, Evidence, Rollout, tree_map
+from rlflow.types import Evidence, Rollout
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ class PolicyGradient:
         if guard and likelihood.joint:
             raise ValueError("GRPO-Guard re-scales each denoising step's ratio: use likelihood.joint=false with it")
         if isinstance(advantage, GroupAdvantage) and groups.group_size < 2:
-            raise ValueError("a group of 1 has no group advantage: set group_size >= 2, or use advantage=gae (a critic)")
+            raise ValueError(
+                "a group of 1 has no group advantage: set group_size >= 2, or use advantage=gae (a critic)"
+            )
         self.policy, self.likelihood, self.advantage, self.groups = policy, likelihood, advantage, groups
         self.clip_low, self.clip_high = clip_low, clip_low if clip_high is None else clip_high
         self.epochs, self.num_minibatches, self.micro_batch = epochs, num_minibatches, micro_batch
@@ -86,8 +89,8 @@ class PolicyGradient:
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Improve the policy on one rollout; returns metrics."""
         assert rollout.evidence is not None
-        batch = _Batch(self, rollout)
-        log = _Log()
+        batch = self._prepare(rollout)
+        log = Meter()
         stop = False
         for epoch in range(self.epochs):
             for index, rows in enumerate(self._minibatches(rollout, epoch)):
@@ -98,6 +101,15 @@ class PolicyGradient:
                 break
         self.iteration += 1
         return log.metrics() | batch.metrics() | {"policy/early_stop": float(stop)} | self._counters()
+
+    @torch.no_grad()
+    def _prepare(self, rollout: Rollout) -> Batch:
+        """Advantages, and the reference means where a KL term needs them: once per iteration."""
+        batch = Batch(self.policy, rollout)
+        batch.set_advantages(self.advantage(rollout, *self.values(rollout, batch.cond)))
+        if self.kl.beta:
+            batch.evidence = self.likelihood.with_reference(self.policy, batch.cond, batch.evidence, self.micro_batch)
+        return batch
 
     def _counters(self) -> dict[str, float]:
         return {
@@ -111,11 +123,11 @@ class PolicyGradient:
         uniform = torch.rand(shape, generator=generator("minibatch", self.seed, self.iteration, epoch))
         return self.groups.minibatches(shape[0], self.num_minibatches, uniform)
 
-    def _diverged(self, log: _Log) -> bool:
+    def _diverged(self, log: Meter) -> bool:
         """KL early stop; the decision is the same on every rank because its inputs are global sums."""
         return self.target_kl is not None and log.last_approx_kl > self.target_kl
 
-    def _minibatch(self, batch: _Batch, rows: Tensor, log: _Log, first: bool) -> None:
+    def _minibatch(self, batch: Batch, rows: Tensor, log: Meter, first: bool) -> None:
         """One optimiser step on `rows` (M,)."""
         self.optimizer.zero_grad()
         log.begin(batch.denominator(rows), first)
@@ -126,7 +138,7 @@ class PolicyGradient:
         self.policy.weights.blend("ema", blend)
         self._critic_step(batch, rows, log)
 
-    def _micro_batches(self, batch: _Batch, rows: Tensor) -> Iterator[tuple[_Pairs, Tensor | None]]:
+    def _micro_batches(self, batch: Batch, rows: Tensor) -> Iterator[tuple[Pairs, Tensor | None]]:
         """Pieces of (row, column) pairs of one network pass each.
 
         Whole rows where R fits. A joint ratio that does not fit is scored first without gradient;
@@ -135,26 +147,26 @@ class PolicyGradient:
         r = batch.num_columns
         if r <= self.micro_batch:
             for part in rows.split(max(1, self.micro_batch // r)):
-                yield _Pairs(part, None), None
+                yield Pairs(part, None), None
             return
         grid = torch.cartesian_prod(rows, torch.arange(r, device=rows.device))
-        pairs = [_Pairs(p[:, 0], p[:, 1]) for p in grid.split(self.micro_batch)]
+        pairs = [Pairs(p[:, 0], p[:, 1]) for p in grid.split(self.micro_batch)]
         if not self.likelihood.joint:
             yield from ((p, None) for p in pairs)
             return
         with torch.no_grad():
             log_prob = torch.cat([self._score(batch, p)[0].log_prob for p in pairs]).reshape(-1, r)
         leaf = log_prob.requires_grad_()
-        everything = _Pairs(rows, None)
+        everything = Pairs(rows, None)
         surrogate = self._surrogate(leaf, None, batch.evidence_of(everything), batch.advantage[rows])
         (c,) = torch.autograd.grad(weighted_sum(surrogate, batch.pair_weight(everything, joint=True)), leaf)
         yield from zip(pairs, c.reshape(-1, 1).split(self.micro_batch), strict=True)
 
-    def _score(self, batch: _Batch, pairs: _Pairs) -> tuple[Score, Evidence]:
+    def _score(self, batch: Batch, pairs: Pairs) -> tuple[Score, Evidence]:
         evidence = batch.evidence_of(pairs)
         return self.likelihood.score(self.policy, batch.cond(pairs.rows), evidence), evidence
 
-    def _backward(self, batch: _Batch, pairs: _Pairs, coefficients: Tensor | None, log: _Log) -> None:
+    def _backward(self, batch: Batch, pairs: Pairs, coefficients: Tensor | None, log: Meter) -> None:
         score, evidence = self._score(batch, pairs)
         advantage = batch.advantage[pairs.rows]
         weight = batch.pair_weight(pairs, joint=False)
@@ -192,7 +204,7 @@ class PolicyGradient:
 
     def _record(
         self,
-        log: _Log,
+        log: Meter,
         score: Score,
         evidence: Evidence,
         advantage: Tensor,
@@ -216,7 +228,7 @@ class PolicyGradient:
 
     # -- critic -----------------------------------------------------------------------------------
 
-    def _critic_step(self, batch: _Batch, rows: Tensor, log: _Log) -> None:
+    def _critic_step(self, batch: Batch, rows: Tensor, log: Meter) -> None:
         if self.critic is None or self.critic_optimizer is None:
             return
         assert batch.returns is not None
@@ -263,130 +275,3 @@ class PolicyGradient:
         if self.critic is not None and self.critic_optimizer is not None:
             self.critic.load_state_dict(state["critic"])
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """Rows (M,) with all their columns, or with one column each (M,)."""
-
-    rows: Tensor
-    columns: Tensor | None
-
-
-class _Batch:
-    """One rollout, flattened to N rows, with its advantages and (if asked for) reference means."""
-
-    def __init__(self, learner: PolicyGradient, rollout: Rollout):
-        self.policy, self.rollout, self.joint = learner.policy, rollout, learner.likelihood.joint
-        self.obs = None if rollout.cond is not None else rollout.flat(rollout.obs)
-        assert rollout.evidence is not None
-        self.evidence = rollout.evidence
-        self.num_columns = self.evidence.t.shape[1]
-        with torch.no_grad():
-            out: Advantages = learner.advantage(rollout, *learner.values(rollout, self.cond))
-        self.advantage = out.advantage.reshape(-1, 1)
-        self.row_weight = out.weight.reshape(-1)
-        self.row_alive = rollout.weight.reshape(-1)
-        self.returns = None if out.returns is None else out.returns.reshape(-1)
-        if learner.kl.beta:
-            self.evidence = learner.likelihood.with_reference(
-                self.policy, self.cond, self.evidence, learner.micro_batch
-            )
-
-    def cond(self, rows: Tensor) -> Cond:
-        """Cond of rows (M,): kept from the rollout when the encoder is frozen, else encoded now."""
-        if self.rollout.cond is not None:
-            return self.rollout.cond.index(rows)
-        unique, inverse = torch.unique(rows, return_inverse=True) if rows.numel() > 1 else (rows, rows * 0)
-        return self.policy.encode(tree_map(lambda v: v[unique], self.obs)).index(inverse)
-
-    def evidence_of(self, pairs: _Pairs) -> Evidence:
-        """(M, R, ...) of whole rows or (M, 1, ...) of single pairs."""
-        if pairs.columns is None:
-            return self.evidence.index(pairs.rows)
-        return self.evidence.pairs(pairs.rows, pairs.columns)
-
-    def _valid(self, pairs: _Pairs) -> Tensor:
-        valid = self.evidence.valid[pairs.rows]
-        return valid if pairs.columns is None else valid.gather(1, pairs.columns.unsqueeze(1))
-
-    def pair_weight(self, pairs: _Pairs, joint: bool) -> Tensor:
-        """(M, R) weights of pairs with a usable advantage; (M, 1) for joint ratios."""
-        weight = self.row_weight[pairs.rows].unsqueeze(1)
-        return weight if joint else weight * self._valid(pairs)
-
-    def alive(self, pairs: _Pairs) -> Tensor:
-        """(M, R) weights of every sampled pair, zero advantage or not: what the KL term averages over."""
-        return self.row_alive[pairs.rows].unsqueeze(1) * self._valid(pairs)
-
-    def denominator(self, rows: Tensor) -> Tensor:
-        """Global sums (3,): pair weights, joint weights, alive pairs."""
-        everything = _Pairs(rows, None)
-        local = [self.pair_weight(everything, False), self.pair_weight(everything, True), self.alive(everything)]
-        return dist.all_sum(torch.stack([w.sum() for w in local]))
-
-    def metrics(self) -> dict[str, float]:
-        """Share of rows that took part, and the size of their advantages; over all ranks."""
-        used = (self.row_weight > 0).to(self.row_alive.dtype)
-        masked = (self.row_alive == 0).to(used.dtype)
-        size = weighted_sum(self.advantage[:, 0].abs(), self.row_weight)
-        sums = torch.stack([used.sum(), masked.sum(), size, self.row_weight.sum(), torch.ones_like(used).sum()])
-        used_sum, masked_sum, size_sum, weight_sum, total = dist.all_sum(sums).tolist()
-        return {
-            "advantage/used_frac": used_sum / total,
-            "advantage/abs_mean": size_sum / max(weight_sum, 1e-12),
-            "rollout/masked_frac": masked_sum / total,
-        }
-
-
-class _Log:
-    """Sums of per-micro-batch numbers, kept on the device; reduced over ranks once per optimiser step."""
-
-    def __init__(self) -> None:
-        self.history: list[dict[str, float]] = []
-        self.last_approx_kl = 0.0
-        self.first: Tensor | None = None
-        self.first_by_step: Tensor | None = None
-
-    def begin(self, sums: Tensor, first: bool) -> None:
-        self.sums, self.values, self.extras = sums, {}, {}
-        self.alive, self.is_first = sums[2].clamp(min=1e-12), first
-
-    def denominator(self, joint: bool) -> Tensor:
-        return self.sums[1 if joint else 0].clamp(min=1e-12)
-
-    def add(self, name: str, value: Tensor) -> None:
-        value = value.detach()
-        self.values[name] = self.values[name] + value if name in self.values else value
-
-    def extra(self, name: str, value: Tensor) -> None:
-        self.history[-1][name] = float(dist.all_sum(value))
-
-    def first_ratio(self, diff: Tensor) -> None:
-        """Largest |log ratio| before any weight has changed, per column."""
-        if self.is_first:
-            worst = diff.abs().amax(0)
-            same = self.first_by_step is not None and self.first_by_step.shape == worst.shape
-            self.first_by_step = torch.maximum(self.first_by_step, worst) if same else worst
-            top = worst.max()
-            self.first = top if self.first is None else torch.maximum(self.first, top)
-
-    def end(self, grad_norm: float) -> None:
-        names = list(self.values)
-        summed = dist.all_sum(torch.stack([self.values[n].double() for n in names])).tolist()
-        row = dict(zip(names, summed, strict=True)) | {"optim/grad_norm": grad_norm}
-        self.last_approx_kl = row["policy/approx_kl"]
-        self.history.append(row)
-
-    def metrics(self) -> dict[str, float]:
-        """Means over the iteration's optimiser steps, and the first log-ratio."""
-        names = {n for row in self.history for n in row}
-        out = {}
-        for name in sorted(names):
-            seen = [row[name] for row in self.history if name in row and row[name] == row[name]]
-            out[name] = sum(seen) / len(seen) if seen else float("nan")
-        assert self.first is not None and self.first_by_step is not None
-        out["policy/first_log_ratio_max"] = float(dist.all_max(self.first))
-        for k, worst in enumerate(self.first_by_step.tolist()):
-            out[f"policy/first_log_ratio/{k}"] = worst
-        return out

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from itertools import islice
+from typing import TypeVar
 
 import torch
 import torch.nn as nn
@@ -22,12 +23,13 @@ from rlflow.flow.matching import Coupling, cfm_loss, independent
 from rlflow.flow.path import expand
 from rlflow.types import Cond, Tree
 
+Field = TypeVar("Field", bound=VelocityField)
 Progress = Callable[[int, float, VelocityField], None]
 """(steps done, loss of the last one, averaged field) -> None."""
 
 
 def pretrain(
-    field: VelocityField,
+    field: Field,
     batches: Iterable[tuple[Tensor, Tree]],
     *,
     steps: int,
@@ -42,7 +44,7 @@ def pretrain(
     seed: int = 0,
     autocast: bool = True,
     progress: Progress | None = None,
-) -> VelocityField:
+) -> Field:
     """Train `field` in place on `batches` of (data (N, *D), observation); returns its weight average.
 
     `hidden` names the matrices for Muon; `drop` is the share of rows whose condition is hidden from the
@@ -61,8 +63,9 @@ def pretrain(
         field.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(field.parameters(), 1.0)
-        for part in (*optimizers, *schedules):
-            part.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         # a young average forgets its random start fast
         update_average(averaged, field, min(average, (step + 1) / (step + 10)))
         if progress is not None:
@@ -79,9 +82,7 @@ def _optimizers(
     if rest:
         optimizers.append(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0))
     if hidden:
-        optimizers.append(
-            torch.optim.Muon(hidden, lr=muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-        )
+        optimizers.append(torch.optim.Muon(hidden, lr=muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 

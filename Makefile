@@ -1,0 +1,88 @@
+# Two commands do everything on a fresh machine with Python 3.11 or newer:
+#   make demo    train the demo and say where its report is
+#   make test    the fast test suite
+# Variables: PYTHON=python3.12   PIP_ARGS="--index-url URL"   RECIPE=t2i_mixgrpo RUN=runs/mine ARGS="seed=1"
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+PIP_ARGS ?=
+RECIPE ?= t2i_flow_grpo_fast
+RUN ?= runs/demo
+ARGS ?=
+WORKERS ?= 2
+TYPED := build/typed
+
+# constraints.txt on every install: the tested versions, torch above all (a newer one may bring gigabytes of CUDA)
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+
+.PHONY: help demo test test-all check types format wheel-smoke clean
+
+help:
+	@echo "make demo         make $(VENV), install, run recipe $(RECIPE), print where the report is"
+	@echo "make test         make $(VENV), install with the extras [image,dev], run the fast tests"
+	@echo "make test-all     the slow tests too"
+	@echo "make check        ruff check, ruff format --check, mypy on a normal install"
+	@echo "make format       let ruff fix and format"
+	@echo "make wheel-smoke  build the wheel and use it outside the repository"
+	@echo "make clean        remove $(VENV), builds and caches (runs/ stays)"
+
+# --- the environment: stamps make an install run only when pyproject.toml or constraints.txt changed ---
+
+$(BIN)/python:
+	@found=; for p in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	  if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$p; break; fi; done; \
+	if [ -z "$$found" ]; then echo "rlflow needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; fi; \
+	echo "making $(VENV) with $$found"; $$found -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "$$found makes no virtual environment: install its venv module (python3-venv)" >&2; exit 1; }
+
+$(VENV)/.installed-core: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing rlflow"
+	@$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing rlflow[image,dev]"
+	@$(INSTALL) -e '.[image,dev]'
+	@touch $@ $(VENV)/.installed-core
+
+# --- the two commands ---
+
+demo: $(VENV)/.installed-core
+	$(BIN)/rlflow train $(RECIPE) --run $(RUN) $(ARGS)
+	@echo "Report: $(abspath $(RUN))/report.html"
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) $(ARGS)
+
+# --- for developers ---
+
+test-all: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory types
+
+# The editable install reaches envs/, rewards/ and configs/ by an import hook, which a type checker cannot follow: check a normal one.
+types: $(VENV)/.installed-dev
+	@rm -rf build/lib build/bdist.* $(TYPED)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TYPED) .
+	@cd $(TYPED) && MYPYPATH=. ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p rlflow \
+	  | sed -E -e 's#^rlflow/(envs|rewards|configs)/#\1/#'
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel-smoke: $(VENV)/.installed-dev
+	scripts/wheel_smoke.sh
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,269 @@
+"""Rewards: plain functions called with the columns their signature names, composed into one number per row.
+
+    total_n = sum_k w_k z_kn        z = score, or (score - mean_k) / std_k with normalize="reward"
+
+A score that could not be had (None, nan, inf, an exception, a timeout, a wrong length) is masked and counted.
+It is never zero: a zero enters the group's mean and teaches the policy something. MixGRPO (arXiv:2507.21802)
+sums per-reward *advantages* instead: normalize="advantage" leaves the scores as they are for the learner,
+which normalises every column and calls `RewardSet.combine`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlflow.rewards.calls import Deadline
+
+log = logging.getLogger(__name__)
+
+Scores = Tensor | NDArray[Any] | Sequence[float | None]
+"""(N,) numbers; None or nan where there is no score."""
+Normalize = Literal["none", "reward", "advantage"]
+MAX_WARNINGS = 20
+
+
+def to_uint8(images: Tensor) -> NDArray[np.uint8]:
+    """(N, 3, H, W) in [0, 1] to (N, H, W, 3) uint8 on the host; nan becomes 0 (RewardSet masks such rows)."""
+    images = images.detach().float().nan_to_num(0.0).clamp(0, 1)
+    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def column_names(fn: Callable[..., Any]) -> tuple[str, ...]:
+    """The columns `fn` reads: its parameters without a default; those with one are options, never filled."""
+    columns = []
+    for name, p in inspect.signature(fn).parameters.items():
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY):
+            raise ValueError(f"reward function {fn!r}: parameter {p} names no column; write plain parameters")
+        if p.default is p.empty:
+            columns.append(name)
+    return tuple(columns)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A named reward function with its weight (0: logged only) and its time limit in seconds per batch."""
+
+    name: str
+    fn: Callable[..., Scores | None]
+    weight: float = 1.0
+    timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w+", self.name):
+            raise ValueError(f"reward name {self.name!r}: use letters, digits, _ (it names a metric)")
+        if not math.isfinite(self.weight):
+            raise ValueError(f"reward {self.name!r}: weight must be finite, got {self.weight}")
+        if not self.timeout_s > 0:
+            raise ValueError(f"reward {self.name!r}: timeout_s must be positive, got {self.timeout_s}")
+        if not self.columns:
+            raise ValueError(f"reward {self.name!r} reads no column: name its parameters images, prompt, ...")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns the function reads."""
+        return column_names(self.fn)
+
+
+def as_scores(value: Scores | None, num_rows: int) -> Tensor:
+    """(N,) float32 on the host, nan for None, nan and inf; ValueError on a wrong length or shape."""
+    if value is None:
+        return torch.full((num_rows,), torch.nan)
+    if isinstance(value, Tensor):
+        scores = value.detach().to("cpu", torch.float32)
+    else:
+        scores = torch.tensor([math.nan if v is None else float(v) for v in value], dtype=torch.float32)
+    if scores.shape != (num_rows,):
+        raise ValueError(f"returned shape {tuple(scores.shape)} for {num_rows} rows, must be ({num_rows},)")
+    return torch.where(scores.isfinite(), scores, torch.nan)
+
+
+def masked_moments(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased std of the entries that are not nan, in float64; 0 and 0 when there is none."""
+    valid = ~scores.isnan()
+    x = torch.where(valid, scores, 0).double()
+    count = valid.sum().clamp(min=1)
+    mean = x.sum() / count
+    centred = torch.where(valid, x - mean, 0)
+    return mean, (centred.square().sum() / count).sqrt()
+
+
+def standardise(scores: Tensor, population: Tensor | None = None) -> Tensor:
+    """(scores - mean) / std of `population` (default: scores); 0 when it is constant; nan stays nan."""
+    mean, std = masked_moments(scores if population is None else population)
+    centred = scores.double() - mean
+    constant = std <= 1e-6 * mean.abs()  # rounding of one repeated number; an epsilon would break invariance
+    z = torch.where(constant, torch.zeros_like(centred), centred / torch.where(constant, 1, std))
+    return torch.where(scores.isnan(), torch.nan, z.float())
+
+
+@dataclass
+class _Meter:
+    """What one reward did since the last `metrics()`."""
+
+    rows: int = 0
+    masked: int = 0
+    errors: int = 0
+    seconds: float = 0.0
+    sum: float = 0.0
+    sum_sq: float = 0.0
+
+    def add(self, scores: Tensor, seconds: float) -> None:
+        valid = ~scores.isnan()
+        x = torch.where(valid, scores, 0).double()
+        self.rows += len(scores)
+        self.masked += int((~valid).sum())
+        self.seconds += seconds
+        self.sum += float(x.sum())
+        self.sum_sq += float(x.square().sum())
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        count = self.rows - self.masked
+        out = {f"{prefix}/masked_frac": self.masked / max(1, self.rows), f"{prefix}/seconds": self.seconds}
+        if count:  # a mean of nothing is left out, not zero
+            mean = self.sum / count
+            out[f"{prefix}/mean"] = mean
+            out[f"{prefix}/std"] = math.sqrt(max(0.0, self.sum_sq / count - mean**2))
+        if self.errors:
+            out[f"{prefix}/errors"] = float(self.errors)
+        return out
+
+
+@dataclass
+class RewardSet:
+    """Several rewards over one batch; see the head of the file.
+
+    `masked` and `errors` count rows without a score and failed calls over the set's life, `seconds` the time
+    spent, `last_error` keeps the last message; all by reward name. `metrics()` reports since its last call.
+    One batch is scored at a time (a lock): the functions need not be thread-safe, save against a call of
+    their own that outlived its deadline.
+    """
+
+    rewards: Sequence[Reward]
+    normalize: Normalize = "none"
+    masked: dict[str, int] = field(init=False)
+    errors: dict[str, int] = field(init=False)
+    seconds: dict[str, float] = field(init=False)
+    last_error: dict[str, str] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [r.name for r in self.rewards]
+        if not names:
+            raise ValueError("a RewardSet needs at least one reward")
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise ValueError(f"reward names must differ, {twice} occur twice")
+        if self.normalize not in get_args(Normalize):
+            raise ValueError(f"normalize must be one of {get_args(Normalize)}, got {self.normalize!r}")
+        self.masked, self.errors = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+        self.seconds = dict.fromkeys(names, 0.0)
+        self._call = {r.name: Deadline(r.name, r.fn, r.timeout_s) for r in self.rewards}
+        self._meter = {n: _Meter() for n in names}
+        self._rows, self._invalid = 0, 0
+        self._warned: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of all columns the functions read, sorted."""
+        return tuple(sorted({c for r in self.rewards for c in r.columns}))
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight by reward name."""
+        return {r.name: r.weight for r in self.rewards}
+
+    def check_columns(self, available: Sequence[str]) -> None:
+        """ValueError naming the reward, the unknown column and the nearest known one."""
+        for r in self.rewards:
+            for name in set(r.columns) - set(available):
+                near = difflib.get_close_matches(name, list(available), n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"reward {r.name!r} reads column {name!r}, known: {sorted(available)}{hint}")
+
+    def compute(self, columns: Mapping[str, Any], num_rows: int) -> dict[str, Tensor]:
+        """Score a batch: name -> (N,) float32 on the host, nan where there is no score."""
+        self.check_columns(list(columns))
+        finite = _finite_rows(columns.get("images"), num_rows)
+        with self._lock:
+            return {r.name: self._score(r, columns, finite) for r in self.rewards}
+
+    def _score(self, r: Reward, columns: Mapping[str, Any], finite: Tensor) -> Tensor:
+        num_rows, start = len(finite), time.perf_counter()
+        try:
+            scores = as_scores(self._call[r.name]({c: columns[c] for c in r.columns}), num_rows)
+        except Exception as error:  # whatever user code raises: the batch has no score, training goes on
+            scores = torch.full((num_rows,), torch.nan)
+            self._failed(r.name, f"{type(error).__name__}: {error}", num_rows)
+        scores = torch.where(finite, scores, torch.nan)
+        spent = time.perf_counter() - start
+        self.masked[r.name] += int(scores.isnan().sum())
+        self.seconds[r.name] += spent
+        self._meter[r.name].add(scores, spent)
+        return scores
+
+    def _failed(self, name: str, message: str, num_rows: int) -> None:
+        self.errors[name] += 1
+        self._meter[name].errors += 1
+        self.last_error[name] = message
+        kind = (name, re.sub(r"\d+", "#", message))  # the same error with other numbers is not news
+        if kind not in self._warned and len(self._warned) < MAX_WARNINGS:
+            self._warned.add(kind)
+            log.warning("reward %r failed, %d rows masked (said once per error): %s", name, num_rows, message)
+
+    def combine(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Weighted sum (N,) of per-reward columns, nan where invalid, and valid (N,): no part is nan."""
+        weighted = [r for r in self.rewards if r.weight != 0]
+        if not weighted:
+            raise ValueError("every reward has weight 0: give at least one a weight")
+        stacked = torch.stack([parts[r.name].float() for r in weighted])
+        weights = torch.tensor([r.weight for r in weighted], device=stacked.device).unsqueeze(1)
+        valid = ~stacked.isnan().any(0)
+        total = (weights * torch.where(stacked.isnan(), 0, stacked)).sum(0)
+        return torch.where(valid, total, torch.nan), valid
+
+    def total(
+        self, scores: Mapping[str, Tensor], population: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Reward (N,) and valid (N,) bool.
+
+        `population` holds the scores from which normalize="reward" takes its mean and std when `scores`
+        is only a part of them (a micro-batch, one rank).
+        """
+        if self.normalize == "reward":
+            whole = scores if population is None else population
+            scores = {n: standardise(scores[n], whole[n]) for n in self.weights}
+        reward, valid = self.combine(scores)
+        self._rows += len(valid)
+        self._invalid += int((~valid).sum())
+        return reward, valid
+
+    def metrics(self) -> dict[str, float]:
+        """reward/<name>/{mean,std,masked_frac,seconds,errors} and reward/masked_frac since the last call."""
+        out: dict[str, float] = {}
+        for name, meter in self._meter.items():
+            out |= meter.metrics(f"reward/{name}")
+        if self._rows:
+            out["reward/masked_frac"] = self._invalid / self._rows
+        self._meter = {n: _Meter() for n in self._meter}
+        self._rows, self._invalid = 0, 0
+        return out
+
+
+def _finite_rows(images: Any, num_rows: int) -> Tensor:
+    """(N,) bool: False where an image holds nan or inf, which no function may judge."""
+    if not isinstance(images, Tensor):
+        return torch.ones(num_rows, dtype=torch.bool)
+    return images.detach().isfinite().flatten(1).all(1).cpu()

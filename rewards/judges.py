@@ -1,0 +1,135 @@
+"""Held-out judges: what no reward sees, logged beside the reward so that reward hacking shows.
+
+`cnn_judge` is a small network trained on true renders (scripts/train_judge.py) that shares nothing with the
+verifier of shapes.py but the captions. For every one of the 18 things (colour, shape) it predicts a density
+over an 8 x 8 map whose sum is how many there are, and for every colour a map of where it is, from which a
+learned layer tells the relation. `diversity` and `base_distance` are root-mean-square differences of pixel
+values in [0, 1].
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+import rlflow
+from rlflow.envs.scenes import COLORS, RELATIONS, SHAPES, Scene, Thing, parse
+from rlflow.rewards.memory import BatchMemory
+
+SIZE = 32
+THINGS = tuple(Thing(color, shape) for color in COLORS for shape in SHAPES)
+JUDGE_FOLDER = Path(rlflow.__file__).parent / "assets" / "judge"
+
+
+def _block(inputs: int, outputs: int, kernel: int, stride: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2), nn.GroupNorm(4, outputs), nn.SiLU()
+
+
+class SceneCNN(nn.Module):
+    """Counts of the 18 things and, for any two colours, the relation of the first to the second."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        wide = 3 * width
+        self.trunk = nn.Sequential(
+            *_block(3, width, 5, 2),
+            *_block(width, 2 * width, 3, 1),
+            *_block(2 * width, wide, 3, 2),
+            *_block(wide, wide, 3, 1),
+        )
+        self.density = nn.Conv2d(wide, len(THINGS), 1)
+        self.where = nn.Conv2d(wide, len(COLORS), 1)
+        self.relation = nn.Linear(2, len(RELATIONS))
+        nn.init.constant_(self.density.bias, -5.0)  # softplus(-5) * 64 cells = .4: starts near "nothing there"
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (N, 3, 32, 32) in [0, 1] to counts (N, 18) and places (N, 6, 2), x and y in [-1, 1]."""
+        h = self.trunk(2 * images - 1)
+        counts = F.softplus(self.density(h)).sum((2, 3))
+        share = self.where(h).flatten(2).softmax(-1)
+        axis = torch.linspace(-1, 1, h.shape[-1], device=h.device)
+        grid = torch.stack([axis.repeat(len(axis)), axis.repeat_interleave(len(axis))], -1)
+        return counts, share @ grid
+
+    def relation_logits(self, places: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """(N, 4) logits over RELATIONS of colour `first` (N,) to colour `second` (N,)."""
+        rows = torch.arange(len(places), device=places.device)
+        return self.relation(places[rows, second] - places[rows, first])
+
+
+def thing_counts(scene: Scene) -> Tensor:
+    """(18,) how many of every thing the scene holds."""
+    counts = torch.zeros(len(THINGS))
+    for thing in scene.objects:
+        counts[THINGS.index(thing)] += 1
+    return counts
+
+
+@functools.cache
+def load_judge() -> SceneCNN:
+    """The network that ships with the package, in evaluation mode."""
+    config = json.loads((JUDGE_FOLDER / "config.json").read_text())
+    model = SceneCNN(**config["args"])
+    model.load_state_dict(load_file(JUDGE_FOLDER / "model.safetensors"))
+    return model.eval().requires_grad_(False)
+
+
+def _look(pixels: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    if images.shape[-2:] != (SIZE, SIZE):
+        images = F.interpolate(images, (SIZE, SIZE), mode="area")
+    with torch.no_grad():
+        parts = [load_judge()(part) for part in images.split(256)]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+memory = BatchMemory(_look)
+
+
+def verdicts(model: SceneCNN, counts: Tensor, places: Tensor, scenes: Sequence[Scene]) -> Tensor:
+    """(N,) bool: all 18 counts round to the scene's and the likeliest relation is the scene's."""
+    wanted = torch.stack([thing_counts(scene) for scene in scenes])
+    right = ((counts - wanted).abs() < 0.5).all(1)
+    related = [i for i, scene in enumerate(scenes) if scene.relation is not None]
+    if related:
+        names = list(COLORS)
+        first, second = (torch.tensor([names.index(scenes[i].things[k].color) for i in related]) for k in (0, 1))
+        target = torch.tensor([RELATIONS.index(scenes[i].relation or "") for i in related])
+        right[related] &= model.relation_logits(places[related], first, second).argmax(1) == target
+    return right
+
+
+def cnn_judge(images: Tensor, prompt: Sequence[str]) -> Tensor:
+    """(N,) 1 where the network sees exactly what the caption says, else 0; ValueError for a foreign caption."""
+    counts, places = memory(images)
+    return verdicts(load_judge(), counts, places, [parse(caption) for caption in prompt]).float()
+
+
+def diversity(images: Tensor, group: Tensor) -> Tensor:
+    """(N,) mean RMS pixel distance to the others of the row's group, in [0, 1]; nan for a group of one.
+
+    The mean over the rows of a group is its mean pairwise distance.
+    """
+    flat = images.detach().float().flatten(1)
+    out = torch.full((len(flat),), torch.nan)
+    for g in group.unique():
+        rows = (group == g).nonzero().flatten()
+        if len(rows) > 1:
+            distance = torch.cdist(flat[rows], flat[rows], compute_mode="donot_use_mm_for_euclid_dist")
+            out[rows.cpu()] = (distance.sum(1) / (len(rows) - 1) / flat.shape[1] ** 0.5).cpu()
+    return out
+
+
+def base_distance(images: Tensor, base_images: Tensor) -> Tensor:
+    """(N,) RMS pixel distance in [0, 1] to the un-tuned model's sample from the same noise."""
+    return (images.float() - base_images.float()).square().mean((1, 2, 3)).sqrt()

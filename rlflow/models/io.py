@@ -1,0 +1,55 @@
+"""Networks on disk: a folder with model.safetensors and config.json; no pickle, no code from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from rlflow import registry
+from rlflow.flow.field import VelocityField
+
+
+def embedded() -> list[str]:
+    """Names of the checkpoints shipped inside the package."""
+    root = resources.files("rlflow") / "assets"
+    return sorted(f.name for f in root.iterdir() if (f / "config.json").is_file() and f.name in registry.TABLE["policy"])
+
+
+def folder_of(name: str) -> Path:
+    """The folder of an embedded checkpoint's name or of a path."""
+    if name in embedded():
+        return Path(str(resources.files("rlflow") / "assets" / name))
+    path = Path(name)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"no checkpoint {name!r}: give a folder with config.json, or one of {embedded()}")
+    return path
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """config.json: {"model", "args", "made_by"}."""
+    return json.loads((folder_of(name) / "config.json").read_text(encoding="utf-8"))
+
+
+def load_field(name: str) -> VelocityField:
+    """The network of an embedded checkpoint or a folder; only registered model classes are built."""
+    config, folder = read_config(name), folder_of(name)
+    model = registry.find("model", config["model"])
+    field: VelocityField = model(**config["args"])
+    field.load_state_dict(load_file(folder / "model.safetensors"))
+    return field
+
+
+def save_field(field: VelocityField, folder: Path | str, made_by: dict[str, Any] | None = None) -> Path:
+    """Write a folder that `load_field` reads."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    known = {path: name for name, path in registry.TABLE["model"].items()}
+    name = known[f"{type(field).__module__}:{type(field).__qualname__}"]
+    save_file({k: v.contiguous() for k, v in field.state_dict().items()}, folder / "model.safetensors")
+    config = {"model": name, "args": field.args, "made_by": made_by or {}}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    return folder

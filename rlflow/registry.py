@@ -1,0 +1,179 @@
+"""Every component by kind and name, as text: nothing is imported before it is asked for.
+
+A component is any typed callable. Its parameters are its settings; `build` fills the ones the caller
+supplies (the policy, an event shape) and validates the rest. Code outside the package is named by a
+dotted path, "my_package.rewards:sharpness".
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+TABLE: dict[str, dict[str, str]] = {
+    "model": {
+        "dit": "rlflow.models.dit:DiT",
+        "mlp": "rlflow.models.mlp:MLPField",
+    },
+    "kernel": {
+        "flow_sde": "rlflow.flow.kernels:FlowSDE",
+        "constant_sde": "rlflow.flow.kernels:ConstantSDE",
+        "cps": "rlflow.flow.kernels:CPS",
+        "ancestral": "rlflow.flow.kernels:Ancestral",
+        "learned_noise": "rlflow.flow.kernels:LearnedNoise",
+    },
+    "solver": {
+        "euler": "rlflow.flow.solvers:Euler",
+        "heun": "rlflow.flow.solvers:Heun",
+        "midpoint": "rlflow.flow.solvers:Midpoint",
+        "fireflow": "rlflow.flow.solvers:FireFlow",
+        "dpm2m": "rlflow.flow.solvers:DPMSolver2M",
+    },
+    "grid": {
+        "uniform": "rlflow.flow.grid:Uniform",
+        "shifted": "rlflow.flow.grid:Shifted",
+        "sigmoid": "rlflow.flow.grid:Sigmoid",
+        "from_sigmas": "rlflow.flow.grid:FromSigmas",
+    },
+    "steps": {
+        "none": "rlflow.flow.steps:NoSteps",
+        "all": "rlflow.flow.steps:All",
+        "all_but_last": "rlflow.flow.steps:AllButLast",
+        "last_n": "rlflow.flow.steps:LastN",
+        "window": "rlflow.flow.steps:Window",
+        "random_window": "rlflow.flow.steps:RandomWindow",
+        "one_random": "rlflow.flow.steps:OneRandom",
+        "fraction": "rlflow.flow.steps:Fraction",
+    },
+    "guidance": {
+        "cfg": "rlflow.flow.guidance:CFG",
+        "cfg_zero": "rlflow.flow.guidance:CFGZero",
+    },
+    "likelihood": {"chain": "rlflow.rl.likelihood:ChainLikelihood"},
+    "advantage": {
+        "group": "rlflow.rl.advantages:GroupAdvantage",
+        "gae": "rlflow.rl.advantages:GAE",
+    },
+    "algorithm": {"policy_gradient": "rlflow.rl.policy_gradient:PolicyGradient"},
+    "env": {
+        "prompt": "rlflow.envs.prompt:PromptEnv",
+        "toy_image": "rlflow.envs.toy:ToyImage",
+        "toy_reach": "rlflow.envs.toy:ToyReach",
+    },
+    "reward": {
+        "shapes_strict": "rlflow.rewards.shapes:shapes_strict",
+        "shapes_soft": "rlflow.rewards.shapes:shapes_soft",
+        "ocr": "rlflow.rewards.ocr:ocr",
+        "ocr_exact": "rlflow.rewards.ocr:ocr_exact",
+        "jpeg_compressibility": "rlflow.rewards.jpeg:jpeg_compressibility",
+        "jpeg_incompressibility": "rlflow.rewards.jpeg:jpeg_incompressibility",
+        "brightness": "rlflow.rewards.colour:brightness",
+        "redness": "rlflow.rewards.colour:redness",
+        "cnn_judge": "rlflow.rewards.judges:cnn_judge",
+        "diversity": "rlflow.rewards.judges:diversity",
+        "base_distance": "rlflow.rewards.judges:base_distance",
+    },
+    "policy": {
+        "shapes": "rlflow/assets/shapes",
+        "words": "rlflow/assets/words",
+        "toy": "a small MLP from scratch, for the toy environments",
+    },
+}
+
+
+class UntrustedCodeError(ValueError):
+    """A dotted path was met where only registered names are allowed."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' or the list of what is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def find(kind: str, name: str, trust_code: bool = False) -> Callable[..., Any]:
+    """The component of a registered name, or of a dotted path when code is trusted."""
+    path = TABLE[kind].get(name)
+    if path is None:
+        if ":" not in name:
+            raise ValueError(f"unknown {kind} {name!r}{nearest(name, TABLE[kind])}")
+        if not trust_code:
+            raise UntrustedCodeError(f"{kind} {name!r} is code outside rlflow: pass --trust-code (trust_code=True) to run it")
+        path = name
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except AttributeError:
+        raise ValueError(f"{kind} {name!r}: module {module} has no {attribute!r}") from None
+
+
+def split_spec(kind: str, spec: Any) -> tuple[str, dict[str, Any]]:
+    """'name' or {'name': ..., setting: ...} to (name, settings)."""
+    if isinstance(spec, str):
+        return spec, {}
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
+        raise ValueError(f"{kind}: write a name, or name: ... with its settings, got {spec!r}")
+    return spec["name"], {k: v for k, v in spec.items() if k != "name"}
+
+
+def settings(component: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Parameters of a component, with annotations resolved to types."""
+    target = component.__init__ if inspect.isclass(component) else component
+    hints = typing.get_type_hints(target)
+    found = inspect.signature(component).parameters
+    return {n: p.replace(annotation=hints.get(n, Any)) for n, p in found.items()}
+
+
+def validate(kind: str, path: str, spec: Any, supplied: Iterable[str] = (), trust_code: bool = False) -> dict[str, Any]:
+    """Settings of `spec` with their types checked; ValueError names the full path and the nearest valid name.
+
+    `supplied` are parameters the program fills and a config may not set.
+    """
+    import pydantic
+
+    name, given = split_spec(path, spec)
+    parameters = settings(find(kind, name, trust_code))
+    allowed = {n: p for n, p in parameters.items() if n not in set(supplied)}
+    for key in given:
+        if key not in allowed:
+            raise ValueError(f"{path}.{key}: {name} has no such setting{nearest(key, allowed)}")
+    checked = {}
+    for key, p in allowed.items():
+        if key not in given:
+            if p.default is p.empty:
+                raise ValueError(f"{path}.{key}: {name} needs this setting")
+            continue
+        try:
+            checked[key] = pydantic.TypeAdapter(p.annotation).validate_json(json.dumps(given[key]), strict=True)
+        except (pydantic.ValidationError, TypeError) as error:
+            raise ValueError(f"{path}.{key}: {_reason(error)}, got {given[key]!r}") from None
+    return checked
+
+
+def _reason(error: Exception) -> str:
+    import pydantic
+
+    if not isinstance(error, pydantic.ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where + ': ' if where else ''}{first['msg']}"
+
+
+def build(kind: str, path: str, spec: Any, supplied: Mapping[str, Any] | None = None, trust_code: bool = False) -> Any:
+    """Make the component of `spec`; `supplied` values are passed where the component names them."""
+    supplied = supplied or {}
+    name, _ = split_spec(path, spec)
+    component = find(kind, name, trust_code)
+    checked = validate(kind, path, spec, supplied, trust_code)
+    mine = {k: v for k, v in supplied.items() if k in settings(component)}
+    try:
+        return component(**checked, **mine)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

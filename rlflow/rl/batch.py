@@ -1,0 +1,141 @@
+"""What one update works on: a flattened rollout, pieces of it, and a meter that sums over micro-batches and ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlflow import dist
+from rlflow.flow.policy import FlowPolicy
+from rlflow.rl.advantages import Advantages
+from rlflow.rl.losses import weighted_sum
+from rlflow.types import Cond, Evidence, Rollout, tree_map
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rows (M,) with all their columns, or with one column each (M,)."""
+
+    rows: Tensor
+    columns: Tensor | None
+
+
+class Batch:
+    """One rollout, flattened to N rows, with its advantages and (if asked for) reference means."""
+
+    def __init__(self, policy: FlowPolicy, rollout: Rollout):
+        assert rollout.evidence is not None
+        self.policy, self.rollout, self.evidence = policy, rollout, rollout.evidence
+        self.obs = None if rollout.cond is not None else rollout.flat(rollout.obs)
+        self.num_columns = self.evidence.t.shape[1]
+        self.row_alive = rollout.weight.reshape(-1)
+
+    def set_advantages(self, out: Advantages) -> None:
+        """Flatten (T, B) advantages and weights to rows."""
+        self.advantage = out.advantage.reshape(-1, 1)
+        self.row_weight = out.weight.reshape(-1)
+        self.returns = None if out.returns is None else out.returns.reshape(-1)
+
+    def cond(self, rows: Tensor) -> Cond:
+        """Cond of rows (M,): kept from the rollout when the encoder is frozen, else encoded now."""
+        if self.rollout.cond is not None:
+            return self.rollout.cond.index(rows)
+        unique, inverse = torch.unique(rows, return_inverse=True) if rows.numel() > 1 else (rows, rows * 0)
+        return self.policy.encode(tree_map(lambda v: v[unique], self.obs)).index(inverse)
+
+    def evidence_of(self, pairs: Pairs) -> Evidence:
+        """(M, R, ...) of whole rows or (M, 1, ...) of single pairs."""
+        if pairs.columns is None:
+            return self.evidence.index(pairs.rows)
+        return self.evidence.pairs(pairs.rows, pairs.columns)
+
+    def _valid(self, pairs: Pairs) -> Tensor:
+        valid = self.evidence.valid[pairs.rows]
+        return valid if pairs.columns is None else valid.gather(1, pairs.columns.unsqueeze(1))
+
+    def pair_weight(self, pairs: Pairs, joint: bool) -> Tensor:
+        """(M, R) weights of pairs with a usable advantage; (M, 1) for joint ratios."""
+        weight = self.row_weight[pairs.rows].unsqueeze(1)
+        return weight if joint else weight * self._valid(pairs)
+
+    def alive(self, pairs: Pairs) -> Tensor:
+        """(M, R) weights of every sampled pair, zero advantage or not: what the KL term averages over."""
+        return self.row_alive[pairs.rows].unsqueeze(1) * self._valid(pairs)
+
+    def denominator(self, rows: Tensor) -> Tensor:
+        """Global sums (3,): pair weights, joint weights, alive pairs."""
+        everything = Pairs(rows, None)
+        local = [
+            self.pair_weight(everything, False),
+            self.pair_weight(everything, True),
+            self.alive(everything),
+        ]
+        return dist.all_sum(torch.stack([w.sum() for w in local]))
+
+    def metrics(self) -> dict[str, float]:
+        """Share of rows that took part, and the size of their advantages; over all ranks."""
+        used = (self.row_weight > 0).to(self.row_alive.dtype)
+        masked = (self.row_alive == 0).to(used.dtype)
+        size = weighted_sum(self.advantage[:, 0].abs(), self.row_weight)
+        sums = torch.stack([used.sum(), masked.sum(), size, self.row_weight.sum(), torch.ones_like(used).sum()])
+        used_sum, masked_sum, size_sum, weight_sum, total = dist.all_sum(sums).tolist()
+        return {
+            "advantage/used_frac": used_sum / total,
+            "advantage/abs_mean": size_sum / max(weight_sum, 1e-12),
+            "rollout/masked_frac": masked_sum / total,
+        }
+
+
+class Meter:
+    """Sums of per-micro-batch numbers, kept on the device; reduced over ranks once per optimiser step."""
+
+    def __init__(self) -> None:
+        self.history: list[dict[str, float]] = []
+        self.last_approx_kl = 0.0
+        self.first: Tensor | None = None
+        self.first_by_step: Tensor | None = None
+
+    def begin(self, sums: Tensor, first: bool) -> None:
+        self.sums, self.values, self.extras = sums, {}, {}
+        self.alive, self.is_first = sums[2].clamp(min=1e-12), first
+
+    def denominator(self, joint: bool) -> Tensor:
+        return self.sums[1 if joint else 0].clamp(min=1e-12)
+
+    def add(self, name: str, value: Tensor) -> None:
+        value = value.detach()
+        self.values[name] = self.values[name] + value if name in self.values else value
+
+    def extra(self, name: str, value: Tensor) -> None:
+        self.history[-1][name] = float(dist.all_sum(value))
+
+    def first_ratio(self, diff: Tensor) -> None:
+        """Largest |log ratio| before any weight has changed, per column."""
+        if self.is_first:
+            worst = diff.abs().amax(0)
+            same = self.first_by_step is not None and self.first_by_step.shape == worst.shape
+            self.first_by_step = torch.maximum(self.first_by_step, worst) if same else worst
+            top = worst.max()
+            self.first = top if self.first is None else torch.maximum(self.first, top)
+
+    def end(self, grad_norm: float) -> None:
+        names = list(self.values)
+        summed = dist.all_sum(torch.stack([self.values[n].double() for n in names])).tolist()
+        row = dict(zip(names, summed, strict=True)) | {"optim/grad_norm": grad_norm}
+        self.last_approx_kl = row["policy/approx_kl"]
+        self.history.append(row)
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the iteration's optimiser steps, and the first log-ratio."""
+        names = {n for row in self.history for n in row}
+        out = {}
+        for name in sorted(names):
+            seen = [row[name] for row in self.history if name in row and row[name] == row[name]]
+            out[name] = sum(seen) / len(seen) if seen else float("nan")
+        assert self.first is not None and self.first_by_step is not None
+        out["policy/first_log_ratio_max"] = float(dist.all_max(self.first))
+        for k, worst in enumerate(self.first_by_step.tolist()):
+            out[f"policy/first_log_ratio/{k}"] = worst
+        return out

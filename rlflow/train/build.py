@@ -1,0 +1,160 @@
+"""From a Config to live objects; the only place that knows both."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlflow import dist, registry
+from rlflow.config import Config
+from rlflow.envs.prompts import Prompts, load_prompts
+from rlflow.flow.policy import FlowPolicy
+from rlflow.models.io import load_field
+from rlflow.models.mlp import MLPField
+from rlflow.rewards.base import Reward, RewardSet
+from rlflow.rl.collector import Collector
+from rlflow.rl.groups import Groups
+from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.optim import AdamW
+from rlflow.rl.policy_gradient import KL, PolicyGradient
+
+PRECISION = {"float32": None, "float64": None, "bfloat16": torch.bfloat16}
+
+
+def device() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def make_policy(config: Config, trust_code: bool = False) -> FlowPolicy:
+    """The un-tuned policy of a config, on this process's device."""
+    c = config.policy
+    field = _toy_field(config) if c.field == "toy" else load_field(c.field)
+    if c.grad_checkpointing:
+        field.grad_checkpointing = True
+    if c.precision == "float64":
+        field = field.double()
+    field = field.to(device())
+    shapes = {"num_features": field.num_features, "event_shape": tuple(field.event_shape)}
+    kernel = registry.build("kernel", "policy.kernel", c.kernel, shapes, trust_code)
+    kernel = kernel.to(device(), torch.float64 if c.precision == "float64" else torch.float32)
+    if c.guidance is not None:
+        field = registry.build("guidance", "policy.guidance", c.guidance, {"field": field}, trust_code)
+    policy = FlowPolicy(
+        field,
+        kernel,
+        solver=registry.build("solver", "policy.solver", c.solver, trust_code=trust_code),
+        grid=registry.build("grid", "policy.grid", c.grid, trust_code=trust_code),
+        num_steps=c.num_steps,
+        squash=torch.nn.Tanh() if c.squash == "tanh" else None,
+        autocast=PRECISION[c.precision],
+    )
+    steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
+    policy.check_steps(steps, c.max_kappa)
+    return policy
+
+
+def _toy_field(config: Config) -> MLPField:
+    env = registry.find("env", config.env.name)
+    torch.manual_seed(config.train.seed)
+    return MLPField(env.obs_dim, env.action_shape, width=64)
+
+
+def make_rewards(config: Config, trust_code: bool = False) -> RewardSet:
+    """The training rewards."""
+    c = config.reward
+    found = [Reward(_short(n), registry.find("reward", n, trust_code), w, c.timeout_s) for n, w in c.weights.items()]
+    return RewardSet(found, c.normalize)
+
+
+def make_judges(config: Config, trust_code: bool = False) -> RewardSet:
+    """The evaluation metrics under their display names."""
+    found = [Reward(n, registry.find("reward", r, trust_code), 1.0, 600.0) for n, r in config.eval.metrics.items()]
+    return RewardSet(found)
+
+
+def _short(name: str) -> str:
+    """Metric name of a reward: the function's own name for a dotted path."""
+    return name.rpartition(":")[2].rpartition(".")[2]
+
+
+def heldout_prompts(config: Config) -> Prompts:
+    """What evaluation uses: its own file, or the held-out split of the training world."""
+    return load_prompts(config.eval.prompts or config.env.prompts, "heldout")
+
+
+@dataclass
+class Parts:
+    """Everything a training loop holds."""
+
+    policy: FlowPolicy
+    collector: Collector
+    algorithm: PolicyGradient
+    groups: Groups
+
+
+def make_parts(config: Config, trust_code: bool = False) -> Parts:
+    """Policy, environment, collector and learner of this process."""
+    policy = make_policy(config, trust_code)
+    groups = Groups(config.env.num_groups, config.env.group_size, dist.rank(), dist.world())
+    env = _make_env(config, policy, groups, trust_code)
+    likelihood = ChainLikelihood(config.likelihood.reduce, config.likelihood.joint)
+    steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
+    collector = Collector(
+        env,
+        policy,
+        likelihood,
+        steps,
+        groups,
+        seed=config.train.seed,
+        horizon=env.horizon,
+        rows_per_call=config.env.rows_per_call,
+        shared_noise=config.env.shared_noise,
+    )
+    return Parts(policy, collector, _make_algorithm(config, policy, likelihood, groups, trust_code), groups)
+
+
+def _make_env(config: Config, policy: FlowPolicy, groups: Groups, trust_code: bool) -> Any:
+    env = registry.find("env", config.env.name, trust_code)
+    if config.env.name != "prompt":
+        return env(groups.num_rows)
+    field = policy.field.unguided
+    return env(
+        load_prompts(config.env.prompts, "train"),
+        make_rewards(config, trust_code),
+        groups.num_rows,
+        policy.event_shape,
+        field.tokenize,
+        field.decode,
+        config.train.seed,
+    )
+
+
+def _make_algorithm(
+    config: Config, policy: FlowPolicy, likelihood: ChainLikelihood, groups: Groups, trust_code: bool
+) -> PolicyGradient:
+    c = config.algorithm
+    torch.manual_seed(config.train.seed)  # the critic's first weights
+    return PolicyGradient(
+        policy,
+        likelihood,
+        registry.build("advantage", "advantage", config.advantage, trust_code=trust_code),
+        groups,
+        optimizer=AdamW(**dataclasses.asdict(c.optimizer)),
+        clip_low=c.clip_low,
+        clip_high=c.clip_high,
+        epochs=c.epochs,
+        num_minibatches=c.num_minibatches,
+        micro_batch=c.micro_batch,
+        kl=KL(c.kl.beta, c.kl.kind),
+        guard=c.guard,
+        entropy=c.entropy,
+        target_kl=c.target_kl,
+        value_coef=c.value_coef,
+        critic_lr=c.critic_lr,
+        ema_decay=c.ema_decay,
+        seed=config.train.seed,
+    )

@@ -1,0 +1,180 @@
+"""What every logged number means: its label, its unit, which way is better, and one sentence for a reader of the report."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """Label for a picture, unit ("" for a pure number), better: +1 up, -1 down, 0 neither; one sentence."""
+
+    label: str
+    unit: str
+    better: int
+    meaning: str
+
+
+_FIXED: dict[str, Metric] = {
+    "eval/heldout/strict": Metric(
+        "strict accuracy",
+        "share",
+        1,
+        "Share of held-out captions whose image is right in everything the caption names.",
+    ),
+    "eval/heldout/soft": Metric(
+        "soft accuracy", "share", 1, "The same verifier with partial credit for what is right in a wrong image."
+    ),
+    "eval/heldout/judge": Metric(
+        "held-out judge",
+        "share",
+        1,
+        "Accuracy by an independent judge that no reward sees; it should rise together with the reward.",
+    ),
+    "eval/heldout/diversity": Metric(
+        "diversity",
+        "rms distance",
+        0,
+        "Distance between images of one caption; a steady fall means that the samples become all alike.",
+    ),
+    "eval/heldout/base_distance": Metric(
+        "distance to the base model",
+        "rms distance",
+        0,
+        "How far an image moved from the un-tuned model's image of the same noise and caption.",
+    ),
+    "reward/mean": Metric(
+        "reward", "reward", 1, "Mean training reward, over the samples that could be scored; this is what is optimised."
+    ),
+    "reward/std": Metric("reward, standard deviation", "reward", 0, "Spread of the training reward over all samples."),
+    "reward/masked_frac": Metric(
+        "samples without a score",
+        "share",
+        -1,
+        "Share of samples left out because a reward gave none, failed or was too late; they never count as zero.",
+    ),
+    "rollout/masked_frac": Metric(
+        "masked samples", "share", -1, "Share of sampled rows that took no part in the update."
+    ),
+    "policy/loss": Metric(
+        "policy loss", "", 0, "Clipped surrogate loss, without the KL term; near zero by construction."
+    ),
+    "policy/ratio_mean": Metric(
+        "probability ratio", "", 0, "Mean probability ratio of new to old policy; should stay close to 1."
+    ),
+    "policy/clip_frac": Metric(
+        "clip fraction",
+        "share",
+        0,
+        "Share of scored steps whose ratio the clip holds back; above about .3 the steps are too large.",
+    ),
+    "policy/approx_kl": Metric(
+        "KL to the sampling policy",
+        "nats",
+        0,
+        "Estimated KL of the policy that sampled to the updated one, per scored step.",
+    ),
+    "policy/first_log_ratio_max": Metric(
+        "first log-ratio, largest",
+        "nats",
+        -1,
+        "Largest |log ratio| before any update: 0 when the recorded and the recomputed probabilities agree.",
+    ),
+    "policy/entropy": Metric("entropy", "nats", 0, "Entropy of the scored steps."),
+    "policy/early_stop": Metric(
+        "stopped early", "", 0, "1 where the update ended early because the KL limit was reached."
+    ),
+    "kl/ref": Metric("KL to the reference", "nats", 0, "KL of the policy to the frozen reference, per scored step."),
+    "critic/loss": Metric("critic loss", "", -1, "Mean squared error of the critic's value."),
+    "optim/lr": Metric("learning rate", "", 0, "Learning rate of the last optimiser step."),
+    "optim/grad_norm": Metric(
+        "gradient norm", "", 0, "Norm of the gradient before clipping; a spike announces trouble."
+    ),
+    "optim/skipped_steps": Metric(
+        "skipped steps", "steps", -1, "Optimiser steps skipped because the loss or the gradient was not finite."
+    ),
+    "optim/steps": Metric("optimiser steps", "steps", 0, "Optimiser steps taken."),
+    "advantage/used_frac": Metric(
+        "samples with a signal",
+        "share",
+        1,
+        "Share of samples in groups whose rewards differ; the others teach nothing.",
+    ),
+    "advantage/abs_mean": Metric("advantage, mean size", "", 0, "Mean absolute advantage."),
+    "time/rollout": Metric("sampling and scoring", "s", -1, "Seconds spent sampling and scoring in one iteration."),
+    "time/update": Metric("update", "s", -1, "Seconds spent on the policy update in one iteration."),
+    "time/eval": Metric("evaluation", "s", -1, "Seconds of one held-out evaluation."),
+    "perf/samples_per_s": Metric(
+        "images per second", "images/s", 1, "Samples generated, scored and trained on per second."
+    ),
+    "perf/network_rows": Metric(
+        "network rows", "rows", 0, "Network evaluations of one row in this iteration; a backward pass counts as two."
+    ),
+    "cost/network_rows_total": Metric(
+        "network rows in all", "rows", 0, "Network evaluations since the start of the run."
+    ),
+    "cost/train_seconds_total": Metric(
+        "training time", "s", 0, "Seconds of training since the start, evaluations left out."
+    ),
+}
+
+_PATTERNS: tuple[tuple[str, Metric], ...] = (
+    (
+        r"eval/heldout/strict/(.+)",
+        Metric("strict accuracy, {}", "share", 1, "Strict accuracy on held-out captions of the kind '{}'."),
+    ),
+    (
+        r"eval/heldout/(.+)",
+        Metric("held-out {}", "", 1, "Held-out evaluation: {}."),
+    ),
+    (r"reward/(.+)/mean", Metric("reward {}", "reward", 1, "Mean of the reward '{}', before weights.")),
+    (r"reward/(.+)/std", Metric("reward {}, standard deviation", "reward", 0, "Spread of the reward '{}'.")),
+    (
+        r"reward/(.+)/masked_frac",
+        Metric("reward {}: no score", "share", -1, "Share of samples that the reward '{}' gave no score."),
+    ),
+    (
+        r"reward/(.+)/errors",
+        Metric("reward {}: errors", "calls", -1, "Calls of the reward '{}' that failed or were too late."),
+    ),
+    (r"reward/(.+)/seconds", Metric("reward {}: time", "s", -1, "Seconds spent in the reward '{}'.")),
+    (
+        r"policy/first_log_ratio/(.+)",
+        Metric("first log-ratio, step {}", "nats", -1, "Largest |log ratio| before any update, at scored step {}."),
+    ),
+)
+
+
+def describe(name: str) -> Metric:
+    """Label, unit, direction and meaning of a metric; an unknown one is labelled with its own name."""
+    if name in _FIXED:
+        return _FIXED[name]
+    for pattern, metric in _PATTERNS:
+        if found := re.fullmatch(pattern, name):
+            part = found.group(1).replace("_", " ")
+            return metric._replace(label=metric.label.format(part), meaning=metric.meaning.format(part))
+    return Metric(name, "", 0, "")
+
+
+def show(value: float) -> str:
+    """A number for people: about four figures, thousands apart, an en dash where there is none."""
+    if not math.isfinite(value):
+        return "–"
+    if value == 0 or (float(value).is_integer() and abs(value) < 1e7):
+        return f"{value:,.0f}"
+    size = abs(value)
+    if size >= 1e7 or size < 5e-4:
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.1f}" if size >= 100 else f"{value:.{3 if size < 10 else 2}f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 42 s, 3 min 05 s or 2 h 07 min."""
+    if not math.isfinite(seconds):
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

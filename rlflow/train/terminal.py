@@ -1,0 +1,200 @@
+"""What a person sees while a run trains: a live bar on a terminal, plain lines in a file or a pipe.
+
+Every number printed says what it is.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from rlflow.train.glossary import describe, duration, show
+
+SHOWN = {  # while training, in this order
+    "reward/mean": "reward",
+    "kl/ref": "KL to reference",
+    "policy/approx_kl": "KL of update",
+    "policy/clip_frac": "clip fraction",
+    "perf/samples_per_s": "images/s",
+    "optim/skipped_steps": "skipped steps",
+}
+HEADLINE = "eval/heldout/strict"
+JUDGED = (HEADLINE, "eval/heldout/soft", "eval/heldout/judge", "eval/heldout/diversity", "eval/heldout/base_distance")
+PLAIN_SECONDS = 10.0
+
+
+class Terminal(Protocol):
+    """Somewhere to show progress."""
+
+    def past(self, evaluations: Sequence[Mapping[str, Any]]) -> None:
+        """Evaluation rows of the run so far; printed nowhere, kept for comparison."""
+
+    def evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """An evaluation has finished."""
+
+    def progress(self, iteration: int, metrics: Mapping[str, float], seconds_trained: float) -> None:
+        """`iteration` iterations are done."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+def make_terminal(total_iterations: int | None, minutes: float | None) -> Terminal:
+    """A live view on a terminal, plain lines elsewhere."""
+    budget = Budget(total_iterations, minutes)
+    live = sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+    return LiveView(budget) if live else PlainLines(budget)
+
+
+class Budget:
+    """How much of a run is done: by iterations, by minutes, or whichever ends first."""
+
+    def __init__(self, total_iterations: int | None, minutes: float | None):
+        self.total_iterations, self.minutes = total_iterations, minutes
+
+    def done(self, iteration: int, seconds: float) -> float:
+        """Share in [0, 1]; nan without a budget."""
+        shares = [iteration / self.total_iterations] if self.total_iterations else []
+        shares += [seconds / (60 * self.minutes)] if self.minutes else []
+        return min(1.0, max(shares)) if shares else math.nan
+
+    def left(self, iteration: int, seconds: float) -> float:
+        """Estimated seconds to the end; nan while it cannot be told."""
+        ends = [60 * self.minutes - seconds] if self.minutes else []
+        if self.total_iterations and iteration:
+            ends.append(seconds / iteration * (self.total_iterations - iteration))
+        return max(0.0, min(ends)) if ends else math.nan
+
+    def place(self, iteration: int, seconds: float) -> str:
+        """Where the run is, in words."""
+        words = f"iteration {iteration}" + (f" of {self.total_iterations}" if self.total_iterations else "")
+        if self.minutes:
+            words += f", {seconds / 60:.1f} of {self.minutes:g} min trained"
+        left = self.left(iteration, seconds)
+        return words + (f", {duration(left)} left" if math.isfinite(left) else "")
+
+
+def numbers(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """(what it is, its value) of the numbers shown while training; a skipped step only where there was one."""
+    pairs = [(label, metrics[name]) for name, label in SHOWN.items() if name in metrics]
+    return [(label, show(float(value))) for label, value in pairs if label != "skipped steps" or value]
+
+
+class Evaluations:
+    """Remembers the first and the last held-out evaluation, and words them."""
+
+    def __init__(self) -> None:
+        self.first: Mapping[str, float] = {}
+        self.last: Mapping[str, float] = {}
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Take one more evaluation."""
+        self.first = self.first or metrics
+        self.last = metrics
+
+    def line(self, iteration: int, metrics: Mapping[str, float]) -> str:
+        """One line about an evaluation: every held-out number, and what it was at the start."""
+        parts = [f"{describe(name).label} {self._against_start(name, metrics)}" for name in JUDGED if name in metrics]
+        if "time/eval" in metrics:
+            parts.append(f"evaluation took {duration(float(metrics['time/eval']))}")
+        return f"evaluation after iteration {iteration}: " + ", ".join(parts or ["no held-out metric"])
+
+    def headline(self) -> str:
+        """The last strict accuracy, "" before there is one."""
+        return self._against_start(HEADLINE, self.last) if HEADLINE in self.last else ""
+
+    def _against_start(self, name: str, metrics: Mapping[str, float]) -> str:
+        value = show(float(metrics[name]))
+        started = self.first is not metrics and name in self.first
+        return f"{value} (start {show(float(self.first[name]))})" if started else value
+
+
+class PlainLines:
+    """One line at most every ten seconds, and one for every evaluation."""
+
+    def __init__(self, budget: Budget):
+        self.budget, self.evaluations = budget, Evaluations()
+        self.printed_at = -math.inf
+        self.waiting = ""
+
+    def past(self, evaluations: Sequence[Mapping[str, Any]]) -> None:
+        """Evaluations to compare with."""
+        self.evaluations = Evaluations()
+        for row in evaluations:
+            self.evaluations.add(row)
+
+    def evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Print the held-out numbers."""
+        self.evaluations.add(metrics)
+        self._print_waiting()
+        print(self.evaluations.line(iteration, metrics), flush=True)
+
+    def progress(self, iteration: int, metrics: Mapping[str, float], seconds_trained: float) -> None:
+        """Print a line unless the last one is less than ten seconds old."""
+        values = ", ".join(f"{label} {value}" for label, value in numbers(metrics))
+        self.waiting = self.budget.place(iteration, seconds_trained) + (f": {values}" if values else "")
+        if time.monotonic() - self.printed_at >= PLAIN_SECONDS:
+            self._print_waiting()
+
+    def close(self) -> None:
+        """Print the last line that was held back."""
+        self._print_waiting()
+
+    def _print_waiting(self) -> None:
+        if self.waiting:
+            print(self.waiting, flush=True)
+            self.waiting, self.printed_at = "", time.monotonic()
+
+
+class LiveView:
+    """A bar with the time left, and under it the numbers of the last iteration; evaluations scroll above it."""
+
+    def __init__(self, budget: Budget):
+        self.budget, self.evaluations = budget, Evaluations()
+        self.live: Any = None
+
+    def past(self, evaluations: Sequence[Mapping[str, Any]]) -> None:
+        """Evaluations to compare with."""
+        self.evaluations = Evaluations()
+        for row in evaluations:
+            self.evaluations.add(row)
+
+    def evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Print the held-out numbers above the bar."""
+        self.evaluations.add(metrics)
+        line = self.evaluations.line(iteration, metrics)
+        self._start().console.print(line, markup=False, highlight=False)
+
+    def progress(self, iteration: int, metrics: Mapping[str, float], seconds_trained: float) -> None:
+        """Redraw the bar and the numbers."""
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.text import Text
+
+        share = self.budget.done(iteration, seconds_trained)
+        known = math.isfinite(share)
+        bar = ProgressBar(total=1.0 if known else None, completed=share if known else 0.0, pulse=not known)
+        pairs = numbers(metrics)
+        if headline := self.evaluations.headline():
+            pairs.append(("held-out strict", headline))
+        values = Text("   ").join(Text.assemble((label + " ", "dim"), (value, "bold")) for label, value in pairs)
+        self._start().update(Group(self.budget.place(iteration, seconds_trained), bar, values))
+
+    def close(self) -> None:
+        """Stop drawing; the last state stays on the screen."""
+        if self.live is not None:
+            self.live.stop()
+        self.live = None
+
+    def _start(self) -> Any:
+        """The running display; it is started by the first thing to show."""
+        if self.live is None:
+            from rich.live import Live
+
+            self.live = Live(refresh_per_second=4)
+            self.live.start()
+        return self.live

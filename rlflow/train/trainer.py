@@ -1,0 +1,328 @@
+"""Trainer: the one loop, `algorithm.update(collector.collect(iteration))`, and what stands around it."""
+
+from __future__ import annotations
+
+import math
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+
+from rlflow import __version__, dist, recipes, registry
+from rlflow.config import Config, difference, parse
+from rlflow.flow.noise import generator
+from rlflow.rl.collector import permute_rewards
+from rlflow.train.build import heldout_prompts, make_judges, make_parts
+from rlflow.train.checkpoint import Checkpoints, rng_state, set_rng_state
+from rlflow.train.evaluate import Evaluation, Evaluator
+
+Callback = Callable[["Trainer", int, dict[str, float]], None]
+
+
+class Trainer:
+    """Train a recipe into a run folder.
+
+    `config` is a recipe name, a .yaml path, a dict of sections or a Config. Callbacks are called after
+    every iteration with (trainer, iteration, metrics).
+    """
+
+    def __init__(
+        self,
+        config: str | dict[str, Any] | Config,
+        run: str | Path | None = None,
+        *,
+        overrides: Sequence[str] = (),
+        resume: str | Path | None = None,
+        callbacks: Sequence[Callback] = (),
+        trust_code: bool = False,
+        quiet: bool = False,
+    ):
+        self.recipe = config if isinstance(config, str) else "custom"
+        self.config = _resolve(config, overrides, trust_code)
+        self.run = Path(run) if run is not None else _default_run(self.recipe)
+        self.callbacks, self.quiet = list(callbacks), quiet
+        if self.config.train.threads:
+            torch.set_num_threads(self.config.train.threads)
+        dist.start()
+        self._check_folder(resume)
+        parts = make_parts(self.config, trust_code)
+        self.policy, self.collector, self.algorithm, self.groups = (
+            parts.policy,
+            parts.collector,
+            parts.algorithm,
+            parts.groups,
+        )
+        self.evaluator = self._make_evaluator(trust_code)
+        self.checkpoints = Checkpoints(self.run, self.config.train.keep)
+        self.iteration, self.seconds, self.network_rows = 0, 0.0, 0
+        self.last_eval: dict[str, float] = {}
+        self._stop_signal: int | None = None
+        self._evaluated = -1
+        if resume is not None:
+            self._load(resume)
+
+    # -- set-up -----------------------------------------------------------------------------------
+
+    def _check_folder(self, resume: str | Path | None) -> None:
+        saved = self.run / "config.yaml"
+        if resume is None:
+            if saved.exists() and dist.rank() == 0:
+                raise FileExistsError(f"{self.run} holds a run: pass --resume last, or another --run folder")
+            return
+        if not saved.exists():
+            raise FileNotFoundError(f"nothing to resume: {saved} does not exist")
+        changed = difference(yaml.safe_load(saved.read_text()), self.config.to_dict())
+        if changed:
+            raise ValueError("refusing to resume under a changed config:\n  " + "\n  ".join(changed))
+
+    def _make_evaluator(self, trust_code: bool) -> Evaluator | None:
+        c = self.config.eval
+        if self.config.env.name != "prompt":
+            return None
+        solver = None if c.solver is None else registry.build("solver", "eval.solver", c.solver, trust_code=trust_code)
+        return Evaluator(
+            self.policy,
+            heldout_prompts(self.config),
+            make_judges(self.config, trust_code),
+            num=c.num,
+            num_steps=c.num_steps,
+            solver=solver,
+            seed=c.seed,
+            rows_per_call=c.rows_per_call,
+        )
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, float]:
+        """Train until the budget is spent; returns the last evaluation's metrics.
+
+        SIGINT and SIGTERM finish the iteration, save a checkpoint and return.
+        """
+        from rlflow.train.logger import RunLogger
+
+        train = self.config.train
+        self._write_head()
+        with RunLogger(
+            self.run if dist.rank() == 0 else None,
+            total_iterations=train.iterations,
+            minutes=train.minutes,
+            tensorboard=train.tensorboard,
+            wandb=train.wandb,
+            quiet=self.quiet or dist.rank() > 0,
+        ) as self.logger, _Signals(self):
+            self.logger.cut(self.iteration)
+            if self.iteration == 0:
+                self._evaluate()
+            while not self._done():
+                metrics = self._one()
+                self.logger.log(self.iteration, "train", metrics)
+                self.logger.progress(self.iteration, metrics | self.last_eval, self.seconds)
+                for callback in self.callbacks:
+                    callback(self, self.iteration, metrics)
+                self._periodic()
+            if self._evaluated != self.iteration and self._stop_signal is None:
+                self._evaluate()
+            self._save()
+        self._report()
+        return self.last_eval
+
+    def _one(self) -> dict[str, float]:
+        """One iteration: collect, (permute,) update."""
+        start, cost = time.perf_counter(), self.policy.network_cost
+        self.algorithm.set_progress(self._progress())
+        rollout = self.collector.collect(self.iteration)
+        if self.config.train.permute_rewards:
+            permute_rewards(rollout, generator("control", self.config.train.seed, self.iteration))
+        middle = time.perf_counter()
+        metrics = _reward_metrics(rollout.reward, rollout.weight) | self.collector.env.metrics()
+        metrics |= self.algorithm.update(rollout)
+        end = time.perf_counter()
+        self.iteration += 1
+        self.seconds += end - start
+        spent = self.policy.network_cost - cost
+        self.network_rows += spent
+        return metrics | {
+            "time/rollout": middle - start,
+            "time/update": end - middle,
+            "perf/samples_per_s": self.groups.total_rows / (end - start),
+            "perf/network_rows": float(spent),
+            "cost/network_rows_total": float(self.network_rows),
+            "cost/train_seconds_total": self.seconds,
+        }
+
+    def _progress(self) -> float:
+        train = self.config.train
+        shares = [0.0]
+        if train.iterations:
+            shares.append(self.iteration / train.iterations)
+        if train.minutes:
+            shares.append(self.seconds / (60 * train.minutes))
+        return min(1.0, max(shares))
+
+    def _done(self) -> bool:
+        """Budget spent or a signal came; rank 0 decides for all, since clocks differ."""
+        stop = self._progress() >= 1.0 or self._stop_signal is not None
+        return bool(dist.all_max(torch.tensor(float(stop), device=self.policy.device)) > 0)
+
+    def _periodic(self) -> None:
+        every = self.config.eval.every
+        if every and self.iteration % every == 0:
+            self._evaluate()
+        if self.iteration % self.config.train.checkpoint_every == 0:
+            self._save()
+
+    # -- evaluation -------------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        """Evaluate on held-out prompts; logs, and writes the picture and per-sample scores."""
+        if self.evaluator is None:
+            return
+        start = time.perf_counter()
+        result = self.evaluator(self.config.eval.weights)
+        self.last_eval = {f"eval/heldout/{n}": v for n, v in result.means().items()}
+        self._evaluated = self.iteration
+        cost = {"cost/network_rows_total": float(self.network_rows), "cost/train_seconds_total": self.seconds}
+        self.logger.log(self.iteration, "eval", self.last_eval | cost | {"time/eval": time.perf_counter() - start})
+        if dist.rank() == 0:
+            self._pictures(result)
+
+    def _pictures(self, result: Evaluation) -> None:
+        from rlflow.train.figures import image_grid
+
+        folder = self.run / "samples"
+        folder.mkdir(exist_ok=True)
+        name = folder / f"eval_{self.iteration:06d}"
+        result.save(name.with_suffix(".safetensors"))
+        some = torch.linspace(0, len(result.captions) - 1, min(self.config.eval.grid, len(result.captions))).long()
+        image_grid(result.images[some], [result.captions[i] for i in some], name.with_suffix(".png"))
+        torch_images = {"images": (result.images[some] * 255).round().to(torch.uint8), "index": some}
+        from safetensors.torch import save_file
+
+        save_file(torch_images, folder / f"images_{self.iteration:06d}.safetensors")
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def _write_head(self) -> None:
+        if dist.rank() == 0:
+            self.run.mkdir(parents=True, exist_ok=True)
+            if self.iteration == 0:
+                (self.run / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+            _write_json(self.run / "run.json", self._head())
+        dist.barrier()
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe,
+            "command": " ".join(sys.argv),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {"rlflow": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "device": str(self.policy.device),
+            "threads": torch.get_num_threads(),
+            "world": dist.world(),
+            "weights": self.config.eval.weights,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything an exact resume needs."""
+        return {
+            "policy": self.policy.state_dict(),
+            "weight_sets": self.policy.weights.state_dict(),
+            "algorithm": self.algorithm.state_dict(),
+            "collector": self.collector.state_dict(),
+            "rng": rng_state(),
+            "trainer": {
+                "iteration": self.iteration,
+                "seconds": self.seconds,
+                "network_rows": self.network_rows,
+                "last_eval": {k: v for k, v in self.last_eval.items() if math.isfinite(v)},
+                "evaluated": self._evaluated,
+            },
+            "base_images": None if self.evaluator is None else self.evaluator.base_images,
+        }
+
+    def _save(self) -> None:
+        if dist.rank() == 0:
+            fresh = self._evaluated == self.iteration
+            score = self.last_eval.get("eval/heldout/strict") if fresh else None
+            self.checkpoints.save(self.iteration, self.state_dict(), score)
+        dist.barrier()
+
+    def _load(self, which: str | Path) -> None:
+        iteration, state = self.checkpoints.load(which)
+        self.policy.load_state_dict(state["policy"])
+        self.policy.weights.load_state_dict(state["weight_sets"])
+        self.algorithm.load_state_dict(state["algorithm"])
+        self.collector.load_state_dict(state["collector"])
+        set_rng_state(state["rng"])
+        mine = state["trainer"]
+        self.iteration, self.seconds, self.network_rows = iteration, mine["seconds"], mine["network_rows"]
+        self.last_eval, self._evaluated = mine["last_eval"], mine["evaluated"]
+        if self.evaluator is not None:
+            self.evaluator.base_images = state["base_images"]
+        if dist.rank() == 0:
+            self.checkpoints.cut(iteration)
+
+    def _report(self) -> None:
+        from rlflow.train.report import write_report
+
+        if dist.rank() == 0:
+            write_report(self.run)
+
+
+class _Signals:
+    """First SIGINT or SIGTERM: finish the iteration and save. Second: stop at once."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        import threading
+
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.trainer._stop_signal is not None:
+            raise KeyboardInterrupt
+        self.trainer._stop_signal = number
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def _resolve(config: str | dict[str, Any] | Config, overrides: Sequence[str], trust_code: bool) -> Config:
+    if isinstance(config, str):
+        return recipes.load(config, overrides, trust_code)
+    values = config.to_dict() if isinstance(config, Config) else dict(config)
+    for assignment in overrides:
+        recipes.set_value(values, assignment)
+    return parse(values, trust_code)
+
+
+def _default_run(recipe: str) -> Path:
+    return Path("runs") / f"{Path(recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _reward_metrics(reward: torch.Tensor, weight: torch.Tensor) -> dict[str, float]:
+    from rlflow.rl.advantages import moments
+
+    mean, std, _ = moments(reward, weight)
+    return {"reward/mean": float(mean), "reward/std": float(std)}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    import json
+
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,204 @@
+"""The package as a whole: what is installed, who may import whom, what a start of the command loads."""
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import rlflow
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
+MAPPED = ("envs", "rewards", "configs")
+FOLDERS = {"rlflow": ROOT / "rlflow", **{f"rlflow.{name}": ROOT / name for name in MAPPED}}
+MAX_LINES = 400
+
+# What each layer may import of rlflow besides itself; modules not named here sit above all of them.
+BELOW = {
+    "types": set(),
+    "registry": set(),
+    "dist": {"types"},
+    "flow": {"types"},
+    "models": {"types", "registry", "dist", "flow"},
+    "rewards": {"types", "registry", "flow", "models", "envs"},
+    "envs": {"types", "registry", "dist", "flow", "models", "rewards"},
+    "rl": {"types", "registry", "dist", "flow", "models", "envs", "rewards"},
+}
+ABOVE_ALL = {"cli", "__main__"}  # nothing but themselves may import these
+
+# Slow to import and not needed to print help, list names or reject a misspelt key.
+HEAVY = {
+    *("torch", "scipy", "matplotlib", "tensorboard"),
+    *("diffusers", "transformers", "peft", "rapidocr", "cv2", "gymnasium"),
+}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name -> file of every module that installs."""
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join([package, *(p for p in parts if p != "__init__")])] = path
+    return found
+
+
+MODULES = modules()
+
+
+def layer(module: str) -> str:
+    """The part of the package that a dotted name is in: "flow" for rlflow.flow.grid, "" for rlflow itself."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    """True for `if TYPE_CHECKING:`, whose imports never run."""
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def imports(tree: ast.AST, module: str, is_package: bool) -> set[str]:
+    """Dotted names of rlflow modules that a syntax tree imports when it runs, inside functions too."""
+    found = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                source = ".".join(parts[: len(parts) + is_package - node.level] + ([source] if source else []))
+            found |= {f"{source}.{alias.name}" for alias in node.names}
+        elif is_type_checking(node):
+            found |= set().union(*(imports(part, module, is_package) for part in node.orelse))
+        else:
+            found |= imports(node, module, is_package)
+    return {name for name in found if name.split(".")[0] == "rlflow"}
+
+
+def forbidden(module: str, imported: str) -> bool:
+    """True when `module` may not import `imported`."""
+    mine, theirs = layer(module), layer(imported)
+    if theirs in ("", "__version__", mine) or mine in ABOVE_ALL:
+        return False
+    return theirs not in BELOW[mine] if mine in BELOW else theirs in ABOVE_ALL
+
+
+def run_python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter started in `cwd`."""
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def loaded_after(code: str, cwd: Path) -> set[str]:
+    """Top-level modules that a fresh interpreter has loaded after running code."""
+    report = "import json, sys; print('\\n' + json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))"
+    result = run_python(f"{code}\n{report}", cwd)
+    assert result.returncode == 0, result.stderr
+    return set(json.loads(result.stdout.splitlines()[-1]))
+
+
+def test_package_list_equals_the_tree():
+    with_code = {
+        ".".join([package, *path.parent.relative_to(folder).parts])
+        for package, folder in FOLDERS.items()
+        for path in folder.rglob("*.py")
+    }
+    assert set(SETUPTOOLS["packages"]) == with_code, "edit [tool.setuptools] packages in pyproject.toml"
+    assert with_code <= set(MODULES), "a folder with code has no __init__.py"
+
+
+def test_package_dir_maps_the_folders():
+    assert {name: ROOT / folder for name, folder in SETUPTOOLS["package-dir"].items()} == FOLDERS
+
+
+def test_version_is_the_distributions():
+    assert rlflow.__version__ == PYPROJECT["project"]["version"]
+
+
+@pytest.mark.parametrize("folder", MAPPED)
+def test_mapped_folder_refuses_to_be_a_top_level_package(folder, tmp_path):
+    wrong = run_python(f"import {folder}", ROOT)
+    assert wrong.returncode != 0
+    assert f"ImportError: this folder installs as rlflow.{folder}" in wrong.stderr
+    right = run_python(f"import rlflow.{folder}", tmp_path)
+    assert right.returncode == 0, right.stderr
+
+
+@pytest.mark.parametrize("folder", MAPPED)
+def test_guard_is_the_first_statement(folder):
+    tree = ast.parse((ROOT / folder / "__init__.py").read_text())
+    first = tree.body[1 if ast.get_docstring(tree) else 0]
+    assert ast.unparse(first).startswith(f"if __name__ != 'rlflow.{folder}':\n    raise ImportError(")
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_downwards(module):
+    path = MODULES[module]
+    imported = imports(ast.parse(path.read_text()), module, path.name == "__init__.py")
+    assert not {name for name in imported if forbidden(module, name)}
+
+
+@pytest.mark.parametrize(
+    ("module", "code", "upward"),
+    [
+        ("rlflow.flow.grid", "from rlflow.models.dit import DiT", True),
+        ("rlflow.flow.grid", "from ..models import dit", True),
+        ("rlflow.flow.grid", "def f():\n    import rlflow.registry", True),
+        ("rlflow.flow.grid", "from rlflow import models", True),
+        ("rlflow.flow.grid", "if TYPE_CHECKING:\n    from rlflow.models.dit import DiT", False),
+        ("rlflow.flow.grid", "from .path import score\nfrom rlflow.types import Cond\nimport torch", False),
+        ("rlflow.envs.prompt", "from rlflow.rl.collector import Collector", True),
+        ("rlflow.rewards.base", "import rlflow.train.trainer as t", True),
+        ("rlflow.rl.losses", "from rlflow.train import dist", True),
+        ("rlflow.rl.losses", "from rlflow.flow.path import score", False),
+        ("rlflow.train.trainer", "from rlflow.cli import main", True),
+        ("rlflow.train.trainer", "from rlflow.rl.losses import clip\nfrom rlflow.config import load", False),
+        ("rlflow.__main__", "from rlflow.cli import main", False),
+    ],
+)
+def test_an_upward_import_is_seen(module, code, upward):
+    imported = imports(ast.parse(code), module, is_package=False)
+    assert any(forbidden(module, name) for name in imported) == upward
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_file_is_short_enough_to_read(module):
+    assert len(MODULES[module].read_text().splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("name", sorted(rlflow._HOMES))
+def test_public_name_has_its_home(name):
+    assert getattr(rlflow, name) is getattr(import_module(rlflow._HOMES[name]), name)
+    assert name in dir(rlflow)
+
+
+def test_unknown_public_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Trainerr'"):
+        _ = rlflow.Trainerr
+
+
+def test_importing_rlflow_loads_nothing_heavy(tmp_path):
+    assert not loaded_after("import rlflow", tmp_path) & HEAVY
+
+
+def test_help_loads_nothing_heavy(tmp_path):
+    code = """
+import sys
+from rlflow.cli import main
+sys.argv = ["rlflow", "--help"]
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+"""
+    assert not loaded_after(code, tmp_path) & HEAVY
+
+
+def test_command_is_installed():
+    assert PYPROJECT["project"]["scripts"] == {"rlflow": "rlflow.cli:main"}
+    assert callable(import_module("rlflow.cli").main)
