@@ -9,7 +9,16 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES: dict[str, str] = {
-    # public name -> module that defines it
+    "load": "rlflow.train.runs",
+    "save": "rlflow.train.runs",
+    "sample": "rlflow.train.runs",
+    "evaluate": "rlflow.train.runs",
+    "Trainer": "rlflow.train.trainer",
+    "FlowPolicy": "rlflow.flow.policy",
+    "Reward": "rlflow.rewards.base",
+    "RewardSet": "rlflow.rewards.base",
+    "Prompts": "rlflow.envs.prompts",
+    "load_prompts": "rlflow.envs.prompts",
 }
 
 

@@ -1,4 +1,4 @@
-"""What every logged number means: its label, its unit, which way is better, and one sentence for a reader of the report."""
+"""What every logged number means: label, unit, which way is better, and one sentence for a reader of the report."""
 
 from __future__ import annotations
 
@@ -55,10 +55,16 @@ _FIXED: dict[str, Metric] = {
         "Share of samples left out because a reward gave none, failed or was too late; they never count as zero.",
     ),
     "rollout/masked_frac": Metric(
-        "masked samples", "share", -1, "Share of sampled rows that took no part in the update."
+        "masked samples",
+        "share",
+        -1,
+        "Share of sampled rows that took no part in the update.",
     ),
     "policy/loss": Metric(
-        "policy loss", "", 0, "Clipped surrogate loss, without the KL term; near zero by construction."
+        "policy loss",
+        "",
+        0,
+        "Clipped surrogate loss, without the KL term; near zero by construction.",
     ),
     "policy/ratio_mean": Metric(
         "probability ratio", "", 0, "Mean probability ratio of new to old policy; should stay close to 1."
@@ -67,7 +73,7 @@ _FIXED: dict[str, Metric] = {
         "clip fraction",
         "share",
         0,
-        "Share of scored steps whose ratio the clip holds back; above about .3 the steps are too large.",
+        "Share of scored steps whose ratio the clip holds back; above .3 the updates are too large.",
     ),
     "policy/approx_kl": Metric(
         "KL to the sampling policy",
@@ -83,13 +89,19 @@ _FIXED: dict[str, Metric] = {
     ),
     "policy/entropy": Metric("entropy", "nats", 0, "Entropy of the scored steps."),
     "policy/early_stop": Metric(
-        "stopped early", "", 0, "1 where the update ended early because the KL limit was reached."
+        "stopped early",
+        "",
+        0,
+        "1 where the update ended early because the KL limit was reached.",
     ),
     "kl/ref": Metric("KL to the reference", "nats", 0, "KL of the policy to the frozen reference, per scored step."),
     "critic/loss": Metric("critic loss", "", -1, "Mean squared error of the critic's value."),
     "optim/lr": Metric("learning rate", "", 0, "Learning rate of the last optimiser step."),
     "optim/grad_norm": Metric(
-        "gradient norm", "", 0, "Norm of the gradient before clipping; a spike announces trouble."
+        "gradient norm",
+        "",
+        0,
+        "Norm of the gradient before clipping; a spike announces trouble.",
     ),
     "optim/skipped_steps": Metric(
         "skipped steps", "steps", -1, "Optimiser steps skipped because the loss or the gradient was not finite."
@@ -106,16 +118,25 @@ _FIXED: dict[str, Metric] = {
     "time/update": Metric("update", "s", -1, "Seconds spent on the policy update in one iteration."),
     "time/eval": Metric("evaluation", "s", -1, "Seconds of one held-out evaluation."),
     "perf/samples_per_s": Metric(
-        "images per second", "images/s", 1, "Samples generated, scored and trained on per second."
+        "images per second",
+        "images/s",
+        1,
+        "Samples generated, scored and trained on per second.",
     ),
     "perf/network_rows": Metric(
         "network rows", "rows", 0, "Network evaluations of one row in this iteration; a backward pass counts as two."
     ),
     "cost/network_rows_total": Metric(
-        "network rows in all", "rows", 0, "Network evaluations since the start of the run."
+        "network rows in all",
+        "rows",
+        0,
+        "Network evaluations since the start of the run.",
     ),
     "cost/train_seconds_total": Metric(
-        "training time", "s", 0, "Seconds of training since the start, evaluations left out."
+        "training time",
+        "s",
+        0,
+        "Seconds of training since the start, evaluations left out.",
     ),
 }
 
@@ -157,10 +178,13 @@ def describe(name: str) -> Metric:
     return Metric(name, "", 0, "")
 
 
-def show(value: float) -> str:
-    """A number for people: about four figures, thousands apart, an en dash where there is none."""
+MISSING = "\N{EN DASH}"
+
+
+def show(value: float, missing: str = MISSING) -> str:
+    """A number for people: about four figures, thousands apart, `missing` where there is none."""
     if not math.isfinite(value):
-        return "–"
+        return missing
     if value == 0 or (float(value).is_integer() and abs(value) < 1e7):
         return f"{value:,.0f}"
     size = abs(value)
@@ -172,7 +196,7 @@ def show(value: float) -> str:
 def duration(seconds: float) -> str:
     """Seconds as 42 s, 3 min 05 s or 2 h 07 min."""
     if not math.isfinite(seconds):
-        return "–"
+        return MISSING
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"

@@ -11,7 +11,8 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -31,22 +32,25 @@ def read_metrics(folder: str | Path) -> list[Row]:
 
 def _rows(path: Path) -> Iterator[tuple[Row, bytes]]:
     """(row, its line) of every whole line; ValueError names a line that is not a row."""
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if not line.endswith(b"\n"):
-            return
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):  # the last has no newline
         try:
             row = json.loads(line)
-            row["iteration"] = int(row["iteration"])
+            row["iteration"], row["kind"] = int(row["iteration"]), str(row["kind"])
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}, line {number} is not a metrics row ({error}): delete that line") from None
-        yield {k: math.nan if v is None else v for k, v in row.items()}, line
+        yield {k: math.nan if v is None else v for k, v in row.items()}, line + b"\n"
 
 
 def encode_row(iteration: int, kind: Kind, metrics: Mapping[str, float]) -> bytes:
-    """One line of metrics.jsonl, newline included."""
+    """One line of metrics.jsonl, newline included; ValueError for an unknown kind or a reserved metric name."""
+    if kind not in ("train", "eval"):
+        raise ValueError(f"kind is {kind!r}: 'train' or 'eval'")
+    if taken := {"iteration", "kind"} & metrics.keys():
+        raise ValueError(f"{sorted(taken)} cannot be the name of a metric")
     values = {name: float(value) for name, value in metrics.items()}
     row = {"iteration": iteration, "kind": kind} | {k: v if math.isfinite(v) else None for k, v in values.items()}
-    return json.dumps(row, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
+    return json.dumps(row, allow_nan=False).encode() + b"\n"
 
 
 class MetricsFile:
@@ -172,14 +176,14 @@ class Wandb:
 
 
 class RunLogger:
-    """Writes a run's numbers and shows its progress; one per run, on rank 0 only.
+    """Writes a run's numbers and shows its progress; one per run, on rank 0 (a folder of None writes nothing).
 
     `total_iterations` and `minutes` are the budget (whichever ends first), for the progress bar.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | None,
         *,
         total_iterations: int | None,
         minutes: float | None,
@@ -187,30 +191,32 @@ class RunLogger:
         tensorboard: bool = True,
         quiet: bool = False,
     ):
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.sinks: list[Sink] = [Wandb(self.folder)] if wandb else []
-        self.sinks += [Tensorboard(self.folder / "tensorboard")] if tensorboard else []
-        self.file = MetricsFile(self.folder / METRICS)
+        self.folder = None if folder is None else Path(folder)
+        self.sinks: list[Sink] = []
+        self.file: MetricsFile | None = None
         self.terminal: Terminal | None = None if quiet else make_terminal(total_iterations, minutes)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.sinks += [Wandb(self.folder)] if wandb else []
+            self.sinks += [Tensorboard(self.folder / "tensorboard")] if tensorboard else []
+            self.file = MetricsFile(self.folder / METRICS)
         self._tell_past()
 
     def log(self, iteration: int, kind: Kind, metrics: Mapping[str, float]) -> None:
         """Append one row. OSError if metrics.jsonl cannot be written; another sink that fails is dropped."""
-        if kind not in ("train", "eval"):
-            raise ValueError(f"kind is {kind!r}: 'train' or 'eval'")
-        if taken := {"iteration", "kind"} & metrics.keys():
-            raise ValueError(f"{sorted(taken)} cannot be the name of a metric")
-        self.file.append(encode_row(iteration, kind, metrics))
+        line = encode_row(iteration, kind, metrics)
+        if self.file is not None:
+            self.file.append(line)
         finite = {k: float(v) for k, v in metrics.items() if math.isfinite(v)}
         for sink in list(self.sinks):
-            self._guard(sink, lambda sink=sink: sink.log(iteration, finite))  # type: ignore[misc]
+            self._guard(sink, partial(sink.log, iteration, finite))
         if kind == "eval" and self.terminal is not None:
             self.terminal.evaluation(iteration, metrics)
 
     def cut(self, iteration: int) -> None:
         """Forget every row after `iteration`, and a torn last line; called when a run resumes from there."""
-        self.file.cut(iteration)
+        if self.file is not None:
+            self.file.cut(iteration)
         for sink in self.sinks:
             sink.cut(iteration)
         self._tell_past()
@@ -224,17 +230,18 @@ class RunLogger:
         """Flush and close everything; closing twice is fine."""
         if self.terminal is not None:
             self.terminal.close()
-        self.file.close()
-        while self.sinks:
-            sink = self.sinks.pop()
+        if self.file is not None:
+            self.file.close()
+        for sink in list(self.sinks):
             self._guard(sink, sink.close)
+        self.sinks = []
 
     def _tell_past(self) -> None:
         """Let the terminal know the evaluations of the run so far, without printing them again."""
-        if self.terminal is not None:
+        if self.terminal is not None and self.folder is not None:
             self.terminal.past([row for row in read_metrics(self.folder) if row["kind"] == "eval"])
 
-    def _guard(self, sink: Sink, action: Any) -> None:
+    def _guard(self, sink: Sink, action: Callable[[], None]) -> None:
         """A full disk or a lost connection must not end a run whose metrics.jsonl is fine."""
         try:
             action()

@@ -1,4 +1,4 @@
-"""Confidence intervals by the percentile bootstrap over clusters (Efron and Tibshirani 1993; Davison and Hinkley 1997, 3.8).
+"""Confidence intervals by the percentile bootstrap over clusters (Efron and Tibshirani 1993, chapter 13).
 
 Rows that share a caption are not independent, so whole captions are drawn with replacement. With s_c the sum
 and n_c the number of rows of caption c, one replicate is sum_c w_c s_c / sum_c w_c n_c, w ~ multinomial.
@@ -55,7 +55,8 @@ def bootstrap_mean(
     if not kept.any():
         return Interval(math.nan, math.nan, math.nan)
     _, place = np.unique(ids[kept], return_inverse=True)
-    sums, counts = np.bincount(place, values[kept]), np.bincount(place)
+    sums = np.bincount(place, values[kept]).astype(np.float64)
+    counts = np.bincount(place)
     mean = float(sums.sum() / counts.sum())
     if counts.size < 2:
         return Interval(mean, math.nan, math.nan)
@@ -64,7 +65,7 @@ def bootstrap_mean(
     return Interval(mean, float(low), float(high))
 
 
-def _replicates(sums: NDArray[np.float64], counts: NDArray[np.int64], num: int, seed: int) -> NDArray[np.float64]:
+def _replicates(sums: NDArray[np.float64], counts: NDArray[np.intp], num: int, seed: int) -> NDArray[np.float64]:
     """(num,) means of clusters drawn with replacement."""
     rng, size = np.random.default_rng(seed), counts.size
     even = np.full(size, 1 / size)

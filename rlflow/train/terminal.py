@@ -9,8 +9,9 @@ import math
 import os
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from rlflow.train.glossary import describe, duration, show
 
@@ -25,29 +26,6 @@ SHOWN = {  # while training, in this order
 HEADLINE = "eval/heldout/strict"
 JUDGED = (HEADLINE, "eval/heldout/soft", "eval/heldout/judge", "eval/heldout/diversity", "eval/heldout/base_distance")
 PLAIN_SECONDS = 10.0
-
-
-class Terminal(Protocol):
-    """Somewhere to show progress."""
-
-    def past(self, evaluations: Sequence[Mapping[str, Any]]) -> None:
-        """Evaluation rows of the run so far; printed nowhere, kept for comparison."""
-
-    def evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """An evaluation has finished."""
-
-    def progress(self, iteration: int, metrics: Mapping[str, float], seconds_trained: float) -> None:
-        """`iteration` iterations are done."""
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-
-
-def make_terminal(total_iterations: int | None, minutes: float | None) -> Terminal:
-    """A live view on a terminal, plain lines elsewhere."""
-    budget = Budget(total_iterations, minutes)
-    live = sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
-    return LiveView(budget) if live else PlainLines(budget)
 
 
 class Budget:
@@ -81,7 +59,7 @@ class Budget:
 def numbers(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """(what it is, its value) of the numbers shown while training; a skipped step only where there was one."""
     pairs = [(label, metrics[name]) for name, label in SHOWN.items() if name in metrics]
-    return [(label, show(float(value))) for label, value in pairs if label != "skipped steps" or value]
+    return [(label, show(float(value), "nan")) for label, value in pairs if label != "skipped steps" or value]
 
 
 class Evaluations:
@@ -108,24 +86,43 @@ class Evaluations:
         return self._against_start(HEADLINE, self.last) if HEADLINE in self.last else ""
 
     def _against_start(self, name: str, metrics: Mapping[str, float]) -> str:
-        value = show(float(metrics[name]))
+        value = show(float(metrics[name]), "nan")
         started = self.first is not metrics and name in self.first
-        return f"{value} (start {show(float(self.first[name]))})" if started else value
+        return f"{value} (start {show(float(self.first[name]), 'nan')})" if started else value
 
 
-class PlainLines:
-    """One line at most every ten seconds, and one for every evaluation."""
+class Terminal(ABC):
+    """Somewhere to show progress; it knows the budget and the evaluations so far."""
 
     def __init__(self, budget: Budget):
         self.budget, self.evaluations = budget, Evaluations()
-        self.printed_at = -math.inf
-        self.waiting = ""
 
     def past(self, evaluations: Sequence[Mapping[str, Any]]) -> None:
-        """Evaluations to compare with."""
+        """Take the evaluation rows of the run so far, to compare with; prints nothing."""
         self.evaluations = Evaluations()
         for row in evaluations:
             self.evaluations.add(row)
+
+    @abstractmethod
+    def evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """An evaluation has finished."""
+
+    @abstractmethod
+    def progress(self, iteration: int, metrics: Mapping[str, float], seconds_trained: float) -> None:
+        """`iteration` iterations are done."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+class PlainLines(Terminal):
+    """One line at most every ten seconds, and one for every evaluation."""
+
+    def __init__(self, budget: Budget):
+        super().__init__(budget)
+        self.printed_at = -math.inf
+        self.waiting = ""
 
     def evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Print the held-out numbers."""
@@ -150,18 +147,12 @@ class PlainLines:
             self.waiting, self.printed_at = "", time.monotonic()
 
 
-class LiveView:
+class LiveView(Terminal):
     """A bar with the time left, and under it the numbers of the last iteration; evaluations scroll above it."""
 
     def __init__(self, budget: Budget):
-        self.budget, self.evaluations = budget, Evaluations()
+        super().__init__(budget)
         self.live: Any = None
-
-    def past(self, evaluations: Sequence[Mapping[str, Any]]) -> None:
-        """Evaluations to compare with."""
-        self.evaluations = Evaluations()
-        for row in evaluations:
-            self.evaluations.add(row)
 
     def evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Print the held-out numbers above the bar."""
@@ -198,3 +189,10 @@ class LiveView:
             self.live = Live(refresh_per_second=4)
             self.live.start()
         return self.live
+
+
+def make_terminal(total_iterations: int | None, minutes: float | None) -> Terminal:
+    """A live view on a terminal, plain lines elsewhere."""
+    budget = Budget(total_iterations, minutes)
+    live = sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+    return LiveView(budget) if live else PlainLines(budget)

@@ -69,6 +69,11 @@ class Trainer:
         if resume is not None:
             self._load(resume)
 
+    @property
+    def interrupted(self) -> bool:
+        """True when a signal ended `fit` before the budget."""
+        return self._stop_signal is not None
+
     # -- set-up -----------------------------------------------------------------------------------
 
     def _check_folder(self, resume: str | Path | None) -> None:

@@ -1,0 +1,295 @@
+"""The command `rlflow`: arguments here, work elsewhere; heavy modules load only when a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; user errors are one line and exit code 2."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run_command(args)
+    except (ValueError, FileNotFoundError, FileExistsError, KeyError) as error:
+        if getattr(args, "debug", False):
+            raise
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"rlflow: error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    from rlflow import __version__
+
+    parser = argparse.ArgumentParser(prog="rlflow", description="Reinforcement-learning fine-tuning of flow policies.")
+    parser.add_argument("--version", action="version", version=f"rlflow {__version__}")
+    parser.add_argument("--debug", action="store_true", help="full traceback of errors")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_train, _sweep, _compare, _pretrain, _eval, _sample, _list, _doctor, _report, _bench):
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run_command=run)
+    return parser
+
+
+def _trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trust-code", action="store_true", help="allow components named by dotted path (module:name)")
+
+
+def _json_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE|FILE", help="a name of `rlflow list recipes`, or a .yaml file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.minutes=2 env.group_size=8")
+
+
+# -- train ----------------------------------------------------------------------------------------
+
+
+def _train(commands: Any) -> None:
+    p = _command(commands, "train", _run_train, "Fine-tune a policy with a recipe.")
+    _recipe(p)
+    p.add_argument("--run", metavar="DIR", help="run folder (default runs/RECIPE-TIME)")
+    p.add_argument("--resume", metavar="last|PATH", help="continue the run in --run from a checkpoint")
+    p.add_argument("--seeds", metavar="0,1,2", help="one run per seed, in DIR/seed-N")
+    p.add_argument("--quiet", action="store_true", help="no progress display")
+    _trust(p)
+
+
+def _run_train(args: argparse.Namespace) -> None:
+    if args.resume and not args.run:
+        raise ValueError("--resume needs --run DIR, the folder of the run to continue")
+    if not args.seeds:
+        _train_one(args, args.run, args.overrides)
+        return
+    base = Path(args.run or f"runs/{Path(args.recipe).stem}")
+    for seed in args.seeds.split(","):
+        _train_one(args, base / f"seed-{int(seed)}", [*args.overrides, f"train.seed={int(seed)}"])
+
+
+def _train_one(args: argparse.Namespace, run: Path | str | None, overrides: list[str]) -> None:
+    from rlflow import dist
+    from rlflow.train.trainer import Trainer
+
+    trainer = Trainer(
+        args.recipe, run, overrides=overrides, resume=args.resume, trust_code=args.trust_code, quiet=args.quiet
+    )
+    try:
+        trainer.fit()
+    finally:
+        dist.stop()
+    if dist.rank() == 0:
+        state = "stopped by a signal, resume with --resume last" if trainer.interrupted else "finished"
+        print(f"{state}: {trainer.iteration} iterations, {trainer.seconds:.0f} s of training; run folder {trainer.run}")
+
+
+def _sweep(commands: Any) -> None:
+    p = _command(commands, "sweep", _run_sweep, "Run a table of recipes and seeds; prints the plan and its cost first.")
+    p.add_argument("table", metavar="TABLE.yaml")
+    p.add_argument("--run", metavar="DIR", required=True, help="folder of all runs; finished ones are skipped")
+    p.add_argument("--jobs", type=int, default=None, help="processes side by side")
+    p.add_argument("--dry", action="store_true", help="print the plan and its cost only")
+
+
+def _run_sweep(args: argparse.Namespace) -> None:
+    from rlflow.train.sweep import run_sweep
+
+    run_sweep(Path(args.table), Path(args.run), dry=args.dry, jobs=args.jobs)
+
+
+def _compare(commands: Any) -> None:
+    p = _command(commands, "compare", _run_compare, "Compare runs: last evaluation, cost, paired differences.")
+    p.add_argument("runs", nargs="+", metavar="RUN")
+    _json_flag(p)
+
+
+def _run_compare(args: argparse.Namespace) -> None:
+    from rlflow.train.compare import compare, print_comparison
+
+    result = compare([Path(r) for r in args.runs])
+    print(json.dumps(result, indent=1)) if args.json else print_comparison(result)
+
+
+def _pretrain(commands: Any) -> None:
+    p = _command(commands, "pretrain", _run_pretrain, "Pre-train an embedded model from data the program draws.")
+    p.add_argument("world", metavar="NAME", help="shapes or words")
+    p.add_argument("rest", nargs=argparse.REMAINDER, metavar="--steps N --seed N --out DIR --threads N")
+
+
+def _run_pretrain(args: argparse.Namespace) -> None:
+    from rlflow.registry import nearest
+    from rlflow.train.worlds import WORLDS, main as pretrain
+
+    if args.world not in WORLDS:
+        raise ValueError(f"unknown world {args.world!r}{nearest(args.world, WORLDS)}")
+    pretrain(WORLDS[args.world], args.rest)
+
+
+# -- use ------------------------------------------------------------------------------------------
+
+
+def _eval(commands: Any) -> None:
+    p = _command(commands, "eval", _run_eval, "Evaluate a run or a checkpoint on held-out prompts, noise off.")
+    p.add_argument("source", metavar="RUN|CHECKPOINT", help="a run folder, a checkpoint folder, or shapes / words")
+    p.add_argument("--steps", type=int, metavar="K", help="denoising steps")
+    p.add_argument("--solver", metavar="NAME")
+    p.add_argument("--seed", type=int, default=None, help="of the initial noise")
+    p.add_argument("--num", type=int, help="number of samples")
+    p.add_argument("--checkpoint", default="last", help="last, best or an iteration")
+    p.add_argument("--weights", choices=["live", "ema"], help="default: the ones the run evaluates")
+    _trust(p)
+    _json_flag(p)
+
+
+def _run_eval(args: argparse.Namespace) -> None:
+    from rlflow.train.runs import evaluator_of
+
+    evaluator = evaluator_of(
+        args.source,
+        num=args.num,
+        num_steps=args.steps,
+        solver=args.solver,
+        seed=args.seed,
+        checkpoint=args.checkpoint,
+        weights=args.weights,
+        trust_code=args.trust_code,
+    )
+    result = evaluator()
+    means = {f"eval/heldout/{name}": value for name, value in result.means().items()}
+    if args.json:
+        print(json.dumps({"samples": len(result.captions), **means}, indent=1))
+        return
+    captions = len(set(result.captions))
+    print(f"{len(result.captions)} samples of {captions} held-out prompts, deployment sampler")
+    for name, value in means.items():
+        print(f"  {name:28s} {value:.4f}")
+
+
+def _sample(commands: Any) -> None:
+    p = _command(commands, "sample", _run_sample, "Make images from a run or a checkpoint.")
+    p.add_argument("source", metavar="RUN|CHECKPOINT")
+    p.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    p.add_argument("--out", required=True, metavar="x.png")
+    p.add_argument("--num", type=int, default=4, help="images per prompt")
+    p.add_argument("--steps", type=int, metavar="K", help="denoising steps")
+    p.add_argument("--seed", type=int, default=0)
+    _trust(p)
+
+
+def _run_sample(args: argparse.Namespace) -> None:
+    from rlflow.train.figures import image_grid
+    from rlflow.train.runs import load, sample
+
+    policy = load(args.source, trust_code=args.trust_code)
+    prompts = [text for text in args.prompt for _ in range(args.num)]
+    images = sample(policy, prompts, seed=args.seed, num_steps=args.steps)
+    image_grid(images, prompts, Path(args.out))
+    print(f"{len(prompts)} images in {args.out}")
+
+
+KINDS = ("recipes", "kernels", "solvers", "steps", "rewards", "envs", "policies")
+
+
+def _list(commands: Any) -> None:
+    p = _command(commands, "list", _run_list, "What can be named in a recipe.")
+    p.add_argument("kind", choices=KINDS)
+    _json_flag(p)
+
+
+def _run_list(args: argparse.Namespace) -> None:
+    rows = _recipes() if args.kind == "recipes" else _components(args.kind)
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    width = max(len(name) for name in rows)
+    for name, text in rows.items():
+        print(f"{name:{width}s}  {text}")
+
+
+def _recipes() -> dict[str, str]:
+    from rlflow import recipes
+
+    return {name: str(recipes.read(name).get("about", "")) for name in recipes.names()}
+
+
+def _components(kind: str) -> dict[str, str]:
+    from rlflow.registry import TABLE
+
+    singular = {"policies": "policy", "steps": "steps"}.get(kind, kind.removesuffix("s"))
+    if singular == "policy":
+        return dict(TABLE["policy"])
+    return {name: _first_line(path) for name, path in TABLE[singular].items()}
+
+
+def _first_line(path: str) -> str:
+    """First line of a component's docstring, read from the source so that nothing heavy is imported."""
+    import ast
+    from importlib.util import find_spec
+
+    module, _, attribute = path.partition(":")
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == attribute:
+            return (ast.get_docstring(node) or "").split("\n")[0]
+    return ""
+
+
+# -- look -----------------------------------------------------------------------------------------
+
+
+def _doctor(commands: Any) -> None:
+    p = _command(commands, "doctor", _run_doctor, "Check a recipe: ratios, kappa, gradients, resume, cost. PASS or FAIL.")
+    _recipe(p)
+    _trust(p)
+    _json_flag(p)
+
+
+def _run_doctor(args: argparse.Namespace) -> None:
+    from rlflow import recipes
+    from rlflow.train.doctor import checks_as_json, doctor, print_checks
+
+    checks = doctor(recipes.load(args.recipe, args.overrides, args.trust_code), args.trust_code)
+    print(json.dumps(checks_as_json(checks), indent=1)) if args.json else print_checks(checks)
+    if any(check.passed is False for check in checks):
+        raise SystemExit(1)
+
+
+def _report(commands: Any) -> None:
+    p = _command(commands, "report", _run_report, "Write RUN/report.html again.")
+    p.add_argument("run", metavar="RUN")
+
+
+def _run_report(args: argparse.Namespace) -> None:
+    from rlflow.train.report import write_report
+
+    print(f"Report: {write_report(Path(args.run)).resolve()}")
+
+
+def _bench(commands: Any) -> None:
+    p = _command(commands, "bench", _run_bench, "Time training iterations against bare network passes.")
+    p.add_argument("what", choices=["t2i"])
+    _json_flag(p)
+
+
+def _run_bench(args: argparse.Namespace) -> None:
+    from rlflow.train.bench import bench_t2i
+
+    result = bench_t2i()
+    if args.json:
+        print(json.dumps(result, indent=1))
+        return
+    for name, value in result.items():
+        print(f"{name}: {value}")

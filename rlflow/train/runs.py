@@ -1,0 +1,117 @@
+"""Finished or running run folders and checkpoints, opened again: for evaluation, sampling and the Python interface."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from rlflow import registry
+from rlflow.config import Config, parse
+from rlflow.flow.kernels import FlowSDE
+from rlflow.flow.policy import FlowPolicy
+from rlflow.flow.solvers import Solver
+from rlflow.models.io import load_field, save_field
+from rlflow.train.build import device, heldout_prompts, make_judges, make_policy
+from rlflow.train.checkpoint import Checkpoints
+from rlflow.train.evaluate import Evaluation, Evaluator
+
+
+def is_run(path: str | Path) -> bool:
+    """True for a run folder."""
+    return (Path(path) / "config.yaml").is_file()
+
+
+def read_run_config(folder: str | Path, trust_code: bool = False) -> Config:
+    """The resolved config of a run folder."""
+    return parse(yaml.safe_load((Path(folder) / "config.yaml").read_text(encoding="utf-8")), trust_code)
+
+
+def load(
+    name: str | Path, *, checkpoint: str = "last", weights: str | None = None, trust_code: bool = False
+) -> FlowPolicy:
+    """A FlowPolicy from an embedded checkpoint ('shapes'), a checkpoint folder, or a run folder.
+
+    Of a run, `weights` is 'live' or 'ema' (default: the ones the run evaluates).
+    """
+    if not is_run(name):
+        field = load_field(str(name)).to(device())
+        return FlowPolicy(field, FlowSDE().to(device()), num_steps=10).requires_grad_(False)
+    config = read_run_config(name, trust_code)
+    policy = make_policy(config, trust_code)
+    _, state = Checkpoints(Path(name)).load(checkpoint)
+    policy.load_state_dict(state["policy"])
+    policy.weights.load_state_dict(state["weight_sets"])
+    chosen = weights or config.eval.weights
+    if chosen != "live":
+        live = policy.weights.parameters()
+        with torch.no_grad():
+            for parameter, value in policy.weights.sets[chosen].items():
+                live[parameter].copy_(value)
+    return policy.requires_grad_(False)
+
+
+def save(policy: FlowPolicy, folder: str | Path) -> Path:
+    """Write the policy's network as a checkpoint folder that `load` reads; the weights in place are saved."""
+    return save_field(policy.field.unguided, folder)
+
+
+def sample(policy: FlowPolicy, prompts: list[str], *, seed: int = 0, num_steps: int | None = None) -> Tensor:
+    """Images (N, 3, H, W) in [0, 1] for prompts by the deployment sampler (no noise after the first draw)."""
+    from rlflow.flow.noise import Key
+
+    with torch.no_grad():
+        cond = policy.encode(policy.field.unguided.tokenize(prompts))
+        chain = policy.sample(cond, policy.plan(num_steps), key=Key(seed, "sample"))
+        return policy.field.decode(policy.squash(chain.final)).float().cpu()
+
+
+def evaluator_of(
+    name: str | Path,
+    *,
+    num: int | None = None,
+    num_steps: int | None = None,
+    solver: str | None = None,
+    seed: int | None = None,
+    checkpoint: str = "last",
+    weights: str | None = None,
+    trust_code: bool = False,
+) -> Evaluator:
+    """An Evaluator of a run (its own settings unless given) or of a checkpoint (the default settings).
+
+    The base images come from the policy before training, so the distance to it is meaningful.
+    """
+    run = is_run(name)
+    values = {"policy": {"field": str(name)}, "train": {"iterations": 1}}
+    config = read_run_config(name, trust_code) if run else parse(values)
+    c = config.eval
+    spec = solver or c.solver
+    made: Solver | None = None if spec is None else registry.build("solver", "eval.solver", spec, trust_code=trust_code)
+
+    def make(policy: FlowPolicy) -> Evaluator:
+        return Evaluator(
+            policy,
+            heldout_prompts(config),
+            make_judges(config, trust_code),
+            num=num or c.num,
+            num_steps=num_steps or c.num_steps,
+            solver=made,
+            seed=c.seed if seed is None else seed,
+            rows_per_call=c.rows_per_call,
+        )
+
+    if not run:
+        return make(make_policy(config, trust_code))
+    base = make(make_policy(config, trust_code)).images()
+    tuned = make(load(name, checkpoint=checkpoint, weights=weights, trust_code=trust_code))
+    tuned.policy.num_steps = config.policy.num_steps
+    tuned.base_images = base
+    return tuned
+
+
+def evaluate(name: str | Path, *, num: int | None = None, num_steps: int | None = None, seed: int | None = None) -> dict[str, float]:
+    """Held-out metrics of a run folder or a checkpoint; exactly `num` samples."""
+    result: Evaluation = evaluator_of(name, num=num, num_steps=num_steps, seed=seed)()
+    return result.means()
