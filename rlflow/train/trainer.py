@@ -19,6 +19,7 @@ import yaml
 from rlflow import __version__, dist, recipes, registry
 from rlflow.config import Config, difference, parse
 from rlflow.flow.noise import generator
+from rlflow.models.io import save_field
 from rlflow.rl.collector import permute_rewards
 from rlflow.train.build import heldout_prompts, make_judges, make_parts
 from rlflow.train.checkpoint import Checkpoints, rng_state, set_rng_state
@@ -136,7 +137,7 @@ class Trainer:
             if self._evaluated != self.iteration and self._stop_signal is None:
                 self._evaluate()
             self._save()
-        self._report()
+        self._finish()
         return self.last_eval
 
     def _one(self) -> dict[str, float]:
@@ -275,11 +276,15 @@ class Trainer:
         if dist.rank() == 0:
             self.checkpoints.cut(iteration)
 
-    def _report(self) -> None:
+    def _finish(self) -> None:
+        """The tuned network as a checkpoint folder, and the report."""
         from rlflow.train.report import write_report
 
-        if dist.rank() == 0:
-            write_report(self.run)
+        if dist.rank() > 0:
+            return
+        with self.policy.using(self.config.eval.weights):
+            save_field(self.policy.field.unguided, self.run / "model", {"run": str(self.run), "recipe": self.recipe})
+        write_report(self.run)
 
 
 class _Signals:
