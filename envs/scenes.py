@@ -138,7 +138,7 @@ def heldout_captions(kinds: Sequence[str] = KINDS) -> list[str]:
 
 
 def draw_captions(
-    rng: np.random.Generator, number: int, *, heldout: bool = False, mix: Sequence[float] = (0.4, 0.25, 0.35)
+    rng: np.random.Generator, number: int, *, heldout: bool = False, mix: Sequence[float] = (0.25, 0.15, 0.6)
 ) -> list[str]:
     """`number` captions of one side: first the kind by the shares `mix` (as KINDS), then one of that kind."""
     pools = [split(heldout, (kind,)) for kind in KINDS]

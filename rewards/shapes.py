@@ -32,6 +32,7 @@ Array = NDArray[Any]
 PARTS = ("count", "color", "shape", "relation")
 BRIGHT = 0.35  # of full scale, in the brightest channel
 MIN_AREA = 8  # pixels at size 32: a third of the smallest triangle; smaller specks are no objects
+MAX_FILL = 0.25  # of the image: a larger region has no shape, or a white canvas would be "one white square"
 MIN_SHARE = 0.6  # of a region's pixels that must agree on the colour
 NONE = -1  # colour or shape id of a region that has none
 
@@ -54,7 +55,7 @@ class Found:
 
 def detect(pixels: NDArray[np.uint8]) -> list[list[Found]]:
     """Objects of every image, largest first; pixels (N, H, W, 3)."""
-    bright = pixels.max(-1)
+    bright = np.maximum(np.maximum(pixels[..., 0], pixels[..., 1]), pixels[..., 2])
     inside = bright > 255 * BRIGHT
     labels, number = ndimage.label(inside, _PLANE)
     found: list[list[Found]] = [[] for _ in pixels]
@@ -66,9 +67,11 @@ def detect(pixels: NDArray[np.uint8]) -> list[list[Found]]:
     image[region] = at[0]
     cover = _coverage(bright[at], _eroded(inside)[at], region, number)
     color = _color_ids(pixels[at], region, number)
-    shape, area = _shape_ids(cover, region, at[1], at[2], number, pixels.shape[1:3])
-    x, y = _middle(at[2], region, number), _middle(at[1], region, number)
-    least = MIN_AREA * pixels.shape[1] * pixels.shape[2] / 32**2
+    rows, cols = (_profile(cover, region, at[axis], number, pixels.shape[axis]) for axis in (1, 2))
+    canvas = pixels.shape[1] * pixels.shape[2]
+    shape, area = _shape_ids(rows, cols, MAX_FILL * canvas), rows.sum(1)
+    x, y = _middle(cols), _middle(rows)
+    least = MIN_AREA * canvas / 32**2
     order = np.argsort(-area, kind="stable")
     for k in order[area[order] >= least]:
         thing = Found(int(color[k]), int(shape[k]), float(x[k]), float(y[k]), float(area[k]))
@@ -93,28 +96,30 @@ def _coverage(bright: Array, inner: Array, region: Array, number: int) -> Array:
 def _color_ids(rgb: NDArray[np.uint8], region: Array, number: int) -> NDArray[np.int64]:
     """The colour most pixels of a region are nearest to at any brightness; NONE without a clear majority."""
     hue = rgb / rgb.max(-1, keepdims=True).astype(np.float32)
-    nearest = ((hue[:, None] - _HUES) ** 2).sum(-1).argmin(-1)
+    nearest = (hue @ _HUES.T - 0.5 * (_HUES**2).sum(1)).argmax(-1)  # least distance, without |hue|^2
     votes = np.bincount(region * len(_HUES) + nearest, minlength=number * len(_HUES)).reshape(number, -1)
     return np.where(votes.max(1) >= MIN_SHARE * votes.sum(1), votes.argmax(1), NONE)
 
 
-def _shape_ids(
-    cover: Array, region: Array, y: Array, x: Array, number: int, size: tuple[int, ...]
-) -> tuple[NDArray[np.int64], Array]:
-    """Shape ids and areas of the regions; see the head of the file."""
-    rows = np.bincount(region * size[0] + y, cover, number * size[0]).reshape(number, -1)
-    cols = np.bincount(region * size[1] + x, cover, number * size[1]).reshape(number, -1)
+def _profile(cover: Array, region: Array, position: Array, number: int, length: int) -> Array:
+    """(M, length) coverage of every region summed over the other axis."""
+    return np.bincount(region * length + position, cover, number * length).reshape(number, -1)
+
+
+def _shape_ids(rows: Array, cols: Array, most: float) -> NDArray[np.int64]:
+    """(M,) shape ids from both profiles; see the head of the file. `most`: the largest area that has a shape."""
     area, height, width = rows.sum(1), cols.max(1), rows.max(1)
     var_y, third = _moments(rows, area)
     var_x, _ = _moments(cols, area)
     extent, spread = area / (height * width), (var_x + var_y) / area
     lean = third / np.maximum(var_y, 1e-9) ** 1.5
-    even, level = np.abs(np.log(height / width)) < 0.3, np.abs(lean) < 0.3
-    shape = np.full(number, NONE)
+    even = (np.abs(np.log(height / width)) < 0.3) & (area < most)
+    level = np.abs(lean) < 0.3
+    shape = np.full(len(area), NONE)
     shape[even & level & (extent >= 0.7) & (spread < 0.185)] = SHAPES.index("circle")
     shape[even & level & (extent >= 0.885) & (spread < 0.19)] = SHAPES.index("square")
     shape[even & (lean <= -0.3) & (extent < 0.78) & (spread < 0.22)] = SHAPES.index("triangle")
-    return shape, area
+    return shape
 
 
 def _moments(profile: Array, area: Array) -> tuple[Array, Array]:
@@ -124,12 +129,10 @@ def _moments(profile: Array, area: Array) -> tuple[Array, Array]:
     return (profile * centred**2).sum(1) / area, (profile * centred**3).sum(1) / area
 
 
-def _middle(position: Array, region: Array, number: int) -> Array:
-    """Centre of every region's bounding box along one axis, in pixels (a triangle's centroid lies lower)."""
-    low, high = np.full(number, np.inf), np.full(number, -np.inf)
-    np.minimum.at(low, region, position)
-    np.maximum.at(high, region, position)
-    return (low + high + 1) / 2
+def _middle(profile: Array) -> Array:
+    """(M,) centre of every region's extent along one axis, in pixels (a triangle's centroid lies lower)."""
+    inked = profile > 0
+    return (inked.argmax(1) + profile.shape[1] - inked[:, ::-1].argmax(1)) / 2
 
 
 def judge(found: list[Found], scene: Scene) -> tuple[float, float, float, float]:

@@ -129,7 +129,8 @@ def _pretrain(commands: Any) -> None:
 
 def _run_pretrain(args: argparse.Namespace) -> None:
     from rlflow.registry import nearest
-    from rlflow.train.worlds import WORLDS, main as pretrain
+    from rlflow.train.worlds import WORLDS
+    from rlflow.train.worlds import main as pretrain
 
     if args.world not in WORLDS:
         raise ValueError(f"unknown world {args.world!r}{nearest(args.world, WORLDS)}")
@@ -251,7 +252,7 @@ def _first_line(path: str) -> str:
 
 
 def _doctor(commands: Any) -> None:
-    p = _command(commands, "doctor", _run_doctor, "Check a recipe: ratios, kappa, gradients, resume, cost. PASS or FAIL.")
+    p = _command(commands, "doctor", _run_doctor, "Check a recipe: ratios, kappa, gradients, resume, cost.")
     _recipe(p)
     _trust(p)
     _json_flag(p)

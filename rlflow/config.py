@@ -278,8 +278,9 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     out = dict(base)
     for key, value in over.items():
         mine = out.get(key)
-        same = isinstance(mine, dict) and isinstance(value, dict) and value.get("name", mine.get("name")) == mine.get("name")
-        out[key] = merge(mine, value) if same and isinstance(mine, dict) else value
+        if isinstance(mine, dict) and isinstance(value, dict) and value.get("name") in (None, mine.get("name")):
+            value = merge(mine, value)
+        out[key] = value
     return out
 
 

@@ -73,10 +73,8 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     """One flat all-reduce (sum) of all gradients; absent ones count as zero, so no rank can hang."""
     if world() == 1:
         return
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.flatten() for p in parameters])
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
-    for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad.copy_(g.view_as(p))
+    for p, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = summed.view_as(p).clone()

@@ -104,7 +104,9 @@ def find(kind: str, name: str, trust_code: bool = False) -> Callable[..., Any]:
         if ":" not in name:
             raise ValueError(f"unknown {kind} {name!r}{nearest(name, TABLE[kind])}")
         if not trust_code:
-            raise UntrustedCodeError(f"{kind} {name!r} is code outside rlflow: pass --trust-code (trust_code=True) to run it")
+            raise UntrustedCodeError(
+                f"{kind} {name!r} is code outside rlflow: pass --trust-code (trust_code=True) to run it"
+            )
         path = name
     module, _, attribute = path.partition(":")
     try:

@@ -1,4 +1,7 @@
-"""The nouns that cross module borders; DESIGN: N rows, T outer steps, B envs, K denoising steps, R ratio columns, D event dims."""
+"""The nouns that cross module borders.
+
+T outer steps, B envs, N = T * B rows, K denoising steps, R ratio columns, D event dimensions.
+"""
 
 from __future__ import annotations
 

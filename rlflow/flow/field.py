@@ -28,8 +28,14 @@ class VelocityField(nn.Module):
     """True when `forward` reads dt (an average-velocity field)."""
     has_instantaneous: bool = True
     """False for a flow map that has no dt = 0 branch."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass, where the network supports it."""
     calls: int = 1
     """Network rows evaluated per row of one `forward` (2 under guidance)."""
+
+    def tokenize(self, captions: list[str]) -> Tree:
+        """Text to the tensors `encode` takes; only text-conditional fields have it."""
+        raise NotImplementedError(f"{type(self).__name__} takes no text")
 
     def encode(self, obs: Tree) -> Cond:
         """Raw observations (N, ...) to a Cond with at least "pooled" (N, F)."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from rlflow.flow.field import VelocityField
 from rlflow.flow.path import at_least_float, expand
 from rlflow.types import Cond, Tree
 
@@ -18,10 +19,10 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return expand((a * b).flatten(1).sum(-1), a)
 
 
-class CFG(nn.Module):
+class CFG(VelocityField):
     """Classifier-free guidance v_u + w (v_c - v_u), both branches in one network call (Ho & Salimans 2022)."""
 
-    def __init__(self, field: nn.Module, scale: float):
+    def __init__(self, field: VelocityField, scale: float):
         super().__init__()
         self.field, self.scale = field, scale
         self.event_shape, self.num_features = field.event_shape, field.num_features
@@ -45,7 +46,7 @@ class CFG(nn.Module):
         return self.field.encoder_parameters()
 
     @property
-    def unguided(self) -> nn.Module:
+    def unguided(self) -> VelocityField:
         """The inner field."""
         return self.field
 
@@ -64,7 +65,7 @@ class CFG(nn.Module):
 class CFGZero(CFG):
     """CFG-Zero*: v_u scaled by its projection on v_c, and a zero velocity for t < `zero_until` (Fan et al. 2025)."""
 
-    def __init__(self, field: nn.Module, scale: float, zero_until: float = 0.04):
+    def __init__(self, field: VelocityField, scale: float, zero_until: float = 0.04):
         super().__init__(field, scale)
         self.zero_until = zero_until
 

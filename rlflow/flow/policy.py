@@ -6,6 +6,7 @@ iterates it and scoring calls it again on the stored pairs, so at unchanged weig
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from rlflow.flow.field import VelocityField
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.grid import TimeGrid, Uniform
 from rlflow.flow.kernels import Kernel
@@ -20,7 +22,6 @@ from rlflow.flow.noise import Key, noise
 from rlflow.flow.path import expand
 from rlflow.flow.solvers import Euler, Solver
 from rlflow.flow.steps import Plan, Steps, deterministic
-from rlflow.flow.field import VelocityField
 from rlflow.flow.weights import WeightSets
 from rlflow.types import Chain, Cond, Tree, tree_map
 
@@ -167,13 +168,13 @@ class FlowPolicy(nn.Module):
         name = type(self.kernel).__name__
         if steps.mixed_rows and not isinstance(self.solver, Euler):
             raise ValueError(
-                f"{type(steps).__name__} mixes noisy and ODE rows in one step, which needs one network call: use solver=euler"
+                f"{type(steps).__name__} mixes noisy and ODE rows in one step, which needs one network call: "
+                "use solver=euler"
             )
         grid = self.grid(self.num_steps)
         t, t_next = grid[:-1], grid[1:]
-        with torch.no_grad():
-            kappa = self.kernel.double().kappa(t, t_next)
-            self.kernel.to(self.dtype)
+        with torch.no_grad():  # on a copy: the grid is float64 on the CPU
+            kappa = copy.deepcopy(self.kernel).to("cpu", torch.float64).kappa(t, t_next)
         possible = list(steps.possible(self.num_steps))
         silent = [k for k in possible if torch.isinf(kappa[k])]
         if silent:
@@ -181,9 +182,9 @@ class FlowPolicy(nn.Module):
         steep = [k for k in possible if not kappa[k] <= max_kappa]
         if steep:
             raise ValueError(
-                f"{name} has kappa = |dmean/dv| / std of {[round(float(kappa[k]), 1) for k in steep]} at steps {steep}, "
-                f"above {max_kappa}: network rounding would swamp the ratio; exclude them (steps.skip_last) or raise "
-                "steps_max_kappa"
+                f"{name} has kappa = |dmean/dv| / std of {[round(float(kappa[k]), 1) for k in steep]} at steps "
+                f"{steep}, above {max_kappa}: network rounding would swamp the ratio; exclude them "
+                "(steps.skip_last) or raise policy.max_kappa"
             )
 
 

@@ -51,7 +51,7 @@ class Euler(Solver):
 
 
 class Heun(Solver):
-    """Trapezoid with an Euler predictor; plain Euler into t = 1, where velocities may be singular (Karras et al. 2022)."""
+    """Trapezoid with an Euler predictor; Euler into t = 1, where velocities may be singular (Karras et al. 2022)."""
 
     order = 2
     calls = 2

@@ -68,7 +68,8 @@ class WeightSets:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of `state_dict`; shapes and names must match the trainable parameters."""
-        live, sets = self.parameters(), {}
+        live = self.parameters()
+        sets: dict[str, dict[str, Tensor]] = {}
         for key, value in state.items():
             name, _, parameter = key.partition("/")
             like = live[parameter]

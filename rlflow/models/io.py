@@ -16,7 +16,8 @@ from rlflow.flow.field import VelocityField
 def embedded() -> list[str]:
     """Names of the checkpoints shipped inside the package."""
     root = resources.files("rlflow") / "assets"
-    return sorted(f.name for f in root.iterdir() if (f / "config.json").is_file() and f.name in registry.TABLE["policy"])
+    known = registry.TABLE["policy"]
+    return sorted(f.name for f in root.iterdir() if f.name in known and (f / "config.json").is_file())
 
 
 def folder_of(name: str) -> Path:
@@ -34,10 +35,10 @@ def read_config(name: str) -> dict[str, Any]:
     return json.loads((folder_of(name) / "config.json").read_text(encoding="utf-8"))
 
 
-def load_field(name: str) -> VelocityField:
-    """The network of an embedded checkpoint or a folder; only registered model classes are built."""
+def load_field(name: str, trust_code: bool = False) -> VelocityField:
+    """The network of an embedded checkpoint or a folder; a model class outside rlflow needs trust."""
     config, folder = read_config(name), folder_of(name)
-    model = registry.find("model", config["model"])
+    model = registry.find("model", config["model"], trust_code)
     field: VelocityField = model(**config["args"])
     field.load_state_dict(load_file(folder / "model.safetensors"))
     return field
@@ -47,8 +48,8 @@ def save_field(field: VelocityField, folder: Path | str, made_by: dict[str, Any]
     """Write a folder that `load_field` reads."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    known = {path: name for name, path in registry.TABLE["model"].items()}
-    name = known[f"{type(field).__module__}:{type(field).__qualname__}"]
+    path = f"{type(field).__module__}:{type(field).__qualname__}"
+    name = next((n for n, known in registry.TABLE["model"].items() if known == path), path)
     save_file({k: v.contiguous() for k, v in field.state_dict().items()}, folder / "model.safetensors")
     config = {"model": name, "args": field.args, "made_by": made_by or {}}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn as nn
@@ -16,13 +17,15 @@ from rlflow.types import Cond, Tree
 def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.SiLU) -> nn.Sequential:
     """Linear layers of the given sizes with activations between them."""
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (a, b) in enumerate(pairwise(sizes)):
         layers += [nn.Linear(a, b)] + ([activation()] if i < len(sizes) - 2 else [])
     return nn.Sequential(*layers)
 
 
 class TimeFeatures(nn.Module):
     """Sines and cosines of t in [0, 1] at `width / 2` frequencies from 1/2 to 32 periods."""
+
+    freq: Tensor
 
     def __init__(self, width: int = 16):
         super().__init__()

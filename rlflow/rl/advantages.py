@@ -143,7 +143,8 @@ class GAE:
 
     def __call__(self, rollout: Rollout, values: Tensor | None, next_values: Tensor | None) -> Advantages:
         """values, next_values (T, B) from the critic; next_values are of the states truly reached."""
-        assert values is not None and next_values is not None
+        assert values is not None
+        assert next_values is not None
         reward = torch.where(rollout.weight > 0, rollout.reward, 0.0)
         a = gae(reward, values, next_values, rollout.terminated, rollout.truncated, self.gamma, self.lam)
         returns = a + values

@@ -98,7 +98,8 @@ class Meter:
         self.first_by_step: Tensor | None = None
 
     def begin(self, sums: Tensor, first: bool) -> None:
-        self.sums, self.values, self.extras = sums, {}, {}
+        self.sums = sums
+        self.values: dict[str, Tensor] = {}
         self.alive, self.is_first = sums[2].clamp(min=1e-12), first
 
     def denominator(self, joint: bool) -> Tensor:
@@ -115,10 +116,10 @@ class Meter:
         """Largest |log ratio| before any weight has changed, per column."""
         if self.is_first:
             worst = diff.abs().amax(0)
-            same = self.first_by_step is not None and self.first_by_step.shape == worst.shape
-            self.first_by_step = torch.maximum(self.first_by_step, worst) if same else worst
-            top = worst.max()
-            self.first = top if self.first is None else torch.maximum(self.first, top)
+            seen = self.first_by_step
+            same = seen is not None and seen.shape == worst.shape
+            self.first_by_step = torch.maximum(seen, worst) if seen is not None and same else worst
+            self.first = worst.max() if self.first is None else torch.maximum(self.first, worst.max())
 
     def end(self, grad_norm: float) -> None:
         names = list(self.values)
@@ -134,7 +135,8 @@ class Meter:
         for name in sorted(names):
             seen = [row[name] for row in self.history if name in row and row[name] == row[name]]
             out[name] = sum(seen) / len(seen) if seen else float("nan")
-        assert self.first is not None and self.first_by_step is not None
+        assert self.first is not None
+        assert self.first_by_step is not None
         out["policy/first_log_ratio_max"] = float(dist.all_max(self.first))
         for k, worst in enumerate(self.first_by_step.tolist()):
             out[f"policy/first_log_ratio/{k}"] = worst

@@ -87,7 +87,7 @@ class Collector:
             rows = slice(start, min(start + self.rows_per_call, self.groups.num_rows))
             ids = self.groups.row_ids()[rows]
             plan: Plan = self.steps(iteration, grid, ids + outer * self.groups.total_rows)
-            mine = tree_map(lambda v, rows=rows: v[rows][:: self.copies], obs)
+            mine = tree_map(lambda v: v[rows][:: self.copies], obs)  # noqa: B023 - used at once
             cond = self.policy.encode(mine)
             chain = self.policy.sample(
                 cond, plan, key=key, row_ids=ids, copies=self.copies, shared_noise=self.shared_noise

@@ -51,8 +51,8 @@ class ChainLikelihood:
         """One network pass over the N * R stored pairs; `cond` has N rows."""
         n, r = evidence.t.shape
         rows = torch.arange(n, device=evidence.t.device).repeat_interleave(r)
-        flat = [v.flatten(0, 1) for v in (evidence.x, evidence.t, evidence.t_next)]
-        dist = policy.transition(*flat, cond.index(rows))
+        x, t, t_next = (v.flatten(0, 1) for v in (evidence.x, evidence.t, evidence.t_next))
+        dist = policy.transition(x, t, t_next, cond.index(rows))
         dist = Gaussian(dist.mean.unflatten(0, (n, r)), dist.std.unflatten(0, (n, r)))
         return Score(self._log_prob(dist, evidence.x_next), dist)
 

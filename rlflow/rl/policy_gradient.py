@@ -1,6 +1,6 @@
 """PolicyGradient: Flow-GRPO, MixGRPO, DanceGRPO, CPS, ReinFlow, pi_RL and PPO are this class with other arguments.
 
-    L = E[ max(-A r, -A clip(r, 1 - low, 1 + high)) ] + kl.beta KL(policy || reference) - entropy H + value_coef (V - R)^2
+    L = E[ max(-A r, -A clip(r, 1 - low, 1 + high)) ] + beta KL(policy || reference) - entropy H + value_coef (V - R)^2
 
 over (row, column) pairs, r = exp(score - old). Every expectation is a weighted mean whose denominator
 is summed over micro-batches and ranks first, so neither changes the gradient.

@@ -32,7 +32,7 @@ def device() -> torch.device:
 def make_policy(config: Config, trust_code: bool = False) -> FlowPolicy:
     """The un-tuned policy of a config, on this process's device."""
     c = config.policy
-    field = _toy_field(config) if c.field == "toy" else load_field(c.field)
+    field = _toy_field(config) if c.field == "toy" else load_field(c.field, trust_code)
     if c.grad_checkpointing:
         field.grad_checkpointing = True
     if c.precision == "float64":
@@ -58,7 +58,7 @@ def make_policy(config: Config, trust_code: bool = False) -> FlowPolicy:
 
 
 def _toy_field(config: Config) -> MLPField:
-    env = registry.find("env", config.env.name)
+    env: Any = registry.find("env", config.env.name)
     torch.manual_seed(config.train.seed)
     return MLPField(env.obs_dim, env.action_shape, width=64)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -58,78 +59,97 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 class Checkpoints:
-    """The folder RUN/checkpoints: NNNNNN/ per saved iteration, links `last` and `best`, at most `keep` others."""
+    """The folder RUN/checkpoints: NNNNNN/ per saved iteration, links `last` and `best`; the newest `keep` and `best` stay."""
 
     def __init__(self, run: Path, keep: int = 3):
         self.folder, self.keep = run / "checkpoints", keep
 
     def save(self, iteration: int, state: dict[str, Any], score: float | None = None) -> Path:
-        """Write state of `iteration` completely or not at all; `score` (higher is better) may move `best`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._sweep()
+        """Write state of `iteration` completely or not at all; `score` (higher is better) may move `best`.
+
+        Saved a second time, only the numbers are written again: weights change with the iteration alone,
+        the last evaluation may have come since.
+        """
         final = self.folder / f"{iteration:06d}"
-        if (final / STATE).is_file():  # this iteration is on disk already
-            return final
-        work = self.folder / f".writing-{final.name}"
-        work.mkdir()
-        tensors, values = pack(state)
         try:
-            save_file(tensors, work / TENSORS)
-            (work / STATE).write_text(json.dumps({"iteration": iteration, "score": score, "state": values}))
-            for name in (TENSORS, STATE):
-                _sync(work / name)
-        except OSError as error:
-            shutil.rmtree(work, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            tensors, values = pack(state)
+            text = json.dumps({"iteration": iteration, "score": score, "state": values})
+            if _complete(final):
+                _write(final / STATE, text)
+            else:
+                self._write_folder(final, tensors, text)
+            self._link("last", final.name)
+            best = self.best_score()
+        if score is not None and (best is None or score > best):
+                self._link("best", final.name)
+        except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
             raise OSError(
                 f"could not write the checkpoint of iteration {iteration} ({error}): free some space; "
                 "earlier checkpoints are intact and --resume last continues from them"
             ) from error
-        os.replace(work, final)
-        _sync(self.folder)
-        self._link("last", final.name)
-        if score is not None and (self.best_score() is None or score > self.best_score()):
-            self._link("best", final.name)
         self._prune()
         return final
+
+    def _write_folder(self, final: Path, tensors: dict[str, Tensor], text: str) -> None:
+        work = self.folder / f".writing-{final.name}"
+        work.mkdir()
+        try:
+            save_file(tensors, work / TENSORS)
+            _sync(work / TENSORS)
+            _write(work / STATE, text)
+            os.replace(work, final)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        _sync(self.folder)
 
     def load(self, which: str | Path = "last") -> tuple[int, dict[str, Any]]:
         """(iteration, state) of 'last', 'best', an iteration number or a path."""
         path = self.path(which)
-        head = json.loads((path / STATE).read_text())
-        return head["iteration"], unpack(load_file(path / TENSORS), head["state"])
+        try:
+            head = json.loads((path / STATE).read_text())
+            return head["iteration"], unpack(load_file(path / TENSORS), head["state"])
+        except (ValueError, KeyError, SafetensorError) as error:
+            others = [p.name for p in self.all() if p.name != path.resolve().name]
+            raise ValueError(
+                f"checkpoint {path} is damaged ({error}): resume from another one, there are {others or 'none'}"
+            ) from error
 
     def cut(self, iteration: int) -> None:
         """Forget checkpoints after `iteration`, when a run goes on from an earlier one."""
-        for path in self.all():
-            if int(path.name) > iteration:
-                shutil.rmtree(path)
-        kept = self.all()
-        for name in ("last", "best"):
-            link = self.folder / name
-            if link.is_symlink() and not (link / STATE).is_file():
-                link.unlink()
-                if kept:
-                    self._link(name, kept[-1].name)
+        late = [p for p in self.all() if int(p.name) > iteration]
+        kept = [p for p in self.all() if int(p.name) <= iteration]
+        if kept:  # the links move first: a kill in between leaves none that points nowhere
+            self._link("last", kept[-1].name)
+        scores = {p.name: score for p in kept if (score := _score(p)) is not None}
+        if scores:
+            self._link("best", max(scores, key=lambda name: scores[name]))
+        for path in late:
+            _remove(path)
 
     def path(self, which: str | Path = "last") -> Path:
         """The folder of a checkpoint; ValueError names what exists."""
-        name = f"{int(which):06d}" if str(which).isdigit() else str(which)
-        for path in (self.folder / name, Path(which)):
-            if (path / STATE).is_file():
+        name = str(which).zfill(6) if str(which).isdigit() else str(which)
+        known = self.all()
+        candidates = [self.folder / name, Path(which), *(known[-1:] if name == "last" else [])]
+        for path in candidates:
+            if _complete(path):
                 return path
-        known = [p.name for p in self.all()]
-        raise ValueError(f"no checkpoint {str(which)!r} in {self.folder}: there are {known or 'none'}")
+        names = [p.name for p in known]
+        raise ValueError(f"no checkpoint {str(which)!r} in {self.folder}: there are {names or 'none'}")
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
-        return sorted(p for p in self.folder.iterdir() if p.name.isdigit() and (p / STATE).is_file())
+        return sorted(p for p in self.folder.iterdir() if p.name.isdigit() and _complete(p))
 
     def best_score(self) -> float | None:
         """Score of `best`, if there is one."""
-        path = self.folder / "best" / STATE
-        return json.loads(path.read_text())["score"] if path.is_file() else None
+        path = self.folder / "best"
+        return _score(path) if _complete(path) else None
 
     def _link(self, name: str, target: str) -> None:
         temporary = self.folder / f".{name}"
@@ -139,14 +159,41 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         """Remove what a killed writer left."""
-        for path in self.folder.glob(".writing-*"):
+        for path in [*self.folder.glob(".writing-*"), *self.folder.glob(".removing-*")]:
             shutil.rmtree(path, ignore_errors=True)
 
     def _prune(self) -> None:
         pinned = {os.path.realpath(self.folder / name) for name in ("last", "best")}
         others = [p for p in self.all() if os.path.realpath(p) not in pinned]
         for path in others[: max(0, len(others) - self.keep + 1)]:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _complete(path: Path) -> bool:
+    return (path / STATE).is_file() and (path / TENSORS).is_file()
+
+
+def _score(path: Path) -> float | None:
+    """The score a checkpoint was saved with; None where it has none or cannot be read."""
+    try:
+        return json.loads((path / STATE).read_text())["score"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; renamed first, so that a kill leaves no half of one under a valid name."""
+    gone = path.with_name(f".removing-{path.name}")
+    os.replace(path, gone)
+    shutil.rmtree(gone)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a text file completely or not at all."""
+    work = path.with_name(f".{path.name}")
+    work.write_text(text, encoding="utf-8")
+    _sync(work)
+    os.replace(work, path)
 
 
 def _sync(path: Path) -> None:

@@ -104,7 +104,7 @@ _FIXED: dict[str, Metric] = {
         "Norm of the gradient before clipping; a spike announces trouble.",
     ),
     "optim/skipped_steps": Metric(
-        "skipped steps", "steps", -1, "Optimiser steps skipped because the loss or the gradient was not finite."
+        "skipped steps", "steps", -1, "Optimiser steps skipped so far because the loss or the gradient was not finite."
     ),
     "optim/steps": Metric("optimiser steps", "steps", 0, "Optimiser steps taken."),
     "advantage/used_frac": Metric(
@@ -191,6 +191,19 @@ def show(value: float, missing: str = MISSING) -> str:
     if size >= 1e7 or size < 5e-4:
         return f"{value:.2e}"
     return f"{value:,.0f}" if size >= 1000 else f"{value:.1f}" if size >= 100 else f"{value:.{3 if size < 10 else 2}f}"
+
+
+def share(value: float) -> str:
+    """Below 1 in size two decimals and no leading zero: .62, -.05; three below .1; other sizes as `show` does."""
+    if not math.isfinite(value) or abs(value) >= 1 or value == 0:
+        return show(value)
+    text = f"{value:.3f}" if abs(value) < 0.0995 else f"{value:.2f}"
+    return text.replace("0.", ".", 1) if abs(float(text)) < 1 else text
+
+
+def signed(value: float) -> str:
+    """`share` with its sign: +.21."""
+    return "+" + share(value) if value > 0 else share(value)
 
 
 def duration(seconds: float) -> str:

@@ -37,7 +37,7 @@ def load(
     Of a run, `weights` is 'live' or 'ema' (default: the ones the run evaluates).
     """
     if not is_run(name):
-        field = load_field(str(name)).to(device())
+        field = load_field(str(name), trust_code).to(device())
         return FlowPolicy(field, FlowSDE().to(device()), num_steps=10).requires_grad_(False)
     config = read_run_config(name, trust_code)
     policy = make_policy(config, trust_code)
@@ -111,7 +111,9 @@ def evaluator_of(
     return tuned
 
 
-def evaluate(name: str | Path, *, num: int | None = None, num_steps: int | None = None, seed: int | None = None) -> dict[str, float]:
+def evaluate(
+    name: str | Path, *, num: int | None = None, num_steps: int | None = None, seed: int | None = None
+) -> dict[str, float]:
     """Held-out metrics of a run folder or a checkpoint; exactly `num` samples."""
     result: Evaluation = evaluator_of(name, num=num, num_steps=num_steps, seed=seed)()
     return result.means()

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from rlflow import __version__, dist, recipes, registry
-from rlflow.config import Config, difference, parse
+from rlflow.config import Config, difference, parse, set_value
 from rlflow.flow.noise import generator
 from rlflow.models.io import save_field
 from rlflow.rl.collector import permute_rewards
@@ -116,14 +116,17 @@ class Trainer:
 
         train = self.config.train
         self._write_head()
-        with RunLogger(
-            self.run if dist.rank() == 0 else None,
-            total_iterations=train.iterations,
-            minutes=train.minutes,
-            tensorboard=train.tensorboard,
-            wandb=train.wandb,
-            quiet=self.quiet or dist.rank() > 0,
-        ) as self.logger, _Signals(self):
+        with (
+            RunLogger(
+                self.run if dist.rank() == 0 else None,
+                total_iterations=train.iterations,
+                minutes=train.minutes,
+                tensorboard=train.tensorboard,
+                wandb=train.wandb,
+                quiet=self.quiet or dist.rank() > 0,
+            ) as self.logger,
+            _Signals(self),
+        ):
             self.logger.cut(self.iteration)
             if self.iteration == 0:
                 self._evaluate()
@@ -317,7 +320,7 @@ def _resolve(config: str | dict[str, Any] | Config, overrides: Sequence[str], tr
         return recipes.load(config, overrides, trust_code)
     values = config.to_dict() if isinstance(config, Config) else dict(config)
     for assignment in overrides:
-        recipes.set_value(values, assignment)
+        set_value(values, assignment)
     return parse(values, trust_code)
 
 

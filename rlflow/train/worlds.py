@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from rlflow.envs import scenes, words
@@ -138,7 +138,7 @@ def save_checkpoint(field: DiT, folder: Path, made_by: dict[str, Any]) -> None:
     """Write model.safetensors (float32) and config.json: the arguments of DiT, and how it was made."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.float().contiguous() for name, value in field.state_dict().items()}
-    save_file(weights, folder / "model.safetensors")
+    (folder / "model.safetensors").write_bytes(save(weights))
     config = {"model": "dit", "args": field.args, "made_by": made_by}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 

@@ -85,9 +85,7 @@ def test_half_precision_is_promoted_before_any_arithmetic(dtype):
 
 def test_float64_stays_float64():
     dist, other, x = pair(5, 1, 1)
-    assert {v.dtype for v in (dist.log_prob(x, "sum"), dist.kl(other, "sum"), dist.entropy("sum"))} == {
-        torch.float64
-    }
+    assert {v.dtype for v in (dist.log_prob(x, "sum"), dist.kl(other, "sum"), dist.entropy("sum"))} == {torch.float64}
 
 
 def test_reduce_events_of_scalars_keeps_them():

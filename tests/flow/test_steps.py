@@ -1,4 +1,4 @@
-"""Step plans are pure functions of (iteration, grid, row ids), never empty, never past the grid, and end at the data."""
+"""Step plans are pure functions of (iteration, grid, row ids), never empty or past the grid, and end at the data."""
 
 import math
 

@@ -1,0 +1,200 @@
+"""compare_report: several runs in one self-contained page; runs that differ only in their seed form one group."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlflow.train import page
+from rlflow.train.curves import AXES, curves, series
+from rlflow.train.glossary import MISSING, describe, duration, share, show, signed
+from rlflow.train.record import HEADLINE, HELDOUT, RunRecord
+
+Groups = dict[str, list[RunRecord]]
+SEED = "train.seed"
+SAID_ONCE = ("about", SEED)  # settings that do not make another group
+BUDGETS = {"cost/train_seconds_total": "training time", "cost/network_rows_total": "network rows"}
+OVERLAID = ("reward/mean", "kl/ref", "policy/clip_frac", f"{HELDOUT}judge", f"{HELDOUT}diversity", "optim/grad_norm")
+
+
+def compare_report(folders: Sequence[str | Path], out: str | Path) -> Path:
+    """Write one page on the runs in `folders` to the file `out`, and return its path."""
+    if not folders:
+        raise ValueError("nothing to compare: give at least one run folder")
+    groups = group_runs([RunRecord.read(folder) for folder in folders])
+    name = _headline(groups)
+    parts = [
+        '<div class="kicker">rlflow comparison</div>'
+        f"<h1>{len(folders)} runs, {len(groups)} {'recipe' if len(groups) == 1 else 'recipes'}</h1>"
+        '<p class="soft small">Runs that differ only in their seed form one row and one curve with a band.</p>',
+        page.section(
+            "Result and cost",
+            _result_table(groups, name),
+            "Mean over seeds [lowest, highest]; changes are last minus first evaluation.",
+        ),
+        page.section(f"{describe(name).label} against what it cost", _against_cost(groups, name)),
+        page.section("At equal budgets", _equal_budgets(groups, name), _BUDGET_NOTE),
+        page.section("Curves", _overlaid(groups)),
+        page.section("Runs", _runs_table(groups, name)),
+    ]
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(page.page("rlflow comparison", parts), encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+_BUDGET_NOTE = "At the largest budget that all runs reached, on a straight line between the two nearest evaluations."
+
+
+def group_runs(runs: Sequence[RunRecord]) -> Groups:
+    """Runs by recipe; runs of a recipe whose settings differ in more than the seed by recipe and those settings."""
+    recipes: Groups = {}
+    for run in runs:
+        recipes.setdefault(run.recipe, []).append(run)
+    groups: Groups = {}
+    for recipe, members in recipes.items():
+        flat = [flatten(run.config) for run in members]
+        keys = sorted({key for values in flat for key in values})
+        differ = [k for k in keys if k not in SAID_ONCE and len({_text(values.get(k)) for values in flat}) > 1]
+        for run, values in zip(members, flat, strict=True):
+            label = ", ".join([recipe, *(f"{k}={_text(values.get(k))}" for k in differ)])
+            groups.setdefault(label, []).append(run)
+    return groups
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves of a nested config by their dotted path."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        leaves |= flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+    return leaves
+
+
+def value_at(run: RunRecord, name: str, budget: str, spent: float) -> float:
+    """`name` once `spent` of the metric `budget` is used up, interpolated between evaluations; nan outside them."""
+    at, ys = series(run.rows, name, budget)
+    return float(np.interp(spent, at, ys)) if len(at) and at[0] <= spent <= at[-1] * (1 + 1e-9) else math.nan
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _headline(groups: Groups) -> str:
+    names = [run.headline for runs in groups.values() for run in runs if run.headline]
+    return names[0] if names else HEADLINE
+
+
+def _spread(values: Sequence[float], words: Callable[[float], str] = share) -> str:
+    """Mean [lowest, highest] of what is finite."""
+    kept = [v for v in values if math.isfinite(v)]
+    if not kept:
+        return MISSING
+    mean = words(sum(kept) / len(kept))
+    return mean if len(kept) == 1 else f"{mean} <span class='soft'>[{words(min(kept))}, {words(max(kept))}]</span>"
+
+
+def _result_table(groups: Groups, name: str) -> str:
+    judge, diversity = f"{HELDOUT}judge", f"{HELDOUT}diversity"
+    header = (
+        "runs",
+        "seeds",
+        describe(name).label,
+        "change",
+        "judge, change",
+        "diversity",
+        "KL",
+        "time",
+        "network rows",
+    )
+    rows = [
+        [
+            escape(label),
+            str(len(runs)),
+            _spread([_after(run, name) for run in runs]),
+            _spread([_gain(run, name) for run in runs], signed),
+            _spread([_gain(run, judge) for run in runs], signed),
+            _spread([_after(run, diversity) for run in runs]),
+            _spread([run.last("kl/ref") for run in runs]),
+            duration(_mean([run.last("cost/train_seconds_total") for run in runs])),
+            show(_mean([run.last("cost/network_rows_total") for run in runs])),
+        ]
+        for label, runs in groups.items()
+    ]
+    return page.table(header, rows, numeric=range(1, len(header)))
+
+
+def _after(run: RunRecord, name: str) -> float:
+    change = run.change(name)
+    return math.nan if change is None else change.after
+
+
+def _gain(run: RunRecord, name: str) -> float:
+    ends, change = run.ends(name), run.change(name)
+    return math.nan if ends is None or change is None or ends[0] == ends[1] else change.difference.value
+
+
+def _mean(values: Sequence[float]) -> float:
+    kept = [v for v in values if math.isfinite(v)]
+    return sum(kept) / len(kept) if kept else math.nan
+
+
+def _against_cost(groups: Groups, name: str) -> str:
+    rows = {label: [run.rows for run in runs] for label, runs in groups.items()}
+    if not any(name in run.names for runs in groups.values() for run in runs):
+        return ""
+    pictures = [page.figure(curves(rows, [name], x=x), f"{name} against {x}") for x in AXES]
+    return f'<div class="three">{"".join(pictures)}</div>'
+
+
+def _overlaid(groups: Groups) -> str:
+    known = {name for runs in groups.values() for run in runs for name in run.names}
+    names = [name for name in OVERLAID if name in known]
+    rows = {label: [run.rows for run in runs] for label, runs in groups.items()}
+    return page.figure(curves(rows, names), "curves of all runs") if names else ""
+
+
+def _equal_budgets(groups: Groups, name: str) -> str:
+    runs = [run for members in groups.values() for run in members]
+    reached = {budget: min(_reach(run, name, budget) for run in runs) for budget in BUDGETS}
+    usable = {budget: spent for budget, spent in reached.items() if spent > 0}
+    if len(runs) < 2 or not usable:
+        return ""
+    said: dict[str, Callable[[float], str]] = {"cost/train_seconds_total": duration, "cost/network_rows_total": show}
+    header = ["runs", *(f"{describe(name).label} at {said[b](s)} {BUDGETS[b]}" for b, s in usable.items())]
+    rows = [
+        [escape(label), *(_spread([value_at(run, name, b, s) for run in members]) for b, s in usable.items())]
+        for label, members in groups.items()
+    ]
+    return page.table(header, rows, numeric=range(1, len(header)))
+
+
+def _reach(run: RunRecord, name: str, budget: str) -> float:
+    """What the run had spent at its last evaluation."""
+    at, _ = series(run.rows, name, budget)
+    return float(at[-1]) if len(at) else 0.0
+
+
+def _runs_table(groups: Groups, name: str) -> str:
+    rows = [list(_run_row(label, run, name)) for label, runs in groups.items() for run in runs]
+    return page.table(("run", "of", "seed", describe(name).label, "iterations", "device"), rows, numeric=(2, 4))
+
+
+def _run_row(label: str, run: RunRecord, name: str) -> Iterator[str]:
+    change = run.change(name)
+    yield f"<code>{escape(str(run.folder))}</code>"
+    yield escape(label)
+    yield escape(_text(run.setting(SEED, MISSING)))
+    yield MISSING if change is None else escape(change.words("").strip())
+    yield str(run.iterations)
+    yield escape(str(run.info.get("device", MISSING)))

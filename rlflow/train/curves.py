@@ -1,0 +1,217 @@
+"""Learning curves (matplotlib, loaded on first use): a panel per metric, seeds as mean and band from lowest to highest.
+
+Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart. No pyplot: no global state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlflow.train.glossary import describe, show
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Array = NDArray[np.float64]
+Run = Sequence[Mapping[str, Any]]
+Runs = Run | Sequence[Run] | Mapping[str, Sequence[Run]]
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B5B5B", "#A6761D")
+DASHES = ("-", "--", "-.", ":")
+AXES = {  # metric -> label of the horizontal axis, factor
+    "iteration": ("iteration", 1.0),
+    "cost/train_seconds_total": ("training time (min)", 1 / 60),
+    "cost/network_rows_total": ("network rows", 1.0),
+}
+POINTS = 400  # of a curve at most; more cannot be seen
+SMOOTH_FROM = 40  # points; shorter curves are drawn as they are
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "text.color": "#262A30",
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelcolor": "#5B626C",
+    "axes.edgecolor": "#C4C9D1",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "grid.color": "#ECEEF1",
+    "xtick.color": "#8A919B",
+    "ytick.color": "#8A919B",
+    "xtick.labelcolor": "#5B626C",
+    "ytick.labelcolor": "#5B626C",
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "svg.fonttype": "path",  # the same picture on a machine without the font
+    "svg.hashsalt": "rlflow",
+}
+
+
+class Panel(NamedTuple):
+    """Several metrics in one panel."""
+
+    title: str
+    names: tuple[str, ...]
+
+
+def curves(
+    rows: Runs,
+    names: Sequence[str | Panel],
+    path: str | Path | None = None,
+    *,
+    columns: int = 3,
+    x: str = "iteration",
+) -> Figure:
+    """Learning curves of one run, of several seeds (a list of runs), or of groups of seeds ({label: runs}).
+
+    A run is what `read_metrics` returns. One run is drawn thin with its running mean; seeds as their mean and a
+    band from lowest to highest where all have data. `x` is 'iteration' or a cost/... metric. `path` ends in
+    .png, .svg or .pdf.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    groups = _groups(rows)
+    panels = [Panel(describe(name).label, (name,)) if isinstance(name, str) else name for name in names]
+    columns = max(1, min(columns, len(panels)))
+    height = math.ceil(len(panels) / columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.7 * columns, 2.5 * height), layout="constrained")
+        axes = figure.subplots(height, columns, squeeze=False).flatten()
+        for panel, ax in zip(panels, axes, strict=False):
+            _draw_panel(ax, panel, groups, x)
+        for ax in axes[len(panels) :]:
+            ax.set_axis_off()
+        if path is not None:
+            save(figure, path)
+    return figure
+
+
+def save(figure: Figure, path: Any, kind: str | None = None) -> None:
+    """Write a figure to a path or an open binary file."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(STYLE):
+        figure.savefig(path, format=kind, dpi=160, metadata={"Date": None} if _is_svg(path, kind) else None)
+
+
+def series(run: Run, name: str, x: str = "iteration") -> tuple[Array, Array]:
+    """(x, value) of the rows that have a finite value of `name`; a cost missing there is the last one known."""
+    at, points = 0.0, []
+    for row in run:
+        at = float(row[x]) if math.isfinite(row.get(x, math.nan)) else at
+        if math.isfinite(value := row.get(name, math.nan)):
+            points.append((at, float(value)))
+    array = np.array(points, dtype=np.float64).reshape(-1, 2)
+    return array[:, 0], array[:, 1]
+
+
+def _is_svg(path: Any, kind: str | None) -> bool:
+    return kind == "svg" or (kind is None and str(path).endswith(".svg"))
+
+
+def _groups(rows: Any) -> dict[str, list[Run]]:
+    if isinstance(rows, Mapping):
+        return {label: list(runs) for label, runs in rows.items()}
+    one_run = not rows or isinstance(rows[0], Mapping)
+    return {"": [rows] if one_run else list(rows)}
+
+
+def _draw_panel(ax: Axes, panel: Panel, groups: Mapping[str, Sequence[Run]], x: str) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    label, factor = AXES.get(x, (describe(x).label, 1.0))
+    drawn: list[Array] = []
+    for g, (group, runs) in enumerate(groups.items()):
+        for n, name in enumerate(panel.names):
+            lines = [series(run, name, x) for run in runs]
+            lines = [(xs * factor, ys) for xs, ys in lines if len(ys)]
+            text = " ".join(part for part in (group, describe(name).label if len(panel.names) > 1 else "") if part)
+            color, dash = (COLORS[g % 8], DASHES[n % 4]) if len(groups) > 1 else (COLORS[n % 8], "-")
+            if len(lines) == 1:
+                _draw_run(ax, *lines[0], color, dash, text)
+            elif lines:
+                _draw_seeds(ax, lines, color, dash, text)
+            drawn += [ys for _, ys in lines]
+    ax.set_title(panel.title)
+    ax.set_xlabel(label)
+    ax.set_ylabel(describe(panel.names[0]).unit)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=x == "iteration"))
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if len(groups) * len(panel.names) > 1 and drawn:
+        ax.legend(loc="best", handlelength=1.4, labelspacing=0.3)
+    _explain(ax, drawn)
+
+
+def _explain(ax: Axes, drawn: Sequence[Array]) -> None:
+    """Say so where there is nothing to see."""
+    values = np.concatenate(drawn) if drawn else np.zeros(0)
+    if not len(values):
+        text = "no data"
+    elif len(values) > 1 and values.min() == values.max():
+        text = f"{show(float(values[0]))} throughout"
+    else:
+        return
+    ax.text(0.5, 0.62, text, transform=ax.transAxes, ha="center", color="#8A919B")
+    ax.set_yticks([])
+
+
+def _draw_run(ax: Axes, xs: Array, ys: Array, color: str, dash: str, label: str) -> None:
+    """One run: its points where they are few, else a thin line and its running mean."""
+    if len(xs) < SMOOTH_FROM:
+        ax.plot(xs, ys, dash, color=color, label=label, marker="o" if len(xs) < 15 else None, markersize=3.5)
+        return
+    xs, ys = _thin(xs, ys)
+    ax.plot(xs, ys, color=color, linewidth=0.7, alpha=0.35)
+    ax.plot(xs, _running_mean(ys), dash, color=color, label=label)
+
+
+def _draw_seeds(ax: Axes, lines: Sequence[tuple[Array, Array]], color: str, dash: str, label: str) -> None:
+    """Several seeds: mean and band where all have data, every seed faint over all it has."""
+    smooth = [(xs, _running_mean(ys) if len(ys) >= SMOOTH_FROM else ys) for xs, ys in (_thin(*line) for line in lines)]
+    start, end = max(xs[0] for xs, _ in smooth), min(xs[-1] for xs, _ in smooth)
+    grid = np.unique(np.concatenate([xs for xs, _ in smooth]))
+    grid = grid[(grid >= start) & (grid <= end)]
+    for xs, ys in smooth:
+        ax.plot(xs, ys, color=color, linewidth=0.7, alpha=0.3)
+    if not len(grid):
+        return
+    values = np.stack([np.interp(grid, xs, ys) for xs, ys in smooth])
+    ax.fill_between(grid, values.min(0), values.max(0), color=color, alpha=0.16, linewidth=0)
+    few = "o" if len(grid) < 15 else None
+    ax.plot(
+        grid,
+        values.mean(0),
+        dash,
+        color=color,
+        label=f"{label} ({len(lines)} seeds)".strip(),
+        marker=few,
+        markersize=3.5,
+    )
+
+
+def _thin(xs: Array, ys: Array) -> tuple[Array, Array]:
+    """At most 400 points, each the mean of its neighbours."""
+    if len(xs) <= POINTS:
+        return xs, ys
+    edges = np.linspace(0, len(xs), POINTS + 1).astype(int)[:-1]
+    counts = np.diff([*edges, len(xs)])
+    return np.add.reduceat(xs, edges) / counts, np.add.reduceat(ys, edges) / counts
+
+
+def _running_mean(ys: Array) -> Array:
+    """Centred mean over a tenth of the curve; fewer points at its ends."""
+    window = np.ones(max(3, len(ys) // 10) | 1)
+    return np.convolve(ys, window, "same") / np.convolve(np.ones_like(ys), window, "same")

@@ -1,0 +1,247 @@
+"""RunRecord: what a run folder holds, read without running anything; files that are missing or torn are left out."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rlflow.train.curves import series
+from rlflow.train.figures import read_captions
+from rlflow.train.glossary import describe, share, signed
+from rlflow.train.logger import Row, read_metrics
+from rlflow.train.stats import Interval, paired_bootstrap
+
+HELDOUT = "eval/heldout/"
+HEADLINE = HELDOUT + "strict"
+NOT_A_JUDGE = ("strict", "soft", "diversity", "base_distance")
+
+
+class Change(NamedTuple):
+    """A metric at the first and at the last evaluation; `difference` has bounds where the same rows were scored."""
+
+    before: float
+    after: float
+    difference: Interval
+    num_rows: int = 0
+    num_captions: int = 0
+
+    def words(self, label: str) -> str:
+        """strict accuracy .41 -> .62 (+.21, 95 % paired bootstrap [.15, .27])."""
+        return f"{label} {share(self.before)} \N{RIGHTWARDS ARROW} {share(self.after)} ({self.interval_words()})"
+
+    def interval_words(self) -> str:
+        """The difference, with its bounds where they are known."""
+        value, low, high = self.difference
+        known = math.isfinite(low)
+        return signed(value) + (f", 95 % paired bootstrap [{share(low)}, {share(high)}]" if known else "")
+
+
+class Pictures(NamedTuple):
+    """Some images (n, 3, H, W) uint8 of an evaluation, their captions and, where known, whether each is right."""
+
+    images: Tensor
+    captions: list[str]
+    marks: list[bool | None]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder: run.json, the config as text and as a tree, and the rows of metrics.jsonl."""
+
+    folder: Path
+    info: dict[str, Any]
+    config_text: str
+    rows: list[Row]
+
+    @staticmethod
+    def read(folder: str | Path) -> RunRecord:
+        """FileNotFoundError where `folder` is no run folder; everything in it may be missing."""
+        folder = Path(folder)
+        if not any((folder / name).exists() for name in ("config.yaml", "run.json", "metrics.jsonl")):
+            raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml, run.json or metrics.jsonl")
+        return RunRecord(folder, _json(folder / "run.json"), _text(folder / "config.yaml"), read_metrics(folder))
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved config, {} where it cannot be read."""
+        try:
+            values = yaml.safe_load(self.config_text)
+        except yaml.YAMLError:
+            return {}
+        return values if isinstance(values, dict) else {}
+
+    def setting(self, path: str, default: Any = None) -> Any:
+        """A value of the config by its dotted path; `default` where it is missing or null."""
+        value: Any = self.config
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return default if value is None else value
+
+    @property
+    def recipe(self) -> str:
+        """Name of the recipe, without folder and ending."""
+        return Path(str(self.info.get("recipe", "run"))).stem
+
+    @cached_property
+    def train(self) -> list[Row]:
+        """Rows of training iterations."""
+        return [row for row in self.rows if row["kind"] == "train"]
+
+    @cached_property
+    def evals(self) -> list[Row]:
+        """Rows of evaluations, the last one of each iteration, in order."""
+        latest = {row["iteration"]: row for row in self.rows if row["kind"] == "eval"}
+        return [latest[iteration] for iteration in sorted(latest)]
+
+    @property
+    def iterations(self) -> int:
+        """Training iterations done."""
+        return max((row["iteration"] for row in self.train), default=0)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Metrics that have a finite value somewhere, in order of appearance."""
+        found = {
+            k: None for row in self.rows for k, v in row.items() if k not in ("iteration", "kind") and math.isfinite(v)
+        }
+        return list(found)
+
+    @property
+    def headline(self) -> str | None:
+        """The metric a verdict is about: strict accuracy, else the first one evaluated where more is better."""
+        evaluated = [n for n in self.names if n.startswith("eval/")]
+        better = [n for n in evaluated if describe(n).better > 0]
+        return HEADLINE if HEADLINE in evaluated else next(iter(better), None)
+
+    @property
+    def judges(self) -> list[str]:
+        """Held-out metrics that are no training reward: what should rise although nothing optimises it."""
+        trained = {name for name, weight in self.setting("reward.weights", {}).items() if weight}
+        made_by = self.setting("eval.metrics", {})
+        short = [n.removeprefix(HELDOUT) for n in self.names if n.startswith(HELDOUT) and "/" not in n[len(HELDOUT) :]]
+        distances = ("diversity", "base_distance")
+        known = [n for n in short if n in made_by and made_by[n] not in trained and n not in distances]
+        return [HELDOUT + n for n in short if n in known or (n not in made_by and n not in NOT_A_JUDGE)]
+
+    def judge_label(self, name: str) -> str:
+        """Label of a held-out metric and the function that computes it."""
+        made_by = self.setting("eval.metrics", {}).get(name.removeprefix(HELDOUT))
+        return describe(name).label + (f" ({made_by})" if made_by else "")
+
+    def last(self, name: str) -> float:
+        """Last value of a metric in the run; nan where it has none."""
+        _, ys = series(self.rows, name)
+        return float(ys[-1]) if len(ys) else math.nan
+
+    def median(self, name: str) -> float:
+        """Median of a metric over the training iterations; nan where it has none."""
+        _, ys = series(self.train, name)
+        return float(np.median(ys)) if len(ys) else math.nan
+
+    def ends(self, name: str) -> tuple[int, int] | None:
+        """First and last iteration at which `name` was evaluated; equal where it was once."""
+        at = [row["iteration"] for row in self.evals if math.isfinite(row.get(name, math.nan))]
+        return (at[0], at[-1]) if at else None
+
+    def scores(self, iteration: int) -> dict[str, Tensor]:
+        """Score of every sample of an evaluation by short metric name, and caption_id."""
+        found = _tensors(self.folder / "samples" / f"eval_{iteration:06d}.safetensors")
+        return {name.removeprefix(HELDOUT): value for name, value in found.items()}
+
+    def change(self, name: str) -> Change | None:
+        """How an evaluated metric changed from the first to the last evaluation; None before the first one."""
+        ends = self.ends(name)
+        if ends is None:
+            return None
+        values = {row["iteration"]: float(row[name]) for row in self.evals if name in row}
+        before, after = values[ends[0]], values[ends[1]]
+        plain = Change(before, after, Interval(after - before, math.nan, math.nan))
+        short = name.removeprefix(HELDOUT)
+        a, b = self.scores(ends[0]), self.scores(ends[1])
+        if (
+            short not in a
+            or short not in b
+            or ends[0] == ends[1]
+            or not _same(a.get("caption_id"), b.get("caption_id"))
+        ):
+            return plain
+        ids = a["caption_id"].numpy()
+        difference = paired_bootstrap(a[short].numpy(), b[short].numpy(), ids)
+        return Change(before, after, difference, len(ids), len(np.unique(ids)))
+
+    def pictures(self, iteration: int) -> Pictures | None:
+        """The fixed prompts' images of an evaluation; None where they were not kept."""
+        samples = self.folder / "samples"
+        kept = _tensors(samples / f"images_{iteration:06d}.safetensors")
+        if not {"images", "index"} <= kept.keys():
+            return None
+        num = len(kept["images"])
+        captions = _captions(samples / f"eval_{iteration:06d}.png")
+        captions = captions if len(captions) == num else [""] * num
+        right = self.scores(iteration).get("strict")
+        known = right is not None and bool(((right == 0) | (right == 1) | right.isnan()).all())
+        rows = kept["index"].tolist()
+        marks = [_mark(float(right[i])) if known and right is not None and i < len(right) else None for i in rows]
+        return Pictures(kept["images"], captions, marks)
+
+    def grid(self, iteration: int) -> bytes | None:
+        """The captioned picture of an evaluation."""
+        path = self.folder / "samples" / f"eval_{iteration:06d}.png"
+        return path.read_bytes() if path.exists() else None
+
+    def trend(self, name: str) -> Change | None:
+        """A training metric: mean of its first tenth against that of its last tenth, bounds from the iterations."""
+        _, ys = series(self.train, name)
+        if len(ys) < 2:
+            return None
+        tenth = max(1, len(ys) // 10)
+        first, last = ys[:tenth], ys[-tenth:]
+        before, after = float(first.mean()), float(last.mean())
+        if tenth < 5:
+            return Change(before, after, Interval(after - before, math.nan, math.nan))
+        error = 1.96 * math.sqrt(first.var(ddof=1) / tenth + last.var(ddof=1) / tenth)
+        return Change(before, after, Interval(after - before, after - before - error, after - before + error))
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and a.shape == b.shape and bool((a == b).all())
+
+
+def _mark(score: float) -> bool | None:
+    return None if math.isnan(score) else score == 1
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(_text(path) or "{}")
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path) if path.exists() else {}
+    except SafetensorError:  # a run killed while it wrote
+        return {}
+
+
+def _captions(path: Path) -> list[str]:
+    try:
+        return read_captions(path)
+    except (OSError, ValueError):
+        return []

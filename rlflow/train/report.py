@@ -1,0 +1,224 @@
+"""write_report: one self-contained report.html per run, from its folder alone, killed runs and nan included.
+
+It answers in this order: did it get better, can one see it, how did it go, was the reward hacked, what did it cost.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rlflow.train import page, sections
+from rlflow.train.comparison import compare_report
+from rlflow.train.curves import Panel, curves
+from rlflow.train.glossary import describe, duration, share, show
+from rlflow.train.record import HELDOUT, Change, Pictures, RunRecord
+
+__all__ = ["compare_report", "write_report"]
+
+PAIRS = 32  # shown at most
+PANELS = (
+    "reward/mean",
+    Panel("held-out accuracy", (f"{HELDOUT}strict", f"{HELDOUT}soft", f"{HELDOUT}judge")),
+    "kl/ref",
+    "policy/clip_frac",
+    "policy/first_log_ratio_max",
+    "optim/grad_norm",
+    Panel("distances of images", (f"{HELDOUT}diversity", f"{HELDOUT}base_distance")),
+    "policy/approx_kl",
+    "advantage/used_frac",
+)
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write <folder>/report.html from what the folder holds, and return its path."""
+    run = RunRecord.read(folder)
+    parts = [
+        _header(run),
+        _verdict(run),
+        page.section("Before and after", *_before_after(run)),
+        page.section(
+            "Learning curves", _curves(run), "Thin: every iteration. Thick: running mean over a tenth of the run."
+        ),
+        sections.hacking(run),
+        sections.metrics(run),
+        sections.left_out(run),
+        sections.cost(run),
+        sections.again(run),
+    ]
+    path = run.folder / "report.html"
+    temporary = path.with_name(f".report.{os.getpid()}.html")
+    temporary.write_text(page.page(f"{run.recipe} - rlflow report", parts), encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+# -- header and verdict ---------------------------------------------------------------------------
+
+
+def _header(run: RunRecord) -> str:
+    pieces = [
+        f"run {run.folder.resolve().name}",
+        f"started {run.info['started']}" if "started" in run.info else "",
+        f"{run.info.get('world', 1)} process(es) on {run.info.get('device', 'an unknown device')}",
+        f"seed {run.setting('train.seed')}" if run.setting("train.seed") is not None else "",
+    ]
+    about = run.setting("about", "")
+    control = page.pill("control: rewards permuted across the batch", "watch") if _is_control(run) else ""
+    return (
+        f'<div class="kicker">rlflow run report</div><h1>{escape(run.recipe)}</h1>'
+        + (f"<p>{escape(str(about))}</p>" if about else "")
+        + f'<p class="soft small">{escape(" · ".join(p for p in pieces if p))}</p>{_state(run)}{control}'
+    )
+
+
+def _is_control(run: RunRecord) -> bool:
+    return bool(run.setting("train.permute_rewards", False))
+
+
+def _state(run: RunRecord) -> str:
+    """How much of the budget was spent."""
+    iterations, minutes = run.setting("train.iterations"), run.setting("train.minutes")
+    seconds = run.last("cost/train_seconds_total")
+    done = f"{run.iterations} iterations" + (f", {duration(seconds)} of training" if seconds else "")
+    if not run.train:
+        return page.pill("no training iteration yet", "watch")
+    finished = bool(iterations and run.iterations >= iterations) or bool(minutes and seconds >= 60 * minutes)
+    parts = [f"{iterations} iterations"] if iterations else []
+    budget = " or ".join(parts + ([f"{minutes:g} min"] if minutes else []))
+    if finished or not budget:
+        return page.pill(done, "good" if finished else "")
+    return page.pill(f"stopped or still running: {done} of a budget of {budget}", "watch")
+
+
+def _conclusion(change: Change) -> str:
+    low, high = change.difference.low, change.difference.high
+    if not math.isfinite(low):
+        return page.pill("no interval: the two evaluations did not score the same samples", "watch")
+    return (
+        page.pill("better", "good")
+        if low > 0
+        else page.pill("worse", "bad")
+        if high < 0
+        else page.pill("no clear change")
+    )
+
+
+def _verdict(run: RunRecord) -> str:
+    name = run.headline
+    ends = run.ends(name) if name else None
+    change = run.change(name) if name else None
+    if name is None or ends is None or change is None:
+        sentence = (
+            page.pill("not evaluated", "watch") + "No held-out evaluation has finished yet, so there is no verdict."
+        )
+    elif ends[0] == ends[1]:
+        value = f"{describe(name).label} {share(change.after)} after iteration {ends[1]}"
+        sentence = page.pill("one evaluation") + escape(f"{value}{_conditions(run)}; the change needs a second one.")
+    else:
+        at = "" if ends[0] == 0 else f" (first evaluated after iteration {ends[0]})"
+        words = change.words(describe(name).label) + _captions_words(change) + _conditions(run) + at + "."
+        sentence = _conclusion(change) + escape(words)
+    return f'<section><p class="verdict">{sentence}</p>{page.facts(_facts(run))}</section>'
+
+
+def _captions_words(change: Change) -> str:
+    if not change.num_rows:
+        return ""
+    rows, captions = change.num_rows, change.num_captions
+    return (
+        f" on {captions:,} held-out captions"
+        if rows == captions
+        else f" on {rows:,} images of {captions:,} held-out captions"
+    )
+
+
+def _conditions(run: RunRecord) -> str:
+    """Which weights were evaluated, with which sampler."""
+    steps = run.setting("eval.num_steps") or run.setting("policy.num_steps")
+    solver = run.setting("eval.solver") or run.setting("policy.solver")
+    solver = solver.get("name") if isinstance(solver, dict) else solver
+    words = [f"{run.info['weights']} weights"] if "weights" in run.info else []
+    words += [f"{steps} {solver or 'solver'} steps"] if steps else []
+    return ", evaluated with " + ", ".join(words) if words else ""
+
+
+def _facts(run: RunRecord) -> Iterator[tuple[str, str]]:
+    for name in run.judges:
+        change = run.change(name)
+        if change is not None and run.headline != name:
+            yield f"{share(change.before)} \N{RIGHTWARDS ARROW} {share(change.after)}", run.judge_label(name)
+    if (trend := run.trend("reward/mean")) is not None:
+        yield (
+            f"{share(trend.before)} \N{RIGHTWARDS ARROW} {share(trend.after)}",
+            "training reward, first and last tenth",
+        )
+    if run.train:
+        yield f"{run.iterations:,}", "iterations"
+        yield duration(run.last("cost/train_seconds_total")), "training time"
+        yield show(run.last("cost/network_rows_total")), "network rows (a backward pass counts two)"
+        yield show(run.median("perf/samples_per_s")), "images per second while training"
+
+
+# -- pictures and curves --------------------------------------------------------------------------
+
+
+def _before_after(run: RunRecord) -> tuple[str, str]:
+    """(markup, note): pairs of images, or the pictures of the first and last evaluation as they are."""
+    at = [row["iteration"] for row in run.evals]
+    if not at:
+        return "", ""
+    first, last = run.pictures(at[0]), run.pictures(at[-1])
+    if first is None or last is None or first.captions != last.captions or first.images.shape != last.images.shape:
+        shown = [(i, run.grid(i)) for i in dict.fromkeys((at[0], at[-1]))]
+        return "".join(f"<p>After iteration {i}:</p>{page.grid_picture(png, '')}" for i, png in shown if png), ""
+    if at[0] == at[-1]:
+        return _single(last), f"After iteration {at[-1]}. Fixed captions and fixed noise."
+    note = "Left before, right after training: same captions, same starting noise; not chosen by result."
+    return _pairs(first, last), note + _right_words(first, last)
+
+
+def _right_words(first: Pictures, last: Pictures) -> str:
+    marked = [(a, b) for a, b in zip(first.marks, last.marks, strict=True) if a is not None and b is not None]
+    if not marked:
+        return ""
+    before, after = (sum(column) for column in zip(*marked, strict=True))
+    return f" Right by the strict verifier: {before} of these {len(marked)} before, {after} after."
+
+
+def _pairs(first: Pictures, last: Pictures) -> str:
+    columns = zip(first.images, last.images, first.marks, last.marks, first.captions, strict=True)
+    cells = [
+        f'<figure><div class="two">{_tile(a, right_a, "before")}{_tile(b, right_b, "after")}</div>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        for a, b, right_a, right_b, caption in list(columns)[:PAIRS]
+    ]
+    return f'<div class="pairs">{"".join(cells)}</div>'
+
+
+def _single(shown: Pictures) -> str:
+    cells = [
+        f'<figure><div class="one">{_tile(image, mark, "")}</div><figcaption>{escape(caption)}</figcaption></figure>'
+        for image, mark, caption in list(zip(shown.images, shown.marks, shown.captions, strict=True))[:PAIRS]
+    ]
+    return f'<div class="pairs single">{"".join(cells)}</div>'
+
+
+def _tile(image: Any, mark: bool | None, when: str) -> str:
+    kind = "" if mark is None else "right" if mark else "wrong"
+    sign = "" if mark is None else f"<i>{'&#10003;' if mark else '&#10007;'}</i>"
+    return f'<div class="tile {kind}" data-when="{when}">{page.picture(image, f"{when} {kind}".strip())}{sign}</div>'
+
+
+def _curves(run: RunRecord) -> str:
+    known = set(run.names)
+    panels: list[str | Panel] = []
+    for panel in PANELS:
+        names = tuple(n for n in (panel.names if isinstance(panel, Panel) else (panel,)) if n in known)
+        if names:
+            panels.append(panel._replace(names=names) if isinstance(panel, Panel) else panel)
+    return page.figure(curves(run.rows, panels), "learning curves") if panels else ""

@@ -1,0 +1,204 @@
+"""Sections of a run's report that are tables: reward hacking, metrics, what was left out, cost, how to run it again."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from html import escape
+
+from rlflow.train import page
+from rlflow.train.curves import series
+from rlflow.train.glossary import MISSING, describe, duration, share, show, signed
+from rlflow.train.record import HEADLINE, HELDOUT, Change, RunRecord
+
+FALL = 0.02  # of a judge that counts, where no interval is known
+NARROWER = 0.8  # of the first diversity; below it the samples have become alike
+GROUPS = (
+    ("Held-out evaluation", ("eval/",)),
+    ("Reward", ("reward/", "rollout/")),
+    ("Policy", ("policy/", "kl/", "advantage/", "critic/")),
+    ("Optimiser", ("optim/",)),
+    ("Time and cost", ("time/", "perf/", "cost/")),
+    ("Other", ("",)),
+)
+
+
+# -- reward hacking -------------------------------------------------------------------------------
+
+
+def hacking(run: RunRecord) -> str:
+    """The reward next to judges that no reward sees, and a warning where they part."""
+    reward = run.trend("reward/mean")
+    shown = dict.fromkeys([*_known(run, HEADLINE, f"{HELDOUT}soft"), *run.judges, *_known(run, *_DISTANCES)])
+    changes = {name: change for name in shown if (change := run.change(name)) is not None}
+    if reward is None and not changes:
+        return ""
+    rows = [] if reward is None else [_change_row("training reward", reward, "what is optimised; tenths of the run")]
+    rows += [_change_row(run.judge_label(n), c, describe(n).meaning) for n, c in changes.items()]
+    judged = {n: c for n, c in changes.items() if n in run.judges and not _once(run, n)}
+    verdicts = [page.pill(text, kind) for text, kind in _findings(run, reward, judged)]
+    table = page.table(("", "before", "after", "change", "95 % interval", "what it is"), rows, numeric=(1, 2, 3, 4))
+    note = "Reward next to judges that no reward sees. Reward hacking is a reward that rises while a judge falls."
+    return page.section("Is the reward being hacked?", f"<p>{' '.join(verdicts)}</p>{table}", note)
+
+
+_DISTANCES = (f"{HELDOUT}diversity", f"{HELDOUT}base_distance")
+
+
+def _known(run: RunRecord, *names: str) -> list[str]:
+    return [name for name in names if name in run.names]
+
+
+def _once(run: RunRecord, name: str) -> bool:
+    ends = run.ends(name)
+    return ends is None or ends[0] == ends[1]
+
+
+def _change_row(label: str, change: Change, meaning: str) -> list[str]:
+    value, low, high = change.difference
+    bounds = f"[{signed(low)}, {signed(high)}]" if math.isfinite(low) else MISSING
+    numbers = [share(change.before), share(change.after), signed(value), bounds]
+    return [escape(label), *numbers, f'<span class="soft">{escape(meaning)}</span>']
+
+
+def _findings(run: RunRecord, reward: Change | None, judged: dict[str, Change]) -> Iterator[tuple[str, str]]:
+    """(finding, kind of label), the gravest first."""
+    rises = reward is not None and direction(reward) > 0
+    for name, change in judged.items():
+        label = run.judge_label(name)
+        if direction(change) < 0:
+            yield f"{'the reward rises while' if rises else ''} {label} falls".strip(), "bad"
+        elif direction(change) > 0:
+            yield f"{label} rises{' with the reward' if rises else ''}", "good"
+        else:
+            yield f"{label}: no clear change{' while the reward rises' if rises else ''}", "watch" if rises else ""
+    if not judged:
+        yield "no judge has been evaluated twice yet: nothing can be said", "watch"
+    diversity = run.change(_DISTANCES[0])
+    if diversity is not None and diversity.after < NARROWER * diversity.before:
+        yield (
+            f"diversity fell by {1 - diversity.after / diversity.before:.0%}: samples of a caption become alike",
+            "watch",
+        )
+
+
+def direction(change: Change) -> int:
+    """+1 rises, -1 falls, 0 not clear: by the interval, or by more than .02 where there is none."""
+    value, low, high = change.difference
+    if math.isfinite(low):
+        return 1 if low > 0 else -1 if high < 0 else 0
+    return 1 if value > FALL else -1 if value < -FALL else 0
+
+
+# -- metrics --------------------------------------------------------------------------------------
+
+
+def metrics(run: RunRecord) -> str:
+    """Every metric with its first, last and best value, its course and its meaning."""
+    rows: list[list[str]] = []
+    left = list(run.names)
+    for title, prefixes in GROUPS:
+        names = [name for name in left if name.startswith(prefixes)]
+        left = [name for name in left if name not in names]
+        if names:
+            rows += [[escape(title)], *(_metric_row(run, name) for name in sorted(names))]
+    if not rows:
+        return ""
+    header = ("metric", "first", "last", "best", "course", "what it means")
+    return page.section("Metrics", page.table(header, rows, numeric=(1, 2, 3)))
+
+
+def _metric_row(run: RunRecord, name: str) -> list[str]:
+    metric = describe(name)
+    at, ys = series(run.rows, name)
+    best = MISSING
+    if metric.better:
+        place = int((ys * metric.better).argmax())
+        best = f"{show(ys[place])} <span class='soft'>at {at[place]:.0f}</span>"
+    unit = f' <span class="soft">({escape(metric.unit)})</span>' if metric.unit else ""
+    label = f"{escape(metric.label)}{unit}" + (f"<code>{escape(name)}</code>" if metric.label != name else "")
+    meaning = f'<span class="soft">{escape(metric.meaning)}</span>'
+    return [label, show(ys[0]), show(ys[-1]), best, page.spark(ys), meaning]
+
+
+# -- what was left out ----------------------------------------------------------------------------
+
+
+def left_out(run: RunRecord) -> str:
+    """Samples without a score, failed reward calls, skipped steps and values that were not finite."""
+    rows = [row for name in run.names if (row := _left_out_row(run, name))]
+    rows += _not_finite_rows(run)
+    if not run.train:
+        return ""
+    table = page.table(("what", "mean", "most in one iteration"), rows, numeric=(1, 2)) if rows else "<p>Nothing.</p>"
+    note = "A sample without a score never counts as zero: it is masked. A step that is not finite is skipped."
+    return page.section("Samples and steps left out", table, note)
+
+
+def _left_out_row(run: RunRecord, name: str) -> list[str] | None:
+    if not name.endswith(("/masked_frac", "/errors", "/skipped_steps")):
+        return None
+    _, ys = series(run.train, name)
+    if not len(ys) or ys.max() == 0:
+        return None
+    percent = name.endswith("masked_frac")
+    values = [f"{100 * v:.1f} %" if percent else show(v) for v in (float(ys.mean()), float(ys.max()))]
+    if name.endswith("skipped_steps"):  # counted since the start
+        values = [MISSING, f"{show(float(ys[-1]))} in all"]
+    return [f"{escape(describe(name).label)}<code>{escape(name)}</code>", *values]
+
+
+def _not_finite_rows(run: RunRecord) -> list[list[str]]:
+    counts: dict[str, int] = {}
+    for row in run.train:
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                counts[name] = counts.get(name, 0) + 1
+    total = len(run.train)
+    return [
+        [f"no finite value of {escape(name)}", f"{100 * n / total:.1f} %", f"{n} of {total} iterations"]
+        for name, n in counts.items()
+    ]
+
+
+# -- cost -----------------------------------------------------------------------------------------
+
+
+def cost(run: RunRecord) -> str:
+    """Seconds per phase, network rows and speed."""
+    phases = [(describe(n).label, _total(run, n)) for n in ("time/rollout", "time/update", "time/eval")]
+    bar = page.shares([(label, seconds, duration(seconds)) for label, seconds in phases if seconds > 0])
+    if not bar and not run.train:
+        return ""
+    trained = run.last("cost/train_seconds_total")
+    iteration = run.median("time/rollout") + run.median("time/update")
+    facts = [
+        (duration(trained), "training time"),
+        (duration(iteration), "per iteration (median)"),
+        (show(run.median("perf/samples_per_s")), "images per second (median)"),
+        (show(run.last("cost/network_rows_total")), "network rows in all (a backward pass counts two)"),
+        (show(run.median("perf/network_rows")), "network rows per iteration (median)"),
+    ]
+    return page.section("Cost", bar + page.facts((v, what) for v, what in facts if v != MISSING))
+
+
+def _total(run: RunRecord, name: str) -> float:
+    return float(series(run.rows, name)[1].sum())
+
+
+# -- how to run it again --------------------------------------------------------------------------
+
+
+def again(run: RunRecord) -> str:
+    """Command, resolved config and versions."""
+    versions = run.info.get("versions", {})
+    text = "\n".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else str(versions)
+    rest = {k: v for k, v in run.info.items() if k not in ("versions", "command")}
+    parts = [
+        page.details("Command", str(run.info.get("command", "")), is_open=True),
+        page.details("Config, resolved: rlflow train config.yaml runs it again", run.config_text),
+        page.details("Versions", text),
+        page.details("run.json", json.dumps(rest, indent=1) if rest else ""),
+    ]
+    return page.section("To run it again", "".join(parts))

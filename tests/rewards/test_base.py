@@ -1,0 +1,280 @@
+"""Masking, weights, normalisation and bookkeeping of RewardSet."""
+
+import logging
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from rlflow.rewards.base import Reward, RewardSet, column_names, standardise, to_uint8
+
+NAN = float("nan")
+INF = float("inf")
+
+
+def reward(name, fn, **options):
+    return Reward(name, fn, **options)
+
+
+def constant(values):
+    return lambda prompt: values
+
+
+def raises(prompt):
+    raise ValueError("no such thing")
+
+
+def exits(prompt):
+    raise SystemExit(3)
+
+
+def sleeps(prompt):
+    time.sleep(0.5)
+    return [1.0] * len(prompt)
+
+
+PROMPTS = {"prompt": ["a", "b", "c"]}
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        ([1.0, None, 3.0], [1.0, NAN, 3.0]),
+        (np.array([1.0, NAN, 3.0]), [1.0, NAN, 3.0]),
+        (torch.tensor([1.0, INF, -INF]), [1.0, NAN, NAN]),
+        (torch.tensor([True, False, True]), [1.0, 0.0, 1.0]),
+        (torch.tensor([1, 2, 3]), [1.0, 2.0, 3.0]),
+        (None, [NAN] * 3),
+    ],
+)
+def test_none_nan_and_inf_are_masked_and_never_zero(returned, expected):
+    rewards = RewardSet([reward("r", constant(returned))])
+    scores = rewards.compute(PROMPTS, 3)["r"]
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, torch.tensor(expected), equal_nan=True)
+    assert rewards.masked["r"] == int(torch.tensor(expected).isnan().sum())
+    assert rewards.errors["r"] == 0
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (raises, "no such thing"),
+        (exits, "SystemExit"),
+        (sleeps, "0.05 s"),
+        (constant([1.0, 2.0]), "(2,)"),
+        (constant([1.0] * 4), "(4,)"),
+        (constant(torch.ones(3, 1)), "(3, 1)"),
+        (constant(["x", "y", "z"]), "could not convert"),
+        (constant(1.0), "not iterable"),
+    ],
+)
+def test_a_failed_call_masks_the_whole_batch_of_that_reward_only(fn, message):
+    rewards = RewardSet([reward("bad", fn, timeout_s=0.05), reward("good", constant([1.0, 2.0, 3.0]))])
+    scores = rewards.compute(PROMPTS, 3)
+    assert scores["bad"].isnan().all()
+    assert scores["good"].tolist() == [1.0, 2.0, 3.0]
+    assert rewards.errors == {"bad": 1, "good": 0}
+    assert rewards.masked == {"bad": 3, "good": 0}
+    assert message in rewards.last_error["bad"]
+
+
+def test_a_distinct_error_is_logged_once(caplog):
+    numbers = iter(range(10))
+
+    def fails(prompt):
+        raise RuntimeError(f"connection {next(numbers)} refused")
+
+    rewards = RewardSet([reward("far", fails)])
+    with caplog.at_level(logging.WARNING):
+        for _ in range(4):
+            rewards.compute(PROMPTS, 3)
+    assert len(caplog.records) == 1
+    assert "'far'" in caplog.text
+    assert "connection 0 refused" in caplog.text
+
+
+def test_a_late_answer_is_never_given_to_a_later_batch():
+    release = threading.Event()
+    batches = []
+
+    def slow_once(prompt):
+        batches.append(prompt)
+        if len(batches) == 1:
+            release.wait(5)
+            return [111.0] * len(prompt)
+        return [float(len(batches))] * len(prompt)
+
+    rewards = RewardSet([reward("r", slow_once, timeout_s=0.1)])
+    assert rewards.compute(PROMPTS, 3)["r"].isnan().all()
+    second = rewards.compute(PROMPTS, 3)["r"]
+    release.set()
+    time.sleep(0.05)
+    third = rewards.compute(PROMPTS, 3)["r"]
+    assert second.tolist() == [2.0] * 3
+    assert third.tolist() == [3.0] * 3
+
+
+def test_a_function_reads_the_columns_its_signature_names():
+    seen = {}
+
+    def fn(prompt, text, scale=2.0):
+        seen.update(prompt=prompt, text=text, scale=scale)
+        return [0.0] * len(prompt)
+
+    assert column_names(fn) == ("prompt", "text")
+    rewards = RewardSet([reward("r", fn)])
+    assert rewards.columns == ("prompt", "text")
+    rewards.compute(PROMPTS | {"text": ["x", "y", "z"], "scale": [9.0] * 3, "other": [1] * 3}, 3)
+    assert seen == {"prompt": ["a", "b", "c"], "text": ["x", "y", "z"], "scale": 2.0}
+
+
+def test_an_unknown_column_is_an_error_that_names_the_nearest():
+    rewards = RewardSet([reward("r", lambda promt: promt)])
+    with pytest.raises(ValueError, match=r"'r' reads column 'promt'.*did you mean 'prompt'"):
+        rewards.check_columns(["images", "prompt"])
+    with pytest.raises(ValueError, match="promt"):
+        rewards.compute(PROMPTS, 3)
+
+
+@pytest.mark.parametrize("fn", [lambda *columns: 0, lambda **columns: 0, lambda: 0, lambda prompt, /: 0])
+def test_a_signature_that_names_no_columns_is_refused(fn):
+    with pytest.raises(ValueError, match=r"names no column|reads no column"):
+        reward("r", fn)
+
+
+@pytest.mark.parametrize(
+    "options", [{"weight": NAN}, {"weight": INF}, {"timeout_s": 0.0}, {"timeout_s": NAN}, {"name": "a/b"}]
+)
+def test_bad_options_are_refused(options):
+    with pytest.raises(ValueError, match=r"weight|timeout_s|letters"):
+        Reward(**({"name": "r", "fn": constant([1.0])} | options))
+
+
+def test_bad_sets_are_refused():
+    one = reward("r", constant([1.0]))
+    with pytest.raises(ValueError, match="twice"):
+        RewardSet([one, one])
+    with pytest.raises(ValueError, match="at least one"):
+        RewardSet([])
+    with pytest.raises(ValueError, match="normalize"):
+        RewardSet([one], normalize="advantages")
+    with pytest.raises(ValueError, match="weight 0"):
+        RewardSet([reward("r", constant([1.0]), weight=0.0)]).total({"r": torch.ones(1)})
+
+
+def test_total_is_the_weighted_sum_and_a_missing_part_invalidates_its_row():
+    names = {"plus": 2.0, "minus": -1.0, "logged": 0.0}
+    rewards = RewardSet([reward(n, constant(None), weight=w) for n, w in names.items()])
+    scores = {
+        "plus": torch.tensor([1.0, NAN, 1.0, 4.0]),
+        "minus": torch.tensor([1.0, 1.0, NAN, 3.0]),
+        "logged": torch.tensor([NAN, 1.0, 1.0, NAN]),
+    }
+    total, valid = rewards.total(scores)
+    assert valid.tolist() == [True, False, False, True]
+    torch.testing.assert_close(total, torch.tensor([1.0, NAN, NAN, 5.0]), equal_nan=True)
+
+
+def _two(normalize):
+    return RewardSet([reward("a", constant(None), weight=0.5), reward("b", constant(None), weight=2.0)], normalize)
+
+
+def test_reward_normalisation_is_invariant_to_affine_maps_of_one_reward():
+    a, b = torch.randn(50), torch.rand(50)
+    a[3], b[7] = NAN, NAN
+    rewards = _two("reward")
+    total, valid = rewards.total({"a": a, "b": b})
+    mapped, _ = rewards.total({"a": a, "b": 250 * b - 40})
+    torch.testing.assert_close(total, mapped, equal_nan=True, rtol=1e-4, atol=1e-4)
+    assert valid.sum() == 48
+    raw, _ = _two("none").total({"a": a, "b": b})
+    raw_mapped, _ = _two("none").total({"a": a, "b": 250 * b - 40})
+    assert (raw - raw_mapped)[valid].abs().max() > 1
+
+
+def test_standardised_scores_have_mean_zero_and_std_one_over_the_entries_that_exist():
+    scores = torch.tensor([1.0, NAN, 5.0, 9.0])
+    z = standardise(scores)
+    assert z.isnan().tolist() == [False, True, False, False]
+    kept = z[~z.isnan()]
+    assert kept.mean().abs() < 1e-6
+    assert (kept.std(correction=0) - 1).abs() < 1e-6
+    assert standardise(torch.full((5,), 0.1)).tolist() == [0.0] * 5
+    assert standardise(torch.full((2,), NAN)).isnan().all()
+
+
+def test_a_part_normalised_by_its_population_equals_that_part_of_the_whole():
+    rewards = _two("reward")
+    scores = {"a": torch.randn(40), "b": torch.rand(40)}
+    whole, _ = rewards.total(scores)
+    part, _ = rewards.total({n: s[10:20] for n, s in scores.items()}, population=scores)
+    torch.testing.assert_close(part, whole[10:20])
+
+
+def test_advantage_normalisation_leaves_the_scores_to_the_learner():
+    scores = {"a": torch.randn(6), "b": torch.rand(6)}
+    assert torch.equal(_two("advantage").total(scores)[0], _two("none").total(scores)[0])
+    combined, valid = _two("advantage").combine({n: standardise(s) for n, s in scores.items()})
+    torch.testing.assert_close(combined, _two("reward").total(scores)[0])
+    assert valid.all()
+
+
+def test_permuting_rows_permutes_scores():
+    images = torch.rand(6, 3, 4, 4)
+    prompts = ["red", "blue", "red", "red", "blue", "red"]  # duplicates on purpose
+
+    def channel_of_prompt(images, prompt):
+        return [float(image[0 if p == "red" else 2].mean()) for image, p in zip(images, prompt, strict=True)]
+
+    rewards = RewardSet([reward("r", channel_of_prompt)])
+    plain = rewards.compute({"images": images, "prompt": prompts}, 6)["r"]
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    shuffled = rewards.compute({"images": images[order], "prompt": [prompts[i] for i in order]}, 6)["r"]
+    assert torch.equal(shuffled, plain[order])
+    assert len(plain.unique()) == 6
+
+
+def test_a_row_whose_image_is_not_finite_has_no_score():
+    images = torch.rand(3, 3, 4, 4)
+    images[1, 0, 0, 0] = NAN
+    rewards = RewardSet([reward("r", lambda images: torch.ones(len(images)))])
+    assert rewards.compute({"images": images}, 3)["r"].isnan().tolist() == [False, True, False]
+
+
+def test_functions_run_without_gradients_in_the_thread_that_serves_them():
+    def fn(images):
+        assert not torch.is_grad_enabled()
+        return images.mean((1, 2, 3))
+
+    rewards = RewardSet([reward("r", fn), reward("s", fn, timeout_s=INF)])
+    scores = rewards.compute({"images": torch.rand(3, 3, 4, 4, requires_grad=True)}, 3)
+    assert not any(s.isnan().any() or s.requires_grad for s in scores.values())
+
+
+def test_metrics_cover_what_happened_since_the_last_call():
+    rewards = RewardSet([reward("r", constant([1.0, None, 3.0])), reward("bad", raises, weight=0.0)])
+    for _ in range(2):
+        rewards.total(rewards.compute(PROMPTS, 3))
+    metrics = rewards.metrics()
+    assert metrics["reward/r/mean"] == 2.0
+    assert metrics["reward/r/std"] == 1.0
+    assert metrics["reward/r/masked_frac"] == pytest.approx(1 / 3)
+    assert metrics["reward/r/seconds"] > 0
+    assert metrics["reward/bad/masked_frac"] == 1.0
+    assert metrics["reward/bad/errors"] == 2.0
+    assert "reward/bad/mean" not in metrics  # the mean of nothing is not zero
+    assert metrics["reward/masked_frac"] == pytest.approx(1 / 3)
+    rewards.compute({"prompt": []}, 0)
+    assert "reward/r/mean" not in rewards.metrics()
+    assert rewards.masked["r"] == 2 + 0
+
+
+def test_to_uint8_rounds_clips_and_moves_channels_last():
+    images = torch.tensor([-1.0, 0.0, 0.5, 2.0, NAN, 1.0]).view(1, 3, 2, 1).to(torch.float64)
+    pixels = to_uint8(images)
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (1, 2, 1, 3)
+    assert pixels[0, :, 0].T.ravel().tolist() == [0, 0, 128, 255, 0, 255]
