@@ -192,7 +192,10 @@ MAY_CHANGE_ON_RESUME = (
     "train.tensorboard",
     "train.wandb",
     "train.threads",
-    "eval",
+    "eval.every",
+    "eval.metrics",
+    "eval.grid",
+    "eval.rows_per_call",
     "algorithm.micro_batch",
     "env.rows_per_call",
 )

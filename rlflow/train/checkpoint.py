@@ -59,7 +59,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 class Checkpoints:
-    """The folder RUN/checkpoints: NNNNNN/ per saved iteration, links `last` and `best`; the newest `keep` and `best` stay."""
+    """The folder RUN/checkpoints: NNNNNN/ per iteration, links `last` and `best`; the newest `keep` and `best` stay."""
 
     def __init__(self, run: Path, keep: int = 3):
         self.folder, self.keep = run / "checkpoints", keep
@@ -77,12 +77,12 @@ class Checkpoints:
             tensors, values = pack(state)
             text = json.dumps({"iteration": iteration, "score": score, "state": values})
             if _complete(final):
-                _write(final / STATE, text)
+                write_text(final / STATE, text)
             else:
                 self._write_folder(final, tensors, text)
             self._link("last", final.name)
             best = self.best_score()
-        if score is not None and (best is None or score > best):
+            if score is not None and (best is None or score > best):
                 self._link("best", final.name)
         except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
             raise OSError(
@@ -98,7 +98,7 @@ class Checkpoints:
         try:
             save_file(tensors, work / TENSORS)
             _sync(work / TENSORS)
-            _write(work / STATE, text)
+            write_text(work / STATE, text)
             os.replace(work, final)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
@@ -119,6 +119,7 @@ class Checkpoints:
 
     def cut(self, iteration: int) -> None:
         """Forget checkpoints after `iteration`, when a run goes on from an earlier one."""
+        self._sweep()
         late = [p for p in self.all() if int(p.name) > iteration]
         kept = [p for p in self.all() if int(p.name) <= iteration]
         if kept:  # the links move first: a kill in between leaves none that points nowhere
@@ -126,6 +127,8 @@ class Checkpoints:
         scores = {p.name: score for p in kept if (score := _score(p)) is not None}
         if scores:
             self._link("best", max(scores, key=lambda name: scores[name]))
+        else:
+            (self.folder / "best").unlink(missing_ok=True)
         for path in late:
             _remove(path)
 
@@ -188,7 +191,7 @@ def _remove(path: Path) -> None:
     shutil.rmtree(gone)
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a text file completely or not at all."""
     work = path.with_name(f".{path.name}")
     work.write_text(text, encoding="utf-8")

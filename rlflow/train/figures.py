@@ -162,8 +162,10 @@ def _layout(
 
 
 def _columns(num: int, aspect: float) -> int:
-    """Columns that make a page of cells with this width / height about 1.6 times as wide as high."""
-    return max(1, round(math.sqrt(1.6 * num / aspect)))
+    """Columns that make a page of cells with this width / height about 1.6 times as wide as high, with few gaps."""
+    ideal = max(1, round(math.sqrt(1.6 * num / aspect)))
+    near = range(max(1, ideal - 1), ideal + 2)
+    return min(near, key=lambda columns: (-num % columns, abs(columns - ideal)))
 
 
 def _wrap(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:

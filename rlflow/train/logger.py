@@ -77,9 +77,10 @@ class MetricsFile:
                 str(self.path),
             ) from error
 
-    def cut(self, iteration: int) -> None:
-        """Atomically keep the rows up to and including `iteration`."""
-        kept = b"".join(line for row, line in _rows(self.path) if row["iteration"] <= iteration)
+    def cut(self, iteration: int, evaluated: int | None = None) -> None:
+        """Atomically keep the rows up to and including `iteration`, evaluations up to `evaluated` (default: the same)."""
+        last = {"train": iteration, "eval": iteration if evaluated is None else evaluated}
+        kept = b"".join(line for row, line in _rows(self.path) if row["iteration"] <= last.get(row["kind"], iteration))
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         with open(temporary, "wb") as file:
             file.write(kept)
@@ -213,10 +214,13 @@ class RunLogger:
         if kind == "eval" and self.terminal is not None:
             self.terminal.evaluation(iteration, metrics)
 
-    def cut(self, iteration: int) -> None:
-        """Forget every row after `iteration`, and a torn last line; called when a run resumes from there."""
+    def cut(self, iteration: int, evaluated: int | None = None) -> None:
+        """Forget every row after `iteration`, and a torn last line; called when a run resumes from there.
+
+        `evaluated` is the last evaluation that the checkpoint knows of: a later one will be made again.
+        """
         if self.file is not None:
-            self.file.cut(iteration)
+            self.file.cut(iteration, evaluated)
         for sink in self.sinks:
             sink.cut(iteration)
         self._tell_past()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import platform
 import signal
@@ -20,10 +22,12 @@ from rlflow import __version__, dist, recipes, registry
 from rlflow.config import Config, difference, parse, set_value
 from rlflow.flow.noise import generator
 from rlflow.models.io import save_field
+from rlflow.rl.advantages import moments
 from rlflow.rl.collector import permute_rewards
 from rlflow.train.build import heldout_prompts, make_judges, make_parts
-from rlflow.train.checkpoint import Checkpoints, rng_state, set_rng_state
+from rlflow.train.checkpoint import Checkpoints, rng_state, set_rng_state, write_text
 from rlflow.train.evaluate import Evaluation, Evaluator
+from rlflow.types import Rollout
 
 Callback = Callable[["Trainer", int, dict[str, float]], None]
 
@@ -65,15 +69,16 @@ class Trainer:
         self.checkpoints = Checkpoints(self.run, self.config.train.keep)
         self.iteration, self.seconds, self.network_rows = 0, 0.0, 0
         self.last_eval: dict[str, float] = {}
-        self._stop_signal: int | None = None
+        self.interrupted = False
+        """True when a signal or a callback ended `fit` before the budget."""
+        self._stop_asked = False
         self._evaluated = -1
         if resume is not None:
             self._load(resume)
 
-    @property
-    def interrupted(self) -> bool:
-        """True when a signal ended `fit` before the budget."""
-        return self._stop_signal is not None
+    def stop(self) -> None:
+        """Ask `fit` to end after this iteration, with a checkpoint; for callbacks and signals."""
+        self._stop_asked = True
 
     # -- set-up -----------------------------------------------------------------------------------
 
@@ -115,6 +120,7 @@ class Trainer:
         from rlflow.train.logger import RunLogger
 
         train = self.config.train
+        self._stop_asked = False
         self._write_head()
         with (
             RunLogger(
@@ -127,8 +133,8 @@ class Trainer:
             ) as self.logger,
             _Signals(self),
         ):
-            self.logger.cut(self.iteration)
-            if self.iteration == 0:
+            self.logger.cut(self.iteration, self._evaluated)
+            if self.iteration == 0 and self._evaluated < 0:
                 self._evaluate()
             while not self._done():
                 metrics = self._one()
@@ -137,10 +143,10 @@ class Trainer:
                 for callback in self.callbacks:
                     callback(self, self.iteration, metrics)
                 self._periodic()
-            if self._evaluated != self.iteration and self._stop_signal is None:
+            if self._evaluated != self.iteration and not self.interrupted:
                 self._evaluate()
             self._save()
-        self._finish()
+            self._finish()
         return self.last_eval
 
     def _one(self) -> dict[str, float]:
@@ -151,17 +157,20 @@ class Trainer:
         if self.config.train.permute_rewards:
             permute_rewards(rollout, generator("control", self.config.train.seed, self.iteration))
         middle = time.perf_counter()
-        metrics = _reward_metrics(rollout.reward, rollout.weight) | self.collector.env.metrics()
+        metrics = self.collector.env.metrics() | _reward_metrics(rollout)
         metrics |= self.algorithm.update(rollout)
         end = time.perf_counter()
         self.iteration += 1
-        self.seconds += end - start
-        spent = self.policy.network_cost - cost
+        # the same on every rank: the learning rate and the end of the run depend on them
+        device = self.policy.device
+        seconds = float(dist.all_max(torch.tensor(end - start, dtype=torch.float64, device=device)))
+        spent = int(dist.all_sum(torch.tensor(self.policy.network_cost - cost, device=device)))
+        self.seconds += seconds
         self.network_rows += spent
         return metrics | {
             "time/rollout": middle - start,
             "time/update": end - middle,
-            "perf/samples_per_s": self.groups.total_rows / (end - start),
+            "perf/samples_per_s": self.groups.total_rows / seconds,
             "perf/network_rows": float(spent),
             "cost/network_rows_total": float(self.network_rows),
             "cost/train_seconds_total": self.seconds,
@@ -177,9 +186,11 @@ class Trainer:
         return min(1.0, max(shares))
 
     def _done(self) -> bool:
-        """Budget spent or a signal came; rank 0 decides for all, since clocks differ."""
-        stop = self._progress() >= 1.0 or self._stop_signal is not None
-        return bool(dist.all_max(torch.tensor(float(stop), device=self.policy.device)) > 0)
+        """Budget spent, or any rank was asked to stop."""
+        spent = self._progress() >= 1.0
+        asked = dist.all_max(torch.tensor(float(self._stop_asked), device=self.policy.device)) > 0
+        self.interrupted = bool(asked) and not spent
+        return spent or self.interrupted
 
     def _periodic(self) -> None:
         every = self.config.eval.every
@@ -222,9 +233,8 @@ class Trainer:
     def _write_head(self) -> None:
         if dist.rank() == 0:
             self.run.mkdir(parents=True, exist_ok=True)
-            if self.iteration == 0:
-                (self.run / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
-            _write_json(self.run / "run.json", self._head())
+            write_text(self.run / "config.yaml", self.config.to_yaml())
+            write_text(self.run / "run.json", json.dumps(self._head(), indent=1) + "\n")
         dist.barrier()
 
     def _head(self) -> dict[str, Any]:
@@ -260,11 +270,13 @@ class Trainer:
     def _save(self) -> None:
         if dist.rank() == 0:
             fresh = self._evaluated == self.iteration
-            score = self.last_eval.get("eval/heldout/strict") if fresh else None
-            self.checkpoints.save(self.iteration, self.state_dict(), score)
+            score = self.last_eval.get("eval/heldout/strict", math.nan) if fresh else math.nan
+            self.checkpoints.save(self.iteration, self.state_dict(), score if math.isfinite(score) else None)
         dist.barrier()
 
     def _load(self, which: str | Path) -> None:
+        if which == "last" and not self.checkpoints.all():
+            return  # killed before its first checkpoint: the run begins again
         iteration, state = self.checkpoints.load(which)
         self.policy.load_state_dict(state["policy"])
         self.policy.weights.load_state_dict(state["weight_sets"])
@@ -294,7 +306,7 @@ class _Signals:
     """First SIGINT or SIGTERM: finish the iteration and save. Second: stop at once."""
 
     def __init__(self, trainer: Trainer):
-        self.trainer = trainer
+        self.trainer, self.asked = trainer, False
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> None:
@@ -306,9 +318,10 @@ class _Signals:
             self.before[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.trainer._stop_signal is not None:
+        if self.asked:
             raise KeyboardInterrupt
-        self.trainer._stop_signal = number
+        self.asked = True
+        self.trainer.stop()
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self.before.items():
@@ -318,7 +331,7 @@ class _Signals:
 def _resolve(config: str | dict[str, Any] | Config, overrides: Sequence[str], trust_code: bool) -> Config:
     if isinstance(config, str):
         return recipes.load(config, overrides, trust_code)
-    values = config.to_dict() if isinstance(config, Config) else dict(config)
+    values = config.to_dict() if isinstance(config, Config) else copy.deepcopy(config)
     for assignment in overrides:
         set_value(values, assignment)
     return parse(values, trust_code)
@@ -328,14 +341,13 @@ def _default_run(recipe: str) -> Path:
     return Path("runs") / f"{Path(recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _reward_metrics(reward: torch.Tensor, weight: torch.Tensor) -> dict[str, float]:
-    from rlflow.rl.advantages import moments
-
-    mean, std, _ = moments(reward, weight)
-    return {"reward/mean": float(mean), "reward/std": float(std)}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    import json
-
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+def _reward_metrics(rollout: Rollout) -> dict[str, float]:
+    """Mean and std of the total and of each reward over all ranks; a mean of nothing is nan, not 0."""
+    named = {f"reward/{name}": (value, value.isfinite()) for name, value in rollout.reward_parts.items()}
+    out = {}
+    for name, (value, weight) in {"reward": (rollout.reward, rollout.weight), **named}.items():
+        mean, std, count = (float(m) for m in moments(value, weight))
+        out |= {f"{name}/mean": mean if count else math.nan, f"{name}/std": std if count else math.nan}
+        masked = dist.all_sum((~value.isfinite()).double().mean()) / dist.world()  # ranks have equal numbers of rows
+        out[f"{name}/masked_frac"] = float(masked)
+    return out
