@@ -53,7 +53,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 # --- the two commands ---
 
 demo: $(VENV)/.installed-core
-	$(BIN)/rlflow train $(RECIPE) --run $(RUN) $(ARGS)
+	$(BIN)/rlflow train $(RECIPE) $(ARGS) --run $(RUN)
 	@echo "Report: $(abspath $(RUN))/report.html"
 
 test: $(VENV)/.installed-dev

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -88,7 +89,7 @@ class AlgorithmConfig:
     guard: bool = False
     entropy: float = 0.0
     target_kl: float | None = None
-    value_coef: float = 0.5
+    critic_steps: int = 1  # optimiser steps of the critic per step of the policy
     critic_lr: float = 1e-3
     ema_decay: float = 0.9
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -216,7 +217,8 @@ def _field_names(cls: type, path: Sequence[Any]) -> list[str]:
 def _explain(error: ValidationError) -> str:
     lines = []
     for item in error.errors():
-        loc = [part for part in item["loc"] if not (isinstance(part, str) and part.endswith("]"))]
+        loc = [part for part in item["loc"] if not str(part).endswith("]")]  # less the member of a union
+        loc = loc[:-1] if len(loc) > 1 and loc[-1] == "str" else loc
         path = ".".join(str(p) for p in loc)
         if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             lines.append(f"{path}: no such setting{nearest(str(loc[-1]), _field_names(Config, loc[:-1]))}")
@@ -256,13 +258,16 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
     node[last] = _number(value)
 
 
+SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as text; a number is meant."""
+    """YAML 1.1 reads 1e-4 as text; a number is meant (1e3 is a whole one)."""
     if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
+        if not SCIENTIFIC.fullmatch(value):
             return value
+        number = float(value)
+        return int(number) if number.is_integer() else number
     if isinstance(value, list):
         return [_number(v) for v in value]
     return {k: _number(v) for k, v in value.items()} if isinstance(value, dict) else value
@@ -304,31 +309,28 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
 
 def check(config: Config, trust_code: bool = False) -> None:
     """Everything that can be known without loading a network; ValueError with the path and the fix."""
+    _check_numbers(config)
+    stand_in = {"num_features": 1, "event_shape": (1,)}
     for kind, path, spec, supplied in (
-        ("kernel", "policy.kernel", config.policy.kernel, ("num_features", "event_shape")),
-        ("solver", "policy.solver", config.policy.solver, ()),
-        ("grid", "policy.grid", config.policy.grid, ()),
-        ("steps", "steps", config.steps, ()),
-        ("advantage", "advantage", config.advantage, ()),
+        ("kernel", "policy.kernel", config.policy.kernel, stand_in),
+        ("solver", "policy.solver", config.policy.solver, {}),
+        ("grid", "policy.grid", config.policy.grid, {}),
+        ("advantage", "advantage", config.advantage, {}),
+        ("solver", "eval.solver", config.eval.solver, {}),
     ):
-        registry.validate(kind, path, spec, supplied, trust_code)
+        if spec is not None:
+            registry.build(kind, path, spec, supplied, trust_code)
     if config.policy.guidance is not None:
         registry.validate("guidance", "policy.guidance", config.policy.guidance, ("field",), trust_code)
-    if config.eval.solver is not None:
-        registry.validate("solver", "eval.solver", config.eval.solver, (), trust_code)
     for section, names in (("reward.weights", config.reward.weights), ("eval.metrics", config.eval.metrics.values())):
         for name in names:
-            try:
+            with registry.located(section):
                 registry.find("reward", name, trust_code)
-            except ImportError as error:
-                raise ValueError(f"{section}: {name} needs a package that is not installed ({error})") from error
-    registry.find("env", config.env.name, trust_code)
-    _check_numbers(config)
+    with registry.located("env.name"):
+        registry.find("env", config.env.name, trust_code)
     steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
-    try:
+    with registry.located("steps"):
         steps.possible(config.policy.num_steps)
-    except ValueError as error:
-        raise ValueError(f"steps: {error}") from None
 
 
 def _check_numbers(config: Config) -> None:
@@ -337,20 +339,51 @@ def _check_numbers(config: Config) -> None:
         raise ValueError("env.group_size: a group of 1 has no group advantage; set it to 2 or more, or advantage=gae")
     if config.algorithm.guard and config.likelihood.joint:
         raise ValueError("algorithm.guard: GRPO-Guard re-scales each step's ratio; set likelihood.joint=false")
+    if config.env.num_groups % max(1, config.algorithm.num_minibatches):
+        raise ValueError(
+            f"algorithm.num_minibatches: {config.algorithm.num_minibatches} must divide "
+            f"env.num_groups = {config.env.num_groups}, since a minibatch takes whole groups"
+        )
+    if config.env.name == "prompt" and not any(config.reward.weights.values()):
+        raise ValueError("reward.weights: name at least one reward with a weight that is not 0")
     positive = {
         "policy.num_steps": config.policy.num_steps,
+        "policy.max_kappa": config.policy.max_kappa,
         "env.num_groups": config.env.num_groups,
+        "env.group_size": config.env.group_size,
+        "env.rows_per_call": config.env.rows_per_call,
+        "reward.timeout_s": config.reward.timeout_s,
         "algorithm.epochs": config.algorithm.epochs,
         "algorithm.num_minibatches": config.algorithm.num_minibatches,
         "algorithm.micro_batch": config.algorithm.micro_batch,
         "algorithm.clip_low": config.algorithm.clip_low,
+        "algorithm.clip_high": config.algorithm.clip_high,
+        "algorithm.critic_steps": config.algorithm.critic_steps,
         "algorithm.optimizer.lr": config.algorithm.optimizer.lr,
+        "train.iterations": config.train.iterations,
+        "train.minutes": config.train.minutes,
+        "train.threads": config.train.threads,
         "train.checkpoint_every": config.train.checkpoint_every,
         "train.keep": config.train.keep,
         "eval.num": config.eval.num,
+        "eval.num_steps": config.eval.num_steps,
+        "eval.rows_per_call": config.eval.rows_per_call,
+        "eval.grid": config.eval.grid,
     }
     for path, value in positive.items():
-        if value <= 0:
+        if value is not None and not value > 0:
             raise ValueError(f"{path}: must be positive, got {value}")
+    not_negative = {
+        "eval.every": config.eval.every,
+        "algorithm.kl.beta": config.algorithm.kl.beta,
+        "algorithm.entropy": config.algorithm.entropy,
+        "algorithm.optimizer.warmup": config.algorithm.optimizer.warmup,
+        "algorithm.optimizer.weight_decay": config.algorithm.optimizer.weight_decay,
+    }
+    for path, value in not_negative.items():
+        if not value >= 0:
+            raise ValueError(f"{path}: must not be negative, got {value}")
+    if not 0 <= config.algorithm.ema_decay < 1:
+        raise ValueError(f"algorithm.ema_decay: must be in [0, 1), got {config.algorithm.ema_decay}")
     if config.train.iterations is None and config.train.minutes is None:
         raise ValueError("train: give a budget, train.iterations=N or train.minutes=M")

@@ -12,7 +12,8 @@ import importlib
 import inspect
 import json
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 TABLE: dict[str, dict[str, str]] = {
@@ -110,9 +111,24 @@ def find(kind: str, name: str, trust_code: bool = False) -> Callable[..., Any]:
         path = name
     module, _, attribute = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{kind} {name!r} cannot be imported: {error}") from error
+    try:
+        return getattr(found, attribute)
     except AttributeError:
         raise ValueError(f"{kind} {name!r}: module {module} has no {attribute!r}") from None
+
+
+@contextmanager
+def located(path: str) -> Iterator[None]:
+    """Put the path of a setting before the message of any ValueError inside."""
+    try:
+        yield
+    except UntrustedCodeError as error:
+        raise UntrustedCodeError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def split_spec(kind: str, spec: Any) -> tuple[str, dict[str, Any]]:
@@ -140,7 +156,8 @@ def validate(kind: str, path: str, spec: Any, supplied: Iterable[str] = (), trus
     import pydantic
 
     name, given = split_spec(path, spec)
-    parameters = settings(find(kind, name, trust_code))
+    with located(path):
+        parameters = settings(find(kind, name, trust_code))
     allowed = {n: p for n, p in parameters.items() if n not in set(supplied)}
     for key in given:
         if key not in allowed:
@@ -172,10 +189,8 @@ def build(kind: str, path: str, spec: Any, supplied: Mapping[str, Any] | None = 
     """Make the component of `spec`; `supplied` values are passed where the component names them."""
     supplied = supplied or {}
     name, _ = split_spec(path, spec)
-    component = find(kind, name, trust_code)
     checked = validate(kind, path, spec, supplied, trust_code)
+    component = find(kind, name, trust_code)
     mine = {k: v for k, v in supplied.items() if k in settings(component)}
-    try:
+    with located(path):
         return component(**checked, **mine)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error

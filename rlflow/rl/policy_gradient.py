@@ -1,6 +1,6 @@
 """PolicyGradient: Flow-GRPO, MixGRPO, DanceGRPO, CPS, ReinFlow, pi_RL and PPO are this class with other arguments.
 
-    L = E[ max(-A r, -A clip(r, 1 - low, 1 + high)) ] + beta KL(policy || reference) - entropy H + value_coef (V - R)^2
+    L = E[ max(-A r, -A clip(r, 1 - low, 1 + high)) ] + beta KL(policy || reference) - entropy H,    critic: (V - R)^2
 
 over (row, column) pairs, r = exp(score - old). Every expectation is a weighted mean whose denominator
 is summed over micro-batches and ranks first, so neither changes the gradient.
@@ -57,7 +57,7 @@ class PolicyGradient:
         guard: bool = False,
         entropy: float = 0.0,
         target_kl: float | None = None,
-        value_coef: float = 0.5,
+        critic_steps: int = 1,
         critic_lr: float = 1e-3,
         ema_decay: float = 0.9,
         seed: int = 0,
@@ -74,7 +74,7 @@ class PolicyGradient:
         self.clip_low, self.clip_high = clip_low, clip_low if clip_high is None else clip_high
         self.epochs, self.num_minibatches, self.micro_batch = epochs, num_minibatches, micro_batch
         self.kl, self.guard, self.entropy, self.target_kl = kl or KL(), guard, entropy, target_kl
-        self.value_coef, self.ema_decay, self.seed = value_coef, ema_decay, seed
+        self.critic_steps, self.ema_decay, self.seed = critic_steps, ema_decay, seed
         self.optimizer = Optimizer([p for p in policy.parameters() if p.requires_grad], optimizer or AdamW())
         self.critic, self.critic_optimizer = None, None
         if advantage.needs_critic:
@@ -232,12 +232,15 @@ class PolicyGradient:
         if self.critic is None or self.critic_optimizer is None:
             return
         assert batch.returns is not None
-        self.critic_optimizer.zero_grad()
+        with torch.no_grad():  # the critic trains only itself
+            cond = batch.cond(rows)
         weight = batch.row_alive[rows]
-        error = (self.critic(batch.cond(rows).map(torch.Tensor.detach)) - batch.returns[rows]).square()
-        loss = weighted_sum(error, weight) / dist.all_sum(weight.sum()).clamp(min=1.0)
-        (self.value_coef * loss).backward()
-        self.critic_optimizer.step()
+        total = dist.all_sum(weight.sum()).clamp(min=1.0)
+        for _ in range(self.critic_steps):
+            self.critic_optimizer.zero_grad()
+            loss = weighted_sum((self.critic(cond) - batch.returns[rows]).square(), weight) / total
+            loss.backward()
+            self.critic_optimizer.step()
         log.extra("critic/loss", loss.detach())
 
     @torch.no_grad()

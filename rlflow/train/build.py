@@ -32,7 +32,9 @@ def device() -> torch.device:
 def make_policy(config: Config, trust_code: bool = False) -> FlowPolicy:
     """The un-tuned policy of a config, on this process's device."""
     c = config.policy
-    field = _toy_field(config) if c.field == "toy" else load_field(c.field, trust_code)
+    torch.manual_seed(config.train.seed)  # the first weights of a toy field and of a noise net
+    with registry.located("policy.field"):
+        field = _toy_field(config, trust_code) if c.field == "toy" else load_field(c.field, trust_code)
     if c.grad_checkpointing:
         field.grad_checkpointing = True
     if c.precision == "float64":
@@ -53,13 +55,13 @@ def make_policy(config: Config, trust_code: bool = False) -> FlowPolicy:
         autocast=PRECISION[c.precision],
     )
     steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
-    policy.check_steps(steps, c.max_kappa)
+    with registry.located("steps"):
+        policy.check_steps(steps, c.max_kappa)
     return policy
 
 
-def _toy_field(config: Config) -> MLPField:
-    env: Any = registry.find("env", config.env.name)
-    torch.manual_seed(config.train.seed)
+def _toy_field(config: Config, trust_code: bool) -> MLPField:
+    env: Any = registry.find("env", config.env.name, trust_code)
     return MLPField(env.obs_dim, env.action_shape, width=64)
 
 
@@ -122,8 +124,10 @@ def _make_env(config: Config, policy: FlowPolicy, groups: Groups, trust_code: bo
     if config.env.name != "prompt":
         return env(groups.num_rows)
     field = policy.field.unguided
+    with registry.located("env.prompts"):
+        prompts = load_prompts(config.env.prompts, "train")
     return env(
-        load_prompts(config.env.prompts, "train"),
+        prompts,
         make_rewards(config, trust_code),
         groups.num_rows,
         policy.event_shape,
@@ -153,7 +157,7 @@ def _make_algorithm(
         guard=c.guard,
         entropy=c.entropy,
         target_kl=c.target_kl,
-        value_coef=c.value_coef,
+        critic_steps=c.critic_steps,
         critic_lr=c.critic_lr,
         ema_decay=c.ema_decay,
         seed=config.train.seed,

@@ -117,6 +117,10 @@ class Checkpoints:
                 f"checkpoint {path} is damaged ({error}): resume from another one, there are {others or 'none'}"
             ) from error
 
+    def head(self, which: str | Path = "last") -> dict[str, Any]:
+        """The numbers of a checkpoint, without its tensors."""
+        return json.loads((self.path(which) / STATE).read_text())["state"]
+
     def cut(self, iteration: int) -> None:
         """Forget checkpoints after `iteration`, when a run goes on from an earlier one."""
         self._sweep()

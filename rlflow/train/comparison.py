@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from rlflow.train import page
-from rlflow.train.curves import AXES, curves, series
+from rlflow.train.curves import AXES, Panel, curves, series
 from rlflow.train.glossary import MISSING, describe, duration, share, show, signed
 from rlflow.train.record import HEADLINE, HELDOUT, RunRecord
 
 Groups = dict[str, list[RunRecord]]
 SEED = "train.seed"
 SAID_ONCE = ("about", SEED)  # settings that do not make another group
+OFF = ("false", "null")  # not worth a word in a label
 BUDGETS = {"cost/train_seconds_total": "training time", "cost/network_rows_total": "network rows"}
 OVERLAID = ("reward/mean", "kl/ref", "policy/clip_frac", f"{HELDOUT}judge", f"{HELDOUT}diversity", "optim/grad_norm")
 
@@ -32,7 +33,7 @@ def compare_report(folders: Sequence[str | Path], out: str | Path) -> Path:
     name = _headline(groups)
     parts = [
         '<div class="kicker">rlflow comparison</div>'
-        f"<h1>{len(folders)} runs, {len(groups)} {'recipe' if len(groups) == 1 else 'recipes'}</h1>"
+        f"<h1>{len(folders)} runs in {len(groups)} {'group' if len(groups) == 1 else 'groups'}</h1>"
         '<p class="soft small">Runs that differ only in their seed form one row and one curve with a band.</p>',
         page.section(
             "Result and cost",
@@ -62,13 +63,22 @@ def group_runs(runs: Sequence[RunRecord]) -> Groups:
         recipes.setdefault(run.recipe, []).append(run)
     groups: Groups = {}
     for recipe, members in recipes.items():
-        flat = [flatten(run.config) for run in members]
-        keys = sorted({key for values in flat for key in values})
-        differ = [k for k in keys if k not in SAID_ONCE and len({_text(values.get(k)) for values in flat}) > 1]
-        for run, values in zip(members, flat, strict=True):
-            label = ", ".join([recipe, *(f"{k}={_text(values.get(k))}" for k in differ)])
+        settings = _differing([flatten(run.config) for run in members])
+        short = [
+            ", ".join([recipe, *(f"{k.split('.')[-1]}={v}" for k, v in s.items() if v not in OFF)]) for s in settings
+        ]
+        full = [", ".join([recipe, *(f"{k}={v}" for k, v in s.items())]) for s in settings]
+        for run, label in zip(members, short if len({*short}) == len({*full}) else full, strict=True):
             groups.setdefault(label, []).append(run)
     return groups
+
+
+def _differing(configs: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Of every config the settings, as text, that are not the same in all."""
+    texts = [{key: _text(value) for key, value in config.items() if key not in SAID_ONCE} for config in configs]
+    keys = sorted({key for text in texts for key in text})
+    differ = [key for key in keys if len({text.get(key) for text in texts}) > 1]
+    return [{key: text.get(key, "null") for key in differ} for text in texts]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -153,8 +163,8 @@ def _against_cost(groups: Groups, name: str) -> str:
     rows = {label: [run.rows for run in runs] for label, runs in groups.items()}
     if not any(name in run.names for runs in groups.values() for run in runs):
         return ""
-    pictures = [page.figure(curves(rows, [name], x=x), f"{name} against {x}") for x in AXES]
-    return f'<div class="three">{"".join(pictures)}</div>'
+    panels = [Panel(f"{describe(name).label} by {label}", (name,), x) for x, (label, _) in AXES.items()]
+    return page.figure(curves(rows, panels), f"{name} against iterations, time and network rows")
 
 
 def _overlaid(groups: Groups) -> str:
@@ -166,8 +176,8 @@ def _overlaid(groups: Groups) -> str:
 
 def _equal_budgets(groups: Groups, name: str) -> str:
     runs = [run for members in groups.values() for run in members]
-    reached = {budget: min(_reach(run, name, budget) for run in runs) for budget in BUDGETS}
-    usable = {budget: spent for budget, spent in reached.items() if spent > 0}
+    spent = {budget: [s for run in runs if (s := _reach(run, name, budget)) > 0] for budget in BUDGETS}
+    usable = {budget: min(every) for budget, every in spent.items() if every}
     if len(runs) < 2 or not usable:
         return ""
     said: dict[str, Callable[[float], str]] = {"cost/train_seconds_total": duration, "cost/network_rows_total": show}

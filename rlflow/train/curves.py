@@ -60,10 +60,11 @@ STYLE: dict[Any, Any] = {
 
 
 class Panel(NamedTuple):
-    """Several metrics in one panel."""
+    """One or several metrics in one panel; `x` is 'iteration' or a cost/... metric."""
 
     title: str
     names: tuple[str, ...]
+    x: str = "iteration"
 
 
 def curves(
@@ -72,13 +73,11 @@ def curves(
     path: str | Path | None = None,
     *,
     columns: int = 3,
-    x: str = "iteration",
 ) -> Figure:
     """Learning curves of one run, of several seeds (a list of runs), or of groups of seeds ({label: runs}).
 
     A run is what `read_metrics` returns. One run is drawn thin with its running mean; seeds as their mean and a
-    band from lowest to highest where all have data. `x` is 'iteration' or a cost/... metric. `path` ends in
-    .png, .svg or .pdf.
+    band from lowest to highest where all have data. `path` ends in .png, .svg or .pdf.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -91,9 +90,11 @@ def curves(
         figure = Figure(figsize=(3.7 * columns, 2.5 * height), layout="constrained")
         axes = figure.subplots(height, columns, squeeze=False).flatten()
         for panel, ax in zip(panels, axes, strict=False):
-            _draw_panel(ax, panel, groups, x)
+            _draw_panel(ax, panel, groups)
         for ax in axes[len(panels) :]:
             ax.set_axis_off()
+        if len(groups) > 1:
+            _name_groups(figure, groups)
         if path is not None:
             save(figure, path)
     return figure
@@ -129,16 +130,16 @@ def _groups(rows: Any) -> dict[str, list[Run]]:
     return {"": [rows] if one_run else list(rows)}
 
 
-def _draw_panel(ax: Axes, panel: Panel, groups: Mapping[str, Sequence[Run]], x: str) -> None:
+def _draw_panel(ax: Axes, panel: Panel, groups: Mapping[str, Sequence[Run]]) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    label, factor = AXES.get(x, (describe(x).label, 1.0))
+    label, factor = AXES.get(panel.x, (describe(panel.x).label, 1.0))
     drawn: list[Array] = []
-    for g, (group, runs) in enumerate(groups.items()):
+    for g, runs in enumerate(groups.values()):
         for n, name in enumerate(panel.names):
-            lines = [series(run, name, x) for run in runs]
+            lines = [series(run, name, panel.x) for run in runs]
             lines = [(xs * factor, ys) for xs, ys in lines if len(ys)]
-            text = " ".join(part for part in (group, describe(name).label if len(panel.names) > 1 else "") if part)
+            text = describe(name).label if len(panel.names) > 1 else ""
             color, dash = (COLORS[g % 8], DASHES[n % 4]) if len(groups) > 1 else (COLORS[n % 8], "-")
             if len(lines) == 1:
                 _draw_run(ax, *lines[0], color, dash, text)
@@ -148,11 +149,22 @@ def _draw_panel(ax: Axes, panel: Panel, groups: Mapping[str, Sequence[Run]], x: 
     ax.set_title(panel.title)
     ax.set_xlabel(label)
     ax.set_ylabel(describe(panel.names[0]).unit)
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=x == "iteration"))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=panel.x == "iteration"))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if len(groups) * len(panel.names) > 1 and drawn:
+    if drawn and max(abs(ys).max() for ys in drawn) < 1e-3:
+        ax.yaxis.set_major_formatter("{x:.2g}")
+    if len(panel.names) > 1 and drawn:
         ax.legend(loc="best", handlelength=1.4, labelspacing=0.3)
     _explain(ax, drawn)
+
+
+def _name_groups(figure: Figure, groups: Mapping[str, Sequence[Run]]) -> None:
+    """One legend for all panels, under them."""
+    from matplotlib.lines import Line2D
+
+    labels = [f"{group} ({len(runs)} seeds)" if len(runs) > 1 else group for group, runs in groups.items()]
+    lines = [Line2D([], [], color=COLORS[g % 8]) for g in range(len(groups))]
+    figure.legend(lines, labels, loc="outside lower left", ncols=max(1, 170 // max(map(len, labels))), handlelength=1.4)
 
 
 def _explain(ax: Axes, drawn: Sequence[Array]) -> None:
@@ -196,7 +208,7 @@ def _draw_seeds(ax: Axes, lines: Sequence[tuple[Array, Array]], color: str, dash
         values.mean(0),
         dash,
         color=color,
-        label=f"{label} ({len(lines)} seeds)".strip(),
+        label=label,
         marker=few,
         markersize=3.5,
     )

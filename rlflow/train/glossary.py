@@ -104,7 +104,7 @@ _FIXED: dict[str, Metric] = {
         "Norm of the gradient before clipping; a spike announces trouble.",
     ),
     "optim/skipped_steps": Metric(
-        "skipped steps", "steps", -1, "Optimiser steps skipped so far because the loss or the gradient was not finite."
+        "skipped steps", "steps", 0, "Optimiser steps skipped so far because the loss or the gradient was not finite."
     ),
     "optim/steps": Metric("optimiser steps", "steps", 0, "Optimiser steps taken."),
     "advantage/used_frac": Metric(
@@ -114,9 +114,9 @@ _FIXED: dict[str, Metric] = {
         "Share of samples in groups whose rewards differ; the others teach nothing.",
     ),
     "advantage/abs_mean": Metric("advantage, mean size", "", 0, "Mean absolute advantage."),
-    "time/rollout": Metric("sampling and scoring", "s", -1, "Seconds spent sampling and scoring in one iteration."),
-    "time/update": Metric("update", "s", -1, "Seconds spent on the policy update in one iteration."),
-    "time/eval": Metric("evaluation", "s", -1, "Seconds of one held-out evaluation."),
+    "time/rollout": Metric("sampling and scoring", "s", 0, "Seconds spent sampling and scoring in one iteration."),
+    "time/update": Metric("update", "s", 0, "Seconds spent on the policy update in one iteration."),
+    "time/eval": Metric("evaluation", "s", 0, "Seconds of one held-out evaluation."),
     "perf/samples_per_s": Metric(
         "images per second",
         "images/s",
@@ -181,6 +181,11 @@ def describe(name: str) -> Metric:
 MISSING = "\N{EN DASH}"
 
 
+def order(name: str) -> tuple[int, str]:
+    """Sort key: the order of this page, then the name."""
+    return (list(_FIXED).index(name) if name in _FIXED else len(_FIXED), name)
+
+
 def show(value: float, missing: str = MISSING) -> str:
     """A number for people: about four figures, thousands apart, `missing` where there is none."""
     if not math.isfinite(value):
@@ -189,8 +194,8 @@ def show(value: float, missing: str = MISSING) -> str:
         return f"{value:,.0f}"
     size = abs(value)
     if size >= 1e7 or size < 5e-4:
-        return f"{value:.2e}"
-    return f"{value:,.0f}" if size >= 1000 else f"{value:.1f}" if size >= 100 else f"{value:.{3 if size < 10 else 2}f}"
+        return f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.1f}" if size >= 10 else f"{value:.3f}"
 
 
 def share(value: float) -> str:

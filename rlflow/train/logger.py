@@ -78,7 +78,7 @@ class MetricsFile:
             ) from error
 
     def cut(self, iteration: int, evaluated: int | None = None) -> None:
-        """Atomically keep the rows up to and including `iteration`, evaluations up to `evaluated` (default: the same)."""
+        """Atomically keep the rows up to and including `iteration`, evaluations up to `evaluated` (default: too)."""
         last = {"train": iteration, "eval": iteration if evaluated is None else evaluated}
         kept = b"".join(line for row, line in _rows(self.path) if row["iteration"] <= last.get(row["kind"], iteration))
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")

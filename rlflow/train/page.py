@@ -49,7 +49,8 @@ section { background: #fff; border: 1px solid var(--line); border-radius: 10px; 
   margin-top: 12px; }
 .pairs.single { grid-template-columns: repeat(auto-fill, minmax(116px, 1fr)); }
 figure { margin: 0; }
-figure .two { display: grid; grid-template-columns: 1fr 1fr; gap: 6px; }
+figure .two { display: grid; grid-template-columns: 1fr 14px 1fr; gap: 2px; align-items: center; }
+.two > span { color: var(--faint); text-align: center; }
 figure .one { display: grid; grid-template-columns: 1fr; }
 figcaption { font-size: 12.5px; line-height: 1.35; color: var(--soft); margin-top: 5px; text-align: center;
   overflow-wrap: anywhere; }
@@ -59,11 +60,8 @@ figcaption { font-size: 12.5px; line-height: 1.35; color: var(--soft); margin-to
 .tile i { position: absolute; right: 0; top: 0; width: 20px; height: 20px; font: bold 14px/19px system-ui, sans-serif;
   color: #fff; text-align: center; border-bottom-left-radius: 6px; }
 .right i { background: #009e73; } .wrong i { background: #d55e00; }
-.two .tile::after { content: attr(data-when); position: absolute; left: 0; bottom: 0; font-size: 10.5px; line-height: 1;
-  background: rgba(255,255,255,.85); color: var(--soft); padding: 2px 5px 3px; border-top-right-radius: 5px; }
 .wide { width: 100%; height: auto; display: block; margin-top: 8px; }
 .scroll { overflow-x: auto; }
-.three { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 10px; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; margin-top: 8px; }
 th { text-align: left; font-weight: 600; color: var(--soft); font-size: 12.5px; }
 th, td { padding: 5px 10px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +62,7 @@ class RunRecord:
     info: dict[str, Any]
     config_text: str
     rows: list[Row]
+    _changes: dict[str, Change | None] = field(default_factory=dict)
 
     @staticmethod
     def read(folder: str | Path) -> RunRecord:
@@ -135,8 +136,9 @@ class RunRecord:
 
     def judge_label(self, name: str) -> str:
         """Label of a held-out metric and the function that computes it."""
-        made_by = self.setting("eval.metrics", {}).get(name.removeprefix(HELDOUT))
-        return describe(name).label + (f" ({made_by})" if made_by else "")
+        short = name.removeprefix(HELDOUT)
+        made_by = self.setting("eval.metrics", {}).get(short, short)
+        return describe(name).label + (f" ({made_by})" if made_by != short else "")
 
     def last(self, name: str) -> float:
         """Last value of a metric in the run; nan where it has none."""
@@ -160,6 +162,11 @@ class RunRecord:
 
     def change(self, name: str) -> Change | None:
         """How an evaluated metric changed from the first to the last evaluation; None before the first one."""
+        if name not in self._changes:
+            self._changes[name] = self._change(name)
+        return self._changes[name]
+
+    def _change(self, name: str) -> Change | None:
         ends = self.ends(name)
         if ends is None:
             return None

@@ -61,10 +61,11 @@ def write_report(folder: str | Path) -> Path:
 
 
 def _header(run: RunRecord) -> str:
+    world = run.info.get("world", 1)
     pieces = [
         f"run {run.folder.resolve().name}",
-        f"started {run.info['started']}" if "started" in run.info else "",
-        f"{run.info.get('world', 1)} process(es) on {run.info.get('device', 'an unknown device')}",
+        f"started {str(run.info['started']).replace('T', ' ')}" if "started" in run.info else "",
+        f"{world} process{'es' if world != 1 else ''} on {run.info.get('device', 'an unknown device')}",
         f"seed {run.setting('train.seed')}" if run.setting("train.seed") is not None else "",
     ]
     about = run.setting("about", "")
@@ -120,10 +121,12 @@ def _verdict(run: RunRecord) -> str:
         value = f"{describe(name).label} {share(change.after)} after iteration {ends[1]}"
         sentence = page.pill("one evaluation") + escape(f"{value}{_conditions(run)}; the change needs a second one.")
     else:
-        at = "" if ends[0] == 0 else f" (first evaluated after iteration {ends[0]})"
+        at = "" if ends == (0, run.iterations) else f", after iteration {ends[1]} against iteration {ends[0]}"
         words = change.words(describe(name).label) + _captions_words(change) + _conditions(run) + at + "."
         sentence = _conclusion(change) + escape(words)
-    return f'<section><p class="verdict">{sentence}</p>{page.facts(_facts(run))}</section>'
+    warnings = "".join(page.pill(f"beware: {text}", kind) for text, kind in sections.findings(run) if kind == "bad")
+    warnings = f"<p>{warnings}</p>" if warnings else ""
+    return f'<section><p class="verdict">{sentence}</p>{warnings}{page.facts(_facts(run))}</section>'
 
 
 def _captions_words(change: Change) -> str:
@@ -193,7 +196,7 @@ def _right_words(first: Pictures, last: Pictures) -> str:
 def _pairs(first: Pictures, last: Pictures) -> str:
     columns = zip(first.images, last.images, first.marks, last.marks, first.captions, strict=True)
     cells = [
-        f'<figure><div class="two">{_tile(a, right_a, "before")}{_tile(b, right_b, "after")}</div>'
+        f'<figure><div class="two">{_tile(a, right_a, "before")}<span>&rarr;</span>{_tile(b, right_b, "after")}</div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
         for a, b, right_a, right_b, caption in list(columns)[:PAIRS]
     ]
@@ -211,7 +214,7 @@ def _single(shown: Pictures) -> str:
 def _tile(image: Any, mark: bool | None, when: str) -> str:
     kind = "" if mark is None else "right" if mark else "wrong"
     sign = "" if mark is None else f"<i>{'&#10003;' if mark else '&#10007;'}</i>"
-    return f'<div class="tile {kind}" data-when="{when}">{page.picture(image, f"{when} {kind}".strip())}{sign}</div>'
+    return f'<div class="tile {kind}">{page.picture(image, f"{when} {kind}".strip())}{sign}</div>'
 
 
 def _curves(run: RunRecord) -> str:

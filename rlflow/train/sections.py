@@ -9,7 +9,7 @@ from html import escape
 
 from rlflow.train import page
 from rlflow.train.curves import series
-from rlflow.train.glossary import MISSING, describe, duration, share, show, signed
+from rlflow.train.glossary import MISSING, describe, duration, order, share, show, signed
 from rlflow.train.record import HEADLINE, HELDOUT, Change, RunRecord
 
 FALL = 0.02  # of a judge that counts, where no interval is known
@@ -36,8 +36,7 @@ def hacking(run: RunRecord) -> str:
         return ""
     rows = [] if reward is None else [_change_row("training reward", reward, "what is optimised; tenths of the run")]
     rows += [_change_row(run.judge_label(n), c, describe(n).meaning) for n, c in changes.items()]
-    judged = {n: c for n, c in changes.items() if n in run.judges and not _once(run, n)}
-    verdicts = [page.pill(text, kind) for text, kind in _findings(run, reward, judged)]
+    verdicts = [page.pill(text, kind) for text, kind in findings(run)]
     table = page.table(("", "before", "after", "change", "95 % interval", "what it is"), rows, numeric=(1, 2, 3, 4))
     note = "Reward next to judges that no reward sees. Reward hacking is a reward that rises while a judge falls."
     return page.section("Is the reward being hacked?", f"<p>{' '.join(verdicts)}</p>{table}", note)
@@ -62,9 +61,11 @@ def _change_row(label: str, change: Change, meaning: str) -> list[str]:
     return [escape(label), *numbers, f'<span class="soft">{escape(meaning)}</span>']
 
 
-def _findings(run: RunRecord, reward: Change | None, judged: dict[str, Change]) -> Iterator[tuple[str, str]]:
-    """(finding, kind of label), the gravest first."""
+def findings(run: RunRecord) -> Iterator[tuple[str, str]]:
+    """(what was found about a judge or the diversity, kind of label: bad, watch, good or '')."""
+    reward = run.trend("reward/mean")
     rises = reward is not None and direction(reward) > 0
+    judged = {n: c for n in run.judges if not _once(run, n) and (c := run.change(n)) is not None}
     for name, change in judged.items():
         label = run.judge_label(name)
         if direction(change) < 0:
@@ -102,7 +103,7 @@ def metrics(run: RunRecord) -> str:
         names = [name for name in left if name.startswith(prefixes)]
         left = [name for name in left if name not in names]
         if names:
-            rows += [[escape(title)], *(_metric_row(run, name) for name in sorted(names))]
+            rows += [[escape(title)], *(_metric_row(run, name) for name in sorted(names, key=order))]
     if not rows:
         return ""
     header = ("metric", "first", "last", "best", "course", "what it means")
@@ -143,7 +144,7 @@ def _left_out_row(run: RunRecord, name: str) -> list[str] | None:
     if not len(ys) or ys.max() == 0:
         return None
     percent = name.endswith("masked_frac")
-    values = [f"{100 * v:.1f} %" if percent else show(v) for v in (float(ys.mean()), float(ys.max()))]
+    values = [f"{100 * v:.2g} %" if percent else show(v) for v in (float(ys.mean()), float(ys.max()))]
     if name.endswith("skipped_steps"):  # counted since the start
         values = [MISSING, f"{show(float(ys[-1]))} in all"]
     return [f"{escape(describe(name).label)}<code>{escape(name)}</code>", *values]

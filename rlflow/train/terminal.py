@@ -162,8 +162,8 @@ class LiveView(Terminal):
 
     def progress(self, iteration: int, metrics: Mapping[str, float], seconds_trained: float) -> None:
         """Redraw the bar and the numbers."""
-        from rich.console import Group
         from rich.progress_bar import ProgressBar
+        from rich.table import Table
         from rich.text import Text
 
         share = self.budget.done(iteration, seconds_trained)
@@ -173,7 +173,10 @@ class LiveView(Terminal):
         if headline := self.evaluations.headline():
             pairs.append(("held-out strict", headline))
         values = Text("   ").join(Text.assemble((label + " ", "dim"), (value, "bold")) for label, value in pairs)
-        self._start().update(Group(self.budget.place(iteration, seconds_trained), bar, values))
+        lines = Table.grid(expand=True)  # unlike a Group it ends the bar's line
+        for line in (self.budget.place(iteration, seconds_trained), bar, values):
+            lines.add_row(line)
+        self._start().update(lines)
 
     def close(self) -> None:
         """Stop drawing; the last state stays on the screen."""

@@ -8,6 +8,7 @@ pytest.importorskip("rapidocr")
 
 from rlflow.envs.words import draw_texts, render
 from rlflow.rewards import ocr as module
+from rlflow.rewards.base import to_uint8
 from rlflow.rewards.memory import BatchMemory
 from rlflow.rewards.ocr import edit_distance, ink_strip, ocr, ocr_exact
 
@@ -37,6 +38,12 @@ def test_true_renders_are_read_and_other_texts_score_low(words):
 def test_dark_text_on_light_ground_is_read_too(words):
     texts, images = words
     assert ocr_exact(1 - images[:10], texts[:10]).mean() >= 0.9
+
+
+def test_the_strip_is_the_same_on_a_dark_and_on_a_light_ground(words):
+    pixels = to_uint8(words[1])[0]
+    assert np.array_equal(ink_strip(pixels), ink_strip(255 - pixels))
+    assert ink_strip(pixels).shape[0] < pixels.shape[0]
 
 
 def test_large_images_go_through_the_detector(words):

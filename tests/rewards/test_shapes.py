@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -140,6 +141,7 @@ def _forms():
     return {
         "ring": (round_ < 7) & (round_ > 3.5),
         "bar": (abs(x) < 8) & (abs(y) < 3),
+        "short bar": (abs(x) < 6) & (abs(y) < 4),
         "diamond": abs(x) + abs(y) < 7,
         "plus": (cross < 1.6) & (np.maximum(abs(x), abs(y)) < 6),
         "upside-down triangle": (abs(x) < (6 - y) * 0.5) & (abs(y) < 6),
@@ -221,6 +223,7 @@ def test_memory_goes_by_content_is_bounded_and_serves_threads():
 
     def slow(pixels):
         calls.append(pixels)
+        time.sleep(0.02)  # long enough for the other threads to come asking
         return pixels.sum()
 
     memory = BatchMemory(slow, size=2)

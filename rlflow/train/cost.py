@@ -1,0 +1,59 @@
+"""What one iteration costs, in closed form: rows the network evaluates, a backward pass counting as two forwards.
+
+rollout   N x calls of the K' steps (a noisy step is 1, a run of ODE steps what the solver needs; with
+          shared noise the steps before the first noisy one run on N / G rows)
+reference N x R when a KL term is on
+update    3 N x R per epoch (+ N x R for a joint ratio that does not fit in one micro-batch)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rlflow.flow.solvers import Solver
+from rlflow.flow.steps import Plan
+from rlflow.train.build import Parts
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Forward-equivalents (rows) of one iteration on this process."""
+
+    rollout: int
+    reference: int
+    update: int
+
+    @property
+    def total(self) -> int:
+        """Everything."""
+        return self.rollout + self.reference + self.update
+
+
+def solver_calls(plan: Plan, solver: Solver, first: int = 0, last: int | None = None) -> int:
+    """Network calls of the steps first..last-1 for one row; a run of ODE steps ends where noise is added."""
+    noisy = plan.noisy if plan.noisy.ndim == 1 else torch.ones(plan.num_steps, dtype=torch.bool)
+    total, run = 0, 0
+    for step_is_noisy in noisy[first:last].tolist():
+        if step_is_noisy:
+            total, run = total + solver.num_calls(run) + 1, 0
+        else:
+            run += 1
+    return total + solver.num_calls(run)
+
+
+def iteration_cost(parts: Parts, iteration: int = 0) -> Cost:
+    """The cost of `iteration`, unless a KL limit ends the update early."""
+    collector, algorithm, policy = parts.collector, parts.algorithm, parts.policy
+    plan = collector.steps(iteration, policy.grid(policy.num_steps), collector.groups.row_ids())
+    rows = collector.groups.num_rows * collector.horizon
+    shared = collector.shared_noise and collector.copies > 1 and not plan.per_row
+    split = plan.first_noisy() if shared else 0
+    rollout = rows // collector.copies * solver_calls(plan, policy.solver, 0, split)
+    rollout += rows * solver_calls(plan, policy.solver, split)
+    pairs = rows * plan.num_scored
+    twice = algorithm.likelihood.joint and plan.num_scored > algorithm.micro_batch
+    update = algorithm.epochs * pairs * (4 if twice else 3)
+    calls = policy.field.calls
+    return Cost(rollout * calls, pairs * calls if algorithm.kl.beta else 0, update * calls)

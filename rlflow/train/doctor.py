@@ -1,0 +1,272 @@
+"""doctor: does a recipe do what it says? Its real settings on a few rows; every check with its figure.
+
+A check passes, fails, or informs. On a CPU the first log-ratio is exactly 0 and a resumed run is bitwise equal;
+on a GPU both are reported.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlflow.config import Config
+from rlflow.flow.policy import FlowPolicy
+from rlflow.rl.batch import Batch
+from rlflow.train.build import Parts, make_parts
+from rlflow.train.checkpoint import Checkpoints, pack
+from rlflow.train.cost import iteration_cost
+from rlflow.train.logger import read_metrics
+from rlflow.train.marginal import end_error
+from rlflow.train.probe import GradientWatch, Probe, bare_seconds
+from rlflow.train.trainer import Trainer
+
+ROWS_OF_A_GROUP = 4
+NO_LIMIT = 1e30
+GPU_LOG_RATIO = 1e-2
+"""Largest first log-ratio that passes where kernels of different batch sizes round differently."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure; `passed` is None where there is nothing to pass."""
+
+    name: str
+    value: float
+    limit: str = ""
+    passed: bool | None = None
+    detail: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """PASS, FAIL or INFO."""
+        return "INFO" if self.passed is None else "PASS" if self.passed else "FAIL"
+
+
+def doctor(config: Config, trust_code: bool = False) -> list[Check]:
+    """All checks of a recipe, in order; takes seconds, trains nothing that stays."""
+    small = few_rows(config)
+    parts = make_parts(small, trust_code)
+    gradients = GradientWatch(parts.policy)
+    probe = Probe(parts, 0)
+    gradients.close()
+    return [
+        _rewards(probe),
+        _first_log_ratio(probe),
+        _ratio_moves(probe),
+        _kappa(config, parts),
+        *_gradients(gradients, probe),
+        _resume(small, trust_code),
+        *_end_marginal(parts),
+        *_cost(config, parts, probe),
+        _memory(parts.policy),
+    ]
+
+
+def few_rows(config: Config) -> Config:
+    """The same recipe with two small groups, two iterations and a token evaluation; kappa is judged later."""
+    minibatches = config.algorithm.num_minibatches
+    groups, size = minibatches * -(-2 // minibatches), min(ROWS_OF_A_GROUP, config.env.group_size)
+    return replace(
+        config,
+        policy=replace(config.policy, max_kappa=NO_LIMIT),
+        env=replace(config.env, num_groups=groups, group_size=size),
+        train=replace(config.train, iterations=2, minutes=None, tensorboard=False, wandb=False),
+        eval=replace(config.eval, num=4, every=0, metrics={"base_distance": "base_distance"}),
+    )
+
+
+# -- rewards and ratios ---------------------------------------------------------------------------
+
+
+def _rewards(probe: Probe) -> Check:
+    detail = f"share of {probe.rollout.num_rows} rows without a score; mean reward {probe.reward_mean:.3g}"
+    if probe.replaced:
+        detail += "; no group of these few rows differs, so random rewards stood in for the update"
+    return Check("rewards masked", probe.masked, "< 1", probe.masked < 1, detail)
+
+
+def _first_log_ratio(probe: Probe) -> Check:
+    worst = probe.metrics["policy/first_log_ratio_max"]
+    by_step = [v for k, v in sorted(probe.metrics.items()) if k.startswith("policy/first_log_ratio/")]
+    gpu = probe.parts.policy.device.type != "cpu"
+    passed = worst <= GPU_LOG_RATIO if gpu else worst == 0
+    detail = "largest |log ratio| before any update, by scored step: " + " ".join(f"{v:.2g}" for v in by_step)
+    return Check("first log-ratio", worst, f"<= {GPU_LOG_RATIO:g}" if gpu else "0", passed, detail)
+
+
+@torch.no_grad()
+def _ratio_moves(probe: Probe) -> Check:
+    algorithm, policy = probe.parts.algorithm, probe.parts.policy
+    batch = Batch(policy, probe.rollout)
+    rows = torch.arange(probe.rollout.num_rows, device=policy.device)
+    worst: list[Tensor] = []
+    for part in rows.split(max(1, algorithm.micro_batch // batch.num_columns)):
+        evidence = batch.evidence.index(part)
+        score = algorithm.likelihood.score(policy, batch.cond(part), evidence)
+        worst.append((score.log_prob - evidence.old_log_prob).abs().amax())
+    value = float(torch.stack(worst).max())
+    detail = "largest |log ratio| of the same samples after one update: 0 would mean that nothing is learnt from"
+    return Check("log-ratio after one update", value, "> 0", math.isfinite(value) and value > 0, detail)
+
+
+def _kappa(config: Config, parts: Parts) -> Check:
+    policy = parts.policy
+    grid = policy.grid(policy.num_steps)
+    kernel = copy.deepcopy(policy.kernel).to("cpu", torch.float64)
+    with torch.no_grad():
+        kappa = kernel.kappa(grid[:-1], grid[1:])
+    steps = list(parts.collector.steps.possible(policy.num_steps))
+    value = max(float(kappa[k]) for k in steps)
+    detail = "|dmean/dv| / std by step that can be scored: " + " ".join(f"{k}:{float(kappa[k]):.2g}" for k in steps)
+    return Check("kappa", value, f"<= {config.policy.max_kappa:g}", value <= config.policy.max_kappa, detail)
+
+
+def _gradients(watch: GradientWatch, probe: Probe) -> list[Check]:
+    """Finite everywhere, and not zero."""
+    bad = [name for name, ok in watch.finite.items() if not ok]
+    none = [name for name, moved in watch.not_zero.items() if not moved]
+    total = len(watch.finite)
+    norm = probe.metrics["optim/grad_norm"]
+    moves = math.isfinite(norm) and norm > 0
+    detail = f"{total - len(none)} of {total} tensors receive gradient" + (f"; none: {_some(none)}" if none else "")
+    return [
+        Check("gradients not finite", len(bad), "0", not bad, f"of {total} tensors {_some(bad)}"),
+        Check("gradient norm", norm, "> 0", moves, detail),
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+# -- resume ---------------------------------------------------------------------------------------
+
+
+def _resume(config: Config, trust_code: bool) -> Check:
+    """One iteration, a stop and a resumed one against two in a row."""
+
+    def stop(trainer: Trainer, iteration: int, metrics: dict[str, float]) -> None:
+        trainer.stop()
+
+    def train(run: Path, **more: Any) -> Trainer:
+        trainer = Trainer(config, run, trust_code=trust_code, quiet=True, **more)
+        trainer.fit()
+        return trainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        straight, resumed = Path(folder) / "straight", Path(folder) / "resumed"
+        train(straight)
+        train(resumed, callbacks=[stop])
+        trainer = train(resumed, resume="last")
+        a, b = (_state(run) for run in (straight, resumed))
+        norms = [row["optim/grad_norm"] for row in read_metrics(resumed) if row["kind"] == "train"]
+    differ = [
+        name for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])
+    ]
+    exact = trainer.policy.device.type == "cpu" and trainer.collector.env.exact_resume
+    detail = f"tensors that differ of {len(a)} after 1 + 1 iterations and after 2 {_some(differ)}".rstrip()
+    detail += "; gradient norms " + ", ".join(f"{norm:.2g}" for norm in norms)
+    return Check("resume", len(differ), "0", not differ if exact else None, detail)
+
+
+def _state(run: Path) -> dict[str, Tensor]:
+    """Weights, weight sets and optimiser state of a run's last checkpoint."""
+    _, state = Checkpoints(run).load("last")
+    return pack({name: state[name] for name in ("policy", "weight_sets", "algorithm")})[0]
+
+
+# -- the sampler's law ----------------------------------------------------------------------------
+
+
+def _end_marginal(parts: Parts) -> list[Check]:
+    policy, steps = parts.policy, parts.collector.steps
+    grid = policy.grid(policy.num_steps)
+    kernel = copy.deepcopy(policy.kernel).to("cpu", torch.float64)
+    plans = {"training": steps(0, grid, torch.zeros(1, dtype=torch.long)), "deployment": policy.plan()}
+    checks = []
+    for name, plan in plans.items():
+        with torch.no_grad():
+            error = end_error(kernel, policy.solver, plan, tuple(policy.event_shape), policy.field.num_features)
+        noisy = int(plan.noisy.reshape(-1, plan.num_steps)[0].sum())
+        what = f"W2 distance to N(2, .5^2) with exact velocities, {plan.num_steps} steps, {noisy} of them with noise"
+        checks.append(Check(f"end marginal, {name}", error, detail=what))
+    return checks
+
+
+# -- cost -----------------------------------------------------------------------------------------
+
+
+def _cost(config: Config, parts: Parts, probe: Probe) -> list[Check]:
+    cost = iteration_cost(parts, 0)
+    early = probe.metrics["policy/early_stop"] > 0
+    count = Check(
+        "network evaluations",
+        probe.network_rows,
+        f"<= {cost.total}" if early else f"{cost.total}",
+        probe.network_rows <= cost.total if early else probe.network_rows == cost.total,
+        f"rows counted in one iteration of {probe.rollout.num_rows} samples (backward = 2); closed form: rollout "
+        f"{cost.rollout}, reference {cost.reference}, update {cost.update}",
+    )
+    return [count, *_times(config, parts)]
+
+
+def _times(config: Config, parts: Parts) -> list[Check]:
+    probe = Probe(parts, 1)  # the first one warmed up
+    total = sum(probe.seconds.values())
+    reward = sum(v for k, v in probe.metrics.items() if k.startswith("reward/") and k.endswith("/seconds"))
+    network = bare_seconds(parts, probe, iteration_cost(parts, 1))
+    share = config.env.num_groups * config.env.group_size / parts.groups.total_rows
+    shares = {
+        "rollout": probe.seconds["rollout"],
+        "update": probe.seconds["update"],
+        "reward": reward,
+        "network": network,
+    }
+    notes = {"reward": "runs beside the sampling", "network": "the same forwards and backwards run bare"}
+    about = f"of {total:.2f} s for {parts.groups.total_rows} samples; about {total * share:.1f} s at the recipe's size"
+    seconds = Check("seconds per iteration", total, detail=about)
+    return [seconds] + [Check(f"time share, {n}", v / total, detail=notes.get(n, "")) for n, v in shares.items()]
+
+
+def _memory(policy: FlowPolicy) -> Check:
+    if policy.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(policy.device) / 2**20
+        return Check("peak memory, MiB", peak, detail="of the GPU")
+    import resource
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return Check("peak memory, MiB", peak, detail="of this process, all libraries included")
+
+
+# -- output ---------------------------------------------------------------------------------------
+
+
+def checks_as_json(checks: Sequence[Check]) -> list[dict[str, Any]]:
+    """JSON-able values; a figure that is not finite is null."""
+    return [
+        asdict(check) | {"verdict": check.verdict, "value": check.value if math.isfinite(check.value) else None}
+        for check in checks
+    ]
+
+
+def print_checks(checks: Sequence[Check]) -> None:
+    """A table on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    colours = {"PASS": "green", "FAIL": "bold red", "INFO": "dim"}
+    table = Table("check", "figure", "should be", "", "what it is")
+    for check in checks:
+        verdict = f"[{colours[check.verdict]}]{check.verdict}[/]"
+        table.add_row(check.name, f"{check.value:.4g}", check.limit, verdict, check.detail)
+    Console().print(table)

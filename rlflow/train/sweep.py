@@ -1,0 +1,310 @@
+"""sweep: a table of recipes and seeds, run side by side; prints the plan and its cost first, resumes, aggregates.
+
+    runs:                       # TABLE.yaml
+      - {name: flow_grpo, recipe: t2i_flow_grpo, overrides: [train.minutes=5]}
+      - {name: control, recipe: t2i_flow_grpo, overrides: [train.minutes=5, train.permute_rewards=true]}
+    seeds: [0, 1, 2]
+    jobs: 2                     # processes side by side, one thread each
+    at: {minutes: [2.5], network_rows: [50000]}   # budgets to compare at; default: what every run reached
+
+Runs lie in FOLDER/name/seed-N. Finished ones are skipped, interrupted ones go on from their last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from rlflow import recipes
+from rlflow.config import Config, difference
+from rlflow.registry import nearest
+from rlflow.train.aggregate import aggregate
+from rlflow.train.checkpoint import Checkpoints
+from rlflow.train.glossary import duration
+from rlflow.train.logger import read_metrics
+
+State = Literal["new", "interrupted", "finished"]
+STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass
+class RunSpec:
+    """One line of the table."""
+
+    __pydantic_config__ = STRICT
+    name: str
+    recipe: str
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass
+class At:
+    """Budgets at which runs are compared."""
+
+    __pydantic_config__ = STRICT
+    minutes: list[float] = field(default_factory=list)
+    network_rows: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Table:
+    """TABLE.yaml."""
+
+    __pydantic_config__ = STRICT
+    runs: list[RunSpec]
+    seeds: list[int] = field(default_factory=lambda: [0])
+    jobs: int = 1
+    at: At = field(default_factory=At)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a line of the table with one seed."""
+
+    name: str
+    recipe: str
+    overrides: tuple[str, ...]
+    seed: int
+    config: Config = field(compare=False, repr=False)
+
+    def folder(self, root: Path) -> Path:
+        """Where the run lies."""
+        return root / self.name / f"seed-{self.seed}"
+
+    def command(self, root: Path) -> list[str]:
+        """The command that starts or resumes it; one thread, since several run side by side."""
+        run = self.folder(root)
+        resume = ["--resume", "last"] if (run / "config.yaml").exists() else []
+        arguments = [self.recipe, *self.overrides, "--run", str(run), "--quiet", *resume]
+        return [sys.executable, "-m", "rlflow", "train", *arguments]
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The YAML of a table."""
+    if not path.is_file():
+        raise ValueError(f"no table {str(path)!r}")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a table is a YAML mapping with runs, seeds, jobs, at")
+    return values
+
+
+def parse_table(values: dict[str, Any]) -> Table:
+    """A checked Table; ValueError names the path of every problem."""
+    try:
+        table = TypeAdapter(Table).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise ValueError("\n".join(_problem(item) for item in error.errors())) from None
+    names = [run.name for run in table.runs]
+    if not names or not table.seeds:
+        raise ValueError("a table needs at least one run and one seed")
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise ValueError(f"runs: the names {twice} occur twice")
+    if bad := [n for n in names if not n or Path(n).name != n or n.startswith(".")]:
+        raise ValueError(f"runs: {bad} cannot name a folder")
+    if len(set(table.seeds)) < len(table.seeds):
+        raise ValueError(f"seeds: {table.seeds} has one twice")
+    if table.jobs < 1:
+        raise ValueError(f"jobs: must be positive, got {table.jobs}")
+    return table
+
+
+def _problem(item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        section = {1: Table, 2: At, 3: RunSpec}.get(len(item["loc"]), Table)
+        return f"{path}: no such setting{nearest(str(item['loc'][-1]), section.__dataclass_fields__)}"
+    return f"{path}: {item['msg']}"
+
+
+def plan(table: dict[str, Any]) -> list[Job]:
+    """Every run of a table, seed by seed, with its config checked; ValueError names the line that is wrong."""
+    checked = parse_table(table)
+    jobs = []
+    for seed in checked.seeds:
+        for run in checked.runs:
+            overrides = ("train.threads=1", *run.overrides, f"train.seed={seed}")
+            try:
+                config = recipes.load(run.recipe, overrides)
+            except ValueError as error:
+                raise ValueError(f"run {run.name!r}: {error}") from error
+            jobs.append(Job(run.name, run.recipe, overrides, seed, config))
+    return jobs
+
+
+def state(job: Job, root: Path) -> State:
+    """Where a run stands; ValueError when its folder holds a run of another config."""
+    folder = job.folder(root)
+    if not (folder / "config.yaml").exists():
+        return "new"
+    saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    if changed := difference(saved, job.config.to_dict()):
+        lines = "\n  ".join(changed)
+        raise ValueError(f"{folder} holds a run of another config: remove it, or take another folder\n  {lines}")
+    checkpoints = Checkpoints(folder)
+    if not checkpoints.all():
+        return "interrupted"
+    mine = checkpoints.head("last")["trainer"]
+    train = job.config.train
+    spent = (train.iterations is not None and mine["iteration"] >= train.iterations) or (
+        train.minutes is not None and mine["seconds"] >= 60 * train.minutes
+    )
+    judged = mine["evaluated"] == mine["iteration"] or job.config.env.name != "prompt"
+    return "finished" if spent and judged else "interrupted"
+
+
+# -- the plan and its cost ------------------------------------------------------------------------
+
+
+def describe_plan(jobs: Sequence[Job], root: Path, side_by_side: int) -> str:
+    """What will run, what is done, and how long the rest may take."""
+    states = {job: state(job, root) for job in jobs}
+    lines = []
+    for name in dict.fromkeys(job.name for job in jobs):
+        mine = [job for job in jobs if job.name == name]
+        count = ", ".join(f"{n} {s}" for s in ("finished", "interrupted", "new") if (n := _count(mine, states, s)))
+        lines.append(f"  {name}: {mine[0].recipe}, {_budget(mine[0].config)}, {len(mine)} seeds ({count})")
+    left = [job for job in jobs if states[job] != "finished"]
+    return "\n".join([f"{len(jobs)} runs, {len(left)} to do", *lines, _estimate(left, jobs, root, side_by_side)])
+
+
+def _count(jobs: Sequence[Job], states: dict[Job, State], wanted: str) -> int:
+    return sum(states[job] == wanted for job in jobs)
+
+
+def _budget(config: Config) -> str:
+    train = config.train
+    parts = [f"{train.iterations} iterations"] if train.iterations else []
+    parts += [f"{train.minutes:g} min"] if train.minutes else []
+    return " or ".join(parts) + " each"
+
+
+def _estimate(left: Sequence[Job], jobs: Sequence[Job], root: Path, side_by_side: int) -> str:
+    if not left:
+        return "  nothing to do"
+    seconds = [_seconds(job, jobs, root) for job in left]
+    known = sum(s for s in seconds if s is not None) / max(1, min(side_by_side, len(left)))
+    unknown = sum(s is None for s in seconds)
+    text = f"  about {duration(known)} with {side_by_side} side by side, and loading and evaluation on top"
+    return text + (f"; {unknown} runs count iterations only, their time is not known yet" if unknown else "")
+
+
+def _seconds(job: Job, jobs: Sequence[Job], root: Path) -> float | None:
+    """Seconds of training a run will take: its minutes, or from the iterations of a run of the same name."""
+    train = job.config.train
+    limits = [60 * train.minutes] if train.minutes else []
+    if train.iterations:
+        for other in (other for other in jobs if other.name == job.name):
+            rows = [row for row in read_metrics(other.folder(root)) if row["kind"] == "train"]
+            if rows:
+                limits.append(rows[-1]["cost/train_seconds_total"] / rows[-1]["iteration"] * train.iterations)
+                break
+    return min(limits) if limits else None
+
+
+# -- running --------------------------------------------------------------------------------------
+
+
+def run_sweep(path: Path | str, folder: Path | str, *, dry: bool = False, jobs: int | None = None) -> dict[str, Any]:
+    """Run what is not finished, `jobs` at a time (default: the table's), then write table.json and table.md."""
+    path, root = Path(path), Path(folder)
+    values = read_table(path)
+    table, todo = parse_table(values), plan(values)
+    side_by_side = jobs or table.jobs
+    print(describe_plan(todo, root, side_by_side), flush=True)
+    if dry:
+        return {}
+    left = [job for job in todo if state(job, root) != "finished"]
+    failed = _Workers(root, side_by_side).run(left)
+    result = aggregate(
+        {name: _folders(todo, name, root) for name in _names(todo)}, table.at.minutes, table.at.network_rows
+    )
+    for name, text in (("table.json", json.dumps(result.values, indent=1) + "\n"), ("table.md", result.markdown)):
+        (root / name).write_text(text, encoding="utf-8")
+    print(result.markdown)
+    if failed:
+        raise ValueError(
+            f"{len(failed)} of {len(left)} runs failed, the table holds the others:\n  " + "\n  ".join(failed)
+        )
+    return result.values
+
+
+def _names(jobs: Sequence[Job]) -> list[str]:
+    return list(dict.fromkeys(job.name for job in jobs))
+
+
+def _folders(jobs: Sequence[Job], name: str, root: Path) -> list[Path]:
+    """The finished runs of a name."""
+    return [job.folder(root) for job in jobs if job.name == name and state(job, root) == "finished"]
+
+
+class _Workers:
+    """Runs jobs as processes of their own, at most `num` at once; a signal is handed on once, so that they checkpoint."""
+
+    def __init__(self, root: Path, num: int):
+        self.root, self.num = root, num
+        self.running: dict[subprocess.Popen[bytes], Job] = {}
+        self.stopped = False
+        self.failed: list[str] = []
+
+    def run(self, jobs: Sequence[Job]) -> list[str]:
+        """Run all of them; returns a line for each that failed. KeyboardInterrupt after a signal."""
+        waiting, total = list(jobs), len(jobs)
+        before = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while self.running or (waiting and not self.stopped):
+                while waiting and len(self.running) < self.num and not self.stopped:
+                    self._start(waiting.pop(0))
+                time.sleep(0.1)
+                self._reap(total - len(waiting))
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self.stopped:
+            raise KeyboardInterrupt("sweep stopped: run the same command again to go on")
+        return self.failed
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if not self.stopped:
+            print("stopping: waiting for checkpoints", flush=True)
+            for process in self.running:
+                process.send_signal(signal.SIGTERM)
+        self.stopped = True
+
+    def _start(self, job: Job) -> None:
+        log = self.root / "logs" / f"{job.name}-seed-{job.seed}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                job.command(self.root),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches them through us, once
+            )
+        self.running[process] = job
+
+    def _reap(self, started: int) -> None:
+        for process in [p for p in self.running if p.poll() is not None]:
+            job = self.running.pop(process)
+            done = process.returncode == 0 and state(job, self.root) == "finished"
+            ok = done or self.stopped
+            said = "done" if done else "stopped" if ok else f"FAILED with exit code {process.returncode}"
+            print(f"{job.name} seed {job.seed}: {said} ({started} started, {len(self.running)} running)", flush=True)
+            if not ok:
+                log = self.root / "logs" / f"{job.name}-seed-{job.seed}.log"
+                last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or [""]
+                self.failed.append(f"{job.name} seed {job.seed}: {last[0]} (see {log})")

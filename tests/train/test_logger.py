@@ -1,0 +1,330 @@
+"""RunLogger: what is written can be read whatever happens in between, and every number shown says what it is."""
+
+import contextlib
+import json
+import math
+import os
+import pty
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlflow.train import terminal
+from rlflow.train.logger import METRICS, RunLogger, read_metrics
+
+
+def make(folder: Path, **options) -> RunLogger:
+    settings = {"total_iterations": 10, "minutes": None, "tensorboard": False, "quiet": True} | options
+    return RunLogger(folder, **settings)
+
+
+def write(folder: Path, iterations: range, **options) -> None:
+    with make(folder, **options) as log:
+        for i in iterations:
+            log.log(i, "train", {"reward/mean": i / 10})
+
+
+def at(folder: Path) -> list[int]:
+    return [row["iteration"] for row in read_metrics(folder)]
+
+
+# -- metrics.jsonl --------------------------------------------------------------------------------
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    """Numbers survive exactly, tensors too; nan and inf are null in the file (strict JSON) and nan when read."""
+    with make(tmp_path) as log:
+        log.log(1, "train", {"a": 0.1 + 0.2, "b": math.nan, "c": torch.tensor(2.0), "d": math.inf})
+        log.log(1, "eval", {"e": 1})
+    rows = read_metrics(tmp_path)
+    assert rows[0] | {"b": 0, "d": 0} == {"iteration": 1, "kind": "train", "a": 0.1 + 0.2, "b": 0, "c": 2.0, "d": 0}
+    assert math.isnan(rows[0]["b"])
+    assert math.isnan(rows[0]["d"])
+    assert rows[1] == {"iteration": 1, "kind": "eval", "e": 1.0}
+    first = (tmp_path / METRICS).read_text().splitlines()[0]
+    assert json.loads(first, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["b"] is None
+
+
+def test_every_row_is_on_disk_at_once(tmp_path):
+    """kill -9 after log() loses nothing: the row is in the file before log() returns."""
+    with make(tmp_path) as log:
+        log.log(1, "train", {"a": 1.0})
+        assert at(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("torn", ['{"iteration": 3, "kin', '{"iteration": 3, "kind": "train"}', "\0\0\0\0"])
+def test_a_torn_last_line_is_not_a_row(tmp_path, torn):
+    """Without its newline a line is not read, even where it parses; the next logger writes over it."""
+    write(tmp_path, range(1, 3))
+    with (tmp_path / METRICS).open("a") as file:
+        file.write(torn)
+    assert at(tmp_path) == [1, 2]
+    write(tmp_path, range(5, 6))
+    assert at(tmp_path) == [1, 2, 5]
+
+
+def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
+    """It names the line: silently skipping it would hide a defect."""
+    write(tmp_path, range(1, 3))
+    path = tmp_path / METRICS
+    path.write_text(path.read_text().replace("{", "", 1))
+    with pytest.raises(ValueError, match="line 1 "):
+        read_metrics(tmp_path)
+
+
+def test_no_file_has_no_rows(tmp_path):
+    """A run that has not begun can be read."""
+    assert read_metrics(tmp_path) == []
+
+
+def test_cut_keeps_what_the_checkpoint_knows(tmp_path):
+    """Rows after the iteration go, a torn line goes, the rest is byte for byte the same; logging goes on."""
+    write(tmp_path, range(1, 6))
+    kept = "".join((tmp_path / METRICS).read_text().splitlines(keepends=True)[:3])
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"iteration": 2, "ki')
+    with make(tmp_path) as log:
+        log.cut(3)
+        assert (tmp_path / METRICS).read_text() == kept
+        log.log(4, "train", {"reward/mean": 9.0})
+    assert at(tmp_path) == [1, 2, 3, 4]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [METRICS]
+
+
+def test_cut_drops_an_evaluation_that_the_checkpoint_does_not_know(tmp_path):
+    """It will be made again: the row must not be there twice."""
+    with make(tmp_path) as log:
+        for i in (2, 4):
+            log.log(i, "train", {"a": 1.0})
+            log.log(i, "eval", {"b": 1.0})
+        log.cut(4, evaluated=2)
+    assert [(row["iteration"], row["kind"]) for row in read_metrics(tmp_path)] == [
+        (2, "train"),
+        (2, "eval"),
+        (4, "train"),
+    ]
+
+
+def test_cut_replaces_the_file_in_one_step(tmp_path, monkeypatch):
+    """Killed before the replacement, the old file is whole."""
+    write(tmp_path, range(1, 6))
+    before = (tmp_path / METRICS).read_bytes()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    log = make(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        log.cut(2)
+    assert (tmp_path / METRICS).read_bytes() == before
+
+
+FULL_DISK = """
+import resource, sys
+from rlflow.train.logger import RunLogger
+resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))  # bytes: the fifth line fits only in part
+log = RunLogger(sys.argv[1], total_iterations=None, minutes=None, tensorboard=False, quiet=True)
+for i in range(100):
+    log.log(i, "train", {"reward/mean": 0.5})
+"""
+
+
+def test_a_full_disk_stops_with_a_clear_error_and_whole_lines(tmp_path):
+    """A line of which only a part fits is taken back."""
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "make room and resume the run" in done.stderr
+    content = (tmp_path / METRICS).read_bytes()
+    assert content.endswith(b"}\n")
+    assert at(tmp_path) == list(range(len(content) // len(content.splitlines(keepends=True)[0])))
+    assert 1 <= len(at(tmp_path)) < 100
+
+
+def test_names_and_kinds_are_checked(tmp_path):
+    """A metric may not overwrite the iteration, and there are two kinds of rows."""
+    with make(tmp_path) as log:
+        with pytest.raises(ValueError, match="cannot be the name"):
+            log.log(1, "train", {"iteration": 2.0})
+        with pytest.raises(ValueError, match="'train' or 'eval'"):
+            log.log(1, "test", {})
+    assert at(tmp_path) == []
+
+
+def test_a_rank_without_a_folder_writes_nothing(tmp_path, monkeypatch, capsys):
+    """Every rank runs the same code; only rank 0 has a folder."""
+    monkeypatch.chdir(tmp_path)
+    with make(None) as log:
+        log.cut(0)
+        log.log(1, "eval", {"a": 1.0})
+        log.progress(1, {}, 1.0)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+# -- tensorboard and wandb ------------------------------------------------------------------------
+
+
+def _scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(e.step, round(e.value, 5)) for e in events.Scalars(name)]
+
+
+def test_tensorboard_forgets_what_was_cut(tmp_path):
+    """After a resume from iteration 3 the steps 4 and 5 of the first life are hidden."""
+    write(tmp_path, range(1, 6), tensorboard=True)
+    with make(tmp_path, tensorboard=True) as log:
+        log.cut(3)
+        log.log(4, "train", {"reward/mean": 7.0})
+    assert _scalars(tmp_path, "reward/mean") == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 7.0)]
+
+
+def test_a_sink_that_fails_does_not_end_the_run(tmp_path):
+    """metrics.jsonl goes on, and the failure is told once."""
+
+    class Broken:
+        def log(self, iteration, metrics):
+            raise OSError("no space left")
+
+        def cut(self, iteration): ...
+
+        def close(self): ...
+
+    with make(tmp_path) as log:
+        log.sinks.append(Broken())
+        with pytest.warns(UserWarning, match="Broken logging stopped"):
+            log.log(1, "train", {"a": 1.0})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            log.log(2, "train", {"a": 1.0})
+    assert at(tmp_path) == [1, 2]
+
+
+def test_wandb_missing_is_said_at_the_start(tmp_path, monkeypatch):
+    """Before anything is trained, with what to do."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="pip install wandb"):
+        make(tmp_path, wandb=True)
+
+
+def test_wandb_gets_finite_numbers_and_resumes_the_same_run(tmp_path, monkeypatch):
+    """A second logger of the folder continues the same wandb run."""
+    seen = []
+
+    class Run:
+        def define_metric(self, *args, **options): ...
+
+        def log(self, row):
+            seen.append(row)
+
+        def finish(self): ...
+
+    ids = []
+    fake = types.SimpleNamespace(init=lambda **options: ids.append(options["id"]) or Run())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for i in (1, 2):
+        with make(tmp_path, wandb=True) as log:
+            log.log(i, "train", {"a": 0.5, "b": math.nan})
+    assert seen == [{"iteration": 1, "a": 0.5}, {"iteration": 2, "a": 0.5}]
+    assert ids[0] == ids[1]
+
+
+def test_nothing_heavy_is_loaded_before_it_is_used():
+    """`rlflow --help` stays fast: matplotlib, rich and tensorboard load on first use."""
+    code = (
+        "import sys, rlflow.train.logger, rlflow.train.figures, rlflow.train.report;"
+        "print([m for m in ('matplotlib', 'rich', 'tensorboard', 'wandb') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+# -- terminal -------------------------------------------------------------------------------------
+
+METRICS_SHOWN = {"reward/mean": 0.5, "kl/ref": 0.01, "policy/clip_frac": 0.1, "perf/samples_per_s": 42.0}
+
+
+def test_plain_lines_name_every_number(tmp_path, capsys):
+    """Not a terminal: one plain line, no escape codes, each number with what it is and the time left."""
+    with make(tmp_path, quiet=False, total_iterations=20) as log:
+        log.progress(5, METRICS_SHOWN, 50.0)
+    assert capsys.readouterr().out == (
+        "iteration 5 of 20, 2 min 30 s left: reward 0.500, KL to reference 0.010, clip fraction 0.100, images/s 42\n"
+    )
+
+
+def test_plain_lines_are_rare(tmp_path, capsys, monkeypatch):
+    """At most one in ten seconds; the last one is never swallowed."""
+    clock = iter(range(1000))
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock) / 4)  # a quarter of a second per look
+    with make(tmp_path, quiet=False, total_iterations=None) as log:
+        for i in range(1, 101):
+            log.progress(i, {}, float(i))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("iteration 1")
+    assert lines[-1].startswith("iteration 100")
+    assert 3 <= len(lines) <= 5
+
+
+def test_an_evaluation_is_printed_at_once_and_compared_with_the_start(tmp_path, capsys):
+    """Also after a resume, when the start is only in the file."""
+    with make(tmp_path) as log:
+        log.log(0, "eval", {"eval/heldout/strict": 0.4})
+    with make(tmp_path, quiet=False) as log:
+        assert capsys.readouterr().out == ""
+        log.log(5, "eval", {"eval/heldout/strict": 0.5, "eval/heldout/judge": math.nan, "time/eval": 3.0})
+        out = capsys.readouterr().out
+    assert out == (
+        "evaluation after iteration 5: strict accuracy 0.500 (start 0.400), held-out judge nan, evaluation took 3.0 s\n"
+    )
+
+
+def test_time_left_follows_the_budget_that_ends_first():
+    """By minutes it is what is left of them; by iterations the pace so far."""
+    assert terminal.Budget(None, 5).left(10, 60.0) == 240
+    assert terminal.Budget(100, None).left(10, 60.0) == pytest.approx(540)
+    assert terminal.Budget(100, 5).left(10, 60.0) == 240
+    assert math.isnan(terminal.Budget(None, None).left(10, 60.0))
+    assert terminal.Budget(100, 5).done(10, 150.0) == 0.5
+
+
+LIVE = """
+import sys
+from rlflow.train.logger import RunLogger
+with RunLogger(sys.argv[1], total_iterations=20, minutes=None, tensorboard=False) as log:
+    log.log(5, "eval", {"eval/heldout/strict": 0.5})
+    log.progress(5, {"reward/mean": 0.123}, 50.0)
+    raise RuntimeError("stop here")
+"""
+
+
+def _read_to_end(handle: int) -> str:
+    """What a pseudo-terminal shows until its process ends (reading then fails)."""
+    parts = []
+    with contextlib.suppress(OSError):
+        while part := os.read(handle, 4096):
+            parts.append(part)
+    os.close(handle)
+    return b"".join(parts).decode()
+
+
+def test_a_terminal_gets_a_live_view_and_its_cursor_back(tmp_path):
+    """On a terminal: bar, numbers with their names, and the cursor shown again even after an error."""
+    main, other = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", LIVE, str(tmp_path)], stdout=other, stderr=subprocess.DEVNULL, env=environment
+    )
+    os.close(other)
+    out = _read_to_end(main)
+    process.wait(60)
+    for part in ("evaluation after iteration 5: strict accuracy 0.500", "2 min 30 s left", "reward", "0.123", "━"):
+        assert part in out
+    assert out.rindex("\x1b[?25h") > out.rindex("\x1b[?25l")
