@@ -105,7 +105,7 @@ class Checkpoints:
             raise
         _sync(self.folder)
 
-    def load(self, which: str | Path = "last") -> tuple[int, dict[str, Any]]:
+    def load(self, which: str | int | Path = "last") -> tuple[int, dict[str, Any]]:
         """(iteration, state) of 'last', 'best', an iteration number or a path."""
         path = self.path(which)
         try:
@@ -117,7 +117,7 @@ class Checkpoints:
                 f"checkpoint {path} is damaged ({error}): resume from another one, there are {others or 'none'}"
             ) from error
 
-    def head(self, which: str | Path = "last") -> dict[str, Any]:
+    def head(self, which: str | int | Path = "last") -> dict[str, Any]:
         """The numbers of a checkpoint, without its tensors."""
         return json.loads((self.path(which) / STATE).read_text())["state"]
 
@@ -136,11 +136,11 @@ class Checkpoints:
         for path in late:
             _remove(path)
 
-    def path(self, which: str | Path = "last") -> Path:
+    def path(self, which: str | int | Path = "last") -> Path:
         """The folder of a checkpoint; ValueError names what exists."""
         name = str(which).zfill(6) if str(which).isdigit() else str(which)
         known = self.all()
-        candidates = [self.folder / name, Path(which), *(known[-1:] if name == "last" else [])]
+        candidates = [self.folder / name, Path(str(which)), *(known[-1:] if name == "last" else [])]
         for path in candidates:
             if _complete(path):
                 return path

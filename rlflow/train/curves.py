@@ -30,6 +30,7 @@ AXES = {  # metric -> label of the horizontal axis, factor
     "cost/network_rows_total": ("network rows", 1.0),
 }
 POINTS = 400  # of a curve at most; more cannot be seen
+LONGEST = 90  # letters of a name in a legend
 SMOOTH_FROM = 40  # points; shorter curves are drawn as they are
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -54,6 +55,7 @@ STYLE: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
     "legend.frameon": False,
     "legend.fontsize": 8,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "svg.fonttype": "path",  # the same picture on a machine without the font
     "svg.hashsalt": "rlflow",
 }
@@ -162,7 +164,9 @@ def _name_groups(figure: Figure, groups: Mapping[str, Sequence[Run]]) -> None:
     """One legend for all panels, under them."""
     from matplotlib.lines import Line2D
 
-    labels = [f"{group} ({len(runs)} seeds)" if len(runs) > 1 else group for group, runs in groups.items()]
+    short = [group if len(group) <= LONGEST else group[: LONGEST - 3] + "..." for group in groups]
+    seeds = [f" ({len(runs)} seeds)" if len(runs) > 1 else "" for runs in groups.values()]
+    labels = [name + count for name, count in zip(short, seeds, strict=True)]
     lines = [Line2D([], [], color=COLORS[g % 8]) for g in range(len(groups))]
     figure.legend(lines, labels, loc="outside lower left", ncols=max(1, 170 // max(map(len, labels))), handlelength=1.4)
 

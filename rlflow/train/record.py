@@ -88,6 +88,11 @@ class RunRecord:
             value = value.get(key) if isinstance(value, dict) else None
         return default if value is None else value
 
+    def table(self, path: str) -> dict[str, Any]:
+        """A section of the config by its dotted path; {} where it is missing."""
+        value = self.setting(path, {})
+        return value if isinstance(value, dict) else {}
+
     @property
     def recipe(self) -> str:
         """Name of the recipe, without folder and ending."""
@@ -127,8 +132,8 @@ class RunRecord:
     @property
     def judges(self) -> list[str]:
         """Held-out metrics that are no training reward: what should rise although nothing optimises it."""
-        trained = {name for name, weight in self.setting("reward.weights", {}).items() if weight}
-        made_by = self.setting("eval.metrics", {})
+        trained = {name for name, weight in self.table("reward.weights").items() if weight}
+        made_by = self.table("eval.metrics")
         short = [n.removeprefix(HELDOUT) for n in self.names if n.startswith(HELDOUT) and "/" not in n[len(HELDOUT) :]]
         distances = ("diversity", "base_distance")
         known = [n for n in short if n in made_by and made_by[n] not in trained and n not in distances]
@@ -137,7 +142,7 @@ class RunRecord:
     def judge_label(self, name: str) -> str:
         """Label of a held-out metric and the function that computes it."""
         short = name.removeprefix(HELDOUT)
-        made_by = self.setting("eval.metrics", {}).get(short, short)
+        made_by = self.table("eval.metrics").get(short, short)
         return describe(name).label + (f" ({made_by})" if made_by != short else "")
 
     def last(self, name: str) -> float:

@@ -1,8 +1,9 @@
 """sweep: a table of recipes and seeds, run side by side; prints the plan and its cost first, resumes, aggregates.
 
     runs:                       # TABLE.yaml
-      - {name: flow_grpo, recipe: t2i_flow_grpo, overrides: [train.minutes=5]}
-      - {name: control, recipe: t2i_flow_grpo, overrides: [train.minutes=5, train.permute_rewards=true]}
+      - {name: flow_grpo, recipe: t2i_flow_grpo}
+      - {name: control, recipe: t2i_flow_grpo, overrides: [train.permute_rewards=true]}
+    overrides: [train.minutes=5]    # of every run; its own come after
     seeds: [0, 1, 2]
     jobs: 2                     # processes side by side, one thread each
     at: {minutes: [2.5], network_rows: [50000]}   # budgets to compare at; default: what every run reached
@@ -13,15 +14,11 @@ Runs lie in FOLDER/name/seed-N. Finished ones are skipped, interrupted ones go o
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import yaml
@@ -34,6 +31,7 @@ from rlflow.train.aggregate import aggregate
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.glossary import duration
 from rlflow.train.logger import read_metrics
+from rlflow.train.workers import Workers
 
 State = Literal["new", "interrupted", "finished"]
 STRICT = ConfigDict(extra="forbid", strict=True)
@@ -64,6 +62,7 @@ class Table:
 
     __pydantic_config__ = STRICT
     runs: list[RunSpec]
+    overrides: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
     jobs: int = 1
     at: At = field(default_factory=At)
@@ -78,6 +77,11 @@ class Job:
     overrides: tuple[str, ...]
     seed: int
     config: Config = field(compare=False, repr=False)
+
+    @property
+    def title(self) -> str:
+        """name-seed-N"""
+        return f"{self.name}-seed-{self.seed}"
 
     def folder(self, root: Path) -> Path:
         """Where the run lies."""
@@ -135,7 +139,7 @@ def plan(table: dict[str, Any]) -> list[Job]:
     jobs = []
     for seed in checked.seeds:
         for run in checked.runs:
-            overrides = ("train.threads=1", *run.overrides, f"train.seed={seed}")
+            overrides = ("train.threads=1", *checked.overrides, *run.overrides, f"train.seed={seed}")
             try:
                 config = recipes.load(run.recipe, overrides)
             except ValueError as error:
@@ -226,11 +230,12 @@ def run_sweep(path: Path | str, folder: Path | str, *, dry: bool = False, jobs: 
     print(describe_plan(todo, root, side_by_side), flush=True)
     if dry:
         return {}
-    left = [job for job in todo if state(job, root) != "finished"]
-    failed = _Workers(root, side_by_side).run(left)
-    result = aggregate(
-        {name: _folders(todo, name, root) for name in _names(todo)}, table.at.minutes, table.at.network_rows
-    )
+    left = [job for job in todo if not _is_finished(job, root)]
+    done = {job.title: partial(_is_finished, job, root) for job in left}
+    commands = {job.title: job.command(root) for job in left}
+    failed = Workers(commands, done, root / "logs", side_by_side).run()
+    runs = {name: _folders(todo, name, root) for name in dict.fromkeys(job.name for job in todo)}
+    result = aggregate(runs, table.at.minutes, table.at.network_rows)
     for name, text in (("table.json", json.dumps(result.values, indent=1) + "\n"), ("table.md", result.markdown)):
         (root / name).write_text(text, encoding="utf-8")
     print(result.markdown)
@@ -241,70 +246,10 @@ def run_sweep(path: Path | str, folder: Path | str, *, dry: bool = False, jobs: 
     return result.values
 
 
-def _names(jobs: Sequence[Job]) -> list[str]:
-    return list(dict.fromkeys(job.name for job in jobs))
+def _is_finished(job: Job, root: Path) -> bool:
+    return state(job, root) == "finished"
 
 
 def _folders(jobs: Sequence[Job], name: str, root: Path) -> list[Path]:
     """The finished runs of a name."""
-    return [job.folder(root) for job in jobs if job.name == name and state(job, root) == "finished"]
-
-
-class _Workers:
-    """Runs jobs as processes of their own, at most `num` at once; a signal is handed on once, so that they checkpoint."""
-
-    def __init__(self, root: Path, num: int):
-        self.root, self.num = root, num
-        self.running: dict[subprocess.Popen[bytes], Job] = {}
-        self.stopped = False
-        self.failed: list[str] = []
-
-    def run(self, jobs: Sequence[Job]) -> list[str]:
-        """Run all of them; returns a line for each that failed. KeyboardInterrupt after a signal."""
-        waiting, total = list(jobs), len(jobs)
-        before = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            while self.running or (waiting and not self.stopped):
-                while waiting and len(self.running) < self.num and not self.stopped:
-                    self._start(waiting.pop(0))
-                time.sleep(0.1)
-                self._reap(total - len(waiting))
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        if self.stopped:
-            raise KeyboardInterrupt("sweep stopped: run the same command again to go on")
-        return self.failed
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        if not self.stopped:
-            print("stopping: waiting for checkpoints", flush=True)
-            for process in self.running:
-                process.send_signal(signal.SIGTERM)
-        self.stopped = True
-
-    def _start(self, job: Job) -> None:
-        log = self.root / "logs" / f"{job.name}-seed-{job.seed}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with log.open("ab") as out:
-            process = subprocess.Popen(
-                job.command(self.root),
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # Ctrl-C reaches them through us, once
-            )
-        self.running[process] = job
-
-    def _reap(self, started: int) -> None:
-        for process in [p for p in self.running if p.poll() is not None]:
-            job = self.running.pop(process)
-            done = process.returncode == 0 and state(job, self.root) == "finished"
-            ok = done or self.stopped
-            said = "done" if done else "stopped" if ok else f"FAILED with exit code {process.returncode}"
-            print(f"{job.name} seed {job.seed}: {said} ({started} started, {len(self.running)} running)", flush=True)
-            if not ok:
-                log = self.root / "logs" / f"{job.name}-seed-{job.seed}.log"
-                last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or [""]
-                self.failed.append(f"{job.name} seed {job.seed}: {last[0]} (see {log})")
+    return [job.folder(root) for job in jobs if job.name == name and _is_finished(job, root)]

@@ -95,7 +95,7 @@ def judge_words(field: DiT) -> dict[str, float]:
 
 
 WORLDS = {
-    "shapes": World("shapes", scenes.VOCAB, draw_scene, judge_scenes, steps=1400),
+    "shapes": World("shapes", scenes.VOCAB, draw_scene, judge_scenes, steps=600),
     "words": World("words", words.VOCAB, draw_word, judge_words, steps=500),
 }
 
@@ -104,7 +104,7 @@ def make_checkpoint(world: World, out: Path, *, steps: int, seed: int, rows: int
     """Pre-train a DiT on `world`, judge it, save it in `out`; returns what config.json says of its making."""
     torch.manual_seed(seed)
     field = DiT(world.vocab)
-    begin = time.perf_counter()
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     averaged = pretrain(
         field,
         world.batches(field, np.random.default_rng(seed), rows),
@@ -118,6 +118,7 @@ def make_checkpoint(world: World, out: Path, *, steps: int, seed: int, rows: int
         "seed": seed,
         "steps": steps,
         "seconds": round(time.perf_counter() - begin),
+        "cpu_seconds": round(time.process_time() - begin_cpu),
         "threads": torch.get_num_threads(),
     }
     made_by |= {name: round(value, 3) for name, value in world.evaluate(averaged).items()}

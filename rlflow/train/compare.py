@@ -1,0 +1,165 @@
+"""compare: several runs side by side; what each gained, and its difference to the first, by paired bootstrap.
+
+Two evaluations are paired where they scored the same captions from the same noise: equal `eval` settings and
+equal caption ids. Otherwise the difference of the means is given without bounds, and why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rlflow.train.aggregate import NETWORK_ROWS, SECONDS
+from rlflow.train.glossary import MISSING, describe, duration, share, show, signed
+from rlflow.train.record import HELDOUT, RunRecord
+from rlflow.train.stats import paired_bootstrap
+
+PAIRED_SETTINGS = ("eval.prompts", "eval.num", "eval.seed", "env.prompts")
+
+
+def compare(folders: Sequence[str | Path]) -> dict[str, Any]:
+    """JSON-able: per run its last evaluation, gain and cost; per run but the first its difference to the first."""
+    if not folders:
+        raise ValueError("nothing to compare: give at least one run folder")
+    runs = [RunRecord.read(folder) for folder in folders]
+    metrics = list(dict.fromkeys(name for run in runs for name in run.names if name.startswith(HELDOUT)))
+    if not metrics:
+        raise ValueError("none of these runs has been evaluated")
+    return {
+        "metrics": metrics,
+        "runs": [_describe(run, metrics) for run in runs],
+        "differences": [_difference(runs[0], run, metrics) for run in runs[1:]],
+    }
+
+
+def _describe(run: RunRecord, metrics: Sequence[str]) -> dict[str, Any]:
+    last = run.evals[-1] if run.evals else {}
+    return {
+        "run": str(run.folder),
+        "recipe": run.recipe,
+        "seed": run.setting("train.seed"),
+        "control": bool(run.setting("train.permute_rewards", False)),
+        "iteration": last.get("iteration"),
+        "weights": run.info.get("weights"),
+        "eval": {m: _null(last.get(m, math.nan)) for m in metrics},
+        "gain": {m: _gain(run, m) for m in metrics},
+        "cost": {"seconds": _null(run.last(SECONDS)), "network_rows": _null(run.last(NETWORK_ROWS))},
+    }
+
+
+def _gain(run: RunRecord, metric: str) -> dict[str, float | None] | None:
+    """Last minus first evaluation of the run; None before there are two."""
+    ends, change = run.ends(metric), run.change(metric)
+    if ends is None or change is None or ends[0] == ends[1]:
+        return None
+    return _interval(change.difference)
+
+
+def _difference(first: RunRecord, run: RunRecord, metrics: Sequence[str]) -> dict[str, Any]:
+    a, b = (r.scores(r.evals[-1]["iteration"]) if r.evals else {} for r in (first, run))
+    reason = _unpaired(first, run, a, b)
+    found = {}
+    for metric in metrics:
+        short = metric.removeprefix(HELDOUT)
+        if reason is None and short in a and short in b:
+            found[metric] = _interval(paired_bootstrap(a[short].numpy(), b[short].numpy(), a["caption_id"].numpy()))
+        else:
+            found[metric] = _interval((_last(run, metric) - _last(first, metric), math.nan, math.nan))
+    return {"run": str(run.folder), "against": str(first.folder), "paired": reason is None, "reason": reason} | {
+        "metrics": found
+    }
+
+
+def _last(run: RunRecord, metric: str) -> float:
+    return float(run.evals[-1].get(metric, math.nan)) if run.evals else math.nan
+
+
+def _unpaired(first: RunRecord, run: RunRecord, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | None:
+    """Why two evaluations are not of the same captions and noise; None when they are."""
+    other = [key for key in PAIRED_SETTINGS if first.setting(key) != run.setting(key)]
+    if first.setting("eval.prompts") is not None:
+        other = [key for key in other if key != "env.prompts"]
+    if other:
+        return "evaluated with another " + ", ".join(other)
+    if "caption_id" not in a or "caption_id" not in b:
+        return "the scores of single samples were not kept"
+    same = a["caption_id"].shape == b["caption_id"].shape and bool((a["caption_id"] == b["caption_id"]).all())
+    return None if same else "the captions differ"
+
+
+def _interval(interval: Sequence[float]) -> dict[str, float | None]:
+    return dict(zip(("value", "low", "high"), map(_null, interval), strict=True))
+
+
+def _null(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+# -- output ---------------------------------------------------------------------------------------
+
+
+def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, header, rows) of the last evaluations and of the differences."""
+    labels = [describe(m).label for m in result["metrics"]]
+    first = [
+        [run["run"], run["recipe"], str(run["iteration"]), *(_cell(run, m) for m in result["metrics"]), *_cost(run)]
+        for run in result["runs"]
+    ]
+    out = [
+        (
+            "last evaluation (gain since the start, 95 % paired bootstrap)",
+            ["run", "recipe", "iteration", *labels, "training time", "network rows"],
+            first,
+        )
+    ]
+    if result["differences"]:
+        rows = [
+            [d["run"], *(_bounds(d["metrics"][m]) for m in result["metrics"]), d["reason"] or "paired"]
+            for d in result["differences"]
+        ]
+        title = f"difference to {result['differences'][0]['against']} (95 % paired bootstrap)"
+        out.append((title, ["run", *labels, ""], rows))
+    return out
+
+
+def _cell(run: Mapping[str, Any], metric: str) -> str:
+    value, gain = run["eval"][metric], run["gain"][metric]
+    return (MISSING if value is None else share(value)) + (f" ({_bounds(gain)})" if gain else "")
+
+
+def _bounds(interval: Mapping[str, float | None]) -> str:
+    value, low, high = interval["value"], interval["low"], interval["high"]
+    if value is None:
+        return MISSING
+    return signed(value) + (f" [{signed(low)}, {signed(high)}]" if low is not None and high is not None else "")
+
+
+def _cost(run: Mapping[str, Any]) -> list[str]:
+    seconds, rows = run["cost"]["seconds"], run["cost"]["network_rows"]
+    return [MISSING if seconds is None else duration(seconds), MISSING if rows is None else show(rows)]
+
+
+def to_markdown(result: Mapping[str, Any]) -> str:
+    """The tables as markdown."""
+    parts = []
+    for title, header, rows in tables(result):
+        lines = [header, ["---"] * len(header), *rows]
+        parts.append(f"{title}\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def print_comparison(result: Mapping[str, Any]) -> None:
+    """The tables on the terminal."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    for title, header, rows in tables(result):
+        table = Table(*header, title=title, title_justify="left")
+        for cells in rows:
+            table.add_row(*(escape(cell) for cell in cells))
+        Console().print(table)

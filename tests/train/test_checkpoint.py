@@ -1,0 +1,205 @@
+"""Checkpoints are written completely or not at all, come back bit for bit, and survive a kill at any point."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlflow.train import checkpoint
+from rlflow.train.checkpoint import STATE, TENSORS, Checkpoints, pack, rng_state, set_rng_state, unpack
+
+
+def state(number: float = 1.0) -> dict:
+    return {
+        "policy": {"w": torch.full((3,), number), "b": torch.arange(2, dtype=torch.bfloat16)},
+        "moments": {"0/step": torch.tensor(4.0), "0/exp_avg": torch.randn(2, 2, dtype=torch.float64)},
+        "trainer": {"iteration": 4, "seconds": 0.1 + 0.2, "last_eval": {}, "none": None, "list": [1, [2.5, "x"]]},
+        "empty": {},
+    }
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    """Dtypes, empty dicts, None, nested lists and the order of keys included."""
+    saved = state()
+    Checkpoints(tmp_path).save(4, saved)
+    iteration, loaded = Checkpoints(tmp_path).load("last")
+    assert iteration == 4
+    assert same(saved, loaded)
+
+
+def test_tensors_that_share_memory_are_saved_apart(tmp_path: Path) -> None:
+    """The live weights and a view of them: safetensors alone refuses this."""
+    whole = torch.arange(6.0)
+    Checkpoints(tmp_path).save(0, {"a": whole, "b": whole[:3], "c": whole.view(2, 3).T})
+    _, loaded = Checkpoints(tmp_path).load()
+    assert torch.equal(loaded["c"], whole.view(2, 3).T)
+    loaded["a"].zero_()
+    assert torch.equal(loaded["b"], torch.arange(3.0))
+
+
+def test_pack_holds_no_objects() -> None:
+    """What is not a tensor is JSON: no pickle anywhere."""
+    tensors, values = pack(state())
+    assert same(state()["trainer"], unpack(tensors, json.loads(json.dumps(values)))["trainer"])
+    with pytest.raises(TypeError):
+        json.dumps(pack({"module": torch.nn.Linear(1, 1)})[1])
+
+
+def test_rng_state_restores_the_stream() -> None:
+    saved = rng_state()
+    first = torch.rand(4)
+    set_rng_state(saved)
+    assert torch.equal(first, torch.rand(4))
+
+
+def test_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path, keep=2)
+    for iteration, score in [(1, 0.1), (2, 0.9), (3, None), (4, 0.5), (5, 0.9)]:
+        kept.save(iteration, state(iteration), score)
+    assert [p.name for p in kept.all()] == ["000002", "000004", "000005"]
+    assert kept.load("last")[0] == 5
+    assert kept.load("best")[0] == 2, "an equal score does not move `best`"
+    assert kept.load(4)[1]["policy"]["w"][0] == 4
+    assert kept.load(kept.folder / "000004")[0] == 4
+    assert not list(kept.folder.glob(".*-*"))
+
+
+def test_saved_twice_the_second_brings_the_evaluation(tmp_path: Path) -> None:
+    """An iteration is saved on schedule, then evaluated, then saved again: its score must not be lost."""
+    kept = Checkpoints(tmp_path)
+    saved = state()
+    kept.save(4, saved)
+    assert kept.best_score() is None
+    saved["trainer"]["last_eval"] = {"eval/heldout/strict": 0.5}
+    kept.save(4, saved, 0.5)
+    assert kept.best_score() == 0.5
+    assert kept.load("best")[1]["trainer"]["last_eval"] == {"eval/heldout/strict": 0.5}
+
+
+def test_unknown_checkpoint_names_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no checkpoint 'last'.*none"):
+        Checkpoints(tmp_path).load("last")
+    Checkpoints(tmp_path).save(3, state())
+    with pytest.raises(ValueError, match=r"no checkpoint '7'.*000003"):
+        Checkpoints(tmp_path).load(7)
+
+
+@pytest.mark.parametrize("where", ["tensors", "state", "sync", "link"])
+def test_full_disk_leaves_earlier_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """ENOSPC while writing the tensors, the numbers, at the flush or the link: one clear error, nothing lost."""
+    kept = Checkpoints(tmp_path)
+    kept.save(1, state(1.0), 0.1)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    target = {"tensors": "save_file", "state": "write_text", "sync": "_sync"}.get(where)
+    with monkeypatch.context() as patch:
+        if target is None:
+            patch.setattr(Checkpoints, "_link", full)
+        else:
+            patch.setattr(checkpoint, target, full)
+        with pytest.raises(OSError, match=r"iteration 2.*No space left.*earlier checkpoints are intact"):
+            kept.save(2, state(2.0), 0.2)
+    assert kept.load("last")[1]["policy"]["w"][0] in (1, 2)
+    assert kept.load("best")[0] == 1
+    assert where == "link" or kept.load("last")[0] == 1
+    assert not list(kept.folder.glob(".writing-*"))
+    kept.save(2, state(2.0), 0.2)
+    assert kept.load("best")[0] == kept.load("last")[0] == 2
+
+
+def test_half_folders_are_ignored_and_swept(tmp_path: Path) -> None:
+    """What a killed writer can leave: a folder under construction, one half deleted, links to nowhere."""
+    kept = Checkpoints(tmp_path)
+    for iteration in (1, 2, 3):
+        kept.save(iteration, state(iteration))
+    (kept.folder / ".writing-000004").mkdir()
+    (kept.folder / ".removing-000000").mkdir()
+    (kept.folder / "000003" / TENSORS).unlink()
+    shutil.copytree(kept.folder / "000001", kept.folder / "000009")
+    (kept.folder / "000009" / STATE).unlink()
+    assert [p.name for p in kept.all()] == ["000001", "000002"]
+    assert kept.load("last")[0] == 2, "a link to a broken folder falls back to the newest complete one"
+    kept.save(5, state())
+    assert not list(kept.folder.glob(".writing-*"))
+    assert not list(kept.folder.glob(".removing-*"))
+
+
+@pytest.mark.parametrize("name", [STATE, TENSORS])
+def test_damaged_content_is_an_error_that_names_the_others(tmp_path: Path, name: str) -> None:
+    """Bit rot is never taken for a checkpoint, nor silently skipped."""
+    kept = Checkpoints(tmp_path)
+    kept.save(1, state())
+    kept.save(2, state())
+    content = (kept.folder / "000002" / name).read_bytes()
+    (kept.folder / "000002" / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"damaged.*\['000001'\]"):
+        kept.load("last")
+    assert kept.load(1)[0] == 1
+
+
+def test_cut_forgets_the_future_and_mends_the_links(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path, keep=9)
+    for iteration, score in [(1, 0.3), (2, 0.2), (3, 0.9), (4, None)]:
+        kept.save(iteration, state(), score)
+    kept.cut(2)
+    assert [p.name for p in kept.all()] == ["000001", "000002"]
+    assert kept.load("last")[0] == 2
+    assert kept.load("best")[0] == 1
+
+
+class Killed(BaseException):
+    """Stands for kill -9: no handler may run after it."""
+
+
+@pytest.mark.parametrize("operation", ["save", "cut"])
+def test_a_kill_at_any_system_call_leaves_a_loadable_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    """Stop before the n-th change of the disk, for every n: `last` still loads and is whole."""
+    changes = {"replace": os.replace, "unlink": os.unlink, "rmdir": os.rmdir, "mkdir": os.mkdir, "symlink": os.symlink}
+    survived, finished = 0, False
+    while not finished:
+        run = tmp_path / str(survived)
+        kept = Checkpoints(run, keep=1)
+        for iteration in (1, 2):
+            kept.save(iteration, state(iteration), 1 / iteration)
+        left = survived
+
+        def counted(real, *args, **kwargs):
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            for name, real in changes.items():
+                patch.setattr(os, name, lambda *a, real=real, **k: counted(real, *a, **k))
+            patch.setattr(shutil, "rmtree", lambda path, **_: [os.unlink(p) for p in path.iterdir()] + [os.rmdir(path)])
+            try:
+                kept.save(3, state(3), 0.1) if operation == "save" else kept.cut(1)
+                finished = True
+            except Killed:
+                survived += 1
+        iteration, loaded = Checkpoints(run).load("last")
+        assert loaded["policy"]["w"][0] == iteration
+        assert iteration in ((2, 3) if operation == "save" else (1, 2))
+        Checkpoints(run, keep=1).save(4, state(4))
+        assert Checkpoints(run).load("last")[0] == 4
+    assert survived >= 4, "the test has to stop the writer in between"

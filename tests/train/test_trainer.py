@@ -1,0 +1,278 @@
+"""The loop: what a run folder holds, what the numbers in it mean, and what ends a run."""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from rlflow import recipes
+from rlflow.config import parse
+from rlflow.rl.optim import NonFiniteError
+from rlflow.train.checkpoint import Checkpoints
+from rlflow.train.logger import read_metrics
+from rlflow.train.trainer import Trainer
+
+Make = Callable[..., Trainer]
+
+
+def train_rows(run: Path) -> list[dict]:
+    return [row for row in read_metrics(run) if row["kind"] == "train"]
+
+
+def evals(run: Path) -> list[dict]:
+    return [row for row in read_metrics(run) if row["kind"] == "eval"]
+
+
+def test_a_run_folder_holds_everything(tmp_path: Path, trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # with the real report
+    run = tmp_path / "run"
+    trainer(run, "eval.every=1", "train.tensorboard=true", "eval.grid=4").fit()
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "report.html", "checkpoints/last", "checkpoints/best"):
+        assert (run / name).exists(), name
+    assert list((run / "tensorboard").iterdir())
+    assert [row["iteration"] for row in evals(run)] == [0, 1, 2]
+    for iteration in (0, 1, 2):
+        scores = load_file(run / f"samples/eval_{iteration:06d}.safetensors")
+        assert {"strict", "base_distance", "caption_id"} == set(scores)
+        assert all(len(v) == 6 for v in scores.values())
+        assert (run / f"samples/eval_{iteration:06d}.png").stat().st_size > 0
+    head = json.loads((run / "run.json").read_text())
+    assert head["recipe"] == "t2i_flow_grpo"
+    assert head["weights"] == "ema"
+
+
+def test_the_saved_config_is_the_run(tmp_path: Path, trainer: Make) -> None:
+    """config.yaml is complete, equals what was asked for, and trains the same weights again."""
+    first = trainer(tmp_path / "a", "algorithm.optimizer.lr=1e-3")
+    first.fit()
+    saved = yaml.safe_load((tmp_path / "a/config.yaml").read_text())
+    assert parse(saved) == first.config
+    assert saved["algorithm"]["optimizer"]["lr"] == 1e-3
+    again = Trainer(str(tmp_path / "a/config.yaml"), tmp_path / "b", quiet=True)
+    again.fit()
+    for name, value in first.policy.state_dict().items():
+        assert torch.equal(value, again.policy.state_dict()[name]), name
+
+
+def test_costs_add_up(tmp_path: Path, trainer: Make) -> None:
+    run = tmp_path / "run"
+    trainer(run, "train.iterations=3", "eval.every=2").fit()
+    rows = train_rows(run)
+    # 8 rows; rollout 6 calls, update 3 x 5 pairs
+    assert [row["perf/network_rows"] for row in rows] == [8 * (6 + 15)] * 3
+    assert [row["cost/network_rows_total"] for row in rows] == [168, 336, 504]
+    seconds = [row["cost/train_seconds_total"] for row in rows]
+    parts = [row["time/rollout"] + row["time/update"] for row in rows]
+    assert seconds[-1] == pytest.approx(sum(parts))
+    assert [row["cost/network_rows_total"] for row in evals(run)] == [0, 336, 504]
+
+
+def test_minutes_end_a_run(tmp_path: Path, trainer: Make) -> None:
+    """The budget counts training only, and is spent when the run ends."""
+    made = trainer(tmp_path / "run", "train.iterations=", "train.minutes=0.002")
+    made.fit()
+    assert made.seconds >= 0.12
+    assert train_rows(tmp_path / "run")[-2:-1] == [] or train_rows(tmp_path / "run")[-2]["cost/train_seconds_total"] < 0.12
+    assert evals(tmp_path / "run")[-1]["iteration"] == made.iteration
+    assert not made.interrupted
+
+
+def test_callbacks_see_every_iteration(tmp_path: Path, trainer: Make) -> None:
+    seen: list[tuple[int, float]] = []
+    trainer(tmp_path / "run", callbacks=[lambda t, i, m: seen.append((i, m["reward/mean"]))]).fit()
+    assert seen == [(row["iteration"], row["reward/mean"]) for row in train_rows(tmp_path / "run")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_checkpoints_and_returns(tmp_path: Path, trainer: Make, number: int) -> None:
+    """The iteration is finished, saved and no evaluation delays the end; handlers are as before afterwards."""
+
+    def send(made: Trainer, iteration: int, metrics: dict[str, float]) -> None:
+        if iteration == 2:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    made = trainer(tmp_path / "run", "train.iterations=50", callbacks=[send])
+    made.fit()
+    assert made.interrupted
+    assert made.iteration == 2
+    assert Checkpoints(tmp_path / "run").load("last")[0] == 2
+    assert [row["iteration"] for row in evals(tmp_path / "run")] == [0]
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path, trainer: Make) -> None:
+    def twice(made: Trainer, iteration: int, metrics: dict[str, float]) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "run", callbacks=[twice]).fit()
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path, trainer: Make) -> None:
+    trainer(tmp_path / "run").fit()
+    rows = read_metrics(tmp_path / "run")
+    with pytest.raises(FileExistsError, match="--resume last, or another --run"):
+        trainer(tmp_path / "run")
+    assert read_metrics(tmp_path / "run") == rows
+
+
+def test_nothing_is_written_before_the_config_is_right(tmp_path: Path, trainer: Make) -> None:
+    """CPS has no noise in the last step; its path and the fix are named, and no folder is left behind."""
+    with pytest.raises(ValueError, match=r"steps: CPS has zero std at step \[5\].*all_but_last"):
+        trainer(tmp_path / "run", "policy.kernel=cps", "steps=all")
+    with pytest.raises(ValueError, match=r"steps: CPS has kappa.*max_kappa"):
+        trainer(tmp_path / "run", "policy.kernel={name: cps, eta: 0.01}")
+    with pytest.raises(ValueError, match=r"policy.field: no checkpoint 'shpes'"):
+        trainer(tmp_path / "run", "policy.field=shpes")
+    with pytest.raises(ValueError, match=r"env.prompts: prompts 'scnes'"):
+        trainer(tmp_path / "run", "env.prompts=scnes")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_callers_dict_is_not_changed(tmp_path: Path, scenes_field: str) -> None:
+    values = {"policy": {"field": scenes_field}, "train": {"iterations": 1}}
+    Trainer(values, tmp_path / "run", overrides=["policy.num_steps=4", "train.seed=3"])
+    assert values == {"policy": {"field": scenes_field}, "train": {"iterations": 1}}
+
+
+def test_the_best_checkpoint_is_the_best_evaluation(tmp_path: Path, trainer: Make) -> None:
+    """An iteration saved on schedule before its evaluation still gets its score."""
+    run = tmp_path / "run"
+    trainer(run, "train.iterations=4", "eval.every=2", "train.checkpoint_every=1", "train.keep=9").fit()
+    scores = {row["iteration"]: row["eval/heldout/strict"] for row in evals(run) if row["iteration"]}
+    best = max(scores, key=lambda i: (scores[i], -i))
+    assert Checkpoints(run).load("best")[0] == best
+    assert Checkpoints(run).best_score() == scores[best]
+
+
+def test_ema_and_live_weights_are_apart(tmp_path: Path, trainer: Make) -> None:
+    """Evaluation and the report use the EMA; the checkpoint holds both and neither overwrites the other."""
+    made = trainer(tmp_path / "run", "algorithm.optimizer.lr=1e-2", "algorithm.ema_decay=0.5")
+    made.fit()
+    _, state = Checkpoints(tmp_path / "run").load()
+    live, ema = state["policy"]["field.patch_in.weight"], state["weight_sets"]["ema/field.patch_in.weight"]
+    assert torch.equal(live, made.policy.state_dict()["field.patch_in.weight"])
+    assert not torch.equal(live, ema)
+    model = load_file(tmp_path / "run/model/model.safetensors")
+    assert torch.equal(model["patch_in.weight"], ema)
+
+
+# -- rewards that fail ----------------------------------------------------------------------------
+
+never_module = "rlflow_tests_rewards"
+
+
+@pytest.fixture
+def own_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module outside the package with rewards that fail."""
+    (tmp_path / f"{never_module}.py").write_text(
+        "def nothing(images):\n    return None\n\n\n"
+        "def broken(images):\n    raise RuntimeError('no')\n\n\n"
+        "def explodes(images):\n    return 1e30 * images.mean((1, 2, 3))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return never_module
+
+
+@pytest.mark.parametrize("name", ["nothing", "broken"])
+def test_without_a_single_score_nothing_is_learnt(
+    tmp_path: Path, trainer: Make, own_rewards: str, name: str
+) -> None:
+    """All rewards masked: the run goes on, the weights stay, the mean is absent and not zero."""
+    made = trainer(tmp_path / "run", f"reward.weights={{'{own_rewards}:{name}': 1}}", trust_code=True)
+    before = {k: v.clone() for k, v in made.policy.state_dict().items()}
+    made.fit()
+    assert all(torch.equal(v, made.policy.state_dict()[k]) for k, v in before.items())
+    for row in train_rows(tmp_path / "run"):
+        assert row["rollout/masked_frac"] == row["reward/masked_frac"] == row[f"reward/{name}/masked_frac"] == 1
+        assert math.isnan(row["reward/mean"])
+        assert row["advantage/used_frac"] == 0
+
+
+def test_dotted_paths_need_trust(tmp_path: Path, trainer: Make, own_rewards: str) -> None:
+    with pytest.raises(ValueError, match=r"reward.weights: .*--trust-code"):
+        trainer(tmp_path / "run", f"reward.weights={{'{own_rewards}:nothing': 1}}")
+
+
+def test_non_finite_steps_end_the_run_with_the_last_checkpoint_intact(tmp_path: Path, trainer: Make) -> None:
+    """Bad steps are skipped and counted; after a few in a row the run stops and says why."""
+    run = tmp_path / "run"
+    weights: dict[str, torch.Tensor] = {}
+
+    def poison(made: Trainer, iteration: int, metrics: dict[str, float]) -> None:
+        if iteration == 2:
+            weights.update({k: v.clone() for k, v in made.policy.state_dict().items()})
+            for parameter in made.algorithm.optimizer.parameters:
+                parameter.register_hook(lambda grad: grad * torch.nan)
+
+    made = trainer(
+        run,
+        *("train.iterations=9", "train.checkpoint_every=1", "algorithm.optimizer.max_bad_steps=3"),
+        callbacks=[poison],
+    )
+    with pytest.raises(NonFiniteError, match=r"3 optimiser steps in a row.*last checkpoint is intact"):
+        made.fit()
+    assert [row["optim/skipped_steps"] for row in train_rows(run)] == [0, 0, 1, 2]
+    iteration, state = Checkpoints(run).load("last")
+    assert iteration == 4
+    assert all(torch.equal(v, state["policy"][k]) for k, v in weights.items()), "a skipped step changes no weight"
+
+
+def test_permuted_rewards_are_the_same_rewards(tmp_path: Path, trainer: Make) -> None:
+    """The control shuffles which sample a reward belongs to and nothing else."""
+    for name, more in (("a", []), ("b", ["train.permute_rewards=true"])):
+        trainer(tmp_path / name, "train.iterations=1", *more).fit()
+    (a,), (b,) = train_rows(tmp_path / "a"), train_rows(tmp_path / "b")
+    assert a["reward/mean"] == pytest.approx(b["reward/mean"])
+    assert a["reward/std"] == pytest.approx(b["reward/std"])
+    assert a["advantage/abs_mean"] != b["advantage/abs_mean"]
+
+
+# -- every recipe ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_runs_two_iterations(
+    name: str, tmp_path: Path, scenes_field: str, words_field: str, no_report: None
+) -> None:
+    """At its own settings, with a tiny network and few rows: first ratio exactly 1, finite numbers, weights move."""
+    field = {"shapes": scenes_field, "words": words_field}[recipes.load(name).policy.field]
+    made = Trainer(
+        name,
+        tmp_path / "run",
+        overrides=[
+            *("env.num_groups=2", "env.group_size=4", "eval.num=4", "train.tensorboard=false"),
+            *(f"policy.field={field}", "train.minutes=", "train.iterations=2", "reward.weights.brightness=1"),
+        ],
+        quiet=True,
+    )
+    before = {k: v.clone() for k, v in made.policy.state_dict().items()}
+    made.fit()
+    rows = train_rows(tmp_path / "run")
+    assert [row["policy/first_log_ratio_max"] for row in rows] == [0, 0]
+    assert all(math.isfinite(row[k]) for row in rows for k in ("policy/loss", "reward/mean", "optim/grad_norm"))
+    assert any(not torch.equal(v, made.policy.state_dict()[k]) for k, v in before.items())
+    assert set(evals(tmp_path / "run")[-1]) >= {f"eval/heldout/{m}" for m in made.config.eval.metrics}
+
+
+@pytest.mark.parametrize("env", ["toy_image", "toy_reach"])
+def test_a_recipe_drives_the_toy_environments(tmp_path: Path, env: str, no_report: None) -> None:
+    """The same trainer, without prompts and without evaluation."""
+    values = {
+        "policy": {"field": "toy", "num_steps": 4, "precision": "float32"},
+        "env": {"name": env, "num_groups": 4, "group_size": 4},
+        "train": {"iterations": 2, "tensorboard": False},
+    }
+    made = Trainer(values, tmp_path / "run", quiet=True)
+    made.fit()
+    assert len(train_rows(tmp_path / "run")) == 2
+    assert evals(tmp_path / "run") == []
