@@ -75,7 +75,7 @@ class GroupAdvantage:
 
     def __call__(self, rollout: Rollout, values: Tensor | None, next_values: Tensor | None) -> Advantages:
         """From the undiscounted return of each row (B,), spread over its T steps."""
-        alive = rollout.weight[0]
+        alive = self._alive(rollout)
         if rollout.reward_weights:
             scale = sum(abs(w) for w in rollout.reward_weights.values())
             parts = [
@@ -90,7 +90,15 @@ class GroupAdvantage:
             a, differs = self._one(returns, alive, rollout.group)
             advantage, spread = advantage + weight * a, spread | differs
         advantage = advantage.clamp(-self.clip, self.clip)
-        return Advantages(advantage.expand_as(rollout.reward), rollout.weight * spread)
+        return Advantages(advantage.expand_as(rollout.reward), rollout.weight * (alive * spread))
+
+    @staticmethod
+    def _alive(rollout: Rollout) -> Tensor:
+        """(B,) the first step's weight; 0 where a reward is missing before the row's end, since its return is unknown."""
+        ends = (rollout.terminated | rollout.truncated).long()
+        ended = ends.cumsum(0) > ends  # at an earlier step
+        missing = ((rollout.weight == 0) & ~ended).any(0)
+        return torch.where(missing, 0.0, rollout.weight[0])
 
     @staticmethod
     def _returns(rollout: Rollout, reward: Tensor) -> Tensor:
@@ -134,7 +142,7 @@ def gae(
 
 @dataclass(frozen=True)
 class GAE:
-    """GAE with a critic, normalised over all ranks."""
+    """GAE with a critic, normalised over all ranks; a step without a reward is cut out, as if episodes ended at it."""
 
     gamma: float = 0.99
     lam: float = 0.95
@@ -145,7 +153,9 @@ class GAE:
         """values, next_values (T, B) from the critic; next_values are of the states truly reached."""
         assert values is not None
         assert next_values is not None
-        reward = torch.where(rollout.weight > 0, rollout.reward, 0.0)
-        a = gae(reward, values, next_values, rollout.terminated, rollout.truncated, self.gamma, self.lam)
+        masked = rollout.weight == 0
+        reward = torch.where(masked, 0.0, rollout.reward)
+        cut = rollout.truncated | torch.cat([masked[1:], torch.zeros_like(masked[:1])])  # the next step is unknown
+        a = gae(reward, values, next_values, rollout.terminated, cut, self.gamma, self.lam)
         returns = a + values
         return Advantages(normalize(a, rollout.weight) if self.normalize else a, rollout.weight, returns)

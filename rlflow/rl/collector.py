@@ -41,6 +41,12 @@ class Collector:
             raise ValueError(f"the environment has {env.num_envs} rows, the groups of this process {groups.num_rows}")
         if tuple(env.action_shape) != tuple(policy.event_shape):
             raise ValueError(f"the policy makes {policy.event_shape}, the environment takes {env.action_shape}")
+        if likelihood is not None and not steps.possible(policy.num_steps):
+            raise ValueError(f"{type(steps).__name__} scores no step: use steps=all_but_last or another plan with it")
+        if mode == "steps" and env.horizon == 1:
+            raise ValueError("episodes of one step have nothing to carry over to the next iteration: use mode=episodes")
+        if shared_noise and (horizon > 1 or mode == "steps"):
+            raise ValueError("only rows of one observation can share their noise: use shared_noise=false beyond one step")
         self.env, self.policy, self.likelihood, self.steps, self.groups = (
             env,
             policy,
@@ -110,6 +116,7 @@ class Collector:
             "truncated": step.truncated,
             "weight": weight.to(self.policy.dtype),
             "final_obs": step.final_obs,
+            "next_obs": step.obs,
             "info": step.info,
             "parts": step.reward_parts,
             "row_ids": self.groups.row_ids() + outer * self.groups.total_rows,
@@ -129,7 +136,7 @@ class Collector:
             truncated=stack("truncated"),
             weight=stack("weight"),
             last_obs=last_obs,
-            final_obs=None if outs[0]["final_obs"] is None else stack("final_obs"),
+            final_obs=stack("final_obs") if fill_final_obs(outs) else None,
             group=self.groups.group_ids().to(self.policy.device),
             row_ids=tree_stack([o["row_ids"] for o in outs]),
             info=stack("info"),
@@ -151,6 +158,18 @@ class Collector:
         if state:
             self.obs = state["obs"]
             self.env.load_state_dict(state["env"])
+
+
+def fill_final_obs(outs: list[dict[str, Any]]) -> bool:
+    """Where nothing ended an env may give no final_obs: put the next observation there. False when none gave any."""
+    if all(o["final_obs"] is None for o in outs):
+        if any(bool(o["truncated"].any()) for o in outs):
+            raise ValueError("the environment cut an episode off without final_obs: its Step must hold what was reached")
+        return False
+    for o in outs:
+        if o["final_obs"] is None:
+            o["final_obs"] = o["next_obs"]
+    return True
 
 
 def permute_rewards(rollout: Rollout, generator: torch.Generator) -> None:

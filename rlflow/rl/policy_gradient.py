@@ -37,6 +37,37 @@ class KL:
     kind: losses.KLKind = "exact"
 
 
+def _check_groups(groups: Groups, advantage: GroupAdvantage | GAE, num_minibatches: int) -> None:
+    """ValueError where groups cannot be compared, or cannot be dealt to minibatches."""
+    if isinstance(advantage, GroupAdvantage) and groups.group_size < 2:
+        raise ValueError("a group of 1 has no group advantage: set group_size >= 2, or use advantage=gae (a critic)")
+    if groups.local % num_minibatches:
+        raise ValueError(
+            f"num_minibatches={num_minibatches} must divide the {groups.local} groups of each process: "
+            "a minibatch takes whole groups"
+        )
+
+
+def _check_terms(policy: FlowPolicy, likelihood: ChainLikelihood, kl: KL, guard: bool, entropy: float) -> None:
+    """ValueError for terms of the loss whose formula does not hold, or that have no gradient."""
+    learns_std = any(p.requires_grad for p in policy.kernel.parameters())
+    name = type(policy.kernel).__name__
+    if guard and likelihood.joint:
+        raise ValueError("GRPO-Guard re-scales each denoising step's ratio: use likelihood.joint=false with it")
+    if guard and learns_std:
+        raise ValueError(
+            f"GRPO-Guard centres log-ratios of a fixed std, which {name} learns: use guard=false or kernel=flow_sde"
+        )
+    if kl.beta and kl.kind == "released" and learns_std:
+        raise ValueError(
+            f"the released KL is |dmu|^2 / (2 g^2) for one fixed g, but {name} learns its std: use kl.kind=exact"
+        )
+    if entropy and not learns_std:
+        raise ValueError(
+            f"{name} has a fixed std, so its entropy has no gradient: use entropy=0 or kernel=learned_noise"
+        )
+
+
 class PolicyGradient:
     """Clipped policy gradient over any likelihood; `update(rollout)` is one iteration."""
 
@@ -64,12 +95,8 @@ class PolicyGradient:
     ):
         if clip_low <= 0 or (clip_high is not None and clip_high <= 0):
             raise ValueError("clip_low and clip_high must be positive")
-        if guard and likelihood.joint:
-            raise ValueError("GRPO-Guard re-scales each denoising step's ratio: use likelihood.joint=false with it")
-        if isinstance(advantage, GroupAdvantage) and groups.group_size < 2:
-            raise ValueError(
-                "a group of 1 has no group advantage: set group_size >= 2, or use advantage=gae (a critic)"
-            )
+        _check_groups(groups, advantage, num_minibatches)
+        _check_terms(policy, likelihood, kl or KL(), guard, entropy)
         self.policy, self.likelihood, self.advantage, self.groups = policy, likelihood, advantage, groups
         self.clip_low, self.clip_high = clip_low, clip_low if clip_high is None else clip_high
         self.epochs, self.num_minibatches, self.micro_batch = epochs, num_minibatches, micro_batch
@@ -131,14 +158,14 @@ class PolicyGradient:
         """One optimiser step on `rows` (M,)."""
         self.optimizer.zero_grad()
         log.begin(batch.denominator(rows), first)
-        for part, coefficients in self._micro_batches(batch, rows):
+        for part, coefficients in self._micro_batches(batch, rows, log):
             self._backward(batch, part, coefficients, log)
         log.end(self.optimizer.step())
         blend = min(self.ema_decay, (1 + self.optimizer.steps) / (10 + self.optimizer.steps))
         self.policy.weights.blend("ema", blend)
         self._critic_step(batch, rows, log)
 
-    def _micro_batches(self, batch: Batch, rows: Tensor) -> Iterator[tuple[Pairs, Tensor | None]]:
+    def _micro_batches(self, batch: Batch, rows: Tensor, log: Meter) -> Iterator[tuple[Pairs, Tensor | None]]:
         """Pieces of (row, column) pairs of one network pass each.
 
         Whole rows where R fits. A joint ratio that does not fit is scored first without gradient;
@@ -156,10 +183,10 @@ class PolicyGradient:
             return
         with torch.no_grad():
             log_prob = torch.cat([self._score(batch, p)[0].log_prob for p in pairs]).reshape(-1, r)
-        leaf = log_prob.requires_grad_()
-        everything = Pairs(rows, None)
-        surrogate = self._surrogate(leaf, None, batch.evidence_of(everything), batch.advantage[rows])
-        (c,) = torch.autograd.grad(weighted_sum(surrogate, batch.pair_weight(everything, joint=True)), leaf)
+        leaf, everything = log_prob.requires_grad_(), Pairs(rows, None)
+        evidence = batch.evidence_of(everything)
+        loss = self._policy_loss(self.likelihood.log_ratio(leaf, evidence), evidence, batch, everything, log)
+        (c,) = torch.autograd.grad(loss, leaf)
         yield from zip(pairs, c.reshape(-1, 1).split(self.micro_batch), strict=True)
 
     def _score(self, batch: Batch, pairs: Pairs) -> tuple[Score, Evidence]:
@@ -168,63 +195,53 @@ class PolicyGradient:
 
     def _backward(self, batch: Batch, pairs: Pairs, coefficients: Tensor | None, log: Meter) -> None:
         score, evidence = self._score(batch, pairs)
-        advantage = batch.advantage[pairs.rows]
-        weight = batch.pair_weight(pairs, joint=False)
         if coefficients is None:
-            joint = self.likelihood.joint
-            surrogate = self._surrogate(score.log_prob, score, evidence, advantage)
-            policy_loss = weighted_sum(surrogate, batch.pair_weight(pairs, joint)) / log.denominator(joint)
+            log_ratio = self.likelihood.log_ratio(score.log_prob, evidence)
+            if self.guard:
+                log_ratio = losses.guard_log_ratio(log_ratio, score, evidence, self.likelihood.reduce)
+            loss = self._policy_loss(log_ratio, evidence, batch, pairs, log)
         else:
-            policy_loss = (coefficients * score.log_prob).sum() / log.denominator(True)
-        loss, kl, entropy = policy_loss, None, None
+            loss = (coefficients * score.log_prob).sum()
+        loss = loss + self._regularizer(score, evidence, batch, pairs, log)
+        loss.backward()
+        diff = torch.where(evidence.valid, score.log_prob.detach() - evidence.old_log_prob, 0.0)
+        weight = batch.pair_weight(pairs, joint=False)
+        log.add("policy/approx_kl", weighted_sum(torch.expm1(diff) - diff, weight) / log.denominator(False))
+        log.first_ratio(diff)
+
+    def _policy_loss(self, log_ratio: Tensor, evidence: Evidence, batch: Batch, pairs: Pairs, log: Meter) -> Tensor:
+        """Clipped surrogate of the ratios (M, R), or (M, 1) when joint, over its global denominator; logged."""
+        joint, advantage = self.likelihood.joint, batch.advantage[pairs.rows]
+        weight, total = batch.pair_weight(pairs, joint), log.denominator(joint)
+        surrogate = losses.clipped_surrogate(log_ratio, advantage, self.clip_low, self.clip_high)
+        if self.guard:
+            surrogate = surrogate / (evidence.t_next - evidence.t)
+        loss = weighted_sum(surrogate, weight) / total
+        clipped = losses.clip_fraction(log_ratio.detach(), advantage, self.clip_low, self.clip_high)
+        log.add("policy/loss", loss)
+        log.add("policy/ratio_mean", weighted_sum(log_ratio.detach().exp(), weight) / total)
+        log.add("policy/clip_frac", weighted_sum(clipped, weight) / total)
+        return loss
+
+    def _regularizer(self, score: Score, evidence: Evidence, batch: Batch, pairs: Pairs, log: Meter) -> Tensor:
+        """beta KL to the reference less the entropy bonus, over their global denominators; logged apart."""
+        loss, reduce = score.log_prob.new_zeros(()), self.likelihood.reduce
         if self.kl.beta:
             gain = self._gain(evidence) if self.kl.kind == "velocity" else None
-            kl = losses.reference_kl(self.kl.kind, score.dist, evidence, self.likelihood.reduce, gain)
-            loss = loss + self.kl.beta * weighted_sum(kl, batch.alive(pairs)) / log.alive
+            kl = losses.reference_kl(self.kl.kind, score.dist, evidence, reduce, gain)
+            kl_mean = weighted_sum(kl, batch.alive(pairs)) / log.alive
+            log.add("kl/ref", kl_mean)
+            loss = loss + self.kl.beta * kl_mean
         if self.entropy:
-            entropy = score.dist.entropy(self.likelihood.reduce, batch_dims=2)
-            loss = loss - self.entropy * weighted_sum(entropy, weight) / log.denominator(False)
-        loss.backward()
-        with torch.no_grad():
-            self._record(log, score, evidence, advantage, weight, policy_loss, kl, entropy, batch.alive(pairs))
-
-    def _surrogate(self, log_prob: Tensor, score: Score | None, evidence: Evidence, advantage: Tensor) -> Tensor:
-        """Clipped surrogate (M, R), or (M, 1) when joint."""
-        log_ratio = self.likelihood.log_ratio(log_prob, evidence)
-        if not self.guard:
-            return losses.clipped_surrogate(log_ratio, advantage, self.clip_low, self.clip_high)
-        assert score is not None
-        log_ratio = losses.guard_log_ratio(log_ratio, score, evidence, self.likelihood.reduce)
-        surrogate = losses.clipped_surrogate(log_ratio, advantage, self.clip_low, self.clip_high)
-        return surrogate / (evidence.t_next - evidence.t)
+            weight = batch.pair_weight(pairs, joint=False)
+            entropy = weighted_sum(score.dist.entropy(reduce, batch_dims=2), weight) / log.denominator(False)
+            log.add("policy/entropy", entropy)
+            loss = loss - self.entropy * entropy
+        return loss
 
     def _gain(self, evidence: Evidence) -> Tensor:
         t, t_next = evidence.t.flatten(), evidence.t_next.flatten()
         return self.policy.kernel.gain(t, t_next).view_as(evidence.t)
-
-    def _record(
-        self,
-        log: Meter,
-        score: Score,
-        evidence: Evidence,
-        advantage: Tensor,
-        weight: Tensor,
-        policy_loss: Tensor,
-        kl: Tensor | None,
-        entropy: Tensor | None,
-        alive: Tensor,
-    ) -> None:
-        diff = torch.where(evidence.valid, score.log_prob - evidence.old_log_prob, 0.0)
-        clipped = losses.clip_fraction(diff, advantage, self.clip_low, self.clip_high)
-        log.add("policy/loss", policy_loss)
-        log.add("policy/ratio_mean", weighted_sum(diff.exp(), weight) / log.denominator(False))
-        log.add("policy/clip_frac", weighted_sum(clipped, weight) / log.denominator(False))
-        log.add("policy/approx_kl", weighted_sum(torch.expm1(diff) - diff, weight) / log.denominator(False))
-        if kl is not None:
-            log.add("kl/ref", weighted_sum(kl, alive) / log.alive)
-        if entropy is not None:
-            log.add("policy/entropy", weighted_sum(entropy, weight) / log.denominator(False))
-        log.first_ratio(diff)
 
     # -- critic -----------------------------------------------------------------------------------
 

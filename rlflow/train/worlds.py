@@ -95,7 +95,7 @@ def judge_words(field: DiT) -> dict[str, float]:
 
 
 WORLDS = {
-    "shapes": World("shapes", scenes.VOCAB, draw_scene, judge_scenes, steps=600),
+    "shapes": World("shapes", scenes.VOCAB, draw_scene, judge_scenes, steps=750),
     "words": World("words", words.VOCAB, draw_word, judge_words, steps=500),
 }
 

@@ -168,19 +168,19 @@ def test_ema_and_live_weights_are_apart(tmp_path: Path, trainer: Make) -> None:
 
 # -- rewards that fail ----------------------------------------------------------------------------
 
-never_module = "rlflow_tests_rewards"
+OWN = "rlflow_tests_rewards"
 
 
 @pytest.fixture
 def own_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A module outside the package with rewards that fail."""
-    (tmp_path / f"{never_module}.py").write_text(
+    (tmp_path / f"{OWN}.py").write_text(
         "def nothing(images):\n    return None\n\n\n"
         "def broken(images):\n    raise RuntimeError('no')\n\n\n"
         "def explodes(images):\n    return 1e30 * images.mean((1, 2, 3))\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    return never_module
+    return OWN
 
 
 @pytest.mark.parametrize("name", ["nothing", "broken"])

@@ -1,0 +1,187 @@
+"""Tiny compositions in float64, gradients read off before the optimiser, and two processes played by two threads."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rlflow.envs.toy import ToyImage, ToyReach
+from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, LearnedNoise
+from rlflow.flow.policy import FlowPolicy
+from rlflow.flow.steps import AllButLast, Steps
+from rlflow.models.mlp import MLPField
+from rlflow.rl.advantages import GAE, GroupAdvantage
+from rlflow.rl.collector import Collector
+from rlflow.rl.groups import Groups
+from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.optim import AdamW
+from rlflow.rl.policy_gradient import PolicyGradient
+from rlflow.types import Rollout
+
+ENVS = {"image": ToyImage, "reach": ToyReach}
+
+
+@dataclass
+class Parts:
+    """One composition, ready to train."""
+
+    policy: FlowPolicy
+    env: Any
+    groups: Groups
+    collector: Collector
+    algorithm: PolicyGradient
+
+    def collect(self, iteration: int = 0) -> Rollout:
+        return self.collector.collect(iteration)
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        return self.algorithm.update(self.collector.collect(iteration))
+
+
+def make_kernel(name: str, event_shape: tuple[int, ...]) -> Kernel:
+    if name == "learned":
+        kernel = LearnedNoise(4, event_shape, std_min=0.1, std_max=0.4, width=8)
+        nn.init.normal_(kernel.net[-1].weight, std=0.3)
+        return kernel
+    return {"flow": FlowSDE(0.7), "constant": ConstantSDE(0.3), "cps": CPS(0.7), "ancestral": Ancestral(0.6)}[name]
+
+
+def make_parts(
+    env: str = "image",
+    kernel: str = "flow",
+    steps: Steps | None = None,
+    likelihood: ChainLikelihood | None = None,
+    advantage: GroupAdvantage | GAE | None = None,
+    *,
+    groups: Groups | None = None,
+    num_steps: int = 5,
+    dtype: torch.dtype = torch.float64,
+    field: nn.Module | None = None,
+    solver: Any = None,
+    collector: dict[str, Any] | None = None,
+    **algorithm: Any,
+) -> Parts:
+    """A composition on a toy: 4 groups of 4 rows and 5 denoising steps unless told otherwise; equal calls, equal weights."""
+    torch.manual_seed(0)
+    kind = ENVS[env]
+    groups = groups or Groups(4, 4)
+    field = field or MLPField(4, kind.action_shape, width=12)
+    policy = FlowPolicy(field, make_kernel(kernel, kind.action_shape), solver, num_steps=num_steps).to(dtype)
+    likelihood, steps = likelihood or ChainLikelihood("mean"), steps or AllButLast()
+    policy.check_steps(steps)
+    world = kind(groups.num_rows)
+    settings = {"horizon": world.horizon} | (collector or {})
+    walker = Collector(world, policy, likelihood, steps, groups, **settings)
+    algorithm = {"optimizer": AdamW(lr=1e-2)} | algorithm
+    learner = PolicyGradient(policy, likelihood, advantage or GroupAdvantage(), groups, **algorithm)
+    return Parts(policy, world, groups, walker, learner)
+
+
+@pytest.fixture
+def make() -> Callable[..., Parts]:
+    """make(env, kernel, steps, likelihood, advantage, ...) -> Parts."""
+    return make_parts
+
+
+def read_gradient(parts: Parts, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
+    """(flat gradient of the first optimiser step, metrics) of an update that leaves the weights alone."""
+    seen: list[Tensor] = []
+    optimizer = parts.algorithm.optimizer
+
+    def step() -> float:
+        from rlflow import dist
+
+        dist.sum_gradients(optimizer.parameters)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in optimizer.parameters]
+        seen.append(torch.cat([g.flatten() for g in grads]))
+        return float(seen[-1].norm())
+
+    kept, optimizer.step = optimizer.step, step
+    try:
+        metrics = parts.algorithm.update(rollout)
+    finally:
+        optimizer.step = kept
+    return seen[0], metrics
+
+
+@pytest.fixture
+def gradient() -> Callable[[Parts, Rollout], tuple[Tensor, dict[str, float]]]:
+    """gradient(parts, rollout) -> (flat gradient, metrics)."""
+    return read_gradient
+
+
+class ThreadWorld:
+    """Stands in for torch.distributed: every rank a thread, collectives by barrier, so a missing call breaks the test."""
+
+    ReduceOp = torch.distributed.ReduceOp
+
+    def __init__(self, size: int):
+        self.size, self.local = size, threading.local()
+        self.meet = threading.Barrier(size, timeout=20)
+        self.box: list[Any] = [None] * size
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def get_world_size(self) -> int:
+        return self.size
+
+    def get_rank(self) -> int:
+        return self.local.rank
+
+    def barrier(self) -> None:
+        self.meet.wait()
+
+    def _everyone(self, value: Tensor) -> list[Tensor]:
+        self.box[self.get_rank()] = value.detach().clone()
+        self.meet.wait()
+        found = list(self.box)
+        self.meet.wait()
+        return found
+
+    def all_reduce(self, value: Tensor, op: Any = None) -> None:
+        found = torch.stack(self._everyone(value))
+        value.copy_(found.amax(0) if op == self.ReduceOp.MAX else found.sum(0))
+
+    def all_gather(self, parts: list[Tensor], value: Tensor) -> None:
+        for part, found in zip(parts, self._everyone(value), strict=True):
+            part.copy_(found)
+
+    def run(self, fn: Callable[[int], Any]) -> list[Any]:
+        """fn(rank) on every rank at once; raises what a rank raised."""
+        results: list[Any] = [None] * self.size
+        errors: list[BaseException] = []
+
+        def work(rank: int) -> None:
+            self.local.rank = rank
+            try:
+                results[rank] = fn(rank)
+            except BaseException as error:
+                errors.append(error)
+                self.meet.abort()
+
+        threads = [threading.Thread(target=work, args=(r,)) for r in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+            raise error
+        return results
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[int], Any]], list[Any]]:
+    """ranks(size, fn) -> [fn(0), fn(1), ...], each in a process of its own as far as rlflow.dist can tell."""
+
+    def run(size: int, fn: Callable[[int], Any]) -> list[Any]:
+        with monkeypatch.context() as patch:
+            world = ThreadWorld(size)
+            patch.setattr("rlflow.dist.dist", world)
+            return world.run(fn)
+
+    return run
