@@ -132,7 +132,7 @@ def gae(
     V' is the value of the state truly reached, also where the episode was cut off.
     """
     delta = reward + gamma * next_value * ~terminated - value
-    keep = gamma * lam * ~(terminated | truncated)
+    keep = gamma * lam * (~(terminated | truncated)).to(delta.dtype)
     advantage, running = torch.empty_like(delta), torch.zeros_like(delta[0])
     for t in reversed(range(len(delta))):
         running = delta[t] + keep[t] * running

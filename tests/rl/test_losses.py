@@ -68,7 +68,7 @@ class TestWeightedSum:
         value = torch.tensor([1.0, torch.nan, torch.inf, 2.0], requires_grad=True)
         total = weighted_sum(value, torch.tensor([1.0, 0.0, 0.0, 0.5]))
         total.backward()
-        assert float(total) == 2.0
+        assert float(total.detach()) == 2.0
         assert value.grad.tolist() == [1.0, 0.0, 0.0, 0.5]
 
 
@@ -80,9 +80,9 @@ def evidence(old: Gaussian, x_next: Tensor, t: Tensor, t_next: Tensor, ref: Gaus
 
 
 class TestGuard:
-    """Synthetic steps: D = 40 dims, a million pairs, a shift of the mean by a thousandth to a tenth of a std."""
+    """Synthetic steps: D = 40 dims, 400,000 numbers, a shift of the mean by a thousandth to a tenth of a std."""
 
-    N, D = 25_000, 40
+    N, D = 10_000, 40
 
     def log_ratios(self, std: float, shift: float, reduce: str) -> tuple[Tensor, Tensor, Tensor]:
         """(plain, guarded, |dmu| per dim) of samples from the old law."""
@@ -106,7 +106,7 @@ class TestGuard:
         assert float(plain.mean()) == pytest.approx(-square / (2 * std**2), abs=4 * error / std)
         assert abs(float(plain.mean())) > 6 * error / std
         assert float(guarded.mean()) == pytest.approx(0, abs=4 * error)
-        assert float(guarded.var()) == pytest.approx(variance, rel=0.04)
+        assert float(guarded.var()) == pytest.approx(variance, rel=0.06)
 
     def test_its_variance_does_not_know_the_std(self):
         a, b = (self.log_ratios(std, 0.01, "mean")[1] for std in (0.1, 1.0))
@@ -226,7 +226,8 @@ class TestReferenceKL:
         pairs = evidence(lift[0], lift[0].mean, t.reshape(n, r), t.reshape(n, r) + 0.1, lift[1])
         value = reference_kl("velocity", lift[0], pairs, reduce, kernel.gain(t, t + 0.1).view(n, r))
         close(value, self.reduced((self.V - self.V_REF).square(), reduce), 1e-9)
-        assert all(g is None for g in torch.autograd.grad(value.sum(), kernel.net.parameters(), allow_unused=True))
+        assert new.std.requires_grad
+        assert not value.requires_grad
 
     def test_without_a_recorded_reference_it_says_so(self, reduce):
         new, _, t, t_next = steps(FlowSDE(), self.V, self.V_REF)
