@@ -114,7 +114,7 @@ def _shape_ids(rows: Array, cols: Array, most: float) -> NDArray[np.int64]:
     extent, spread = area / (height * width), (var_x + var_y) / area
     lean = third / np.maximum(var_y, 1e-9) ** 1.5
     even = (np.abs(np.log(height / width)) < 0.3) & (area < most)
-    level = np.abs(lean) < 0.12
+    level = np.abs(lean) < 0.2
     shape = np.full(len(area), NONE)
     shape[even & level & (extent >= 0.7) & (spread < 0.185)] = SHAPES.index("circle")
     shape[even & level & (extent >= 0.885) & (spread < 0.19)] = SHAPES.index("square")

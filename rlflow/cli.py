@@ -12,7 +12,7 @@ from typing import Any
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; user errors are one line and exit code 2."""
-    args = _parser().parse_args(argv)
+    args = parse(argv)
     try:
         args.run_command(args)
     except (ValueError, FileNotFoundError, FileExistsError, KeyError) as error:
@@ -21,6 +21,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"rlflow: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Arguments of one command; key=value overrides may stand anywhere after the recipe."""
+    parser = _parser()
+    args, extra = parser.parse_known_args(argv)
+    late = [word for word in extra if "=" in word and not word.startswith("-")]
+    if unknown := [word for word in extra if word not in late or not hasattr(args, "overrides")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if late:
+        args.overrides = [*args.overrides, *late]
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:

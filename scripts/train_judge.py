@@ -92,8 +92,8 @@ def accuracy(model: SceneCNN, rng: np.random.Generator, heldout: bool, spoilt: b
     shuffled = [scenes[i] for i in rng.permutation(number)]
     model.train()
     return {
-        "true": verdicts(model, counts, places, scenes).float().mean().item(),
-        "shuffled": verdicts(model, counts, places, shuffled).float().mean().item(),
+        "true": round(verdicts(model, counts, places, scenes).float().mean().item(), 4),
+        "shuffled": round(verdicts(model, counts, places, shuffled).float().mean().item(), 4),
     }
 
 

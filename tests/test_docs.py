@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlflow import config, recipes, registry
-from rlflow.cli import _parser
+from rlflow.cli import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -52,7 +52,7 @@ def test_commands_parse_and_name_what_exists(tmp_path, monkeypatch):
             for line in text.splitlines():
                 if not line.startswith("rlflow "):
                     continue
-                args = _parser().parse_args(shlex.split(line, comments=True)[1:])
+                args = parse(shlex.split(line, comments=True)[1:])
                 seen += 1
                 if hasattr(args, "recipe") and args.recipe in recipes.names():
                     recipes.load(args.recipe, args.overrides, args.trust_code)

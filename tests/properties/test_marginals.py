@@ -31,7 +31,7 @@ KERNELS: dict[str, Kernel | None] = {
 }
 # W1 at 10 and 160 steps, broad data; then the same for two narrow modes
 TABLE = {
-    "ode": (0.055, 0.004, 0.021, 0.001),
+    "ode": (0.055, 0.004, 0.021, 0.002),
     "flow": (0.016, 0.001, 0.019, 0.001),
     "constant": (0.047, 0.003, 0.039, 0.001),
     "cps": (0.104, 0.064, 0.024, 0.008),
@@ -115,7 +115,7 @@ class TestTable:
 
     def test_two_modes_at_160_steps(self, name):
         w1 = w1_to_modes(KERNELS[name], 160, num=600, num_noise=16)
-        assert w1 == pytest.approx(TABLE[name][3], abs=0.002)
+        assert w1 == pytest.approx(TABLE[name][3], abs=0.0006)
 
 
 def test_flow_sde_at_5_steps():

@@ -17,8 +17,6 @@ TINY = (
     *("policy.precision=float32", "policy.num_steps=6", "reward.weights={brightness: 1}"),
     "eval.metrics={strict: brightness, base_distance: base_distance}",
 )
-WALL_CLOCK = ("time/", "perf/samples_per_s", "cost/train_seconds_total")
-"""Metrics that differ between equal runs; so does anything that ends in /seconds."""
 
 
 def random_field(folder: Path, vocab: list[str]) -> str:
@@ -43,6 +41,12 @@ def words_field(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
+def tiny() -> list[str]:
+    """Overrides that make any recipe's run small."""
+    return list(TINY)
+
+
+@pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the seconds that matplotlib takes."""
     monkeypatch.setattr("rlflow.train.report.write_report", lambda run: Path(run))
@@ -57,8 +61,3 @@ def trainer(scenes_field: str, no_report: None) -> Callable[..., Trainer]:
         return Trainer(recipe, run, overrides=all_overrides, quiet=True, **more)
 
     return make
-
-
-def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Metric rows without what a clock measured."""
-    return [{k: v for k, v in row.items() if not k.startswith(WALL_CLOCK) and not k.endswith("/seconds")} for row in rows]

@@ -202,8 +202,9 @@ def test_captions_and_config_are_escaped(tmp_path):
     html = write_report(folder).read_text()
     assert "<script" not in html
     assert html.count("&lt;script&gt;alert(&quot;x&quot;)") >= 8
-    page = compare_report([folder, folder], tmp_path / "compare.html").read_text()
-    assert "<script" not in page
+    with logger(other := start(tmp_path / "other")) as log:
+        log.log(1, "eval", {f"eval/{EVIL}": 1.0, f"eval/heldout/{EVIL}": 1.0})
+    assert "<script" not in compare_report([other, folder], tmp_path / "compare.html").read_text()
 
 
 # -- runs in any state ----------------------------------------------------------------------------

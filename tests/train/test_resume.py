@@ -200,7 +200,14 @@ def test_without_a_run_there_is_nothing_to_resume(tmp_path: Path, trainer: Make)
 
 # -- kill -9 --------------------------------------------------------------------------------------
 
-KILLED = ["train.iterations=40", "train.checkpoint_every=1", "train.keep=2", "eval.every=5", "eval.num=2", "eval.grid=1"]
+KILLED = [
+    "train.iterations=40",
+    "train.checkpoint_every=1",
+    "train.keep=2",
+    "eval.every=5",
+    "eval.num=2",
+    "eval.grid=1",
+]
 
 
 def _slow(real: Callable[..., None]) -> Callable[..., None]:
@@ -224,14 +231,13 @@ def _train(run: str, field: str, overrides: list[str]) -> None:
     Trainer("t2i_flow_grpo", run, overrides=[*overrides, f"policy.field={field}"], resume=resume, quiet=True).fit()
 
 
-def test_kill_9_at_random_moments(tmp_path: Path, scenes_field: str, trainer: Make) -> None:
+@pytest.mark.slow
+def test_kill_9_at_random_moments(tmp_path: Path, scenes_field: str, tiny: list[str], trainer: Make) -> None:
     """Killed eight times anywhere, mostly inside a checkpoint; the end is bitwise that of a run left alone."""
-    from tests.train.conftest import TINY
-
-    overrides = [*TINY, "train.minutes=", *KILLED]
+    overrides = [*tiny, "train.minutes=", *KILLED]
     trainer(tmp_path / "straight", *KILLED).fit()
     spawn = multiprocessing.get_context("forkserver")
-    spawn.set_forkserver_preload(["rlflow.train.trainer", "rlflow.train.figures"])
+    spawn.set_forkserver_preload(["rlflow.train.trainer", "rlflow.train.report"])
     rng, run = random.Random(0), tmp_path / "killed"
     for _ in range(8):
         process = spawn.Process(target=_train, args=(str(run), scenes_field, overrides))
@@ -253,12 +259,10 @@ def test_kill_9_at_random_moments(tmp_path: Path, scenes_field: str, trainer: Ma
 
 
 @pytest.mark.slow
-def test_the_command_stops_cleanly_on_sigterm(tmp_path: Path, scenes_field: str) -> None:
+def test_the_command_stops_cleanly_on_sigterm(tmp_path: Path, scenes_field: str, tiny: list[str]) -> None:
     """Exit code 0, a checkpoint, and the same command with --resume last goes on."""
-    from tests.train.conftest import TINY
-
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "rlflow", "train", "t2i_flow_grpo", *TINY, f"policy.field={scenes_field}"]
+    command = [sys.executable, "-m", "rlflow", "train", "t2i_flow_grpo", *tiny, f"policy.field={scenes_field}"]
     command += ["train.minutes=", "train.iterations=100000", "--run", str(run)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while len(read_metrics(run)) < 3 and process.poll() is None:

@@ -27,6 +27,12 @@ def test_clusters_of_equal_rows_count_once():
     assert rows_alone.high - rows_alone.low < 0.5 * (once.high - once.low)
 
 
+def test_captions_of_different_size_do_not_widen_the_interval():
+    """Where every score is 1, so is every replicate, however many rows a drawn caption has."""
+    cluster = np.repeat(np.arange(10), np.arange(1, 11))
+    assert bootstrap_mean(np.ones(55), cluster) == (1.0, 1.0, 1.0)
+
+
 def _covered(rng: np.random.Generator, clustered: bool) -> bool:
     """One experiment: 80 captions of random accuracy before and after (+.1 on average), 4 images each."""
     cluster = np.repeat(np.arange(80), 4)

@@ -79,7 +79,9 @@ def test_minutes_end_a_run(tmp_path: Path, trainer: Make) -> None:
     made = trainer(tmp_path / "run", "train.iterations=", "train.minutes=0.002")
     made.fit()
     assert made.seconds >= 0.12
-    assert train_rows(tmp_path / "run")[-2:-1] == [] or train_rows(tmp_path / "run")[-2]["cost/train_seconds_total"] < 0.12
+    assert (
+        train_rows(tmp_path / "run")[-2:-1] == [] or train_rows(tmp_path / "run")[-2]["cost/train_seconds_total"] < 0.12
+    )
     assert evals(tmp_path / "run")[-1]["iteration"] == made.iteration
     assert not made.interrupted
 
@@ -184,9 +186,7 @@ def own_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("name", ["nothing", "broken"])
-def test_without_a_single_score_nothing_is_learnt(
-    tmp_path: Path, trainer: Make, own_rewards: str, name: str
-) -> None:
+def test_without_a_single_score_nothing_is_learnt(tmp_path: Path, trainer: Make, own_rewards: str, name: str) -> None:
     """All rewards masked: the run goes on, the weights stay, the mean is absent and not zero."""
     made = trainer(tmp_path / "run", f"reward.weights={{'{own_rewards}:{name}': 1}}", trust_code=True)
     before = {k: v.clone() for k, v in made.policy.state_dict().items()}

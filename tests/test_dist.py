@@ -1,0 +1,156 @@
+"""Two processes are one: torchrun over gloo in float64 gives the weights and the metrics of a single process."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlflow import dist
+from rlflow.envs import scenes
+from rlflow.models.dit import DiT
+from rlflow.models.io import save_field
+from rlflow.train.checkpoint import Checkpoints, pack
+from rlflow.train.logger import read_metrics
+
+WALL_CLOCK = ("time/", "perf/samples_per_s", "cost/train_seconds_total")
+
+SCRIPT = '''
+"""Runs every case in one launch; `masked` is a reward that has no score for the prompts that say so."""
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from rlflow import dist
+from rlflow.rewards.colour import brightness
+from rlflow.train.trainer import Trainer
+
+
+def masked(images, hide):
+    return torch.where(torch.tensor(hide) > 0, torch.nan, brightness(images))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    root = Path(sys.argv[1])
+    for name, values in json.loads((root / "cases.json").read_text()).items():
+        Trainer(values, root / sys.argv[2] / name, trust_code=True, quiet=True).fit()
+    dist.stop()
+'''
+
+
+def cases(root: Path) -> dict[str, dict]:
+    """GRPO with a KL term and epochs, PPO with a critic, and a run in which one rank never has a score."""
+    torch.manual_seed(0)
+    field = DiT(scenes.VOCAB, size=8, patch=4, width=16, depth=1, heads=2)
+    torch.nn.init.normal_(field.patch_out.weight, std=0.2)
+    prompts = root / "prompts.jsonl"
+    texts = scenes.split(False, ("pair",))[:2]
+    prompts.write_text("".join(f'{{"prompt": "{text}", "hide": {i}}}\n' for i, text in enumerate(texts)))
+    base = {
+        "policy": {
+            "field": str(save_field(field, root / "field")),
+            "num_steps": 4,
+            "precision": "float64",
+            "kernel": {"name": "flow_sde", "a": 0.7},
+        },
+        "algorithm": {"micro_batch": 7, "epochs": 2, "kl": {"beta": 0.1}, "optimizer": {"lr": 1e-3, "cosine": True}},
+        "env": {"num_groups": 4, "group_size": 4, "rows_per_call": 4},
+        "reward": {"weights": {"brightness": 1.0}},
+        "train": {"iterations": 2, "tensorboard": False, "threads": 1},
+        "eval": {"num": 5, "metrics": {"strict": "brightness", "base_distance": "base_distance"}, "grid": 2},
+    }
+    two = {"num_groups": 4, "num_minibatches": 2}
+    return {
+        "grpo": base,
+        "two rewards, minibatches": base
+        | {
+            "reward": {"weights": {"brightness": 1.0, "redness": 0.5}, "normalize": "reward"},
+            "algorithm": base["algorithm"] | {"num_minibatches": two["num_minibatches"], "target_kl": 1.0},
+        },
+        "ppo": base | {"advantage": {"name": "gae", "gamma": 1.0}},
+        "one rank masked": base
+        | {
+            "env": {"num_groups": 2, "group_size": 4, "prompts": str(prompts)},
+            "reward": {"weights": {"helper:masked": 1.0}},
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case by one process and by two."""
+    import json
+
+    root = tmp_path_factory.mktemp("dist")
+    (root / "helper.py").write_text(SCRIPT)
+    (root / "cases.json").write_text(json.dumps(cases(root)))
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--nnodes", "1"]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    one = [sys.executable, str(root / "helper.py"), str(root), "one"]
+    two = [sys.executable, *launch, str(root / "helper.py"), str(root), "two"]
+    running = [
+        subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for c in (one, two)
+    ]
+    for process in running:
+        try:
+            out, _ = process.communicate(timeout=180)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise AssertionError("a process hangs") from None
+        assert process.returncode == 0, out.decode()[-3000:]
+    return root
+
+
+CASES = ("grpo", "two rewards, minibatches", "ppo", "one rank masked")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_and_optimiser_agree(runs: Path, name: str) -> None:
+    one, two = (pack(Checkpoints(runs / n / name).load("last")[1])[0] for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    moved = [
+        k for k in one if k.startswith("weight_sets/ref/") and not torch.equal(one[k], one[k.replace("ref/", "ema/")])
+    ]
+    assert moved, "a run that learns nothing proves nothing"
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_metric_agrees(runs: Path, name: str) -> None:
+    """The log of rank 0 speaks for all ranks: each number is that of the whole batch, cost included."""
+    one, two = (read_metrics(runs / n / name) for n in ("one", "two"))
+    assert [(r["iteration"], r["kind"]) for r in one] == [(r["iteration"], r["kind"]) for r in two]
+    for a, b in zip(one, two, strict=True):
+        a, b = ({k: v for k, v in r.items() if k != "kind"} for r in (a, b))
+        assert a.keys() == b.keys()
+        for key in a:
+            if not key.startswith(WALL_CLOCK) and not key.endswith("/seconds"):
+                assert b[key] == pytest.approx(a[key], rel=1e-9, abs=1e-9, nan_ok=True), key
+
+
+def test_one_rank_without_a_score_hangs_nobody(runs: Path) -> None:
+    """Half of the rows are masked in every iteration, all of them on one rank, and the others still teach."""
+    rows = [row for row in read_metrics(runs / "two" / "one rank masked") if row["kind"] == "train"]
+    assert [row["rollout/masked_frac"] for row in rows] == [0.5, 0.5]
+    assert all(row["optim/grad_norm"] > 0 and math.isfinite(row["reward/mean"]) for row in rows)
+
+
+def test_one_process_needs_no_group() -> None:
+    """Every verb is the identity, and starting without torchrun joins nothing."""
+    dist.start()
+    value = torch.tensor([1.0, 2.0])
+    assert (dist.world(), dist.rank()) == (1, 0)
+    for verb in (dist.all_sum, dist.all_max, dist.all_gather_rows):
+        assert torch.equal(verb(value), value)
+    parameter = torch.nn.Parameter(value)
+    dist.sum_gradients([parameter])
+    assert parameter.grad is None
+    dist.barrier()
+    dist.stop()
