@@ -51,7 +51,7 @@ class SceneCNN(nn.Module):
         self.density = nn.Conv2d(wide, len(THINGS), 1)
         self.where = nn.Conv2d(wide, len(COLORS), 1)
         self.relation = nn.Linear(2, len(RELATIONS))
-        nn.init.constant_(self.density.bias, -0.5)  # starts near "nothing there"
+        self.density.bias = nn.Parameter(torch.full((len(THINGS),), -0.5))  # starts near "nothing there"
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (N, 3, 32, 32) in [0, 1] to counts (N, 18) and places (N, 6, 2), x and y in [-1, 1]."""

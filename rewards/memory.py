@@ -29,7 +29,7 @@ class BatchMemory(Generic[T]):
     def __call__(self, images: Tensor) -> T:
         """fn(to_uint8(images)) for images (N, 3, H, W) in [0, 1]; callers must not change what they get."""
         pixels = to_uint8(images)
-        key = (hashlib.blake2b(pixels).digest(), pixels.shape)
+        key = (hashlib.blake2b(pixels.data).digest(), pixels.shape)
         with self._lock:  # held while computing: a second thread waits instead of computing it too
             if key not in self._kept:
                 self._kept[key] = self.fn(pixels)

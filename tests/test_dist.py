@@ -1,7 +1,10 @@
 """Two processes are one: torchrun over gloo in float64 gives the weights and the metrics of a single process."""
 
+import json
 import math
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -82,28 +85,36 @@ def cases(root: Path) -> dict[str, dict]:
     }
 
 
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a command and all its children; a hang is a failure, and leaves nothing behind."""
+    try:
+        out, _ = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError("a process hangs") from None
+    assert process.returncode == 0, out.decode()[-3000:]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case by one process and by two."""
-    import json
-
     root = tmp_path_factory.mktemp("dist")
     (root / "helper.py").write_text(SCRIPT)
     (root / "cases.json").write_text(json.dumps(cases(root)))
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--nnodes", "1"]
+    torchrun = [*("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1")]
+    torchrun += ["--master-port", str(free_port())]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    one = [sys.executable, str(root / "helper.py"), str(root), "one"]
-    two = [sys.executable, *launch, str(root / "helper.py"), str(root), "two"]
-    running = [
-        subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for c in (one, two)
-    ]
-    for process in running:
-        try:
-            out, _ = process.communicate(timeout=180)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise AssertionError("a process hangs") from None
-        assert process.returncode == 0, out.decode()[-3000:]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    for name, launch in (("one", []), ("two", torchrun)):
+        command = [sys.executable, *launch, str(root / "helper.py"), str(root), name]
+        finish(subprocess.Popen(command, env=environment, start_new_session=True, **pipes))
     return root
 
 
@@ -114,9 +125,8 @@ CASES = ("grpo", "two rewards, minibatches", "ppo", "one rank masked")
 def test_weights_and_optimiser_agree(runs: Path, name: str) -> None:
     one, two = (pack(Checkpoints(runs / n / name).load("last")[1])[0] for n in ("one", "two"))
     assert one.keys() == two.keys()
-    moved = [
-        k for k in one if k.startswith("weight_sets/ref/") and not torch.equal(one[k], one[k.replace("ref/", "ema/")])
-    ]
+    references = [k for k in one if k.startswith("weight_sets/ref/")]
+    moved = [k for k in references if not torch.equal(one[k], one[k.replace("ref/", "ema/")])]
     assert moved, "a run that learns nothing proves nothing"
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")

@@ -61,6 +61,8 @@ class Evaluator:
         rows_per_call: int = 100,
     ):
         judges.check_columns([*prompts.columns, "images", "group", "base_images"])
+        if num < dist.world():
+            raise ValueError(f"eval.num: {num} samples cannot be shared by {dist.world()} processes")
         self.policy, self.prompts, self.judges = policy, prompts, judges
         self.num_steps, self.solver, self.seed = num_steps, solver, seed
         self.rows_per_call = rows_per_call

@@ -159,7 +159,7 @@ _PATTERNS: tuple[tuple[str, Metric], ...] = (
         r"reward/(.+)/errors",
         Metric("reward {}: errors", "calls", -1, "Calls of the reward '{}' that failed or were too late."),
     ),
-    (r"reward/(.+)/seconds", Metric("reward {}: time", "s", -1, "Seconds spent in the reward '{}'.")),
+    (r"reward/(.+)/seconds", Metric("reward {}: time", "s", 0, "Seconds spent in the reward '{}'.")),
     (
         r"policy/first_log_ratio/(.+)",
         Metric("first log-ratio, step {}", "nats", -1, "Largest |log ratio| before any update, at scored step {}."),

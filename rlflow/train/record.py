@@ -212,11 +212,14 @@ class RunRecord:
         return path.read_bytes() if path.exists() else None
 
     def trend(self, name: str) -> Change | None:
-        """A training metric: mean of its first tenth against that of its last tenth, bounds from the iterations."""
+        """A training metric: mean of its first tenth (at least 5 iterations) against that of its last, with bounds.
+
+        Fewer than ten iterations have no bounds.
+        """
         _, ys = series(self.train, name)
         if len(ys) < 2:
             return None
-        tenth = max(1, len(ys) // 10)
+        tenth = max(min(5, len(ys) // 2), len(ys) // 10)
         first, last = ys[:tenth], ys[-tenth:]
         before, after = float(first.mean()), float(last.mean())
         if tenth < 5:

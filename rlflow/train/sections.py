@@ -34,7 +34,11 @@ def hacking(run: RunRecord) -> str:
     changes = {name: change for name in shown if (change := run.change(name)) is not None}
     if reward is None and not changes:
         return ""
-    rows = [] if reward is None else [_change_row("training reward", reward, "what is optimised; tenths of the run")]
+    rows = (
+        []
+        if reward is None
+        else [_change_row("training reward", reward, "What is optimised; the first and the last tenth of training.")]
+    )
     rows += [_change_row(run.judge_label(n), c, describe(n).meaning) for n, c in changes.items()]
     verdicts = [page.pill(text, kind) for text, kind in findings(run)]
     table = page.table(("", "before", "after", "change", "95 % interval", "what it is"), rows, numeric=(1, 2, 3, 4))
@@ -64,7 +68,7 @@ def _change_row(label: str, change: Change, meaning: str) -> list[str]:
 def findings(run: RunRecord) -> Iterator[tuple[str, str]]:
     """(what was found about a judge or the diversity, kind of label: bad, watch, good or '')."""
     reward = run.trend("reward/mean")
-    rises = reward is not None and direction(reward) > 0
+    rises = reward is not None and reward.difference.low > 0  # false where the run is too short to tell
     judged = {n: c for n in run.judges if not _once(run, n) and (c := run.change(n)) is not None}
     for name, change in judged.items():
         label = run.judge_label(name)

@@ -118,6 +118,7 @@ class TestWrapper:
         policy = FlowPolicy(wrapper(field, 3.0), FlowSDE(), num_steps=5)
         policy.sample(inputs[3])
         assert policy.network_rows == 5 * 12 == sum(field.rows)
+        assert wrapper(wrapper(field, 3.0), 2.0).calls == 4
 
     def test_repeated_conditions_cost_nothing_until_they_are_read(self, wrapper, field, inputs):
         x, t, dt, cond = inputs

@@ -256,26 +256,24 @@ class TestDeployment:
 
 
 class TestSolverMemory:
-    def path(self, steps: Steps) -> tuple[FlowPolicy, Tensor, Tensor]:
+    def euler_gap(self, steps: Steps, k: int) -> float:
+        """How far step k, after a window that is step 3, is from an Euler step."""
         policy = build("ancestral", solver=DPMSolver2M())
-        plan = steps(0, policy.grid(K), torch.arange(N))
-        return policy, plan.t, draw(policy, steps, iteration=0, keep_path=True).path
-
-    def euler_gap(self, policy: FlowPolicy, t: Tensor, path: Tensor, k: int) -> float:
-        cond = condition(policy)
+        t, cond = steps(3, policy.grid(K), torch.arange(N)).t, condition(policy)
+        path = draw(policy, steps, keep_path=True).path
         step, _ = Euler()(policy.velocity, path[:, k], t[k].expand(N), t[k + 1].expand(N), cond, None)
         return float((path[:, k + 1] - step).abs().max())
 
     @pytest.mark.parametrize("compress", [None, 0.9])
     def test_is_dropped_after_a_scored_step(self, compress):
-        """The window is steps 0 and 1: step 2 restarts as Euler, step 3 has memory again."""
-        policy, t, path = self.path(Window(size=2, compress=compress))
-        assert self.euler_gap(policy, t, path, 2) < 1e-14
-        assert self.euler_gap(policy, t, path, 3) > 1e-6
+        """It is there before the window, gone after it, and there again one step later."""
+        steps = Window(size=1, every=1, compress=compress)
+        assert self.euler_gap(steps, 2) > 1e-6
+        assert self.euler_gap(steps, 4) < 1e-14
+        assert self.euler_gap(steps, 5) > 1e-6
 
-    def test_would_matter_without_the_window(self):
-        policy, t, path = self.path(NoSteps())
-        assert self.euler_gap(policy, t, path, 2) > 1e-6
+    def test_is_kept_where_no_step_is_scored(self):
+        assert self.euler_gap(NoSteps(), 4) > 1e-6
 
 
 G = 4

@@ -20,7 +20,7 @@ from rlflow.types import Rollout, tree_map
 
 JOINT = ChainLikelihood("sum", joint=True)
 KERNELS = ["flow", "constant", "cps", "ancestral", "learned"]
-PLANS = [AllButLast(), LastN(2, skip_last=1), Window(size=2), RandomWindow(2), OneRandom(), Fraction(0.6)]
+PLANS = [AllButLast(), LastN(1, skip_last=1), Window(size=2), RandomWindow(2), OneRandom(), Fraction(0.6)]
 LIKELIHOODS = [ChainLikelihood("mean"), ChainLikelihood("sum"), JOINT]
 TERMS = {
     "plain": {},
@@ -62,14 +62,14 @@ class TestGradientIsOfTheMinibatch:
         """1 and 3 pairs a pass are fewer than the 4 columns of a row: joint ratios go column by column."""
 
         def of(micro_batch: int) -> tuple[Tensor, dict[str, float]]:
-            parts = make(env, micro_batch=micro_batch, clip_low=0.02, **terms)
+            parts = make(env, groups=Groups(2, 3), micro_batch=micro_batch, clip_low=0.02, **terms)
             rollout = parts.collect()
             shaken(parts)
             return gradient(parts, rollout)
 
         whole, metrics = of(10_000)
         assert float(whole.norm()) > 1e-3
-        for micro_batch in (1, 3, 7, 64):
+        for micro_batch in (1, 3, 10):
             part, again = of(micro_batch)
             close(part, whole)
             for name in ("policy/loss", "policy/ratio_mean", "policy/clip_frac", "policy/approx_kl"):
@@ -168,6 +168,7 @@ class TestGradientByHand:
         parts = make()
         rollout = parts.collect()
         grad, _ = gradient(parts, rollout)
+        parts.algorithm.optimizer.zero_grad()
         advantage = GroupAdvantage()(rollout, None, None).advantage.reshape(-1, 1)
         score = ChainLikelihood("mean").score(parts.policy, rollout.cond, rollout.evidence).log_prob
         (-advantage * score).mean().backward()
@@ -196,6 +197,7 @@ class TestGradientByHand:
         rollout = with_it.collect()
         difference = gradient(with_it, rollout)[0] - gradient(without, rollout)[0]
         policy = with_it.policy
+        with_it.algorithm.optimizer.zero_grad()
         dist = ChainLikelihood().score(policy, rollout.cond, rollout.evidence).dist
         (-0.3 * dist.entropy("mean", 2).mean()).backward()
         expected = [p.grad if p.grad is not None else torch.zeros_like(p) for p in policy.parameters()]
@@ -220,10 +222,14 @@ class TestGradientByHand:
 @pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=repr)
 @pytest.mark.parametrize("steps", PLANS, ids=repr)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_the_first_ratio_is_exactly_1_and_the_second_epochs_is_not(make, kernel, steps, likelihood):
-    parts = make("reach", kernel, steps, likelihood, epochs=2)
+def test_the_first_ratio_is_1_and_the_second_epochs_is_not(make, kernel, steps, likelihood):
+    """Exactly, where one column is scored in the row batches it was sampled in: a matrix product rounds by the shape
+    of its batch and by a row's place in it, which is a unit in the last place otherwise.
+    """
+    parts = make("reach", kernel, steps, likelihood, epochs=2, micro_batch=16)
     metrics = parts.iterate(0)
-    assert metrics["policy/first_log_ratio_max"] == 0.0
+    exact = parts.collector.collect(0).evidence.t.shape[1] == 1
+    assert metrics["policy/first_log_ratio_max"] <= (0.0 if exact else 1e-14)
     assert moved(metrics)
 
 
@@ -421,8 +427,9 @@ class TestStops:
 
 class TestCritic:
     def test_fits_the_returns(self, make):
-        parts = make("reach", advantage=GAE(gamma=0.9), critic_steps=30, critic_lr=1e-2)
+        parts = make(advantage=GAE(), critic_steps=30, critic_lr=1e-2)
         rollout = parts.collect()
+        rollout.reward[:] = rollout.obs @ torch.tensor([3.0, -1.0, 0.5, 2.0])
         losses = [parts.algorithm.update(rollout)["critic/loss"] for _ in range(4)]
         assert losses[-1] < 0.1 * losses[0]
 

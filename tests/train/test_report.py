@@ -48,7 +48,7 @@ def evaluate(log: RunLogger, iteration: int, strict: float, judge: float, second
     save_file(scores | {"caption_id": ids}, samples / f"eval_{iteration:06d}.safetensors")
     images = torch.rand(4, 3, 8, 8)
     image_grid(images, CAPTIONS, samples / f"eval_{iteration:06d}.png")
-    pixels = {"images": (images * 255).to(torch.uint8), "index": torch.tensor([0, 1, 2, 199])}
+    pixels = {"images": (images * 255).to(torch.uint8), "index": torch.tensor([0, 1, 100, 199])}
     save_file(pixels, samples / f"images_{iteration:06d}.safetensors")
     means = {f"eval/heldout/{name}": float(value.mean()) for name, value in scores.items()}
     log.log(iteration, "eval", means | {"cost/train_seconds_total": seconds, "time/eval": 1.0})
@@ -105,6 +105,7 @@ def test_no_change_is_not_called_better(tmp_path):
     said = text(folder)
     assert "no clear change strict accuracy .40 → .40 (0, 95 % paired bootstrap [0, 0])" in said
     assert "control: rewards permuted" in said
+    assert "held-out judge (cnn_judge): no clear change" in said
     assert "better" not in said.split("Before and after")[0]
 
 
@@ -126,11 +127,12 @@ def test_a_trained_reward_is_no_judge(tmp_path):
 
 
 def test_pairs_of_images_carry_their_marks(tmp_path):
-    """Four captions, each before and after; sample 199 is wrong in both, the others right in both."""
+    """Four captions, each before and after: two right in both, one put right, one wrong in both."""
     html = write_report(finished(tmp_path / "run")).read_text()
     tiles = re.findall(r'<div class="tile (\w*)"><img class="px" alt="(\w+)', html)
-    assert tiles == [("right", "before"), ("right", "after")] * 3 + [("wrong", "before"), ("wrong", "after")]
-    assert "3 of these 4 before, 3 after" in html
+    marks = ["right", "right", "right", "right", "wrong", "right", "wrong", "wrong"]
+    assert tiles == list(zip(marks, ["before", "after"] * 4, strict=True))
+    assert "2 of these 4 before, 3 after" in html
 
 
 def test_different_samples_are_not_paired(tmp_path):

@@ -1,0 +1,291 @@
+"""Flow-GRPO in one file: an executable specification, written from the paper in ITS convention.
+
+Liu et al. 2025, "Flow-GRPO: Training Flow Matching Models via Online RL" (arXiv:2505.05470); Shao et al. 2024 for
+GRPO. Time is sigma, from 1 (noise) to 0 (data): x_sigma = (1 - sigma) data + sigma noise, and the network predicts
+v = noise - data. Read it from top to bottom; tests/rl/test_single_file.py holds rlflow to the same gradients.
+
+Nothing of rlflow's flow mathematics, learners or trainer is used. The package lends the network with its weights
+(converted at the border, in `Backbone`), the captions and the reward.
+
+    python scripts/single_file_flow_grpo.py --iterations 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rlflow.envs import scenes
+from rlflow.models.dit import DiT
+from rlflow.models.io import embedded, load_field
+from rlflow.rewards.shapes import shapes_soft, shapes_strict
+from rlflow.types import Cond
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One denoising step of N samples, as it was taken: states (N, C, H, W), its times, log-density (N,)."""
+
+    x: Tensor
+    x_next: Tensor
+    sigma: float
+    sigma_next: float
+    log_prob: Tensor
+
+
+# -- the network's border ---------------------------------------------------------------------------------------
+
+
+class Backbone:
+    """The package's network in this file's convention: its own time is 1 - sigma, its velocity data - noise."""
+
+    def __init__(self, net: DiT, bf16: bool = True) -> None:
+        self.net, self.bf16 = net, bf16
+
+    def precision(self) -> torch.autocast:
+        """The network alone runs in bfloat16; every quantity outside is at least float32."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+
+    def encode(self, captions: Sequence[str]) -> Cond:
+        """What the network is conditioned on, for N captions; the word embeddings train."""
+        with self.precision():
+            return self.net.encode(captions)
+
+    def velocity(self, x: Tensor, sigma: float, cond: Cond) -> Tensor:
+        """v = noise - data at x (N, C, H, W)."""
+        time_of_net = x.new_full((len(x),), 1 - sigma)
+        with self.precision():
+            return -self.net(x, time_of_net, torch.zeros_like(time_of_net), cond).to(x.dtype)
+
+
+# -- the chain ---------------------------------------------------------------------------------------------------
+
+
+def uniform_sigmas(num_steps: int) -> list[float]:
+    """K + 1 times from 1 to 0."""
+    return [1 - k / num_steps for k in range(num_steps + 1)]
+
+
+def sde_step(x: Tensor, v: Tensor, sigma: float, sigma_next: float, noise_level: float) -> tuple[Tensor, float]:
+    """Mean and standard deviation of the next state: equation 9 of the paper, with dt = sigma_next - sigma < 0.
+
+    dx = [v + g^2 / (2 sigma) (x + (1 - sigma) v)] dt + g dW,   g = a sqrt(sigma / (1 - sigma))
+    At sigma = 1 the released code puts the first grid point after it into the denominator of g.
+    """
+    dt = sigma_next - sigma
+    g = noise_level * math.sqrt(sigma / (1 - (sigma_next if sigma == 1 else sigma)))
+    mean = x + (v + g**2 / (2 * sigma) * (x + (1 - sigma) * v)) * dt
+    return mean, g * math.sqrt(-dt)
+
+
+def log_density(x_next: Tensor, mean: Tensor, std: float) -> Tensor:
+    """Gaussian log-density (N,), averaged over pixels and not summed: the clip range is made for this scale."""
+    z = (x_next - mean) / std
+    return (-0.5 * z**2 - math.log(std) - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
+
+
+@torch.no_grad()
+def rollout(
+    net: Backbone, captions: Sequence[str], sigmas: Sequence[float], noise_level: float, noise: Iterator[Tensor]
+) -> tuple[Tensor, list[Transition]]:
+    """Samples (N, C, H, W) and the K - 1 stochastic steps that led to them.
+
+    `noise` yields x at sigma = 1, then one standard normal a step. The step into the data is an Euler step of the
+    ODE: noise added there would stay in the picture.
+    """
+    x, cond, chain = next(noise), net.encode(captions), []
+    for sigma, sigma_next in zip(sigmas[:-2], sigmas[1:-1], strict=True):
+        mean, std = sde_step(x, net.velocity(x, sigma, cond), sigma, sigma_next, noise_level)
+        x_next = mean + std * next(noise)
+        chain.append(Transition(x, x_next, sigma, sigma_next, log_density(x_next, mean, std)))
+        x = x_next
+    return x + net.velocity(x, sigmas[-2], cond) * (sigmas[-1] - sigmas[-2]), chain
+
+
+# -- the objective -----------------------------------------------------------------------------------------------
+
+
+def group_advantage(reward: Tensor, group_size: int, scope: str = "group") -> tuple[Tensor, Tensor]:
+    """A = (r - mean of its group) / (std + 1e-4), clipped to +-5, and which rows (N,) carry a signal.
+
+    The std is that of the group, or of all rewards of the iteration (scope "epoch"). Where all members of a group
+    have the same reward there is nothing to learn, and the group leaves the mean of the loss.
+    """
+    groups = reward.reshape(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    spread = groups.std(1, correction=0, keepdim=True)
+    scale = spread if scope == "group" else reward.std(correction=0)
+    advantage = (centred / (scale + 1e-4)).clamp(-5, 5)
+    return advantage.flatten(), (spread > 1e-6).expand_as(groups).flatten()
+
+
+def clipped_loss(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """max(-A r, -A clip(r, 1 - eps, 1 + eps)), elementwise: equation 5."""
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+
+
+def kl_to_reference(mean: Tensor, ref_mean: Tensor, std: float) -> Tensor:
+    """KL (N,) between two Gaussians of equal std, |mean - ref_mean|^2 / (2 std^2), averaged over pixels."""
+    return ((mean - ref_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The learner: `kl` is beta, `clip` eps; `rows` samples go through the network at once."""
+
+    noise_level: float = 0.7
+    clip: float = 2e-3
+    kl: float = 0.0
+    max_grad_norm: float = 1.0
+    rows: int = 96
+
+
+def accumulate_gradients(
+    net: Backbone,
+    reference: Backbone | None,
+    captions: Sequence[str],
+    chain: Sequence[Transition],
+    advantage: Tensor,
+    used: Tensor,
+    settings: Settings,
+) -> dict[str, float]:
+    """Gradient of E[clipped loss] + beta E[KL] over all samples and steps, into .grad; returns the statistics."""
+    num_pairs, num_used = len(chain) * len(used), max(1, len(chain) * int(used.sum()))
+    total = dict.fromkeys(("loss", "ratio_mean", "clip_frac", "first_log_ratio_max", "kl"), 0.0)
+    for step in chain:
+        for start in range(0, len(used), settings.rows):
+            rows = slice(start, start + settings.rows)
+            x, words, mine = step.x[rows], captions[rows], used[rows].to(advantage.dtype)
+            v = net.velocity(x, step.sigma, net.encode(words))
+            mean, std = sde_step(x, v, step.sigma, step.sigma_next, settings.noise_level)
+            log_ratio = log_density(step.x_next[rows], mean, std) - step.log_prob[rows]
+            ratio = log_ratio.exp()
+            loss = (clipped_loss(ratio, advantage[rows], settings.clip) * mine).sum() / num_used
+            if reference is not None:
+                with torch.no_grad():
+                    v_ref = reference.velocity(x, step.sigma, reference.encode(words))
+                    ref_mean, _ = sde_step(x, v_ref, step.sigma, step.sigma_next, settings.noise_level)
+                kl = kl_to_reference(mean, ref_mean, std).sum() / num_pairs
+                total["kl"] += kl.item()
+                loss = loss + settings.kl * kl
+            loss.backward()
+            up, down = ratio > 1 + settings.clip, ratio < 1 - settings.clip
+            cut = (up & (advantage[rows] > 0)) | (down & (advantage[rows] < 0))
+            total["loss"] += loss.item()
+            total["ratio_mean"] += (ratio.detach() * mine).sum().item() / num_used
+            total["clip_frac"] += (cut * mine).sum().item() / num_used
+            total["first_log_ratio_max"] = max(total["first_log_ratio_max"], log_ratio.abs().max().item())
+    return total
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------
+
+
+class FlowGRPO:
+    """`iterate(captions)` samples a group for every caption and takes one AdamW step."""
+
+    def __init__(
+        self,
+        net: Backbone,
+        reward: Callable[[Tensor, list[str]], Tensor],
+        settings: Settings,
+        *,
+        group_size: int,
+        num_steps: int,
+        lr: float,
+        scope: str = "group",
+        seed: int = 0,
+    ) -> None:
+        self.net, self.reward, self.settings = net, reward, settings
+        self.group_size, self.scope, self.sigmas = group_size, scope, uniform_sigmas(num_steps)
+        self.reference = copy.deepcopy(net) if settings.kl else None
+        self.parameters = list(net.net.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def noise(self, num: int) -> Iterator[Tensor]:
+        """Standard normals (num, C, H, W), without end."""
+        while True:
+            yield torch.randn((num, *self.net.net.event_shape), generator=self.generator)
+
+    def sample(self, captions: Sequence[str]) -> tuple[Tensor, list[Transition]]:
+        """Images in [0, 1] and their chains, `rows` at a time."""
+        size, level = self.settings.rows, self.settings.noise_level
+        pieces = [captions[i : i + size] for i in range(0, len(captions), size)]
+        parts = [rollout(self.net, c, self.sigmas, level, self.noise(len(c))) for c in pieces]
+        final, chains = zip(*parts, strict=True)
+        return self.net.net.decode(torch.cat(final)), [join(steps) for steps in zip(*chains, strict=True)]
+
+    def iterate(self, captions: Sequence[str]) -> dict[str, float]:
+        """One iteration on G samples of each caption; returns metrics."""
+        repeated = [c for c in captions for _ in range(self.group_size)]
+        images, chain = self.sample(repeated)
+        reward = self.reward(images, repeated)
+        advantage, used = group_advantage(reward, self.group_size, self.scope)
+        self.optimizer.zero_grad()
+        out = accumulate_gradients(self.net, self.reference, repeated, chain, advantage, used, self.settings)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        self.optimizer.step()
+        return {"reward": reward.mean().item(), "used_frac": used.float().mean().item(), "grad_norm": norm.item()} | out
+
+
+def join(parts: Sequence[Transition]) -> Transition:
+    """The same step of several batches as one."""
+    x, x_next, log_prob = (torch.cat([getattr(p, n) for p in parts]) for n in ("x", "x_next", "log_prob"))
+    return Transition(x, x_next, parts[0].sigma, parts[0].sigma_next, log_prob)
+
+
+def shapes_reward(images: Tensor, captions: list[str]) -> Tensor:
+    """Half for the share of the caption that is right, half for all of it."""
+    return 0.5 * shapes_soft(images, captions) + 0.5 * shapes_strict(images, captions)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train and print one JSON line an iteration."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--iterations", type=int, default=20)
+    p.add_argument("--prompts", type=int, default=6, help="captions an iteration")
+    p.add_argument("--group-size", type=int, default=16)
+    p.add_argument("--steps", type=int, default=8, help="K, denoising steps")
+    p.add_argument("--noise-level", type=float, default=0.7, help="a")
+    p.add_argument("--clip", type=float, default=2e-3)
+    p.add_argument("--kl", type=float, default=0.0, help="beta")
+    p.add_argument("--lr", type=float, default=2e-4)
+    p.add_argument("--std", choices=["group", "epoch"], default="epoch")
+    p.add_argument("--rows", type=int, default=96, help="samples through the network at once")
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    p.add_argument("--float32", action="store_true", help="no bf16 autocast")
+    p.add_argument("--seed", type=int, default=0)
+    a = p.parse_args(argv)
+    torch.set_num_threads(a.threads)
+    torch.manual_seed(a.seed)
+    net = load_field("shapes") if "shapes" in embedded() else DiT(scenes.VOCAB)
+    settings = Settings(a.noise_level, a.clip, a.kl, rows=a.rows)
+    learner = FlowGRPO(
+        Backbone(net, bf16=not a.float32),
+        shapes_reward,
+        settings,
+        group_size=a.group_size,
+        num_steps=a.steps,
+        lr=a.lr,
+        scope=a.std,
+        seed=a.seed,
+    )
+    captions, order = scenes.train_captions(), torch.Generator().manual_seed(a.seed)
+    for iteration in range(a.iterations):
+        chosen = torch.randint(len(captions), (a.prompts,), generator=order).tolist()
+        begin = time.perf_counter()
+        metrics = learner.iterate([captions[i] for i in chosen])
+        print(json.dumps({"iteration": iteration, "seconds": time.perf_counter() - begin} | metrics), flush=True)
+
+
+if __name__ == "__main__":
+    main()

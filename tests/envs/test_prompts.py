@@ -1,0 +1,123 @@
+"""Prompt tables: every prompt once per epoch, from a pure function of the serial number; files and embedded worlds."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from rlflow.envs import scenes, words
+from rlflow.envs.prompts import Prompts, load_prompts
+from rlflow.rl.groups import Groups
+
+
+def table(num: int) -> Prompts:
+    return Prompts(tuple({"prompt": f"p{i}"} for i in range(num)))
+
+
+class TestIndex:
+    @pytest.mark.parametrize("num", [1, 7, 50])
+    def test_nothing_repeats_before_everything_was_seen(self, num):
+        rows = table(num).index(range(3 * num), seed=0)
+        for epoch in range(3):
+            assert sorted(rows[epoch * num : (epoch + 1) * num]) == list(range(num))
+
+    def test_every_epoch_and_seed_has_an_order_of_its_own(self):
+        one = table(50).index(range(100), seed=0)
+        assert one[:50] != one[50:]
+        assert one != table(50).index(range(100), seed=1)
+        assert one[:50] != sorted(one[:50])
+
+    def test_is_a_function_of_the_serial_number_alone(self):
+        prompts = table(50)
+        straight = prompts.index(range(200), seed=3)
+        for some in ([7, 199, 7, 0], [120], list(range(90, 110))):
+            assert prompts.index(some, seed=3) == [straight[s] for s in some]
+
+    @pytest.mark.parametrize("groups", [Groups(6, 4), Groups(7, 2)], ids=repr)
+    def test_groups_walk_the_table_over_iterations_without_repeats(self, groups):
+        """Also where an epoch ends in the middle of an iteration."""
+        prompts = table(20)
+        seen = []
+        for iteration in range(10):
+            rows = prompts.index(groups.seeds(iteration).tolist(), seed=0)
+            assert rows == [r for r in rows[:: groups.group_size] for _ in range(groups.group_size)]
+            seen += rows[:: groups.group_size]
+        for epoch in range(len(seen) // 20):
+            assert sorted(seen[epoch * 20 : epoch * 20 + 20]) == list(range(20))
+
+    def test_processes_together_see_what_one_sees(self):
+        prompts = table(20)
+        whole = prompts.index(Groups(6, 4).seeds(5).tolist(), seed=0)
+        parts = [prompts.index(Groups(6, 4, r, 3).seeds(5).tolist(), seed=0) for r in range(3)]
+        assert sum(parts, []) == whole
+
+    def test_take_keeps_columns_together(self):
+        prompts = Prompts(({"prompt": "a", "text": "A"}, {"prompt": "b", "text": "B"}))
+        assert prompts.take([1, 0, 1]) == {"prompt": ["b", "a", "b"], "text": ["B", "A", "B"]}
+
+
+class TestTable:
+    def test_duplicates_are_prompts_like_others(self):
+        prompts = Prompts(({"prompt": "a"},) * 3)
+        assert Counter(prompts.index(range(6), seed=0)) == {0: 2, 1: 2, 2: 2}
+
+    def test_an_empty_one_is_refused(self):
+        with pytest.raises(ValueError, match="empty"):
+            Prompts(())
+
+    @pytest.mark.parametrize("bad", [{"text": "x"}, {"prompt": 3}, {"prompt": "a", "more": 1}, {}])
+    def test_a_row_with_other_columns_is_named(self, bad):
+        with pytest.raises(ValueError, match="prompt row 1 has columns"):
+            Prompts(({"prompt": "a"}, bad))
+
+
+class TestLoad:
+    def test_text_is_one_prompt_a_line(self, tmp_path):
+        (tmp_path / "p.txt").write_text("a red fox\n\n  héllo \n", encoding="utf-8")
+        assert load_prompts(str(tmp_path / "p.txt")).take([0, 1]) == {"prompt": ["a red fox", "héllo"]}
+
+    def test_jsonl_is_one_object_a_line(self, tmp_path):
+        rows = [{"prompt": "a", "text": "é"}, {"prompt": "b", "text": "x"}]
+        (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        prompts = load_prompts(str(tmp_path / "p.jsonl"), "heldout")
+        assert prompts.columns == ["prompt", "text"]
+        assert prompts.rows == tuple(rows)
+
+    def test_the_worlds_keep_their_held_out_captions_apart(self):
+        for source, all_of in (("scenes", scenes.heldout_captions()), ("words", None)):
+            train, held = (set(load_prompts(source, split).take(range(10**9))["prompt"]) if False else
+                           {r["prompt"] for r in load_prompts(source, split).rows} for split in ("train", "heldout"))
+            assert train
+            assert held
+            assert not train & held
+            if all_of is not None:
+                assert held == set(all_of)
+
+    def test_words_bring_the_text_to_be_read(self):
+        for row in load_prompts("words").rows[:20]:
+            assert row["prompt"] == words.caption(row["text"])
+
+    @pytest.mark.parametrize("kinds", ["pair", "count,relation"])
+    def test_scenes_can_be_narrowed_to_kinds(self, kinds):
+        found = {scenes.parse(r["prompt"]).kind for r in load_prompts(f"scenes:{kinds}").rows}
+        assert found == set(kinds.split(","))
+
+    def test_kinds_have_about_equal_shares(self):
+        shares = Counter(scenes.parse(r["prompt"]).kind for r in load_prompts("scenes").rows)
+        assert max(shares.values()) < 1.5 * min(shares.values())
+
+    @pytest.mark.parametrize(
+        ("source", "message"),
+        [
+            ("scenes:triple", r"unknown kind of scene \['triple'\]: choose from"),
+            ("prompts.csv", "give a .txt or .jsonl file, or one of"),
+            ("scene", "give a .txt or .jsonl file, or one of"),
+        ],
+    )
+    def test_a_source_that_cannot_be_is_refused(self, source, message):
+        with pytest.raises(ValueError, match=message):
+            load_prompts(source)
+
+    def test_a_missing_file_is_named(self):
+        with pytest.raises(FileNotFoundError, match=r"nowhere\.txt"):
+            load_prompts("nowhere.txt")

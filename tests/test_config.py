@@ -1,0 +1,287 @@
+"""A config is checked completely before anything starts, and every one of its keys does something."""
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlflow import config as config_module
+from rlflow import recipes
+from rlflow.config import (
+    MAY_CHANGE_ON_RESUME,
+    Config,
+    OptimizerConfig,
+    difference,
+    merge,
+    parse,
+    read_yaml,
+    set_value,
+)
+from rlflow.rl.optim import AdamW
+
+RECIPE = "t2i_flow_grpo"
+
+
+def load(*overrides: str, **more: typing.Any) -> Config:
+    return recipes.load(RECIPE, ["train.iterations=1", *overrides], **more)
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+REFUSED = {
+    # misspelt, at every depth
+    "polcy.field=x": r"^polcy: no such setting; did you mean 'policy'\?$",
+    "policy.kernle=cps": r"^policy\.kernle: no such setting; did you mean 'kernel'\?$",
+    "policy.kernel=flow_sed": r"^policy\.kernel: unknown kernel 'flow_sed'; did you mean 'flow_sde'\?$",
+    "policy.kernel={name: cps, etta: 0.5}": r"^policy\.kernel\.etta: cps has no such setting; did you mean 'eta'\?$",
+    "algorithm.optimizer.lrr=1": r"^algorithm\.optimizer\.lrr: no such setting; did you mean 'lr'\?$",
+    "algorithm.kl.beat=1": r"^algorithm\.kl\.beat: no such setting; did you mean 'beta'\?$",
+    "reward.weights={shapes_sotf: 1}": r"^reward\.weights: unknown reward 'shapes_sotf'; did you mean 'shapes_soft'\?$",
+    "eval.metrics={a: cnn_jugde}": r"^eval\.metrics: unknown reward 'cnn_jugde'; did you mean 'cnn_judge'\?$",
+    "env.name=promt": r"^env\.name: unknown env 'promt'; did you mean 'prompt'\?$",
+    "eval.solver=heum": r"^eval\.solver: unknown solver 'heum'; did you mean 'heun'\?$",
+    "advantage=gea": r"^advantage: unknown advantage 'gea'; did you mean 'gae'\?$",
+    # wrong type
+    "train.iterations=2.5": r"^train\.iterations: Input should be a valid integer, got 2\.5$",
+    "train.iterations=true": r"^train\.iterations: Input should be a valid integer, got True$",
+    'policy.num_steps="8"': r"^policy\.num_steps: Input should be a valid integer, got '8'$",
+    "algorithm.optimizer.lr=fast": r"^algorithm\.optimizer\.lr: Input should be a valid number, got 'fast'$",
+    "algorithm.guard=1": r"^algorithm\.guard: Input should be a valid boolean, got 1$",
+    "policy.kernel=5": r"^policy\.kernel: .*got 5\npolicy\.kernel: .*got 5$",
+    "policy.precision=float16": r"^policy\.precision: Input should be 'float32', .* got 'float16'$",
+    "advantage.std=epoc": r"^advantage\.std: Input should be 'group', 'epoch' or 'none', got 'epoc'$",
+    "train=5": r"^train: .*got 5$",
+    "reward.weights={shapes_soft: a lot}": r"^reward\.weights\.shapes_soft: Input should be a valid number",
+    # impossible
+    "policy.kernel={name: cps, eta: 1.8}": r"^policy\.kernel: CPS needs 0 < eta <= 1, got 1\.8",
+    "env.group_size=1": r"^env\.group_size: a group of 1 has no group advantage; set it to 2 or more",
+    "steps={name: window, size: 9}": r"^steps: window needs 9 usable steps but 8 steps less skip_last=2 leave 6: raise",
+    "steps={name: random_window, size: 4, stop: 3}": r"^steps: random_window of size 4 does not fit",
+    "steps={name: window, compress: 2}": r"^steps: compress must be in \(0, 1\], got 2",
+    "policy.grid={name: from_sigmas, sigmas: [1, 0.4, 0.5, 0]}": r"^policy\.grid: a time grid must increase",
+    "algorithm.num_minibatches=4": r"^algorithm\.num_minibatches: 4 must divide env\.num_groups = 6",
+    "algorithm.clip_low=0": r"^algorithm\.clip_low: must be positive, got 0",
+    "algorithm.kl.beta=-1": r"^algorithm\.kl\.beta: must not be negative, got -1",
+    "algorithm.ema_decay=1": r"^algorithm\.ema_decay: must be in \[0, 1\), got 1",
+    "train.iterations=0": r"^train\.iterations: must be positive, got 0$",
+    "train.minutes=.nan": r"^train\.minutes: must be positive, got nan$",
+    "train.minutes=-1": r"^train\.minutes: must be positive, got -1",
+    "eval.every=-1": r"^eval\.every: must not be negative, got -1$",
+    "reward.weights={}": r"^reward\.weights: name at least one reward with a weight that is not 0$",
+    "reward.weights={shapes_soft: 0}": r"^reward\.weights: name at least one reward",
+    # not an assignment
+    "train": r"^override 'train': write section\.key=value$",
+    "=5": r"^override '=5': write section\.key=value$",
+    "train.seed.deeper=5": r"^override 'train\.seed\.deeper=5': 'seed' is a value, not a section$",
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_refused_with_path_reason_and_nearest_name(override: str) -> None:
+    values = recipes.read(RECIPE) | {"train": {"iterations": 1, "seed": 0}}
+    with pytest.raises(ValueError, match=REFUSED[override]):
+        parse_with(values, override)
+
+
+def parse_with(values: dict, override: str) -> Config:
+    set_value(values, override)
+    return parse(values)
+
+
+def test_every_problem_is_listed_at_once() -> None:
+    with pytest.raises(ValueError, match=r"(?s)env\.group_siz: .*\n.*train\.sede: "):
+        load("env.group_siz=1", "train.sede=1")
+
+
+def test_guard_needs_ratios_of_single_steps() -> None:
+    with pytest.raises(ValueError, match=r"^algorithm\.guard: .*set likelihood\.joint=false$"):
+        load("algorithm.guard=true", "likelihood.joint=true")
+
+
+def test_a_budget_is_needed() -> None:
+    with pytest.raises(ValueError, match=r"train: give a budget, train\.iterations=N or train\.minutes=M"):
+        load("train.iterations=", "train.minutes=")
+
+
+def test_foreign_names_need_trust() -> None:
+    with pytest.raises(ValueError, match=r"^policy\.kernel: kernel 'os:getcwd' is code outside rlflow"):
+        load("policy.kernel=os:getcwd")
+    with pytest.raises(ValueError, match=r"^env\.name: env 'os:getcwd' is code outside rlflow"):
+        load("env.name=os:getcwd")
+
+
+def test_unknown_recipes_say_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"unknown recipe 't2i_flow_grop'; did you mean 't2i_flow_grpo'\?"):
+        recipes.load("t2i_flow_grop")
+    with pytest.raises(ValueError, match=r"no recipe file 'absent\.yaml'"):
+        recipes.load("absent.yaml")
+
+
+# -- what is understood ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", "1E-4", "10e-5", ".1e-3"])
+def test_scientific_notation_is_a_number(text: str) -> None:
+    """YAML 1.1 reads 1e-4 as text; on the command line, in a file and inside lists it is a number."""
+    assert load(f"algorithm.optimizer.lr={text}").algorithm.optimizer.lr == 1e-4
+    assert load(f"algorithm.optimizer={{lr: {text}}}").algorithm.optimizer.lr == 1e-4
+    assert read_yaml(f"a: [{text}, {{b: {text}}}]") == {"a": [1e-4, {"b": 1e-4}]}
+
+
+def test_scientific_whole_numbers_count() -> None:
+    assert load("train.iterations=1e3").train.iterations == 1000
+
+
+def test_text_stays_text() -> None:
+    """Names that look like numbers or words of YAML keep their meaning where text is quoted."""
+    assert read_yaml('a: "12"\nb: inf\nc: nan\nd: e5\ne: 1_000') == {
+        "a": "12",
+        "b": "inf",
+        "c": "nan",
+        "d": "e5",
+        "e": 1000,
+    }
+    assert load("about='1.5'").about == "1.5"
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("train.minutes=2", "train.minutes", 2.0),
+        ("algorithm.target_kl=.5", "algorithm.target_kl", 0.5),
+        ("policy.kernel=ancestral", "policy.kernel", "ancestral"),
+        ("policy.kernel.a=0.9", "policy.kernel", {"name": "flow_sde", "a": 0.9}),
+        ("steps.skip_last=2", "steps", {"name": "all_but_last", "skip_last": 2}),
+        ("reward.weights.brightness=0.1", "reward.weights.brightness", 0.1),
+        ("algorithm.optimizer.betas=[0.5, 0.6]", "algorithm.optimizer.betas", [0.5, 0.6]),
+        ("eval.prompts=a=b.txt", "eval.prompts", "a=b.txt"),
+    ],
+)
+def test_an_override_changes_exactly_its_key(override: str, path: str, value: object) -> None:
+    """Nothing is ignored, and nothing else moves."""
+    base = recipes.read(RECIPE)
+    base["train"] = {"iterations": 1}
+    base.setdefault("reward", {}).setdefault("weights", {"shapes_soft": 0.5})
+    changed = yaml.safe_load(yaml.safe_dump(base))
+    set_value(changed, override)
+    before, after = parse(base).to_dict(), parse(changed).to_dict()
+    found = after
+    for part in path.split("."):
+        found = found[part]
+    assert found == value
+    assert [line.partition(":")[0] for line in _all_differences(before, after)] in ([path], [f"{path}.a"])
+
+
+def _all_differences(before: dict, after: dict) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config_module, "MAY_CHANGE_ON_RESUME", ())
+        return difference(before, after)
+
+
+def test_merge_replaces_a_component_and_deepens_a_section() -> None:
+    base = {"policy": {"kernel": {"name": "flow_sde", "a": 0.7}, "num_steps": 8}, "steps": "all"}
+    merged = merge(base, {"policy": {"kernel": {"name": "cps"}}, "steps": {"name": "window"}})
+    assert merged == {"policy": {"kernel": {"name": "cps"}, "num_steps": 8}, "steps": {"name": "window"}}
+    assert merge(base, {"policy": {"kernel": {"a": 0.5}}})["policy"]["kernel"] == {"name": "flow_sde", "a": 0.5}
+    assert base["policy"]["kernel"] == {"name": "flow_sde", "a": 0.7}, "the base is not changed"
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_parses_and_says_what_it_is(name: str) -> None:
+    assert recipes.read(name)["about"]
+    config = recipes.load(name)
+    assert parse(yaml.safe_load(config.to_yaml())) == config, "the resolved config is the same run"
+
+
+def test_a_recipe_file_inherits_and_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: t2i_mixgrpo\npolicy: {kernel: {name: cps, eta: 0.5}}\ntrain: {minutes: 1e-1}\n")
+    config = recipes.load(str(path), ["steps.size=2"])
+    assert config.policy.kernel == {"name": "cps", "eta": 0.5}
+    assert config.train.minutes == 0.1
+    assert config.steps["name"] == "window"
+    assert config.steps["size"] == 2
+
+
+# -- no dead keys ---------------------------------------------------------------------------------
+
+
+def sections() -> Iterator[type]:
+    """Every dataclass of the config."""
+    return (c for c in vars(config_module).values() if dataclasses.is_dataclass(c) and c.__module__ == "rlflow.config")
+
+
+def test_the_optimizer_section_is_the_optimizer() -> None:
+    """It is passed on whole: the same names, types and (but for the recipe's warm-up) defaults."""
+    mine, theirs = typing.get_type_hints(OptimizerConfig), typing.get_type_hints(AdamW)
+    assert {k: v for k, v in mine.items() if k != "__pydantic_config__"} == theirs
+
+
+READ_ELSEWHERE = {
+    "about": "`rlflow list recipes` prints it",
+}
+
+
+def test_every_key_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train one iteration and watch: a key that nobody reads would be a dead one."""
+    import torch
+
+    from rlflow.envs import scenes
+    from rlflow.models.dit import DiT
+    from rlflow.models.io import save_field
+    from rlflow.train.trainer import Trainer
+
+    field = save_field(DiT(scenes.VOCAB, size=8, width=16, depth=1, heads=2), tmp_path / "field")
+    config = load(f"policy.field={field}", "env.num_groups=2", "eval.num=4", "eval.metrics={strict: brightness}")
+    seen: set[tuple[str, str]] = set()
+    watching = True
+
+    def watch(cls: type) -> None:
+        def read(self: object, name: str) -> object:
+            if watching:
+                seen.add((cls.__name__, name))
+            return object.__getattribute__(self, name)
+
+        monkeypatch.setattr(cls, "__getattribute__", read)
+
+    real = Config.to_dict
+
+    def unseen(self: Config) -> dict:
+        nonlocal watching
+        watching = False
+        try:
+            return real(self)
+        finally:
+            watching = True
+
+    monkeypatch.setattr(Config, "to_dict", unseen)
+    monkeypatch.setattr("rlflow.train.trainer.parse", lambda values, trust: parse_unseen(values, trust))
+
+    def parse_unseen(values: dict, trust: bool) -> Config:
+        """The checks read everything: what counts is the run."""
+        nonlocal watching
+        watching = False
+        try:
+            return parse(values, trust)
+        finally:
+            watching = True
+
+    for cls in sections():
+        watch(cls)
+    torch.set_num_threads(1)
+    Trainer(config, tmp_path / "run", quiet=True).fit()
+    keys = {(cls.__name__, f.name) for cls in sections() for f in dataclasses.fields(cls)}
+    dead = sorted(key for key in keys - seen if key[1] not in READ_ELSEWHERE)
+    assert not dead
+
+
+def test_what_may_change_on_resume_exists() -> None:
+    values = load().to_dict()
+    for path in MAY_CHANGE_ON_RESUME:
+        node: typing.Any = values
+        for part in path.split("."):
+            assert part in node, path
+            node = node[part]
