@@ -104,4 +104,5 @@ def _glyph(letter: str) -> NDArray[np.float32]:
     ImageDraw.Draw(canvas).text((40, 40), letter, font=font, fill=255, stroke_width=4)
     tight = canvas.crop(canvas.getbbox())
     width = min(CELL_WIDTH, max(3, round(tight.width * CAP_HEIGHT / tight.height)))
-    return np.asarray(tight.resize((width, CAP_HEIGHT), Image.Resampling.BOX), np.float32) / 255
+    scaled = tight.resize((width, CAP_HEIGHT), Image.Resampling.BOX)
+    return np.asarray(scaled, np.float32) / np.float32(255)

@@ -1,8 +1,8 @@
 """Flow-GRPO in one file: an executable specification, written from the paper in ITS convention.
 
-Liu et al. 2025, "Flow-GRPO: Training Flow Matching Models via Online RL" (arXiv:2505.05470); Shao et al. 2024 for
-GRPO. Time is sigma, from 1 (noise) to 0 (data): x_sigma = (1 - sigma) data + sigma noise, and the network predicts
-v = noise - data. Read it from top to bottom; tests/rl/test_single_file.py holds rlflow to the same gradients.
+Liu et al. 2025, "Flow-GRPO: Training Flow Matching Models via Online RL" (arXiv:2505.05470). Time is sigma, from 1
+(noise) to 0 (data): x_sigma = (1 - sigma) data + sigma noise, and the network predicts v = noise - data. Read it
+from top to bottom; tests/rl/test_single_file.py holds rlflow to the same gradients.
 
 Nothing of rlflow's flow mathematics, learners or trainer is used. The package lends the network with its weights
 (converted at the border, in `Backbone`), the captions and the reward.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import time
@@ -31,6 +32,20 @@ from rlflow.types import Cond
 
 
 @dataclass(frozen=True)
+class Settings:
+    """a = `noise_level`, eps = `clip`, beta = `kl`, K = `num_steps`; `rows` samples are scored at once."""
+
+    num_steps: int = 8
+    noise_level: float = 0.7
+    group_size: int = 16
+    std_of: str = "group"  # whose rewards scale the advantage: the "group"'s or the "epoch"'s
+    clip: float = 2e-3
+    kl: float = 0.0
+    max_grad_norm: float = 1.0
+    rows: int = 96
+
+
+@dataclass(frozen=True)
 class Transition:
     """One denoising step of N samples, as it was taken: states (N, C, H, W), its times, log-density (N,)."""
 
@@ -41,9 +56,6 @@ class Transition:
     log_prob: Tensor
 
 
-# -- the network's border ---------------------------------------------------------------------------------------
-
-
 class Backbone:
     """The package's network in this file's convention: its own time is 1 - sigma, its velocity data - noise."""
 
@@ -51,7 +63,7 @@ class Backbone:
         self.net, self.bf16 = net, bf16
 
     def precision(self) -> torch.autocast:
-        """The network alone runs in bfloat16; every quantity outside is at least float32."""
+        """The network alone runs in bfloat16; everything outside is at least float32."""
         return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
 
     def encode(self, captions: Sequence[str]) -> Cond:
@@ -69,13 +81,8 @@ class Backbone:
 # -- the chain ---------------------------------------------------------------------------------------------------
 
 
-def uniform_sigmas(num_steps: int) -> list[float]:
-    """K + 1 times from 1 to 0."""
-    return [1 - k / num_steps for k in range(num_steps + 1)]
-
-
 def sde_step(x: Tensor, v: Tensor, sigma: float, sigma_next: float, noise_level: float) -> tuple[Tensor, float]:
-    """Mean and standard deviation of the next state: equation 9 of the paper, with dt = sigma_next - sigma < 0.
+    """Mean and standard deviation of the next state, with dt = sigma_next - sigma < 0:
 
     dx = [v + g^2 / (2 sigma) (x + (1 - sigma) v)] dt + g dW,   g = a sqrt(sigma / (1 - sigma))
     At sigma = 1 the released code puts the first grid point after it into the denominator of g.
@@ -94,7 +101,7 @@ def log_density(x_next: Tensor, mean: Tensor, std: float) -> Tensor:
 
 @torch.no_grad()
 def rollout(
-    net: Backbone, captions: Sequence[str], sigmas: Sequence[float], noise_level: float, noise: Iterator[Tensor]
+    net: Backbone, captions: Sequence[str], settings: Settings, noise: Iterator[Tensor]
 ) -> tuple[Tensor, list[Transition]]:
     """Samples (N, C, H, W) and the K - 1 stochastic steps that led to them.
 
@@ -102,33 +109,32 @@ def rollout(
     ODE: noise added there would stay in the picture.
     """
     x, cond, chain = next(noise), net.encode(captions), []
-    for sigma, sigma_next in zip(sigmas[:-2], sigmas[1:-1], strict=True):
-        mean, std = sde_step(x, net.velocity(x, sigma, cond), sigma, sigma_next, noise_level)
+    sigmas = [1 - k / settings.num_steps for k in range(settings.num_steps + 1)]
+    for sigma, sigma_next in itertools.pairwise(sigmas[:-1]):
+        mean, std = sde_step(x, net.velocity(x, sigma, cond), sigma, sigma_next, settings.noise_level)
         x_next = mean + std * next(noise)
         chain.append(Transition(x, x_next, sigma, sigma_next, log_density(x_next, mean, std)))
         x = x_next
-    return x + net.velocity(x, sigmas[-2], cond) * (sigmas[-1] - sigmas[-2]), chain
+    return x - sigmas[-2] * net.velocity(x, sigmas[-2], cond), chain
 
 
 # -- the objective -----------------------------------------------------------------------------------------------
 
 
-def group_advantage(reward: Tensor, group_size: int, scope: str = "group") -> tuple[Tensor, Tensor]:
+def group_advantage(reward: Tensor, group_size: int, std_of: str) -> tuple[Tensor, Tensor]:
     """A = (r - mean of its group) / (std + 1e-4), clipped to +-5, and which rows (N,) carry a signal.
 
-    The std is that of the group, or of all rewards of the iteration (scope "epoch"). Where all members of a group
-    have the same reward there is nothing to learn, and the group leaves the mean of the loss.
+    Where all members of a group have the same reward there is nothing to learn: it leaves the mean of the loss.
     """
     groups = reward.reshape(-1, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
     spread = groups.std(1, correction=0, keepdim=True)
-    scale = spread if scope == "group" else reward.std(correction=0)
-    advantage = (centred / (scale + 1e-4)).clamp(-5, 5)
+    scale = spread if std_of == "group" else reward.std(correction=0)
+    advantage = ((groups - groups.mean(1, keepdim=True)) / (scale + 1e-4)).clamp(-5, 5)
     return advantage.flatten(), (spread > 1e-6).expand_as(groups).flatten()
 
 
 def clipped_loss(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """max(-A r, -A clip(r, 1 - eps, 1 + eps)), elementwise: equation 5."""
+    """max(-A r, -A clip(r, 1 - eps, 1 + eps)), elementwise."""
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
 
 
@@ -137,20 +143,9 @@ def kl_to_reference(mean: Tensor, ref_mean: Tensor, std: float) -> Tensor:
     return ((mean - ref_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The learner: `kl` is beta, `clip` eps; `rows` samples go through the network at once."""
-
-    noise_level: float = 0.7
-    clip: float = 2e-3
-    kl: float = 0.0
-    max_grad_norm: float = 1.0
-    rows: int = 96
-
-
 def accumulate_gradients(
     net: Backbone,
-    reference: Backbone | None,
+    reference: Backbone,
     captions: Sequence[str],
     chain: Sequence[Transition],
     advantage: Tensor,
@@ -159,30 +154,27 @@ def accumulate_gradients(
 ) -> dict[str, float]:
     """Gradient of E[clipped loss] + beta E[KL] over all samples and steps, into .grad; returns the statistics."""
     num_pairs, num_used = len(chain) * len(used), max(1, len(chain) * int(used.sum()))
-    total = dict.fromkeys(("loss", "ratio_mean", "clip_frac", "first_log_ratio_max", "kl"), 0.0)
-    for step in chain:
-        for start in range(0, len(used), settings.rows):
-            rows = slice(start, start + settings.rows)
-            x, words, mine = step.x[rows], captions[rows], used[rows].to(advantage.dtype)
-            v = net.velocity(x, step.sigma, net.encode(words))
-            mean, std = sde_step(x, v, step.sigma, step.sigma_next, settings.noise_level)
-            log_ratio = log_density(step.x_next[rows], mean, std) - step.log_prob[rows]
-            ratio = log_ratio.exp()
-            loss = (clipped_loss(ratio, advantage[rows], settings.clip) * mine).sum() / num_used
-            if reference is not None:
-                with torch.no_grad():
-                    v_ref = reference.velocity(x, step.sigma, reference.encode(words))
-                    ref_mean, _ = sde_step(x, v_ref, step.sigma, step.sigma_next, settings.noise_level)
-                kl = kl_to_reference(mean, ref_mean, std).sum() / num_pairs
-                total["kl"] += kl.item()
-                loss = loss + settings.kl * kl
-            loss.backward()
-            up, down = ratio > 1 + settings.clip, ratio < 1 - settings.clip
-            cut = (up & (advantage[rows] > 0)) | (down & (advantage[rows] < 0))
-            total["loss"] += loss.item()
-            total["ratio_mean"] += (ratio.detach() * mine).sum().item() / num_used
-            total["clip_frac"] += (cut * mine).sum().item() / num_used
-            total["first_log_ratio_max"] = max(total["first_log_ratio_max"], log_ratio.abs().max().item())
+    total = dict.fromkeys(("loss", "ratio_mean", "clip_frac", "kl", "first_log_ratio_max"), 0.0)
+    for step, start in itertools.product(chain, range(0, len(used), settings.rows)):
+        rows = slice(start, start + settings.rows)
+        x, a, weight = step.x[rows], advantage[rows], used[rows].to(advantage) / num_used
+        times = step.sigma, step.sigma_next, settings.noise_level
+        mean, std = sde_step(x, net.velocity(x, step.sigma, net.encode(captions[rows])), *times)
+        log_ratio = log_density(step.x_next[rows], mean, std) - step.log_prob[rows]
+        ratio = log_ratio.exp()
+        loss = (clipped_loss(ratio, a, settings.clip) * weight).sum()
+        total["loss"] += loss.item()
+        if settings.kl:
+            with torch.no_grad():
+                v_ref = reference.velocity(x, step.sigma, reference.encode(captions[rows]))
+            kl = kl_to_reference(mean, sde_step(x, v_ref, *times)[0], std).sum() / num_pairs
+            total["kl"] += kl.item()
+            loss = loss + settings.kl * kl
+        loss.backward()
+        cut = torch.where(a > 0, ratio > 1 + settings.clip, ratio < 1 - settings.clip) & (a != 0)
+        total["ratio_mean"] += (ratio.detach() * weight).sum().item()
+        total["clip_frac"] += (cut * weight).sum().item()
+        total["first_log_ratio_max"] = max(total["first_log_ratio_max"], log_ratio.abs().max().item())
     return total
 
 
@@ -193,20 +185,10 @@ class FlowGRPO:
     """`iterate(captions)` samples a group for every caption and takes one AdamW step."""
 
     def __init__(
-        self,
-        net: Backbone,
-        reward: Callable[[Tensor, list[str]], Tensor],
-        settings: Settings,
-        *,
-        group_size: int,
-        num_steps: int,
-        lr: float,
-        scope: str = "group",
-        seed: int = 0,
+        self, net: Backbone, reward: Callable[..., Tensor], settings: Settings, lr: float = 2e-4, seed: int = 0
     ) -> None:
         self.net, self.reward, self.settings = net, reward, settings
-        self.group_size, self.scope, self.sigmas = group_size, scope, uniform_sigmas(num_steps)
-        self.reference = copy.deepcopy(net) if settings.kl else None
+        self.reference = copy.deepcopy(net) if settings.kl else net
         self.parameters = list(net.net.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.generator = torch.Generator().manual_seed(seed)
@@ -216,31 +198,17 @@ class FlowGRPO:
         while True:
             yield torch.randn((num, *self.net.net.event_shape), generator=self.generator)
 
-    def sample(self, captions: Sequence[str]) -> tuple[Tensor, list[Transition]]:
-        """Images in [0, 1] and their chains, `rows` at a time."""
-        size, level = self.settings.rows, self.settings.noise_level
-        pieces = [captions[i : i + size] for i in range(0, len(captions), size)]
-        parts = [rollout(self.net, c, self.sigmas, level, self.noise(len(c))) for c in pieces]
-        final, chains = zip(*parts, strict=True)
-        return self.net.net.decode(torch.cat(final)), [join(steps) for steps in zip(*chains, strict=True)]
-
     def iterate(self, captions: Sequence[str]) -> dict[str, float]:
         """One iteration on G samples of each caption; returns metrics."""
-        repeated = [c for c in captions for _ in range(self.group_size)]
-        images, chain = self.sample(repeated)
-        reward = self.reward(images, repeated)
-        advantage, used = group_advantage(reward, self.group_size, self.scope)
+        s, repeated = self.settings, [c for c in captions for _ in range(self.settings.group_size)]
+        final, chain = rollout(self.net, repeated, s, self.noise(len(repeated)))
+        reward = self.reward(self.net.net.decode(final), repeated)
+        advantage, used = group_advantage(reward, s.group_size, s.std_of)
         self.optimizer.zero_grad()
-        out = accumulate_gradients(self.net, self.reference, repeated, chain, advantage, used, self.settings)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        out = accumulate_gradients(self.net, self.reference, repeated, chain, advantage, used, s)
+        norm = nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm)
         self.optimizer.step()
         return {"reward": reward.mean().item(), "used_frac": used.float().mean().item(), "grad_norm": norm.item()} | out
-
-
-def join(parts: Sequence[Transition]) -> Transition:
-    """The same step of several batches as one."""
-    x, x_next, log_prob = (torch.cat([getattr(p, n) for p in parts]) for n in ("x", "x_next", "log_prob"))
-    return Transition(x, x_next, parts[0].sigma, parts[0].sigma_next, log_prob)
 
 
 def shapes_reward(images: Tensor, captions: list[str]) -> Tensor:
@@ -248,41 +216,31 @@ def shapes_reward(images: Tensor, captions: list[str]) -> Tensor:
     return 0.5 * shapes_soft(images, captions) + 0.5 * shapes_strict(images, captions)
 
 
+def load_network() -> DiT:
+    """The embedded shapes model; untrained where the package comes without it."""
+    return load_field("shapes") if "shapes" in embedded() else DiT(scenes.VOCAB)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train and print one JSON line an iteration."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description="Flow-GRPO on the embedded shapes model")
     p.add_argument("--iterations", type=int, default=20)
     p.add_argument("--prompts", type=int, default=6, help="captions an iteration")
     p.add_argument("--group-size", type=int, default=16)
     p.add_argument("--steps", type=int, default=8, help="K, denoising steps")
-    p.add_argument("--noise-level", type=float, default=0.7, help="a")
-    p.add_argument("--clip", type=float, default=2e-3)
     p.add_argument("--kl", type=float, default=0.0, help="beta")
     p.add_argument("--lr", type=float, default=2e-4)
-    p.add_argument("--std", choices=["group", "epoch"], default="epoch")
-    p.add_argument("--rows", type=int, default=96, help="samples through the network at once")
+    p.add_argument("--float32", action="store_true", help="no bfloat16 in the network")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--float32", action="store_true", help="no bf16 autocast")
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args(argv)
     torch.set_num_threads(a.threads)
-    torch.manual_seed(a.seed)
-    net = load_field("shapes") if "shapes" in embedded() else DiT(scenes.VOCAB)
-    settings = Settings(a.noise_level, a.clip, a.kl, rows=a.rows)
-    learner = FlowGRPO(
-        Backbone(net, bf16=not a.float32),
-        shapes_reward,
-        settings,
-        group_size=a.group_size,
-        num_steps=a.steps,
-        lr=a.lr,
-        scope=a.std,
-        seed=a.seed,
-    )
-    captions, order = scenes.train_captions(), torch.Generator().manual_seed(a.seed)
+    settings = Settings(num_steps=a.steps, group_size=a.group_size, kl=a.kl, std_of="epoch")
+    learner = FlowGRPO(Backbone(load_network(), bf16=not a.float32), shapes_reward, settings, a.lr, a.seed)
+    captions, order = scenes.train_captions(("pair",)), torch.Generator().manual_seed(a.seed)
     for iteration in range(a.iterations):
-        chosen = torch.randint(len(captions), (a.prompts,), generator=order).tolist()
         begin = time.perf_counter()
+        chosen = torch.randint(len(captions), (a.prompts,), generator=order).tolist()
         metrics = learner.iterate([captions[i] for i in chosen])
         print(json.dumps({"iteration": iteration, "seconds": time.perf_counter() - begin} | metrics), flush=True)
 

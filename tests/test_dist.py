@@ -34,6 +34,11 @@ from rlflow.rewards.colour import brightness
 from rlflow.train.trainer import Trainer
 
 
+def stop_on_the_last_rank(trainer, iteration, metrics):
+    if dist.rank() == dist.world() - 1:
+        trainer.stop()
+
+
 def masked(images, hide):
     return torch.where(torch.tensor(hide) > 0, torch.nan, brightness(images))
 
@@ -42,7 +47,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     root = Path(sys.argv[1])
     for name, values in json.loads((root / "cases.json").read_text()).items():
-        Trainer(values, root / sys.argv[2] / name, trust_code=True, quiet=True).fit()
+        callbacks = [stop_on_the_last_rank] if name == "one rank stopped" else []
+        Trainer(values, root / sys.argv[2] / name, trust_code=True, quiet=True, callbacks=callbacks).fit()
     dist.stop()
 '''
 
@@ -77,6 +83,7 @@ def cases(root: Path) -> dict[str, dict]:
             "algorithm": base["algorithm"] | {"num_minibatches": two["num_minibatches"], "target_kl": 1.0},
         },
         "ppo": base | {"advantage": {"name": "gae", "gamma": 1.0}},
+        "one rank stopped": base,
         "one rank masked": base
         | {
             "env": {"num_groups": 2, "group_size": 4, "prompts": str(prompts)},
@@ -118,7 +125,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-CASES = ("grpo", "two rewards, minibatches", "ppo", "one rank masked")
+CASES = ("grpo", "two rewards, minibatches", "ppo", "one rank stopped", "one rank masked")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -150,6 +157,13 @@ def test_one_rank_without_a_score_hangs_nobody(runs: Path) -> None:
     rows = [row for row in read_metrics(runs / "two" / "one rank masked") if row["kind"] == "train"]
     assert [row["rollout/masked_frac"] for row in rows] == [0.5, 0.5]
     assert all(row["optim/grad_norm"] > 0 and math.isfinite(row["reward/mean"]) for row in rows)
+
+
+def test_one_rank_that_is_stopped_stops_all(runs: Path) -> None:
+    """A signal may reach one process only: all finish the same iteration, save and skip the evaluation."""
+    rows = read_metrics(runs / "two" / "one rank stopped")
+    assert [(row["iteration"], row["kind"]) for row in rows] == [(0, "eval"), (1, "train")]
+    assert Checkpoints(runs / "two" / "one rank stopped").load("last")[0] == 1
 
 
 def test_one_process_needs_no_group() -> None:

@@ -253,12 +253,13 @@ class PolicyGradient:
             cond = batch.cond(rows)
         weight = batch.row_alive[rows]
         total = dist.all_sum(weight.sum()).clamp(min=1.0)
-        for _ in range(self.critic_steps):
+        for step in range(self.critic_steps):
             self.critic_optimizer.zero_grad()
             loss = weighted_sum((self.critic(cond) - batch.returns[rows]).square(), weight) / total
+            if step == 0:
+                log.extra("critic/loss", loss.detach())
             loss.backward()
             self.critic_optimizer.step()
-        log.extra("critic/loss", loss.detach())
 
     @torch.no_grad()
     def values(self, rollout: Rollout, cond: Any) -> tuple[Tensor | None, Tensor | None]:

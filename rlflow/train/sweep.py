@@ -128,8 +128,8 @@ def parse_table(values: dict[str, Any]) -> Table:
 def _problem(item: Any) -> str:
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        section = {1: Table, 2: At, 3: RunSpec}.get(len(item["loc"]), Table)
-        return f"{path}: no such setting{nearest(str(item['loc'][-1]), section.__dataclass_fields__)}"
+        section: type = {1: Table, 2: At, 3: RunSpec}.get(len(item["loc"]), Table)
+        return f"{path}: no such setting{nearest(str(item['loc'][-1]), [f.name for f in dataclasses.fields(section)])}"
     return f"{path}: {item['msg']}"
 
 

@@ -344,7 +344,7 @@ def _default_run(recipe: str) -> Path:
 def _reward_metrics(rollout: Rollout) -> dict[str, float]:
     """Mean and std of the total and of each reward over all ranks; a mean of nothing is nan, not 0."""
     named = {f"reward/{name}": (value, value.isfinite()) for name, value in rollout.reward_parts.items()}
-    out = {}
+    out: dict[str, float] = {}
     for name, (value, weight) in {"reward": (rollout.reward, rollout.weight), **named}.items():
         mean, std, count = (float(m) for m in moments(value, weight))
         out |= {f"{name}/mean": mean if count else math.nan, f"{name}/std": std if count else math.nan}

@@ -1,7 +1,12 @@
-"""Commands run as processes side by side, one thread each; a signal is handed on once, so that runs checkpoint."""
+"""Commands run as processes side by side, one thread each; a signal is handed on once, so that runs checkpoint.
+
+A process holds a lock for as long as it lives: if this program is killed, its successor does not start what
+still runs.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -53,13 +58,19 @@ class Workers:
         self.stopped = True
 
     def _start(self, title: str) -> None:
-        with (self.logs / f"{title}.log").open("ab") as out:
+        with (self.logs / f"{title}.log").open("ab") as out, (self.logs / f"{title}.lock").open("wb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.failed.append(f"{title}: still runs since an earlier sweep; wait for it, or stop it")
+                return
             process = subprocess.Popen(
                 self.commands[title],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
                 start_new_session=True,  # Ctrl-C reaches them through us, once
+                pass_fds=[lock.fileno()],
             )
         self.running[process] = title
 

@@ -255,6 +255,18 @@ class TestDeployment:
         assert float(a.abs().max()) > 1
 
 
+def test_noisy_steps_may_be_left_unscored_in_every_row():
+    """A plan made by hand: all steps are noisy, the second and fourth are scored."""
+    policy = build()
+    noisy = torch.ones(K, dtype=torch.bool)
+    scored = torch.zeros(K, dtype=torch.bool)
+    scored[[1, 3]] = True
+    plan = Plan(policy.grid(K), scored, noisy)
+    chain = policy.sample(condition(policy), plan, key=KEY, keep_path=True)
+    assert chain.t.shape == (N, 2)
+    assert_consecutive(chain, plan)
+
+
 class TestSolverMemory:
     def euler_gap(self, steps: Steps, k: int) -> float:
         """How far step k, after a window that is step 3, is from an Euler step."""
@@ -477,6 +489,16 @@ class TestGradients:
         assert float(x_0.grad.abs().sum()) > 0
         assert float(obs.grad.abs().sum()) > 0
 
+    def test_pass_the_rounding_of_stored_states_straight_through(self):
+        gradients = []
+        for storage in (None, torch.bfloat16):
+            torch.manual_seed(0)
+            policy = build(storage_dtype=storage).requires_grad_(True)
+            draw(policy, All()).final.square().sum().backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+        assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
+        assert float(gradients[1].norm() / gradients[0].norm()) == pytest.approx(1, abs=0.02)
+
     def test_are_the_callers_choice(self):
         policy = build().requires_grad_(True)
         assert draw(policy, All()).final.requires_grad
@@ -511,6 +533,13 @@ class TestCheckSteps:
     def test_a_step_that_is_scored_only_sometimes_counts(self, steps):
         with pytest.raises(ValueError, match="zero std"):
             self.policy(CPS(0.7)).check_steps(steps)
+
+    def test_max_kappa_is_the_limit(self):
+        """CPS(.7) has 1.61 at .8 -> .9 of the uniform grid, its largest."""
+        policy = self.policy(CPS(0.7))
+        policy.check_steps(AllButLast(), max_kappa=1.7)
+        with pytest.raises(ValueError, match=r"kappa.* \[1\.6\] at steps \[8\], above 1\.5"):
+            policy.check_steps(AllButLast(), max_kappa=1.5)
 
     def test_kernels_with_noise_at_the_end_may_score_it(self):
         self.policy(FlowSDE(0.7)).check_steps(All())
