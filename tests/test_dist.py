@@ -1,5 +1,6 @@
 """Two processes are one: torchrun over gloo in float64 gives the weights and the metrics of a single process."""
 
+import importlib
 import json
 import math
 import os
@@ -43,14 +44,18 @@ def masked(images, hide):
     return torch.where(torch.tensor(hide) > 0, torch.nan, brightness(images))
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    root = Path(sys.argv[1])
+def run(root, folder):
     for name, values in json.loads((root / "cases.json").read_text()).items():
         callbacks = [stop_on_the_last_rank] if name == "one rank stopped" else []
-        Trainer(values, root / sys.argv[2] / name, trust_code=True, quiet=True, callbacks=callbacks).fit()
+        Trainer(values, root / folder / name, trust_code=True, quiet=True, callbacks=callbacks).fit()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(Path(sys.argv[1]), "two")
     dist.stop()
 '''
+HELPER = "rlflow_tests_dist"
 
 
 def cases(root: Path) -> dict[str, dict]:
@@ -87,7 +92,7 @@ def cases(root: Path) -> dict[str, dict]:
         "one rank masked": base
         | {
             "env": {"num_groups": 2, "group_size": 4, "prompts": str(prompts)},
-            "reward": {"weights": {"helper:masked": 1.0}},
+            "reward": {"weights": {f"{HELPER}:masked": 1.0}},
         },
     }
 
@@ -113,15 +118,18 @@ def finish(process: subprocess.Popen[bytes]) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case by one process and by two."""
     root = tmp_path_factory.mktemp("dist")
-    (root / "helper.py").write_text(SCRIPT)
+    (root / f"{HELPER}.py").write_text(SCRIPT)
     (root / "cases.json").write_text(json.dumps(cases(root)))
     torchrun = [*("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1")]
     torchrun += ["--master-port", str(free_port())]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    for name, launch in (("one", []), ("two", torchrun)):
-        command = [sys.executable, *launch, str(root / "helper.py"), str(root), name]
-        finish(subprocess.Popen(command, env=environment, start_new_session=True, **pipes))
+    command = [sys.executable, *torchrun, str(root / f"{HELPER}.py"), str(root)]
+    two = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(root))
+        importlib.import_module(HELPER).run(root, "one")
+    finish(two)
     return root
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -129,7 +129,7 @@ def _problem(item: Any) -> str:
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         section: type = {1: Table, 2: At, 3: RunSpec}.get(len(item["loc"]), Table)
-        return f"{path}: no such setting{nearest(str(item['loc'][-1]), [f.name for f in dataclasses.fields(section)])}"
+        return f"{path}: no such setting{nearest(str(item['loc'][-1]), [f.name for f in fields(section)])}"
     return f"{path}: {item['msg']}"
 
 

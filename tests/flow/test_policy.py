@@ -255,16 +255,39 @@ class TestDeployment:
         assert float(a.abs().max()) > 1
 
 
-def test_noisy_steps_may_be_left_unscored_in_every_row():
-    """A plan made by hand: all steps are noisy, the second and fourth are scored."""
-    policy = build()
-    noisy = torch.ones(K, dtype=torch.bool)
-    scored = torch.zeros(K, dtype=torch.bool)
-    scored[[1, 3]] = True
-    plan = Plan(policy.grid(K), scored, noisy)
-    chain = policy.sample(condition(policy), plan, key=KEY, keep_path=True)
-    assert chain.t.shape == (N, 2)
-    assert_consecutive(chain, plan)
+class TestPlansMadeByHand:
+    def test_noisy_steps_may_be_left_unscored_in_every_row(self):
+        policy = build()
+        noisy = torch.ones(K, dtype=torch.bool)
+        scored = torch.zeros(K, dtype=torch.bool)
+        scored[[1, 3]] = True
+        plan = Plan(policy.grid(K), scored, noisy)
+        chain = policy.sample(condition(policy), plan, key=KEY, keep_path=True)
+        assert chain.t.shape == (N, 2)
+        assert_consecutive(chain, plan)
+
+    def test_rows_may_have_grids_of_their_own(self):
+        """Each row equals the row sampled alone on its grid."""
+        policy = build()
+        grids = torch.stack([Shifted(1 + 0.5 * i)(K) for i in range(N)])
+        scored = torch.arange(K) < 3
+        chain = policy.sample(condition(policy), Plan(grids, scored, scored), key=KEY, keep_path=True)
+        assert torch.equal(chain.path_t, grids)
+        for i in range(N):
+            row = torch.tensor([i])
+            alone = policy.sample(condition(policy).index(row), Plan(grids[i], scored, scored), key=KEY, row_ids=row)
+            close(alone.final, chain.final[row])
+            close(alone.mean, chain.mean[row])
+            assert torch.equal(alone.t_next, chain.t_next[row])
+
+    def test_rows_that_differ_share_no_prefix_even_where_all_are_silent(self):
+        policy = build()
+        noisy = torch.zeros(4, K, dtype=torch.bool)
+        noisy[[0, 1, 2, 3], [2, 3, 3, 5]] = True
+        plan, cond = Plan(policy.grid(K), noisy, noisy), condition(policy, 2)
+        shared = policy.sample(cond, plan, key=KEY, copies=2, shared_noise=True)
+        x_0 = noise(Key(5, "sample/x_0", 2), torch.tensor([0, 0, 2, 2]), EVENT, torch.float64)
+        assert same(shared, policy.sample(cond.repeat(2), plan, key=KEY, x_0=x_0))
 
 
 class TestSolverMemory:
