@@ -149,6 +149,7 @@ class FlowPolicy(nn.Module):
         plan, key = plan or self.plan(), key or Key(0, "sample")
         num = len(cond) * copies
         row_ids = torch.arange(num) if row_ids is None else row_ids.cpu()
+        self._check_rows(plan, num, row_ids)
         run = _Run(self, plan, key, row_ids, keep_path)
         if x_0 is None:
             x_0 = run.noise("x_0", 0, row_ids[::copies] if shared_noise else row_ids)
@@ -162,6 +163,12 @@ class FlowPolicy(nn.Module):
         return run.chain()
 
     # -- checks -----------------------------------------------------------------------------------
+
+    def _check_rows(self, plan: Plan, num: int, row_ids: Tensor) -> None:
+        if len(row_ids) != num:
+            raise ValueError(f"{len(row_ids)} row_ids for {num} samples: pass one id per sample, copies included")
+        if plan.noisy.ndim == 2 and not isinstance(self.solver, Euler):
+            raise ValueError("a plan whose rows differ in noise needs one network call per step: use solver=euler")
 
     def check_steps(self, steps: Steps, max_kappa: float = 5.0) -> None:
         """ValueError unless every step that `steps` can score has a usable density on this policy's grid."""
@@ -211,6 +218,8 @@ class _Run:
         self.x = x
         for k in ks:
             t, t_next = self.time(k, len(self.x)), self.time(k + 1, len(self.x))
+            if self.plan.noisy[..., k].any():
+                self.x = self._stored(self.x)  # both ends of a pair are kept
             self._remember(t)
             if self.plan.noisy.ndim == 2:
                 self._mixed(k, t, t_next, cond)

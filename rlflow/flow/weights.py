@@ -1,7 +1,8 @@
 """Named weight sets of the trainable parameters: 'live', 'ref', 'old', 'ema'; one mechanism for all.
 
 A set holds copies of the trainable parameters only, so with LoRA the reference (adapters at their
-start, where they add nothing) costs megabytes. Swapping exchanges storage and copies nothing.
+start, where they add nothing) costs megabytes. Using a set points the parameters at its storage and
+copies nothing; a set never holds the live weights, so it may be saved at any time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn as nn
 from torch import Tensor
+
+from rlflow.flow.path import at_least_float
 
 
 class WeightSets:
@@ -26,18 +29,23 @@ class WeightSets:
         """The trainable parameters by name."""
         return {n: p for n, p in self._module[0].named_parameters() if p.requires_grad}
 
-    @torch.no_grad()
     def snapshot(self, name: str) -> None:
         """Store the live weights under `name`."""
-        if name == "live" or self.active != "live":
-            raise ValueError(f"cannot store the set {name!r} while {self.active!r} is in place")
+        self._only_live(name)
         self.sets[name] = {n: p.detach().clone() for n, p in self.parameters().items()}
 
     @torch.no_grad()
     def blend(self, name: str, decay: float) -> None:
-        """set <- decay set + (1 - decay) live, in at least float32."""
-        live = self.parameters()
-        torch._foreach_lerp_([self.sets[name][n] for n in live], [p.detach() for p in live.values()], 1 - decay)
+        """set <- decay set + (1 - decay) live; the set becomes at least float32, where small steps count."""
+        self._only_live(name)
+        stored, live = self.sets[name], self.parameters()
+        stored.update({n: at_least_float(stored[n]) for n in live})
+        new = [at_least_float(p.detach()) for p in live.values()]
+        torch._foreach_lerp_([stored[n] for n in live], new, 1 - decay)
+
+    def _only_live(self, name: str) -> None:
+        if name == "live" or self.active != "live":
+            raise ValueError(f"cannot store the set {name!r} while {self.active!r} is in place")
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
@@ -49,29 +57,39 @@ class WeightSets:
             raise KeyError(f"no weight set {name!r}; stored: {sorted(self.sets)}")
         if self.active != "live":
             raise ValueError(f"cannot use {name!r} while {self.active!r} is in place: weight sets do not nest")
-        self._swap(name)
+        stored, named = self.sets[name], dict(self._module[0].named_parameters())
+        self._check_complete(name, stored)
+        live = {n: named[n].data for n in stored}  # by stored name: freezing parameters inside changes nothing
+        for n, value in stored.items():
+            named[n].data = value.to(live[n])
         self.active = name
         try:
             yield
         finally:
             self.active = "live"
-            self._swap(name)
+            for n, value in live.items():
+                named[n].data = value
 
-    def _swap(self, name: str) -> None:
-        stored = self.sets[name]
-        for n, p in self.parameters().items():
-            p.data, stored[n] = stored[n], p.data
+    def _check_complete(self, name: str, stored: dict[str, Tensor]) -> None:
+        missing = sorted(self.parameters().keys() - stored.keys())
+        if missing:
+            raise ValueError(
+                f"the weight set {name!r} lacks {missing}: they became trainable after it was stored; store it again"
+            )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat 'set/parameter' tensors."""
         return {f"{s}/{n}": v for s, values in self.sets.items() for n, v in values.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `state_dict`; shapes and names must match the trainable parameters."""
-        live = self.parameters()
+        """Inverse of `state_dict`; shapes and names must match the parameters."""
+        named = dict(self._module[0].named_parameters())
         sets: dict[str, dict[str, Tensor]] = {}
         for key, value in state.items():
             name, _, parameter = key.partition("/")
-            like = live[parameter]
-            sets.setdefault(name, {})[parameter] = value.to(like.device, like.dtype).reshape(like.shape).clone()
+            if parameter not in named or named[parameter].shape != value.shape:
+                raise ValueError(f"stored weight {key!r} of shape {tuple(value.shape)} matches no parameter")
+            sets.setdefault(name, {})[parameter] = value.detach().to(named[parameter].device, copy=True)
+        for name, stored in sets.items():
+            self._check_complete(name, stored)
         self.sets = sets

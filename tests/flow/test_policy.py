@@ -410,7 +410,6 @@ class TestStorage:
         assert not torch.equal(plain.x_next, plain.x_next.bfloat16().double())
         assert_consecutive(chain, steps(3, policy.grid(K), torch.arange(N)))
 
-    @pytest.mark.xfail(strict=True, reason="the state before the first scored step is not rounded to storage_dtype")
     def test_so_is_the_state_before_it(self):
         """A pair kept in storage_dtype must give the ratio 1: both of its ends are rounded."""
         chain = draw(build(storage_dtype=torch.bfloat16), Window(size=2))
@@ -592,13 +591,11 @@ class TestCheckSteps:
 
 class TestMisuse:
     @pytest.mark.parametrize(("num", "copies"), [(1, 1), (3, 4)])
-    @pytest.mark.xfail(strict=True, reason="sample does not compare the number of row_ids with the number of samples")
     def test_every_sample_needs_its_row_id(self, num, copies):
         policy = build()
         with pytest.raises(ValueError, match="row_ids"):
             policy.sample(condition(policy, 3), row_ids=torch.arange(num), copies=copies)
 
-    @pytest.mark.xfail(strict=True, reason="sample runs mixed rows with Euler steps whatever the solver is")
     def test_mixed_rows_refuse_another_solver_when_sampled_too(self):
         policy = build(solver=Heun())
         with pytest.raises(ValueError, match="solver=euler"):
