@@ -281,13 +281,18 @@ def read_yaml(text: str) -> dict[str, Any]:
     return values
 
 
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Deep merge; a component with another name replaces the whole section."""
+WHOLE = ("reward.weights", "eval.metrics")
+"""Tables of names: another recipe's table is replaced, since its rewards would go on being asked for."""
+
+
+def merge(base: dict[str, Any], over: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Deep merge; a component with another name, or a table of names, replaces what was there."""
     out = dict(base)
     for key, value in over.items():
-        mine = out.get(key)
-        if isinstance(mine, dict) and isinstance(value, dict) and value.get("name") in (None, mine.get("name")):
-            value = merge(mine, value)
+        mine, path = out.get(key), f"{prefix}{key}"
+        mergeable = isinstance(mine, dict) and isinstance(value, dict) and path not in WHOLE
+        if mergeable and value.get("name") in (None, mine.get("name")):
+            value = merge(mine, value, f"{path}.")
         out[key] = value
     return out
 

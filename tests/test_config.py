@@ -189,6 +189,15 @@ def test_merge_replaces_a_component_and_deepens_a_section() -> None:
     assert base["policy"]["kernel"] == {"name": "flow_sde", "a": 0.7}, "the base is not changed"
 
 
+def test_a_table_of_names_is_replaced_and_a_single_weight_is_added() -> None:
+    """An inherited reward would be asked for scores it cannot give, and mask every sample (t2i_ocr once did)."""
+    base = {"reward": {"weights": {"shapes_soft": 1.0}, "timeout_s": 5.0}, "eval": {"metrics": {"strict": "a"}}}
+    merged = merge(base, {"reward": {"weights": {"ocr": 1.0}}, "eval": {"metrics": {"soft": "b"}}})
+    assert merged == {"reward": {"weights": {"ocr": 1.0}, "timeout_s": 5.0}, "eval": {"metrics": {"soft": "b"}}}
+    assert set(recipes.load("t2i_ocr").reward.weights) == {"ocr"}
+    assert set(load("reward.weights.brightness=1").reward.weights) > {"brightness"}
+
+
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_parses_and_says_what_it_is(name: str) -> None:
     assert recipes.read(name)["about"]

@@ -63,7 +63,7 @@ def test_the_saved_config_is_the_run(tmp_path: Path, trainer: Make) -> None:
 
 def test_costs_add_up(tmp_path: Path, trainer: Make) -> None:
     run = tmp_path / "run"
-    trainer(run, "train.iterations=3", "eval.every=2").fit()
+    trainer(run, "train.iterations=3", "eval.every=2", "algorithm.kl.beta=0").fit()
     rows = train_rows(run)
     # 8 rows; rollout 6 calls, update 3 x 5 pairs
     assert [row["perf/network_rows"] for row in rows] == [8 * (6 + 15)] * 3
@@ -259,6 +259,7 @@ def test_every_recipe_runs_two_iterations(
     made.fit()
     rows = train_rows(tmp_path / "run")
     assert [row["policy/first_log_ratio_max"] for row in rows] == [0, 0]
+    assert [row["reward/masked_frac"] for row in rows] == [0, 0], "its rewards know its prompts"
     assert all(math.isfinite(row[k]) for row in rows for k in ("policy/loss", "reward/mean", "optim/grad_norm"))
     assert any(not torch.equal(v, made.policy.state_dict()[k]) for k, v in before.items())
     assert set(evals(tmp_path / "run")[-1]) >= {f"eval/heldout/{m}" for m in made.config.eval.metrics}
