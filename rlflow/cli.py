@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     try:
         args.run_command(args)
-    except (ValueError, FileNotFoundError, FileExistsError, KeyError) as error:
+    except (ValueError, OSError, KeyError) as error:
         if getattr(args, "debug", False):
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error

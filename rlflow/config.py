@@ -290,9 +290,9 @@ def merge(base: dict[str, Any], over: dict[str, Any], prefix: str = "") -> dict[
     out = dict(base)
     for key, value in over.items():
         mine, path = out.get(key), f"{prefix}{key}"
-        mergeable = isinstance(mine, dict) and isinstance(value, dict) and path not in WHOLE
-        if mergeable and value.get("name") in (None, mine.get("name")):
-            value = merge(mine, value, f"{path}.")
+        if isinstance(mine, dict) and isinstance(value, dict) and path not in WHOLE:
+            same = value.get("name") in (None, mine.get("name"))
+            value = merge(mine, value, f"{path}.") if same else value
         out[key] = value
     return out
 

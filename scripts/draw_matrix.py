@@ -113,15 +113,15 @@ def panel(axes: Axes, outcomes: dict[tuple[str, ...], int], algorithm: str, like
 
 def legend(figure: Figure, outcomes: dict[tuple[str, ...], int], top: float) -> None:
     """What a cell is made of, and the rules that show."""
-    m, axes = matrix(), figure.add_axes((0.035, 0.012, 0.93, top))
-    axes.set(xlim=(0, 29), ylim=(4.6, -0.6), aspect="auto")
+    m, axes = matrix(), figure.add_axes((0.085, 0.022, 0.9, top))
+    axes.set(xlim=(-0.6, 27), ylim=(2.6, -0.6), aspect="auto")
     axes.axis("off")
     ran = sum(v == 0 for v in outcomes.values())
     cell(axes, 0, 0, [[0] * 3] * 2)
     text = f"runs: {ran:,} of {len(outcomes):,}.  Across: group std, epoch std, GAE.  Down: image toy, robot toy."
     axes.text(0.7, 0, text, va="center", fontsize=10, color=INK)
     for i, (number, color) in enumerate(REFUSED.items()):
-        x, y = 14.8 * (i >= 2), (i + 1 if i < 2 else i - 2)
+        x, y = 15.6 * (i >= 2), (i + 1 if i < 2 else i - 2)
         axes.add_patch(rounded(x, y, color))
         axes.text(x, y, str(number), ha="center", va="center", fontsize=9, color=INK, weight="bold")
         refused = sum(v == number for v in outcomes.values())
@@ -132,7 +132,7 @@ def legend(figure: Figure, outcomes: dict[tuple[str, ...], int], top: float) -> 
 def draw(outcomes: dict[tuple[str, ...], int], path: Path) -> None:
     """The picture: algorithms down, likelihoods across."""
     m = matrix()
-    figure, grid = plt.subplots(len(m.ALGORITHMS), len(m.LIKELIHOODS), figsize=(14.5, 15.2), sharex=True, sharey=True)
+    figure, grid = plt.subplots(len(m.ALGORITHMS), len(m.LIKELIHOODS), figsize=(12.6, 14.2), sharex=True, sharey=True)
     for i, algorithm in enumerate(m.ALGORITHMS):
         for j, likelihood in enumerate(m.LIKELIHOODS):
             panel(grid[i, j], outcomes, algorithm, likelihood)
@@ -140,11 +140,11 @@ def draw(outcomes: dict[tuple[str, ...], int], path: Path) -> None:
                 grid[i, j].set_title(f"likelihood: {likelihood}", fontsize=11.5, color=INK, pad=8)
         grid[i, -1].text(1.03, 0.5, algorithm, transform=grid[i, -1].transAxes, fontsize=11.5, color=INK,
                          rotation=-90, va="center", ha="left")
-    figure.subplots_adjust(0.085, 0.185, 0.965, 0.93, wspace=0.03, hspace=0.06)
-    figure.text(0.085, 0.968, "What can be combined", fontsize=18, color=INK, weight="bold")
+    figure.subplots_adjust(0.095, 0.175, 0.965, 0.925, wspace=0.04, hspace=0.09)
+    figure.text(0.095, 0.965, "What can be combined", fontsize=18, color=INK, weight="bold")
     note = "Every combination was run: two optimiser steps, or refused at construction."
-    figure.text(0.36, 0.9685, note, fontsize=11.5, color=FAINT)
-    legend(figure, outcomes, 0.1)
+    figure.text(0.395, 0.966, note, fontsize=11.5, color=FAINT)
+    legend(figure, outcomes, 0.065)
     figure.savefig(path, dpi=110, facecolor="white")
 
 

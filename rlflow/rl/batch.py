@@ -138,6 +138,6 @@ class Meter:
         assert self.first is not None
         assert self.first_by_step is not None
         out["policy/first_log_ratio_max"] = float(dist.all_max(self.first))
-        for k, worst in enumerate(self.first_by_step.tolist()):
+        for k, worst in enumerate(dist.all_max(self.first_by_step).tolist()):
             out[f"policy/first_log_ratio/{k}"] = worst
         return out

@@ -1,0 +1,323 @@
+"""What an iteration costs: against its own network passes run bare, against the single-file script, method by method.
+
+Cost is counted in forward-equivalents of one row: a forward is 1, a forward with its backward 3. With K steps, of
+which R are scored, a row costs K + 3 R. Everything is timed interleaved in one process, so that a busy machine
+slows all alike, by the wall clock and by the CPU time of the process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlflow.config import Config, parse
+from rlflow.envs import scenes
+from rlflow.flow.steps import Plan
+from rlflow.models.dit import DiT
+from rlflow.models.io import embedded, save_field
+from rlflow.registry import build
+from rlflow.train.build import PRECISION, make_parts
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "single_file_flow_grpo.py"
+"""Only in a checkout; an installed package is timed without it."""
+MAX_OVERHEAD, MAX_OVER_COUNT = 1.10, 1.10
+SKIP_LAST = 2  # MixGRPO's window slides over the first K - 2 steps
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to choose the noisy steps; `aim` is the largest share of a Flow-GRPO iteration it may take."""
+
+    name: str
+    steps: dict[str, Any]
+    solver: str = "euler"
+    shared_noise: bool = False
+    aim: float | None = None
+    slides: bool = True
+
+
+def methods(window: int) -> list[Method]:
+    """Flow-GRPO first, then what is measured against it."""
+    slide = {"name": "window", "size": window, "every": 1, "stride": 1, "skip_last": SKIP_LAST}
+    flash, frozen = slide | {"compress": 0.4}, slide | {"compress": 0.2, "stride": 0}
+    return [
+        Method("flow_grpo", {"name": "all_but_last"}, slides=False),
+        Method("mixgrpo", slide, aim=0.42),
+        Method("flash", flash, "dpm2m", aim=0.36),
+        Method("flash_star", frozen, "dpm2m", aim=0.25, slides=False),
+        Method("mixgrpo_shared_noise", slide, shared_noise=True),
+        Method("flash_shared_noise", flash, "dpm2m", shared_noise=True),
+    ]
+
+
+def forward_equivalents(plan: Plan, group_size: int = 1, shared_noise: bool = False) -> float:
+    """Network passes per row of one iteration, for solvers of one call a step; a backward counts as two forwards.
+
+    With shared initial noise the steps before the first noisy one run once per group.
+    """
+    prefix = plan.first_noisy() if shared_noise else 0
+    return prefix / group_size + plan.num_steps - prefix + 3 * plan.num_scored
+
+
+def num_positions(num_steps: int, window: int) -> int:
+    """Window starts of one full slide."""
+    return num_steps - SKIP_LAST - window + 1
+
+
+def count(method: Method, num_steps: int, group_size: int, iterations: range | list[int]) -> float:
+    """Forward-equivalents per row, averaged over `iterations`."""
+    steps, grid = build("steps", "steps", method.steps), torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    costs = [forward_equivalents(steps(i, grid, torch.arange(1)), group_size, method.shared_noise) for i in iterations]
+    return statistics.fmean(costs)
+
+
+# -- what is timed ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The shapes of the benchmark; `field` is a checkpoint's name or folder."""
+
+    field: str
+    rows: int
+    group_size: int
+    num_steps: int
+    micro_batch: int
+
+    def config(self, method: Method) -> Config:
+        """The run that `rlflow train` would make of it."""
+        env = {"num_groups": self.rows // self.group_size, "group_size": self.group_size, "rows_per_call": self.rows}
+        return parse(
+            {
+                "policy": {"field": self.field, "num_steps": self.num_steps, "solver": method.solver},
+                "steps": method.steps,
+                "algorithm": {"micro_batch": self.micro_batch},
+                "env": env | {"shared_noise": method.shared_noise},
+                "train": {"iterations": 1},
+            }
+        )
+
+
+class Real:
+    """Iterations through the collector and the learner, as in training."""
+
+    def __init__(self, setting: Setting, method: Method) -> None:
+        self.parts = make_parts(setting.config(method))
+        self.precision = PRECISION[setting.config(method).policy.precision]
+        self.first_log_ratio = 0.0
+
+    def __call__(self, iteration: int) -> None:
+        """Rollout, reward, update."""
+        metrics = self.parts.algorithm.update(self.parts.collector.collect(iteration))
+        self.first_log_ratio = max(self.first_log_ratio, metrics["policy/first_log_ratio_max"])
+
+    def passes(self, iteration: int) -> list[tuple[int, bool]]:
+        """(rows, with a backward) of every network pass of one iteration."""
+        seen: list[tuple[int, bool]] = []
+
+        def note(_module: Any, inputs: tuple[Tensor, ...]) -> None:
+            seen.append((len(inputs[0]), torch.is_grad_enabled()))
+
+        hook = self.parts.policy.field.register_forward_pre_hook(note)
+        self(iteration)
+        hook.remove()
+        return seen
+
+
+class Bare:
+    """The same network passes, at the same shapes and precision, and nothing else."""
+
+    def __init__(self, real: Real, passes: list[tuple[int, bool]]) -> None:
+        self.field, self.precision, self.passes = real.parts.policy.field, real.precision, passes
+        self.tokens = self.field.tokenize(scenes.train_captions()[:1])
+        sizes = {n for n, _ in passes}
+        self.x = {n: torch.randn(n, *self.field.event_shape) for n in sizes}
+        self.t = {n: torch.full((n,), 0.3) for n in sizes}
+        self.rows = {n: torch.zeros(n, dtype=torch.long) for n in sizes}
+
+    def __call__(self, iteration: int) -> None:
+        for n, backward in self.passes:
+            with torch.set_grad_enabled(backward), torch.autocast("cpu", self.precision, self.precision is not None):
+                cond = self.field.encode(self.tokens).index(self.rows[n])
+                v = self.field(self.x[n], self.t[n], torch.zeros_like(self.t[n]), cond)
+            if backward:
+                torch.autograd.backward(v, self.x[n])
+        for p in self.field.parameters():
+            p.grad = None
+
+
+class SingleFile:
+    """Iterations of scripts/single_file_flow_grpo.py on the same model, shapes and reward."""
+
+    def __init__(self, real: Real, setting: Setting) -> None:
+        script = _load(SCRIPT)
+        settings = script.Settings(
+            num_steps=setting.num_steps, group_size=setting.group_size, rows=setting.micro_batch, std_of="epoch"
+        )
+        net = DiT(**real.parts.policy.field.args)
+        net.load_state_dict(real.parts.policy.field.state_dict())
+        self.learner = script.FlowGRPO(script.Backbone(net, real.precision is not None), script.shapes_reward, settings)
+        self.captions = scenes.train_captions()[: setting.rows // setting.group_size]
+
+    def __call__(self, iteration: int) -> None:
+        self.learner.iterate(self.captions)
+
+
+def _load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # its dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+# -- timing -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """One run by the wall clock, and in CPU time of all threads of the process."""
+
+    wall: float
+    cpu: float
+
+
+class Times:
+    """Samples by name, and their ratios."""
+
+    def __init__(self) -> None:
+        self.samples: dict[str, list[Seconds]] = {}
+
+    def run(self, name: str, fn: Callable[[int], None], iteration: int) -> None:
+        """Time one call."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        fn(iteration)
+        sample = Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+        self.samples.setdefault(name, []).append(sample)
+
+    def median(self, name: str, clock: str = "wall") -> float:
+        """Seconds of the middle sample."""
+        return statistics.median(getattr(s, clock) for s in self.samples[name])
+
+    def ratio(self, name: str, other: str, average: Callable[[list[float]], float], clock: str = "wall") -> float:
+        """`average` of the samples of one over that of the other."""
+        a, b = ([getattr(s, clock) for s in self.samples[n]] for n in (name, other))
+        return average(a) / average(b)
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _even(total: int, wanted: int) -> list[int]:
+    """`wanted` of 0 .. total - 1, evenly spread about the middle."""
+    wanted = min(wanted, total)
+    return [int((i + 0.5) * total / wanted) for i in range(wanted)]
+
+
+def bench_t2i(
+    iterations: int = 20,
+    rows: int = 24,
+    num_steps: int = 25,
+    window: int = 4,
+    micro_batch: int = 96,
+    repeats: int = 4,
+    threads: int | None = None,
+    group_size: int = 12,
+) -> dict[str, Any]:
+    """Time the methods at `iterations` positions of the sliding window, and Flow-GRPO `repeats` times in between.
+
+    ValueError unless `rows` are whole groups. Keys: see docs/cli.md; seconds are medians.
+    """
+    if rows % group_size:
+        raise ValueError(f"rows={rows} must be a multiple of group_size={group_size}")
+    field = "shapes"
+    with tempfile.TemporaryDirectory() as folder, _threads(threads):
+        if field not in embedded():
+            field = str(save_field(DiT(scenes.VOCAB), Path(folder) / "random"))
+        setting = Setting(field, rows, group_size, num_steps, micro_batch)
+        return _bench(setting, methods(window), _even(num_positions(num_steps, window), iterations), repeats)
+
+
+def _bench(setting: Setting, chosen: list[Method], positions: list[int], repeats: int) -> dict[str, Any]:
+    reals = {m.name: Real(setting, m) for m in chosen}
+    flow = reals["flow_grpo"]
+    fixed: dict[str, Callable[[int], None]] = {"flow_grpo": flow, "bare": Bare(flow, flow.passes(0))}
+    if SCRIPT.is_file():
+        fixed["single_file"] = SingleFile(flow, setting)
+    fixed |= {m.name: reals[m.name] for m in chosen if not m.slides}
+    sliding = {m.name: reals[m.name] for m in chosen if m.slides}
+    for name, fn in (fixed | sliding).items():
+        if name != "flow_grpo":  # it has run once, to be listened to
+            fn(0)
+    times = Times()
+    anchors = [positions[i] for i in _even(len(positions), repeats)]
+    for position in positions:
+        for name, fn in (fixed | sliding if position in anchors else sliding).items():
+            times.run(name, fn, position)
+    return _result(setting, chosen, positions, times) | {
+        "first_log_ratio_max": max(r.first_log_ratio for r in reals.values())
+    }
+
+
+def _result(setting: Setting, chosen: list[Method], positions: list[int], times: Times) -> dict[str, Any]:
+    median, fastest = statistics.median, min
+    out: dict[str, Any] = {
+        "s_per_iteration": times.median("flow_grpo"),
+        "bare_s": times.median("bare"),
+        "overhead": times.ratio("flow_grpo", "bare", median),
+        "overhead_min": times.ratio("flow_grpo", "bare", fastest),
+        "overhead_cpu": times.ratio("flow_grpo", "bare", median, "cpu"),
+        "network_share": times.ratio("bare", "flow_grpo", median, "cpu"),
+        "images_per_s": setting.rows / times.median("flow_grpo"),
+    }
+    if "single_file" in times.samples:
+        out["single_file_s"] = times.median("single_file")
+        out["single_file_ratio"] = times.ratio("flow_grpo", "single_file", median)
+        out["single_file_ratio_cpu"] = times.ratio("flow_grpo", "single_file", median, "cpu")
+    whole = count(chosen[0], setting.num_steps, setting.group_size, positions)
+    out["methods"] = {m.name: _method(m, setting, positions, times, whole) for m in chosen}
+    shapes = {"rows": setting.rows, "group_size": setting.group_size, "num_steps": setting.num_steps}
+    out["setting"] = shapes | {
+        "micro_batch": setting.micro_batch,
+        "field": "shapes" if setting.field == "shapes" else "random",
+        "window_positions": positions,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+    return out
+
+
+def _method(method: Method, setting: Setting, positions: list[int], times: Times, whole: float) -> dict[str, Any]:
+    """A method's cost beside Flow-GRPO's: in time (means over the slide) and by count."""
+    cost = count(method, setting.num_steps, setting.group_size, positions)
+    relative = {c: times.ratio(method.name, "flow_grpo", statistics.fmean, c) for c in ("wall", "cpu")}
+    return {
+        "s_per_iteration": statistics.fmean(s.wall for s in times.samples[method.name]),
+        "forward_equivalents": cost,
+        "count": cost / whole,
+        "relative": relative["wall"],
+        "relative_cpu": relative["cpu"],
+        "over_count_cpu": relative["cpu"] / (cost / whole),
+        "aim": method.aim,
+    }
