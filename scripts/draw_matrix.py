@@ -91,7 +91,9 @@ def cell(axes: Axes, x: int, y: int, results: list[list[int]]) -> None:
 
 def rounded(x: float, y: float, color: str) -> FancyBboxPatch:
     """A block around (x, y)."""
-    return FancyBboxPatch((x - 0.36, y - 0.36), 0.72, 0.72, boxstyle="round,pad=0.07,rounding_size=0.14", color=color, lw=0)
+    return FancyBboxPatch(
+        (x - 0.36, y - 0.36), 0.72, 0.72, boxstyle="round,pad=0.07,rounding_size=0.14", color=color, lw=0
+    )
 
 
 def panel(axes: Axes, outcomes: dict[tuple[str, ...], int], algorithm: str, likelihood: str) -> None:
@@ -99,9 +101,7 @@ def panel(axes: Axes, outcomes: dict[tuple[str, ...], int], algorithm: str, like
     m = matrix()
     for y, kernel in enumerate(m.KERNELS):
         for x, steps in enumerate(m.STEPS):
-            rows = [
-                [outcomes[kernel, steps, likelihood, a, algorithm, env] for a in m.ADVANTAGES] for env in m.ENVS
-            ]
+            rows = [[outcomes[kernel, steps, likelihood, a, algorithm, env] for a in m.ADVANTAGES] for env in m.ENVS]
             cell(axes, x, y, rows)
     axes.set(xlim=(-0.6, len(m.STEPS) - 0.4), ylim=(len(m.KERNELS) - 0.4, -0.6), aspect="equal")
     axes.set_xticks(range(len(m.STEPS)), m.STEPS, rotation=38, ha="right", rotation_mode="anchor")
@@ -121,7 +121,7 @@ def legend(figure: Figure, outcomes: dict[tuple[str, ...], int], top: float) -> 
     text = f"runs: {ran:,} of {len(outcomes):,}.  Across: group std, epoch std, GAE.  Down: image toy, robot toy."
     axes.text(0.7, 0, text, va="center", fontsize=10, color=INK)
     for i, (number, color) in enumerate(REFUSED.items()):
-        x, y = 15.6 * (i >= 2), (i + 1 if i < 2 else i - 2)
+        x, y = 16.8 * (i >= 2), (i + 1 if i < 2 else i - 2)
         axes.add_patch(rounded(x, y, color))
         axes.text(x, y, str(number), ha="center", va="center", fontsize=9, color=INK, weight="bold")
         refused = sum(v == number for v in outcomes.values())
@@ -132,14 +132,23 @@ def legend(figure: Figure, outcomes: dict[tuple[str, ...], int], top: float) -> 
 def draw(outcomes: dict[tuple[str, ...], int], path: Path) -> None:
     """The picture: algorithms down, likelihoods across."""
     m = matrix()
-    figure, grid = plt.subplots(len(m.ALGORITHMS), len(m.LIKELIHOODS), figsize=(12.6, 14.2), sharex=True, sharey=True)
+    figure, grid = plt.subplots(len(m.ALGORITHMS), len(m.LIKELIHOODS), figsize=(12.6, 14.0), sharex=True, sharey=True)
     for i, algorithm in enumerate(m.ALGORITHMS):
         for j, likelihood in enumerate(m.LIKELIHOODS):
             panel(grid[i, j], outcomes, algorithm, likelihood)
             if i == 0:
                 grid[i, j].set_title(f"likelihood: {likelihood}", fontsize=11.5, color=INK, pad=8)
-        grid[i, -1].text(1.03, 0.5, algorithm, transform=grid[i, -1].transAxes, fontsize=11.5, color=INK,
-                         rotation=-90, va="center", ha="left")
+        grid[i, -1].text(
+            1.03,
+            0.5,
+            algorithm,
+            transform=grid[i, -1].transAxes,
+            fontsize=11.5,
+            color=INK,
+            rotation=-90,
+            va="center",
+            ha="left",
+        )
     figure.subplots_adjust(0.095, 0.175, 0.965, 0.925, wspace=0.04, hspace=0.09)
     figure.text(0.095, 0.965, "What can be combined", fontsize=18, color=INK, weight="bold")
     note = "Every combination was run: two optimiser steps, or refused at construction."

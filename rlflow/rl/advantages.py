@@ -94,7 +94,7 @@ class GroupAdvantage:
 
     @staticmethod
     def _alive(rollout: Rollout) -> Tensor:
-        """(B,) the first step's weight; 0 where a reward is missing before the row's end, since its return is unknown."""
+        """(B,) the first step's weight; 0 where a reward before the row's end is missing: its return is unknown."""
         ends = (rollout.terminated | rollout.truncated).long()
         ended = ends.cumsum(0) > ends  # at an earlier step
         missing = ((rollout.weight == 0) & ~ended).any(0)

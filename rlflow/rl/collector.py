@@ -44,9 +44,11 @@ class Collector:
         if likelihood is not None and not steps.possible(policy.num_steps):
             raise ValueError(f"{type(steps).__name__} scores no step: use steps=all_but_last or another plan with it")
         if mode == "steps" and env.horizon == 1:
-            raise ValueError("episodes of one step have nothing to carry over to the next iteration: use mode=episodes")
+            raise ValueError("episodes of one step have nothing to carry over between iterations: use mode=episodes")
         if shared_noise and (horizon > 1 or mode == "steps"):
-            raise ValueError("only rows of one observation can share their noise: use shared_noise=false beyond one step")
+            raise ValueError(
+                "only rows of one observation can share their noise: use shared_noise=false beyond one step"
+            )
         self.env, self.policy, self.likelihood, self.steps, self.groups = (
             env,
             policy,
@@ -161,10 +163,12 @@ class Collector:
 
 
 def fill_final_obs(outs: list[dict[str, Any]]) -> bool:
-    """Where nothing ended an env may give no final_obs: put the next observation there. False when none gave any."""
+    """Where nothing ended an env may give no final_obs: put the next observation there; False if none gave any."""
     if all(o["final_obs"] is None for o in outs):
         if any(bool(o["truncated"].any()) for o in outs):
-            raise ValueError("the environment cut an episode off without final_obs: its Step must hold what was reached")
+            raise ValueError(
+                "the environment cut an episode off without final_obs: its Step must hold what was reached"
+            )
         return False
     for o in outs:
         if o["final_obs"] is None:

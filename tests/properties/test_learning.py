@@ -61,9 +61,7 @@ METHODS = {
         lambda _: FlowSDE(0.7), AllButLast(), GroupAdvantage("epoch"), settings={"guard": True, "clip_low": 0.02}
     ),
     "ppo": Method(lambda _: FlowSDE(0.7), AllButLast(), GAE(0.9), settings=CRITIC),
-    "reinflow": Method(
-        learned, All(), GAE(0.9), JOINT, settings={"clip_low": 0.2, "entropy": 0.003, **CRITIC}
-    ),
+    "reinflow": Method(learned, All(), GAE(0.9), JOINT, settings={"clip_low": 0.2, "entropy": 0.003, **CRITIC}),
     "pi_rl": Method(lambda _: FlowSDE(0.5), OneRandom(), GAE(0.9), SUM, settings={"clip_low": 0.2, **CRITIC}),
     "flow_noise_grpo": Method(learned, All(), GroupAdvantage(), JOINT, settings={"clip_low": 0.2}),
 }

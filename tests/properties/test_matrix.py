@@ -331,7 +331,8 @@ def markdown() -> str:
         f"| {name} | {', '.join(f'`{choice}`' for choice in axis)} |"
         for name, axis in zip(Combination._fields, AXES, strict=True)
     )
-    rules = "\n".join(f"| {i} | {rule.what} | {rule.why} |" for i, rule in enumerate(RULES, 1))
+    cells = [(str(i), rule.what, rule.why) for i, rule in enumerate(RULES, 1)]
+    rules = "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in cells)
     return f"""# What can be combined
 
 ![{len(ALL)} combinations, run](matrix.png)
@@ -340,26 +341,28 @@ def markdown() -> str:
 |---|---|
 {axes}
 
-Of the {len(ALL)} combinations {len(RUNS)} run: two optimiser steps from one rollout, the first ratio 1 and the second not, finite
-metrics, changed weights. The other {len(REFUSED)} are refused before anything is sampled, and the error names the fix.
-The list of refusals is closed, and a test holds it to twelve rules.
+Of the {len(ALL)} combinations {len(RUNS)} run: two optimiser steps from one rollout, the first ratio 1 and the second not,
+finite metrics, changed weights. The other {len(REFUSED)} are refused before anything is sampled, and the error names the
+fix. The list of refusals is closed, and a test holds it to twelve rules.
 
 | rule | refused | why |
 |---|---|---|
 {rules}
 
-Rules 1 to 5 show in the picture; the others are about settings beside these six axes. Arithmetic that does not work out (a window
-longer than the grid, groups that do not divide among processes or minibatches) is an error too, and no rule.
+Rules 1 to 5 show in the picture; the others are about settings beside these six axes. Arithmetic that does not work
+out (a window longer than the grid, groups that do not divide among processes or minibatches) is an error too, and no
+rule.
 
 Three combinations that look odd and are right:
 
-- **The velocity KL with learned noise** is |v - v_ref|², whatever the noise net does: it holds the velocity, as an anchor to
-  the pre-trained policy does, and leaves exploration free. The exact KL holds both.
-- **A joint ratio over some of the steps** (`one_random`, `fraction`, windows) is the ratio of those steps given the rest. To first order
-  in the weights its gradient is that of the whole chain for the steps scored, as it is step by step.
-- **A group advantage on the robot** compares whole episodes from one start; a row whose reward failed at any step has no return
-  and is masked, and never counts as zero.
+- **The velocity KL with learned noise** is |v - v_ref|², whatever the noise net does: it holds the velocity, as an
+  anchor to the pre-trained policy does, and leaves exploration free. The exact KL holds both.
+- **A joint ratio over some of the steps** (`one_random`, `fraction`, windows) is the ratio of those steps given the
+  rest. At the weights of the rollout its gradient is that of the chain's density for the steps scored, exactly as it is
+  step by step.
+- **A group advantage on the robot** compares whole episodes from one start; a row whose reward failed at any step has
+  no return and is masked, and never counts as zero.
 
-The picture and this page are made by `python scripts/draw_matrix.py`, which runs every combination; `pytest -m slow
-tests/properties/test_matrix.py` asserts the same.
+The picture and this page are made by `python scripts/draw_matrix.py`, which runs every combination;
+`pytest -m slow tests/properties/test_matrix.py` asserts the same.
 """

@@ -65,7 +65,7 @@ def make_parts(
     collector: dict[str, Any] | None = None,
     **algorithm: Any,
 ) -> Parts:
-    """A composition on a toy: 4 groups of 4 rows and 5 denoising steps unless told otherwise; equal calls, equal weights."""
+    """A composition on a toy: 4 groups of 4 rows, 5 denoising steps unless told otherwise; equal calls, equal weights."""
     torch.manual_seed(0)
     kind = ENVS[env]
     groups = groups or Groups(4, 4)
@@ -115,7 +115,7 @@ def gradient() -> Callable[[Parts, Rollout], tuple[Tensor, dict[str, float]]]:
 
 
 class ThreadWorld:
-    """Stands in for torch.distributed: every rank a thread, collectives by barrier, so a missing call breaks the test."""
+    """Stands in for torch.distributed: every rank a thread, collectives by barrier, so a missing call is an error."""
 
     ReduceOp = torch.distributed.ReduceOp
 

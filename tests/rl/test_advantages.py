@@ -1,4 +1,6 @@
-"""Advantages: what group normalisation does not depend on, masks that touch nobody else, GAE by hand and against SB3."""
+"""Advantages: what group normalisation does not depend on, masks that touch nobody else, GAE by hand and by SB3."""
+
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -174,7 +176,7 @@ class TestMissingSteps:
 class TestAdvantageLevel:
     """MixGRPO: per-reward advantages are averaged, so that no reward's scale matters."""
 
-    PARTS = {"a": draw(16, seed=1), "b": draw(16, seed=2)}
+    PARTS: ClassVar = {"a": draw(16, seed=1), "b": draw(16, seed=2)}
 
     def advantage(self, parts: dict[str, Tensor], weights: dict[str, float], **kwargs: object) -> Tensor:
         data = rollout(torch.zeros(16, dtype=torch.float64), reward_parts={n: p[None] for n, p in parts.items()})
@@ -185,9 +187,7 @@ class TestAdvantageLevel:
         return group(rollout(self.PARTS[name]), eps=0.0, clip=1e9)[0]
 
     def test_is_the_weighted_mean_of_the_advantages_of_each(self):
-        close(
-            self.advantage(self.PARTS, {"a": 3.0, "b": -1.0}), 0.75 * self.alone("a") - 0.25 * self.alone("b"), 1e-10
-        )
+        close(self.advantage(self.PARTS, {"a": 3.0, "b": -1.0}), 0.75 * self.alone("a") - 0.25 * self.alone("b"), 1e-10)
 
     def test_weights_are_normalised(self):
         close(

@@ -84,7 +84,11 @@ class TestSeeds:
 
 @pytest.mark.parametrize(
     ("args", "message"),
-    [((0, 4), "at least one group"), ((4, 0), "at least one group"), ((4, 4, 0, 3), "set num_groups to a multiple of 3")],
+    [
+        ((0, 4), "at least one group"),
+        ((4, 0), "at least one group"),
+        ((4, 4, 0, 3), "set num_groups to a multiple of 3"),
+    ],
 )
 def test_impossible_shares_are_refused(args, message):
     with pytest.raises(ValueError, match=message):

@@ -1,6 +1,7 @@
 """Chain likelihood: a stored pair scores as it was sampled, in one network pass, and the reference runs once."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -75,7 +76,9 @@ class TestRatio:
         policy = make(kernel=kernel).policy
         evidence, cond = recorded(policy, steps, ChainLikelihood("sum"))
         for row, column in [(0, 0), (N - 1, -1)]:
-            x, x_next, t, t_next = (z[row : row + 1, column] for z in (evidence.x, evidence.x_next, evidence.t, evidence.t_next))
+            x, x_next, t, t_next = (
+                z[row : row + 1, column] for z in (evidence.x, evidence.x_next, evidence.t, evidence.t_next)
+            )
             dist = policy.transition(x, t, t_next, cond.index(torch.tensor([row])))
             by_torch = torch.distributions.Normal(dist.mean, dist.std.expand_as(dist.mean)).log_prob(x_next).sum()
             torch.testing.assert_close(evidence.old_log_prob[row, column], by_torch)
@@ -123,7 +126,7 @@ class TestScore:
         policy = make().policy
         cond = policy.encode(torch.zeros(N, 4))
         chain = policy.sample(cond, NoSteps()(0, policy.grid(5), torch.arange(N)))
-        with pytest.raises(ValueError, match="needs scored steps.*all_but_last"):
+        with pytest.raises(ValueError, match=r"needs scored steps.*all_but_last"):
             ChainLikelihood().record(policy, cond, chain)
 
 
@@ -160,7 +163,7 @@ class TestReference:
 class TestCost:
     """Network rows of a whole iteration in closed form; a backward pass counts as two forwards."""
 
-    ROWS = {"image": 16, "reach": 16 * 4}
+    ROWS: ClassVar = {"image": 16, "reach": 16 * 4}
 
     @pytest.mark.parametrize("env", ["image", "reach"])
     @pytest.mark.parametrize(

@@ -161,7 +161,9 @@ class TestReferenceKL:
         new, ref, *_ = steps(kernel, self.V, self.V_REF)
         law, ref_law = (torch.distributions.Normal(d.mean, d.std.expand_as(d.mean)) for d in (new, ref))
         close(
-            self.kl("exact", kernel, reduce), self.reduced(torch.distributions.kl_divergence(law, ref_law), reduce), 1e-9
+            self.kl("exact", kernel, reduce),
+            self.reduced(torch.distributions.kl_divergence(law, ref_law), reduce),
+            1e-9,
         )
 
     def test_exact_is_torchs_kl_for_unequal_stds_of_every_dim(self, reduce):
@@ -184,9 +186,7 @@ class TestReferenceKL:
 
     @pytest.mark.parametrize("kernel", KERNELS, ids=named)
     def test_velocity_is_the_squared_difference_of_velocities(self, kernel, reduce):
-        close(
-            self.kl("velocity", kernel, reduce), self.reduced((self.V - self.V_REF).square(), reduce), 1e-9
-        )
+        close(self.kl("velocity", kernel, reduce), self.reduced((self.V - self.V_REF).square(), reduce), 1e-9)
 
     @pytest.mark.parametrize("kernel", KERNELS, ids=named)
     def test_exact_is_half_the_squared_gain_over_std_times_the_velocity_form(self, kernel, reduce):
