@@ -103,8 +103,8 @@ class TestTransition:
         dt = torch.zeros_like(t) if policy.kernel.velocity == "instantaneous" else t_next - t
         dist = policy.transition(x, t, t_next, cond)
         expected = policy.kernel(x, policy.field(x, t, dt, cond), t, t_next, cond["pooled"])
-        assert torch.equal(dist.mean, expected.mean)
-        assert torch.equal(dist.std, expected.std)
+        torch.testing.assert_close(dist.mean, expected.mean, rtol=1e-14, atol=1e-14)  # passes are filled to 4 rows
+        torch.testing.assert_close(dist.std, expected.std, rtol=1e-14, atol=1e-14)
 
     @pytest.mark.parametrize("steps", PLANS, ids=repr)
     def test_of_the_stored_pairs_is_what_was_sampled(self, kernel, average, steps):
@@ -634,7 +634,7 @@ class TestAverageVelocity:
         noisy = plan.noisy if plan.noisy.ndim == 2 else plan.noisy.expand(N, -1)
         zero = noisy & (policy.kernel.velocity == "instantaneous")
         expected = torch.where(zero, 0.0, plan.t.diff().expand(N, -1))
-        close(torch.stack([dt for _, dt in policy.field.asked], 1), expected)
+        close(torch.stack([dt[:N] for _, dt in policy.field.asked], 1), expected)  # passes are filled to 4 rows
 
 
 def test_weight_sets_swap_what_the_transition_reads():

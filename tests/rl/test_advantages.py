@@ -233,6 +233,13 @@ class TestMoments:
         assert var.tolist() == [4.0, 0.0, 4.0]
         assert count.tolist() == [2.0, 1.0, 2.0]
 
+    def test_group_moments_leave_out_what_is_masked(self):
+        value, weight = torch.tensor([1.0, torch.nan, 3.0, torch.inf]), torch.tensor([1.0, 0.0, 1.0, 0.0])
+        mean, var, count = group_moments(value, weight, torch.tensor([0, 0, 0, 1]))
+        assert mean.tolist() == [2.0, 2.0, 2.0, 0.0]
+        assert var.tolist() == [1.0, 1.0, 1.0, 0.0]
+        assert count.tolist()[:3] == [2.0] * 3
+
     @pytest.mark.parametrize("advantage", [GroupAdvantage("epoch"), GroupAdvantage("group"), GAE()], ids=repr)
     def test_ranks_agree_with_one_process(self, advantage, ranks):
         reward, value, weight = draw(2, 16), draw(2, 16, seed=3), torch.ones(2, 16, dtype=torch.float64)

@@ -378,14 +378,14 @@ class TestCritic:
         assert losses[-1] < 0.1 * losses[0]
 
     def test_ignores_masked_rows(self, make):
-        def critic(junk: float) -> list[Tensor]:
-            parts = make(advantage=GAE(), critic_steps=3)
-            rollout = parts.collect()
-            rollout.reward[:, 3], rollout.weight[:, 3] = junk, 0.0
-            parts.algorithm.update(rollout)
-            return list(parts.algorithm.critic.parameters())
-
-        assert all(torch.equal(a, b) for a, b in zip(critic(torch.nan), critic(1e6), strict=True))
+        """Its loss is the mean over the others."""
+        parts = make(advantage=GAE())
+        rollout = parts.collect()
+        values = parts.algorithm.critic(rollout.cond).detach()
+        gone = torch.arange(16) < 5
+        expected = (values - rollout.reward[0]).square()[~gone].mean()
+        rollout.reward[:, gone], rollout.weight[:, gone] = torch.nan, 0.0
+        assert parts.algorithm.update(rollout)["critic/loss"] == pytest.approx(float(expected), rel=1e-12)
 
     def test_trains_only_itself(self, make, gradient):
         parts = make(field=Embedding((2,), frozen=False), advantage=GAE(), critic_steps=3, kl=KL(0.0))
@@ -457,14 +457,20 @@ class TestState:
             for a, b in zip(straight.algorithm.critic.parameters(), second.algorithm.critic.parameters(), strict=True):
                 assert torch.equal(a, b)
 
-    def test_minibatches_are_drawn_anew_each_iteration_and_epoch(self, make):
-        parts = make(groups=Groups(8, 2), num_minibatches=2)
-        rollout, seen = parts.collect(), []
-        for parts.algorithm.iteration in range(2):
-            seen += [parts.algorithm._minibatches(rollout, epoch)[0].tolist() for epoch in range(2)]
-        assert len({tuple(s) for s in seen}) > 1
+    def test_minibatches_are_drawn_anew_each_iteration_and_epoch(self, make, monkeypatch):
+        parts, seen = make(groups=Groups(16, 2), num_minibatches=2, epochs=2), []
+        draw = parts.algorithm._minibatches
+
+        def spy(rollout: Rollout, epoch: int) -> list[Tensor]:
+            seen.append(tuple(draw(rollout, epoch)[0].tolist()))
+            return draw(rollout, epoch)
+
+        monkeypatch.setattr(parts.algorithm, "_minibatches", spy)
+        for i in range(2):
+            parts.iterate(i)
+        assert len(set(seen)) == 4
         parts.algorithm.iteration = 0
-        assert parts.algorithm._minibatches(rollout, 0)[0].tolist() == seen[0]
+        assert tuple(draw(parts.collect(), 1)[0].tolist()) == seen[1]
 
 
 class TestRefusals:
