@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     try:
         args.run_command(args)
+    except BrokenPipeError:  # `rlflow list ... | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nothing more can be written
     except (ValueError, OSError, KeyError) as error:
         if getattr(args, "debug", False):
             raise
