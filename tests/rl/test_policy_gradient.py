@@ -174,6 +174,19 @@ class TestGradientByHand:
         (-advantage * score).mean().backward()
         close(grad, torch.cat([p.grad.flatten() for p in parts.algorithm.optimizer.parameters]))
 
+    def test_every_optimiser_step_starts_from_nothing(self, make, monkeypatch):
+        """Two epochs at weights that do not move have the same gradient twice, not a sum."""
+        parts, seen = make(epochs=2), []
+        optimizer = parts.algorithm.optimizer
+
+        def step() -> float:
+            seen.append(torch.cat([p.grad.flatten() for p in optimizer.parameters]))
+            return 0.0
+
+        monkeypatch.setattr(optimizer, "step", step)
+        parts.iterate(0)
+        close(seen[0], seen[1])
+
     def test_the_loss_that_is_logged_is_the_policys_alone(self, make, gradient):
         def of(**terms: Any) -> dict[str, float]:
             parts = make(kernel="learned", **terms)
