@@ -2,7 +2,8 @@
 
 Cost is counted in forward-equivalents of one row: a forward is 1, a forward with its backward 3. With K steps, of
 which R are scored, a row costs K + 3 R. Everything is timed interleaved in one process, so that a busy machine
-slows all alike, by the wall clock and by the CPU time of the process.
+slows all alike, by the wall clock and by the CPU time of the process. Sampling, scoring and the script run passes of
+the same number of rows: a pass of few rows costs more per row, and no method shall gain by that.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import importlib.util
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,10 +28,10 @@ from rlflow.models.dit import DiT
 from rlflow.models.io import embedded, save_field
 from rlflow.registry import build
 from rlflow.train.build import PRECISION, make_parts
+from rlflow.train.stopwatch import Times
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "single_file_flow_grpo.py"
 """Only in a checkout; an installed package is timed without it."""
-MAX_OVERHEAD, MAX_OVER_COUNT = 1.10, 1.10
 SKIP_LAST = 2  # MixGRPO's window slides over the first K - 2 steps
 
 
@@ -184,38 +184,7 @@ def _load(path: Path) -> Any:
     return module
 
 
-# -- timing -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """One run by the wall clock, and in CPU time of all threads of the process."""
-
-    wall: float
-    cpu: float
-
-
-class Times:
-    """Samples by name, and their ratios."""
-
-    def __init__(self) -> None:
-        self.samples: dict[str, list[Seconds]] = {}
-
-    def run(self, name: str, fn: Callable[[int], None], iteration: int) -> None:
-        """Time one call."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        fn(iteration)
-        sample = Seconds(time.perf_counter() - wall, time.process_time() - cpu)
-        self.samples.setdefault(name, []).append(sample)
-
-    def median(self, name: str, clock: str = "wall") -> float:
-        """Seconds of the middle sample."""
-        return statistics.median(getattr(s, clock) for s in self.samples[name])
-
-    def ratio(self, name: str, other: str, average: Callable[[list[float]], float], clock: str = "wall") -> float:
-        """`average` of the samples of one over that of the other."""
-        a, b = ([getattr(s, clock) for s in self.samples[n]] for n in (name, other))
-        return average(a) / average(b)
+# -- the benchmark ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -229,24 +198,26 @@ def _threads(number: int | None) -> Iterator[None]:
 
 
 def _even(total: int, wanted: int) -> list[int]:
-    """`wanted` of 0 .. total - 1, evenly spread about the middle."""
-    wanted = min(wanted, total)
-    return [int((i + 0.5) * total / wanted) for i in range(wanted)]
+    """`wanted` of 0 .. total - 1, evenly spread and symmetric about the middle."""
+    if wanted == 1:
+        return [(total - 1) // 2]
+    return torch.linspace(0, total - 1, min(wanted, total), dtype=torch.float64).round().long().tolist()
 
 
 def bench_t2i(
-    iterations: int = 20,
+    iterations: int = 10,
     rows: int = 24,
     num_steps: int = 25,
     window: int = 4,
-    micro_batch: int = 96,
-    repeats: int = 4,
+    micro_batch: int | None = None,
+    repeats: int = 5,
     threads: int | None = None,
     group_size: int = 12,
 ) -> dict[str, Any]:
     """Time the methods at `iterations` positions of the sliding window, and Flow-GRPO `repeats` times in between.
 
-    ValueError unless `rows` are whole groups. Keys: see docs/cli.md; seconds are medians.
+    `micro_batch` is `rows` unless given. Under "methods": `relative` is the time of a Flow-GRPO iteration that one
+    takes, `count` the same in forward-equivalents. ValueError unless `rows` are whole groups.
     """
     if rows % group_size:
         raise ValueError(f"rows={rows} must be a multiple of group_size={group_size}")
@@ -254,7 +225,7 @@ def bench_t2i(
     with tempfile.TemporaryDirectory() as folder, _threads(threads):
         if field not in embedded():
             field = str(save_field(DiT(scenes.VOCAB), Path(folder) / "random"))
-        setting = Setting(field, rows, group_size, num_steps, micro_batch)
+        setting = Setting(field, rows, group_size, num_steps, micro_batch or rows)
         return _bench(setting, methods(window), _even(num_positions(num_steps, window), iterations), repeats)
 
 
@@ -309,15 +280,23 @@ def _result(setting: Setting, chosen: list[Method], positions: list[int], times:
 
 
 def _method(method: Method, setting: Setting, positions: list[int], times: Times, whole: float) -> dict[str, Any]:
-    """A method's cost beside Flow-GRPO's: in time (means over the slide) and by count."""
-    cost = count(method, setting.num_steps, setting.group_size, positions)
-    relative = {c: times.ratio(method.name, "flow_grpo", statistics.fmean, c) for c in ("wall", "cpu")}
+    """A method's cost beside Flow-GRPO's, by time and by count, averaged over the positions that were timed.
+
+    Wall seconds: the median per forward-equivalent times the mean count, so that one sample spoilt by other work on
+    the machine does not decide. CPU seconds: plain means.
+    """
+    ran = positions if method.slides else positions[: len(times.samples[method.name])]
+    costs = [count(method, setting.num_steps, setting.group_size, [p]) for p in ran]
+    mean_cost = statistics.fmean(costs)
+    samples = zip(times.samples[method.name], costs, strict=True)
+    seconds = mean_cost * statistics.median(sample.wall / cost for sample, cost in samples)
+    relative_cpu = times.ratio(method.name, "flow_grpo", statistics.fmean, "cpu")
     return {
-        "s_per_iteration": statistics.fmean(s.wall for s in times.samples[method.name]),
-        "forward_equivalents": cost,
-        "count": cost / whole,
-        "relative": relative["wall"],
-        "relative_cpu": relative["cpu"],
-        "over_count_cpu": relative["cpu"] / (cost / whole),
+        "s_per_iteration": seconds,
+        "forward_equivalents": mean_cost,
+        "count": mean_cost / whole,
+        "relative": seconds / times.median("flow_grpo"),
+        "relative_cpu": relative_cpu,
+        "over_count_cpu": relative_cpu / (mean_cost / whole),
         "aim": method.aim,
     }

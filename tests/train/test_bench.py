@@ -9,7 +9,17 @@ from rlflow.envs import scenes
 from rlflow.flow.steps import AllButLast, Window
 from rlflow.models.dit import DiT
 from rlflow.models.io import save_field
-from rlflow.train.bench import Bare, Real, Setting, bench_t2i, count, forward_equivalents, methods, num_positions
+from rlflow.train.bench import (
+    Bare,
+    Real,
+    Setting,
+    _even,
+    bench_t2i,
+    count,
+    forward_equivalents,
+    methods,
+    num_positions,
+)
 
 GRID = torch.linspace(0, 1, 26, dtype=torch.float64)
 SLIDE = range(20)
@@ -35,11 +45,23 @@ def test_shares_of_a_flow_grpo_iteration_over_a_full_slide() -> None:
     assert count(K25["flash_star"], 25, 12, SLIDE) == 7 + 3 * 4
     after = [max(1, int((25 - (s + 3)) * 0.4) - 1) for s in SLIDE]
     assert count(K25["flash"], 25, 12, SLIDE) == statistics.fmean(
-        s + 4 + n + 12 for s, n in zip(SLIDE, after, strict=False)
+        s + 4 + n + 12 for s, n in zip(SLIDE, after, strict=True)
     )
     for method in K25.values():
         if method.aim is not None:
             assert count(method, 25, 12, SLIDE) / 97 * 1.05 < method.aim
+
+
+@pytest.mark.parametrize("wanted", [1, 4, 10, 20, 50])
+def test_timed_positions_stand_for_the_slide(wanted: int) -> None:
+    """A subset of the window's positions is in range, distinct, and costs what the whole slide costs."""
+    positions = _even(20, wanted)
+    assert positions == sorted(set(positions))
+    assert set(positions) <= set(SLIDE)
+    assert len(positions) == min(wanted, 20)
+    if wanted >= 4:
+        for method in K25.values():
+            assert count(method, 25, 12, positions) == pytest.approx(count(method, 25, 12, SLIDE), rel=0.02)
 
 
 def test_shared_noise_runs_the_prefix_once_per_group() -> None:
