@@ -30,7 +30,7 @@ def launch(processes: int, run: Callable[..., None], *args: Any) -> None:
     Small networks gain on a CPU: a process with one thread wastes less than a second thread does. ValueError for more
     processes than GPUs; SystemExit with its code when one fails, after the others were ended.
     """
-    import torch.multiprocessing as mp
+    from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         raise ValueError(f"{processes} processes need a GPU each, this machine has {torch.cuda.device_count()}")
@@ -38,7 +38,7 @@ def launch(processes: int, run: Callable[..., None], *args: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = mp.start_processes(_member, (processes, port, run, args), processes, join=False, start_method="spawn")
+    children = start_processes(_member, (processes, port, run, args), processes, join=False, start_method="spawn")
     assert children is not None
 
     def hand_on(number: int, frame: FrameType | None) -> None:
@@ -49,7 +49,7 @@ def launch(processes: int, run: Callable[..., None], *args: Any) -> None:
     try:
         while not children.join():
             pass
-    except mp.ProcessExitedException as error:
+    except ProcessExitedException as error:
         raise SystemExit(error.exit_code) from None
     finally:
         for number, handler in before.items():
