@@ -167,7 +167,10 @@ def ends(subject: Subject) -> None:
     env = subject.make(subject.num_envs)
     age = torch.zeros(subject.num_envs, dtype=torch.long, device=env.device)
     for _, step in subject.play(env, subject.actions(env)):
-        must(not (step.terminated & step.truncated).any(), "a row is both terminated and truncated: a time limit is not an end")
+        must(
+            not (step.terminated & step.truncated).any(),
+            "a row is both terminated and truncated: a time limit is not an end",
+        )
         age = age + step.valid
         must((age <= env.horizon).all(), f"an episode is longer than the horizon of {env.horizon} steps")
         must(step.ended[age == env.horizon].all(), f"an episode goes on after its {env.horizon} steps")
@@ -203,7 +206,9 @@ def time_limit(subject: Subject) -> None:
     cut = False
     for (_, a), (_, b) in zip(subject.play(env, actions), subject.play(longer, actions), strict=True):
         must(same(a.reward[alive], b.reward[alive]), "the reward at the time limit is not that of going on")
-        must(same(take(a.reached, alive), take(b.reached, alive)), "final_obs at the time limit is not what was reached")
+        must(
+            same(take(a.reached, alive), take(b.reached, alive)), "final_obs at the time limit is not what was reached"
+        )
         must(torch.equal(a.terminated[alive], b.terminated[alive]), "a time limit is reported as a termination")
         cut |= bool((a.truncated & alive).any())
         alive = alive & ~a.ended & ~b.ended
@@ -269,7 +274,10 @@ def statistics(subject: Subject) -> None:
         age = age + (1 if step.num_steps is None else step.num_steps)
         for name in ("episode_return", "episode_length"):
             must(torch.equal(step.info[name].isfinite(), step.ended), f"info[{name}] where an episode ended, else nan")
-        must(torch.equal(step.info["episode_length"][step.ended], age[step.ended]), "episode_length is not what was played")
+        must(
+            torch.equal(step.info["episode_length"][step.ended], age[step.ended]),
+            "episode_length is not what was played",
+        )
         age = torch.where(step.ended, 0.0, age)
 
 

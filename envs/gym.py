@@ -111,9 +111,7 @@ class GymSim(Sim):
         self._over |= ends.any(0)
         terminated, truncated = torch.from_numpy(ends)
         info = {} if self.success is None else {"success": torch.from_numpy(success)}
-        return Outcome(
-            convert(self._obs, self.obs_spec), torch.from_numpy(reward), terminated, truncated, info=info
-        )
+        return Outcome(convert(self._obs, self.obs_spec), torch.from_numpy(reward), terminated, truncated, info=info)
 
 
 def gym(

@@ -82,7 +82,9 @@ class SimEnv(VecEnv):
         if chunk < 1 or not 0 < gamma <= 1:
             raise ValueError(f"need chunk >= 1 and 0 < gamma <= 1, got {chunk} and {gamma}")
         if sim.max_chunk is not None and chunk > sim.max_chunk:
-            raise ValueError(f"{type(sim).__name__} cannot hold a row that ended in mid-chunk: use chunk={sim.max_chunk}")
+            raise ValueError(
+                f"{type(sim).__name__} cannot hold a row that ended in mid-chunk: use chunk={sim.max_chunk}"
+            )
         self.sim, self.chunk, self.gamma = sim, chunk, gamma
         self.num_envs, self.device, self.obs_spec = sim.num_envs, sim.device, sim.obs_spec
         self.action_shape = (chunk, *sim.low.shape)

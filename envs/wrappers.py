@@ -79,7 +79,7 @@ class RewardScaling(Wrapper):
         """The step with its reward scaled."""
         step = self.env.recv()
         counts = step.valid & step.reward.isfinite()
-        gamma = self.gamma if step.num_steps is None else self.gamma**step.num_steps
+        gamma = self.gamma if step.num_steps is None else self.gamma ** step.num_steps.double()
         self.running = torch.where(counts, step.reward + gamma * self.running, self.running)
         self._update(self.running, counts)
         self.running = torch.where(step.ended, 0.0, self.running)

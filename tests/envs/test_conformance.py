@@ -98,7 +98,9 @@ SUBJECTS = {
     "vector_disabled": vector("Disabled"),
     "reward_scaling": replace(wrapped(RewardScaling), make=lambda n: RewardScaling(toy.ToyReach(n), clip=1e9)),
     "frame_stack": wrapped(FrameStack, 3),
-    "reward_wrapper": Subject(lambda n: RewardWrapper(toy.ToyRoutes(n), RewardSet([Reward("squared", squared)])), bounded=False),
+    "reward_wrapper": Subject(
+        lambda n: RewardWrapper(toy.ToyRoutes(n), RewardSet([Reward("squared", squared)])), bounded=False
+    ),
     "reward_wrapper_masking": wrapped(RewardWrapper, RewardSet([Reward("near", near)])),
 }
 ACROSS_ROWS = {  # what these do to a row depends, by design, on the others
