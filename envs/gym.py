@@ -197,7 +197,7 @@ class SameStepSim(VectorSim):
         rows = np.flatnonzero(self._ended)
         if not len(rows):
             return self._obs
-        last = convert([row_of(info["final_obs"], row) for row in rows], self.obs_spec)
+        last = convert([row_of(info["final_obs"], int(row)) for row in rows], self.obs_spec)
         mask, slot = torch.from_numpy(self._ended), torch.from_numpy(np.cumsum(self._ended) - 1).clamp(min=0)
         return tree_where(mask, tree_map(lambda v: v[slot], last), self._obs)
 

@@ -37,9 +37,14 @@ ALL = slice(None)
 VELOCITY = 2**40  # added to a seed for the noise of velocities
 
 
-def symmetric(seeds: Tensor, num: int) -> Tensor:
-    """(B, num) uniform in [-1, 1)."""
-    return 2 * uniform(seeds, num) - 1
+def uniform_noise(seeds: Tensor, num_positions: int, num_velocities: int) -> Tensor:
+    """(B, nq + nv) uniform in [-1, 1)."""
+    return 2 * uniform(seeds, num_positions + num_velocities) - 1
+
+
+def normal_velocities(seeds: Tensor, num_positions: int, num_velocities: int) -> Tensor:
+    """(B, nq + nv): positions uniform in [-1, 1), velocities standard normal."""
+    return torch.cat([2 * uniform(seeds, num_positions) - 1, normal(seeds + VELOCITY, num_velocities)], 1)
 
 
 def root_x(batch: Any) -> Callable[[], Array]:
@@ -77,7 +82,7 @@ class Task:
     healthy: tuple[tuple[int, float, float], ...] = ()  # (entry of the state, low, high), an open interval
     others: tuple[int, float] = (0, math.inf)  # from this entry on, the others keep below this magnitude
     position: Callable[[Any], Callable[[], Array]] = root_x
-    velocity_noise: Callable[[Tensor, int], Tensor] = normal
+    spread: Callable[[Tensor, int, int], Tensor] = uniform_noise  # of start states, times `noise`
     derived: tuple[tuple[str, int], ...] = ()  # (field, first row observed) after [qpos, qvel]
     contact: float = 0.0  # price of squared contact forces, which are then observed last; 0 = not computed
     clip_contact: float = math.inf
@@ -101,7 +106,6 @@ HOPPER = Task(
     clip_velocity=10.0,
     healthy=((1, 0.7, math.inf), (2, -0.2, 0.2)),
     others=(2, 100.0),
-    velocity_noise=symmetric,
 )
 WALKER2D = Task(
     name="Walker2d-v5",
@@ -111,15 +115,22 @@ WALKER2D = Task(
     noise=5e-3,
     clip_velocity=10.0,
     healthy=((1, 0.8, 2.0), (2, -1.0, 1.0)),
-    velocity_noise=symmetric,
 )
-HALFCHEETAH = Task(name="HalfCheetah-v5", xml="half_cheetah.xml", frame_skip=5, control=0.1, noise=0.1, alive=0.0)
+HALFCHEETAH = Task(
+    name="HalfCheetah-v5",
+    xml="half_cheetah.xml",
+    frame_skip=5,
+    control=0.1,
+    noise=0.1,
+    spread=normal_velocities,
+)
 ANT = Task(
     name="Ant-v5",
     xml="ant.xml",
     frame_skip=5,
     control=0.5,
     noise=0.1,
+    spread=normal_velocities,
     hidden=2,
     healthy=((2, np.nextafter(0.2, 0), np.nextafter(1.0, 2)),),  # a closed interval
     position=torso_x,
@@ -137,7 +148,6 @@ HUMANOID = Task(
     alive=5.0,
     healthy=((2, 1.0, 2.0),),
     position=mass_x,
-    velocity_noise=symmetric,
     derived=(("cinert", 1), ("cvel", 1), ("qfrc_actuator", 6)),
     contact=5e-7,
     max_contact=10.0,
@@ -160,6 +170,7 @@ class MujocoSim(Sim):
         self._state = self.batch.state[:, 1 : 1 + num]  # mjSTATE_INTEGRATION: time, qpos, qvel, ...
         self._low, self._high = self._health_bounds(num)
         self._position, self._x = task.position(self.batch), np.zeros(num_envs)
+        self._over = np.zeros(num_envs, bool)  # rows that have fallen rest until they are reset
         derived = [self.batch.bind(n)[:, first:].reshape(num_envs, -1) for n, first in task.derived]
         self._forces = np.zeros((num_envs, model.nbody if task.contact else 1, 6))
         self._data, self._num_contacts = mujoco.MjData(model), self.batch.bind("ncon")
@@ -187,10 +198,9 @@ class MujocoSim(Sim):
         """The model's rest state plus noise from each row's seed."""
         rows = np.flatnonzero(mask.numpy())
         if len(rows):
-            seeds, noise = seeds[mask], self.task.noise
-            qpos = noise * symmetric(seeds, self.model.nq).numpy()
-            qvel = noise * self.task.velocity_noise(seeds + VELOCITY, self.model.nv).numpy()
-            self.place(rows, self.model.qpos0 + qpos, qvel)
+            nq = self.model.nq
+            noise = self.task.noise * self.task.spread(seeds[mask], nq, self.model.nv).numpy()
+            self.place(rows, self.model.qpos0 + noise[:, :nq], noise[:, nq:])
         return torch.from_numpy(self._obs)
 
     def place(self, rows: Array, qpos: Array, qvel: Array) -> None:
@@ -199,7 +209,7 @@ class MujocoSim(Sim):
         self._qpos[rows], self._qvel[rows] = qpos, qvel
         if self.task.derived or self.task.position is not root_x:
             self.batch.forward(rows)
-        self._x[rows], self._forces[rows] = self._position()[rows], 0
+        self._x[rows], self._forces[rows], self._over[rows] = self._position()[rows], 0, False
         self._observe(rows)
 
     def _observe(self, rows: Array | slice = ALL) -> None:
@@ -212,18 +222,18 @@ class MujocoSim(Sim):
         """`frame_skip` physics steps under one control."""
         task, control = self.task, action.numpy()
         self._ctrl[:] = control
-        self.batch.step(nstep=task.frame_skip)
+        self.batch.step(~self._over, nstep=task.frame_skip)
         x = self._position()
         reward = (x - self._x) * (task.forward / self._dt) - task.control * np.square(control).sum(1)
         self._x[:] = x
         if task.contact:
             reward -= self._contact_cost()
         self._observe()
-        healthy = np.ones(self.num_envs, bool)
         if task.healthy:
             healthy = ((self._state > self._low) & (self._state < self._high)).all(1)
             reward += task.alive * healthy
-        return Outcome(torch.from_numpy(self._obs), torch.from_numpy(reward), torch.from_numpy(~healthy))
+            self._over = ~healthy
+        return Outcome(torch.from_numpy(self._obs), torch.from_numpy(reward), torch.from_numpy(self._over))
 
     def _contact_cost(self) -> Array:
         """(B,) price of the forces on the bodies; those are not part of a step, MuJoCo computes them on demand."""
@@ -243,7 +253,7 @@ class MujocoSim(Sim):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.batch.state[:] = state["physics"].numpy()
-        self._x[:], self._obs[:] = state["x"].numpy(), state["obs"].numpy()
+        self._x[:], self._obs[:], self._over[:] = state["x"].numpy(), state["obs"].numpy(), False
 
 
 def hopper(num_envs: int, chunk: int = 4, gamma: float = 0.99, threads: int = 0) -> SimEnv:

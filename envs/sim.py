@@ -123,7 +123,8 @@ class SimEnv(VecEnv):
         action = self._action.clamp(-self._limit, self._limit) * self._half + self._centre
         before, reward = self.elapsed, torch.zeros_like(self.returns)
         terminated = truncated = ended = torch.zeros_like(self.first, dtype=torch.bool)
-        reached: tuple[Tree, dict[str, Tensor]] | None = None
+        reached: Tree = None
+        info: dict[str, Tensor] = {}
         for i in range(self.chunk):
             out = self.sim.advance(action[:, i])
             live = ~ended if out.executed is None else out.executed & ~ended
@@ -133,17 +134,17 @@ class SimEnv(VecEnv):
             late = self.elapsed >= self.sim.horizon
             terminated = terminated | (live & out.terminated)
             truncated = truncated | (live & (late if out.truncated is None else late | out.truncated))
-            now = (out.obs, out.info)  # perhaps buffers of the simulator: copied before its next call
-            reached = tree_map(torch.clone, now) if reached is None else tree_where(live, now, reached)
+            # copied, for it may be a buffer that the simulator's next call overwrites
+            reached = tree_map(torch.clone, out.obs) if i == 0 else tree_where(live, out.obs, reached)
+            info = dict(out.info) if i == 0 else tree_where(live, out.info, info)
             ended = terminated | truncated
-        assert reached is not None
-        final, info = reached
-        info = info | self._statistics(ended, info)
         num_steps = self.elapsed - before
+        info |= self._statistics(ended, info)
         self.episode = self.episode + ended
-        obs = self._begin(ended)
+        nothing_ended = self.device.type == "cpu" and not bool(ended.any())  # elsewhere the answer would be waited for
+        obs = tree_map(torch.clone, reached) if nothing_ended else self._begin(ended)
         cut = truncated & ~terminated
-        return Step(obs, reward.float(), terminated, cut, final, num_steps > 0, info, num_steps=num_steps)
+        return Step(obs, reward.float(), terminated, cut, reached, num_steps > 0, info, num_steps=num_steps)
 
     def _count(self, live: Tensor, gain: Tensor, info: dict[str, Tensor]) -> None:
         """One primitive step of the rows of `live` in the books."""

@@ -19,6 +19,8 @@ Tree = Any
 
 def tree_map(fn: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
     """Apply `fn` to every tensor of a tree."""
+    if isinstance(tree, Tensor):  # a shortcut: environments call this many times a second
+        return fn(tree)
     return pytree.tree_map_only(Tensor, fn, tree)
 
 
@@ -34,11 +36,9 @@ def tree_stack(trees: Sequence[Tree], dim: int = 0) -> Tree:
 
 def tree_where(mask: Tensor, yes: Tree, no: Tree) -> Tree:
     """Rows of `yes` where mask (B,) is True, of `no` elsewhere; two trees of equal structure."""
-
-    def choose(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(mask.view(-1, *[1] * (a.ndim - 1)), a, b)
-
-    return pytree.tree_map(choose, yes, no)
+    if isinstance(yes, dict):
+        return {name: tree_where(mask, yes[name], no[name]) for name in yes}
+    return torch.where(mask.view(-1, *[1] * (yes.ndim - 1)), yes, no)
 
 
 def tree_leaves(tree: Tree) -> list[Tensor]:
