@@ -80,7 +80,8 @@ class ReachSim(ToySim):
     """A point mass moved by velocity commands to a goal in one of four corners."""
 
     def start(self, seeds: Tensor) -> dict[str, Tensor]:
-        goal = CENTRES.to(seeds.device)[seeds % 4] * (0.6 + 0.8 * uniform(seeds, 1).float())
+        spread = (seeds.double() * 0.6180339887498949 + 0.7548776662466927).frac()  # even over neighbouring seeds
+        goal = CENTRES.to(seeds.device)[seeds % 4] * (0.6 + 0.8 * spread.float().unsqueeze(1))
         return {"goal": goal, "state": torch.zeros_like(goal)}
 
     def observe(self) -> Tree:

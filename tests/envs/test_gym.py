@@ -41,7 +41,7 @@ class Walk(gymnasium.Env):
 gymnasium.register("rlflow_tests/Walk-v0", entry_point=Walk, max_episode_steps=4)
 gymnasium.register("rlflow_tests/Endless-v0", entry_point=Walk)
 SEEDS = torch.tensor([3, 8, 11])
-ACTIONS = torch.rand(12, 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
+ACTIONS = torch.rand(60, 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def plain(row: int, seeds: list[int] | None = None) -> list[dict[str, Any]]:

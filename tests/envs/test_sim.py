@@ -126,7 +126,7 @@ class TestResets:
         for _ in range(4):
             env.step(torch.zeros(3, 1, 2))
         masks = [mask for _, mask in env.sim.asked]
-        assert masks == [[True] * 3, [False] * 3, [True, False, False], [False] * 3, [True, False, False]]
+        assert masks == [[True] * 3, [True, False, False], [True, False, False]]
         begun = [seeds[0] for seeds, mask in env.sim.asked if mask[0]]
         assert begun == [0, *(int(episode_seeds(torch.tensor(0), torch.tensor(n))) for n in (1, 2))]
 
