@@ -166,7 +166,11 @@ def ends(subject: Subject) -> None:
     """No row is terminated and truncated at once or outlives the horizon; a new episode begins where one ended."""
     env = subject.make(subject.num_envs)
     age = torch.zeros(subject.num_envs, dtype=torch.long, device=env.device)
+    rested = torch.zeros_like(age, dtype=torch.bool)
     for _, step in subject.play(env, subject.actions(env)):
+        rests = torch.zeros_like(rested) if step.num_steps is None else step.num_steps == 0
+        must(not (rests & rested).any(), "a row stands still for two steps: at most one is lost to a reset")
+        rested = rests
         must(
             not (step.terminated & step.truncated).any(),
             "a row is both terminated and truncated: a time limit is not an end",

@@ -215,7 +215,8 @@ class NextStepSim(VectorSim):
         return super().reset(seeds, mask)
 
     def _executed(self) -> Tensor:
-        return torch.from_numpy(~self._starting)
+        executed, self._starting = ~self._starting, np.zeros(self.num_envs, bool)
+        return torch.from_numpy(executed)
 
 
 class OnDemandSim(VectorSim):

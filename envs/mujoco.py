@@ -8,6 +8,7 @@ Observation, reward, termination and reset noise are those of gymnasium/envs/muj
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -30,6 +31,8 @@ try:
     from mujoco.batch import Batch
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}: pip install 'rlflow-torch[robots]'", name=error.name) from None
+
+log = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 NO_STAGE = mujoco.mjtStage.mjSTAGE_NONE.value
@@ -94,7 +97,12 @@ class Task:
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError("the models come with gymnasium: pip install 'rlflow-torch[robots]'")
         path = Path(spec.origin).parent / "envs" / "mujoco" / "assets" / self.xml
-        return mujoco.MjModel.from_xml_path(str(path))
+        said_to = mujoco.get_mju_user_warning()
+        mujoco.set_mju_user_warning(log.debug)  # else a deprecation in Gymnasium's file is written to a file here
+        try:
+            return mujoco.MjModel.from_xml_path(str(path))
+        finally:
+            mujoco.set_mju_user_warning(said_to)
 
 
 HOPPER = Task(

@@ -284,6 +284,16 @@ class WrongDiscount(Changed):
         self.gamma = 0.5
 
 
+class StandsStill(Changed):
+    """A row that has ended carries out nothing for ever."""
+
+    over: Any = False
+
+    def change(self, step: Step) -> Step:
+        self.over = step.ended | self.over
+        return replace(step, num_steps=torch.where(self.over, 0, step.num_steps), valid=~self.over)
+
+
 class TooLong(Changed):
     """Promises a shorter episode than it plays."""
 
@@ -318,6 +328,7 @@ BROKEN = {
     ReturnsEverywhere: r"statistics: info\[episode_return\]",
     WrongLength: "statistics: episode_length is not what was played",
     WrongDiscount: "chunks: a chunk's reward is not",
+    StandsStill: "ends: a row stands still",
     TooLong: "ends: an episode (is longer than|goes on after)",
 }
 

@@ -86,6 +86,14 @@ def test_start_states_are_spread_as_gymnasiums(name):
     np.testing.assert_allclose(reach[0] / ours.std(0) > 2, reach[1] / theirs.std(0) > 2)
 
 
+def test_loading_a_model_leaves_no_log_file(tmp_path, monkeypatch, capfd):
+    """MuJoCo writes warnings to MUJOCO_LOG.TXT where it stands; one model of Gymnasium's has a deprecated setting."""
+    monkeypatch.chdir(tmp_path)
+    mujoco.HALFCHEETAH.load()
+    assert not list(tmp_path.iterdir())
+    assert "deprecated" not in capfd.readouterr().err
+
+
 def test_threads_change_nothing():
     actions = torch.rand(30, 6, 2, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     found = []
