@@ -230,7 +230,7 @@ class MujocoSim(Sim):
         """`frame_skip` physics steps under one control."""
         task, control = self.task, action.numpy()
         self._ctrl[:] = control
-        self.batch.step(~self._over, nstep=task.frame_skip)
+        self.batch.step(~self._over if self._over.any() else None, nstep=task.frame_skip)
         x = self._position()
         reward = (x - self._x) * (task.forward / self._dt) - task.control * np.square(control).sum(1)
         self._x[:] = x

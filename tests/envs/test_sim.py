@@ -76,8 +76,8 @@ class TestChunks:
         assert first.final_obs[:, 0].tolist() == [2, 104, 204]
         assert second.final_obs[1:, 0].tolist() == [105, 206]
         following = episode_seeds(torch.arange(3), torch.tensor(1))
-        assert torch.equal(first.obs[0, 0], 100.0 * following[0])
-        assert torch.equal(second.obs[1:, 0], 100.0 * following[1:])
+        assert torch.equal(first.obs[0, 0], (100 * following[0]).float())
+        assert torch.equal(second.obs[1:, 0], (100 * following[1:]).float())
 
     def test_columns_of_the_simulator_are_those_of_the_last_step_carried_out(self):
         first, second = self.steps()
@@ -181,7 +181,7 @@ class TestSeeds:
         among = uniform(torch.cat([torch.arange(others), torch.tensor([seed])]), 3)
         assert torch.equal(alone[0], among[-1])
 
-    def test_matches_the_published_finaliser(self):
+    def test_matches_the_published_generator(self):
         """SplitMix64 from state 0: the first three outputs of the reference implementation."""
         golden = 0x9E3779B97F4A7C15
         expected = (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F)
@@ -189,6 +189,8 @@ class TestSeeds:
             state = (golden * k) % 2**64
             found = int(mix(torch.tensor(state - 2**64 if state >= 2**63 else state)))
             assert found % 2**64 == value
+        drawn = uniform(torch.tensor([0]), 3)[0]
+        assert drawn.tolist() == [(value >> 11) / 2**53 for value in expected]
 
     def test_later_episodes_have_31_bit_seeds_and_the_first_its_own(self):
         first = torch.tensor([5, 2**40])
