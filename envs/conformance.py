@@ -32,7 +32,6 @@ class Subject:
     single: Make | None = None
     num_envs: int = 5
     num_steps: int = 25
-    scale: float = 1.0  # std of the random actions
     gamma: float = 1.0  # discount inside a chunk
     bounded: bool = True  # actions beyond [-1, 1] act like those at the bound
     varied: bool = True  # episodes of different seeds differ
@@ -46,7 +45,7 @@ class Subject:
     def actions(self, env: VecEnv) -> Tensor:
         """(T, B, *D) random actions."""
         shape = (self.num_steps, self.num_envs, *env.action_shape)
-        return self.scale * torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(env.device)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(env.device)
 
     def play(self, env: VecEnv, actions: Tensor, seeds: Tensor | None = None) -> list[tuple[Tree, Step]]:
         """(first observation, step) of every step."""

@@ -142,7 +142,7 @@ class SimEnv(VecEnv):
         info |= self._statistics(ended, info)
         self.episode = self.episode + ended
         nothing_ended = self.device.type == "cpu" and not bool(ended.any())  # elsewhere the answer would be waited for
-        obs = tree_map(torch.clone, reached) if nothing_ended else self._begin(ended)
+        obs = reached if nothing_ended else self._begin(ended)
         cut = truncated & ~terminated
         return Step(obs, reward.float(), terminated, cut, reached, num_steps > 0, info, num_steps=num_steps)
 
@@ -151,7 +151,8 @@ class SimEnv(VecEnv):
         self.elapsed = self.elapsed + live
         self.returns = self.returns + gain
         if "success" in info:
-            self.success = torch.where(live, torch.maximum(self.success, info["success"]), self.success)
+            best = torch.fmax(self.success, info["success"])  # nan: not told at this step
+            self.success = torch.where(live, best, self.success)
 
     def _statistics(self, ended: Tensor, info: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of the episodes that have just ended; nan elsewhere."""

@@ -21,7 +21,7 @@ class Walk(gymnasium.Env):
         inner = spaces.Dict({"x": box, "target": box})
         self.observation_space = spaces.Dict({"pixels": spaces.Box(0, 255, (2, 2, 3), np.uint8), "state": inner})
         self.action_space = spaces.Box(-2, 2, (1,), np.float32)
-        self.spread = start
+        self.spread, self.count = start, 0
 
     def observe(self) -> dict[str, Any]:
         state = {"x": self.x, "target": np.ones(1)}
@@ -33,9 +33,9 @@ class Walk(gymnasium.Env):
         return self.observe(), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self.x = self.x + action
+        self.x, self.count = self.x + action, self.count + 1
         done = bool(abs(self.x[0]) > 3)
-        return self.observe(), float(self.x[0]), done, False, {"is_success": bool(self.x[0] < -3)}
+        return self.observe(), float(self.x[0]), done, False, {"is_success": bool(self.x[0] < -3)} if done else {}
 
 
 gymnasium.register("rlflow_tests/Walk-v0", entry_point=Walk, max_episode_steps=4)
@@ -51,7 +51,7 @@ def plain(row: int, seeds: list[int] | None = None) -> list[dict[str, Any]]:
     for action in ACTIONS[:, row, 0].numpy():
         obs, reward, terminated, truncated, info = env.step(2 * action)
         found.append({"x": obs["state"]["x"], "pixels": obs["pixels"], "reward": reward, "terminated": terminated})
-        found[-1] |= {"truncated": truncated and not terminated, "success": info["is_success"]}
+        found[-1] |= {"truncated": truncated and not terminated, "success": info.get("is_success", False)}
         if terminated or truncated:
             episode += 1
             env.reset(seed=int(episode_seeds(SEEDS[row], torch.tensor(episode))) if seeds is None else None)
@@ -123,6 +123,17 @@ def test_time_limit_options_and_success_can_be_set():
     assert step.terminated.tolist() == [True, True]
     assert step.info["success"].tolist() == [0.0, 1.0]
     assert env.exact_resume is False
+
+
+def test_a_row_rests_after_its_end():
+    env = gym(2, "rlflow_tests/Walk-v0", chunk=3, options={"start": 0.0})
+    env.reset(SEEDS[:2])
+    actions = torch.tensor([[[0.1]] * 3, [[1.0]] * 3])
+    for taken in ([3, 2], [1, 2]):  # the time limit is 4, the edge of the second row 2 steps away
+        before = [e.unwrapped.count for e in env.sim.envs]
+        step = env.step(actions)
+        assert [e.unwrapped.count - b for e, b in zip(env.sim.envs, before, strict=True)] == taken
+        assert step.num_steps.tolist() == taken
 
 
 @pytest.mark.parametrize(

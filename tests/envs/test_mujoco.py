@@ -1,5 +1,7 @@
 """Locomotion equals Gymnasium's own environments, step by step; noise, threads and shapes besides."""
 
+import inspect
+
 import gymnasium
 import numpy as np
 import pytest
@@ -68,6 +70,28 @@ def test_shapes_and_bounds_are_gymnasiums(name):
     assert env.horizon == peer.spec.max_episode_steps
     np.testing.assert_array_equal(env.sim.high.numpy(), peer.action_space.high)
     np.testing.assert_array_equal(env.sim.low.numpy(), peer.action_space.low)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_numbers_are_gymnasiums_defaults(name):
+    """Those that random steps may not reach, like the largest price of contacts, included."""
+    ours, kind = TASKS[name], type(gymnasium.make(name).unwrapped)
+    theirs = {n: p.default for n, p in inspect.signature(kind.__init__).parameters.items()}
+    named = {
+        "xml_file": ours.xml,
+        "frame_skip": ours.frame_skip,
+        "ctrl_cost_weight": ours.control,
+        "reset_noise_scale": ours.noise,
+        "forward_reward_weight": ours.forward,
+        "healthy_reward": ours.alive,
+        "contact_cost_weight": ours.contact,
+        "contact_cost_range": (-np.inf, ours.max_contact),
+        "contact_force_range": (-ours.clip_contact, ours.clip_contact),
+        "healthy_state_range": (-ours.others[1], ours.others[1]),
+    }
+    shared = named.keys() & theirs.keys()
+    assert len(shared) >= 5
+    assert {n: named[n] for n in shared} == {n: theirs[n] for n in shared}
 
 
 @pytest.mark.parametrize("name", TASKS)
