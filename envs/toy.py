@@ -47,7 +47,7 @@ class ToySim(Sim):
     def __init__(self, num_envs: int, num_actions: int, horizon: int, device: str = "cpu"):
         self.num_envs, self.horizon, self.device = num_envs, horizon, torch.device(device)
         self.high = torch.ones(num_actions, device=device)
-        self.low = -self.high
+        self.low, self.centres = -self.high, CENTRES.to(device)
         self.state = self.start(torch.zeros(num_envs, dtype=torch.long, device=device))
         self.obs_spec = tree_map(lambda v: torch.empty(v.shape[1:], dtype=v.dtype, device="meta"), self.observe())
 
@@ -81,7 +81,7 @@ class ReachSim(ToySim):
 
     def start(self, seeds: Tensor) -> dict[str, Tensor]:
         spread = (seeds.double() * 0.6180339887498949 + 0.7548776662466927).frac()  # even over neighbouring seeds
-        goal = CENTRES.to(seeds.device)[seeds % 4] * (0.6 + 0.8 * spread.float().unsqueeze(1))
+        goal = self.centres[seeds % 4] * (0.6 + 0.8 * spread.float().unsqueeze(1))
         return {"goal": goal, "state": torch.zeros_like(goal)}
 
     def observe(self) -> Tree:
@@ -110,9 +110,7 @@ class ToyReach(SimEnv):
 
 
 class BanditSim(ToySim):
-    """One pull: four peaks of different height over the plane of actions."""
-
-    HEIGHTS = torch.tensor([1.0, 0.8, 0.6, 0.4])
+    """One pull: four peaks over the plane of actions, of heights 1, .8, .6 and .4."""
 
     def start(self, seeds: Tensor) -> dict[str, Tensor]:
         return {"obs": torch.ones(len(seeds), 1, device=seeds.device)}
@@ -121,8 +119,9 @@ class BanditSim(ToySim):
         return self.state["obs"]
 
     def advance(self, action: Tensor) -> Outcome:
-        distance = (action.unsqueeze(1) - 0.5 * CENTRES.to(action)).square().sum(-1)
-        reward = (self.HEIGHTS.to(action) * torch.exp(-distance / (2 * 0.15**2))).amax(-1)
+        distance = (action.unsqueeze(1) - 0.5 * self.centres).square().sum(-1)
+        heights = torch.linspace(1.0, 0.4, 4, device=self.device)
+        reward = (heights * torch.exp(-distance / (2 * 0.15**2))).amax(-1)
         return Outcome(self.observe(), reward, torch.ones_like(reward, dtype=torch.bool))
 
 
@@ -202,7 +201,8 @@ class RoutesSim(ToySim):
         return self.state["position"]
 
     def _distance(self) -> Tensor:
-        return (self.state["position"] - torch.tensor([1.0, 0.0], device=self.device)).norm(dim=-1)
+        x, y = self.state["position"].unbind(1)
+        return torch.hypot(x - 1, y)
 
     def advance(self, action: Tensor) -> Outcome:
         before = self._distance()

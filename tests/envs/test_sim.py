@@ -1,5 +1,6 @@
 """SimEnv by hand: a counter that pays its own number shows what is counted, discounted, kept and begun anew."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlflow.envs.seeds import episode_seeds, mix, normal, uniform
 from rlflow.envs.sim import Outcome, Sim, SimEnv
-from rlflow.types import Tree
+from rlflow.envs.toy import ToyBandit, ToyReach, ToyRoutes
+from rlflow.types import Tree, tree_leaves
 
 
 class Counter(Sim):
@@ -138,6 +141,34 @@ class TestResets:
         assert obs[:, 0].tolist() == [700, 800, 202]
         assert env.episode.tolist() == [0, 0, 0]
         assert env.elapsed.tolist() == [0, 0, 2]
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for a device: a number, or a shape that depends on values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), func
+        return func(*args, **(kwargs or {}))
+
+
+class TestDevices:
+    @pytest.mark.parametrize("kind", [ToyRoutes, ToyReach, ToyBandit])
+    def test_nothing_waits_for_the_device(self, kind, monkeypatch):
+        env = kind(16)
+        env.reset(torch.arange(16))
+        actions = torch.rand(20, 16, *env.action_shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        expected = [env.step(a) for a in actions]
+        env.reset(torch.arange(16))
+        monkeypatch.setattr(env, "device", SimpleNamespace(type="cuda"))  # on which asking is not free
+        with NoWaiting():
+            found = [env.step(a) for a in actions]
+        assert bool(torch.stack([s.ended for s in found]).any())
+        for one, two in zip(found, expected, strict=True):  # and the other way round is the same
+            assert all(map(torch.equal, tree_leaves([one.obs, one.reward]), tree_leaves([two.obs, two.reward])))
+
+    def test_asking_is_seen(self):
+        with NoWaiting(), pytest.raises(AssertionError):
+            bool(torch.ones(2).any())
 
 
 class TestRefusals:
