@@ -154,7 +154,7 @@ class Step:
     truncated: Tensor  # (B,) bool
     final_obs: Tree | None  # observation truly reached where the episode ended, else None
     valid: Tensor  # (B,) bool; False masks the row everywhere
-    info: dict[str, Tensor] = field(default_factory=dict)  # (B,) floats, logged as means
+    info: dict[str, Tensor] = field(default_factory=dict)  # (B,) floats, nan where there is nothing to tell
     reward_parts: dict[str, Tensor] = field(default_factory=dict)  # (B,) each reward by name, nan = no score
     num_steps: Tensor | None = None  # (B,) long, primitive steps carried out, by which gamma counts; None = 1
 
