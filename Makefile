@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer:
 #   make demo    train the demo and say where its report is
 #   make test    the fast test suite
-# Variables: PYTHON=python3.12   PIP_ARGS="--index-url URL"   RECIPE=t2i_mixgrpo RUN=runs/mine ARGS="seed=1"
+# Variables: PYTHON=python3.12   PIP_ARGS="--index-url URL"   RECIPE=t2i_mixgrpo RUN=runs/mine ARGS="train.seed=1"
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -14,6 +14,7 @@ PIP_ARGS ?=
 RECIPE ?= t2i_flow_grpo_fast
 RUN ?= runs/demo
 ARGS ?=
+PROCESSES ?= $(if $(shell command -v nvidia-smi),1,2)
 WORKERS ?= 2
 TYPED := build/typed
 
@@ -53,7 +54,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 # --- the two commands ---
 
 demo: $(VENV)/.installed-core
-	$(BIN)/rlflow train $(RECIPE) $(ARGS) --run $(RUN)
+	$(BIN)/rlflow train $(RECIPE) $(ARGS) --run $(RUN) --processes $(PROCESSES)
 	@echo "Report: $(abspath $(RUN))/report.html"
 
 test: $(VENV)/.installed-dev

@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(args, "debug", False):
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"rlflow: error: {message}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            print(f"rlflow: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -30,6 +31,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments of one command; key=value overrides may stand anywhere after the recipe."""
     parser = _parser()
     args, extra = parser.parse_known_args(argv)
+    args.words = list(sys.argv[1:] if argv is None else argv)
     late = [word for word in extra if "=" in word and not word.startswith("-")]
     if unknown := [word for word in extra if word not in late or not hasattr(args, "overrides")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -78,6 +80,7 @@ def _train(commands: Any) -> None:
     p.add_argument("--run", metavar="DIR", help="run folder (default runs/RECIPE-TIME)")
     p.add_argument("--resume", metavar="last|PATH", help="continue the run in --run from a checkpoint")
     p.add_argument("--seeds", metavar="0,1,2", help="one run per seed, in DIR/seed-N")
+    p.add_argument("--processes", type=int, default=1, metavar="N", help="share each iteration among N processes")
     p.add_argument("--quiet", action="store_true", help="no progress display")
     _trust(p)
 
@@ -85,12 +88,24 @@ def _train(commands: Any) -> None:
 def _run_train(args: argparse.Namespace) -> None:
     if args.resume and not args.run:
         raise ValueError("--resume needs --run DIR, the folder of the run to continue")
+    if args.processes > 1:
+        _train_shared(args)
+        return
     if not args.seeds:
         _train_one(args, args.run, args.overrides)
         return
     base = Path(args.run or f"runs/{Path(args.recipe).stem}")
     for seed in args.seeds.split(","):
         _train_one(args, base / f"seed-{int(seed)}", [*args.overrides, f"train.seed={int(seed)}"])
+
+
+def _train_shared(args: argparse.Namespace) -> None:
+    from rlflow import dist, recipes
+    from rlflow.train.trainer import default_run
+
+    recipes.load(args.recipe, args.overrides, args.trust_code)  # an error is said once
+    words = args.words if args.run or args.seeds else [*args.words, "--run", str(default_run(args.recipe))]
+    dist.launch(args.processes, main, [*words, "--processes", "1"])
 
 
 def _train_one(args: argparse.Namespace, run: Path | str | None, overrides: list[str]) -> None:
@@ -104,7 +119,7 @@ def _train_one(args: argparse.Namespace, run: Path | str | None, overrides: list
         trainer.fit()
     finally:
         dist.stop()
-    if dist.rank() == 0:
+    if os.environ.get("RANK", "0") == "0":
         state = "stopped by a signal, resume with --resume last" if trainer.interrupted else "finished"
         print(f"{state}: {trainer.iteration} iterations, {trainer.seconds:.0f} s of training; run folder {trainer.run}")
 

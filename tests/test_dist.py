@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ SCRIPT = '''
 """Runs every case in one launch; `masked` is a reward that has no score for the prompts that say so."""
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -172,6 +174,37 @@ def test_one_rank_that_is_stopped_stops_all(runs: Path) -> None:
     rows = read_metrics(runs / "two" / "one rank stopped")
     assert [(row["iteration"], row["kind"]) for row in rows] == [(0, "eval"), (1, "train")]
     assert Checkpoints(runs / "two" / "one rank stopped").load("last")[0] == 1
+
+
+@pytest.fixture
+def launched(tmp_path: Path) -> list[str]:
+    """`rlflow train` of the GRPO case in two processes, without end."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(cases(tmp_path)["grpo"] | {"train": {"iterations": 10**6, "tensorboard": False}}))
+    command = ["train", str(path), "--run", str(tmp_path / "run"), "--quiet", "--processes", "2"]
+    return [sys.executable, "-m", "rlflow", *command]
+
+
+def test_a_signal_to_the_launcher_reaches_every_process(tmp_path: Path, launched: list[str]) -> None:
+    """`--processes 2` shares the groups of an iteration, and Ctrl-C saves a checkpoint and ends well."""
+    process = subprocess.Popen(launched, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and '"train"' in metrics.read_text():
+            process.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.05)
+    finish(process)
+    assert json.loads((tmp_path / "run/run.json").read_text())["world"] == 2
+    assert Checkpoints(tmp_path / "run").load("last")[0] >= 1
+
+
+def test_an_error_in_two_processes_is_said_once(launched: list[str]) -> None:
+    said = subprocess.run([*launched, "env.num_groups=3"], capture_output=True, text=True, timeout=120)
+    assert said.returncode == 2
+    assert said.stderr.count("rlflow: error:") == 1, said.stderr
+    assert "in whole groups" in said.stderr
 
 
 def test_one_process_needs_no_group() -> None:

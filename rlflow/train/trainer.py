@@ -52,7 +52,7 @@ class Trainer:
     ):
         self.recipe = config if isinstance(config, str) else "custom"
         self.config = _resolve(config, overrides, trust_code)
-        self.run = Path(run) if run is not None else _default_run(self.recipe)
+        self.run = Path(run) if run is not None else default_run(self.recipe)
         self.callbacks, self.quiet = list(callbacks), quiet
         if self.config.train.threads:
             torch.set_num_threads(self.config.train.threads)
@@ -337,7 +337,8 @@ def _resolve(config: str | dict[str, Any] | Config, overrides: Sequence[str], tr
     return parse(values, trust_code)
 
 
-def _default_run(recipe: str) -> Path:
+def default_run(recipe: str) -> Path:
+    """runs/RECIPE-TIME, where no folder was named."""
     return Path("runs") / f"{Path(recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
