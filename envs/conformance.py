@@ -224,8 +224,6 @@ def masked_reset(subject: Subject) -> None:
         return
     env, other = subject.make(subject.num_envs), subject.make(subject.num_envs)
     actions = subject.actions(env)
-    for e in (env, other):
-        subject.play(e, actions[:2])
     before = subject.play(env, actions[:2])[-1][1].obs
     subject.play(other, actions[:2])
     mask = torch.arange(subject.num_envs) < 2
