@@ -25,7 +25,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP
 
 help:
 	@echo "make demo         make $(VENV), install, run recipe $(RECIPE), print where the report is"
-	@echo "make test         make $(VENV), install with the extras [image,dev], run the fast tests"
+	@echo "make test         make $(VENV), install with the extras [image,robots,dev], run the fast tests"
 	@echo "make test-all     the slow tests too"
 	@echo "make check        ruff check, ruff format --check, mypy on a normal install"
 	@echo "make format       let ruff fix and format"
@@ -47,8 +47,8 @@ $(VENV)/.installed-core: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "installing rlflow[image,dev]"
-	@$(INSTALL) -e '.[image,dev]'
+	@echo "installing rlflow[image,robots,dev]"
+	@$(INSTALL) -e '.[image,robots,dev]'
 	@touch $@ $(VENV)/.installed-core
 
 # --- the two commands ---

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlflow.types import Step, Tree
+from rlflow.types import Step, Tree, tree_leaves
 
 
 class VecEnv:
@@ -20,7 +20,9 @@ class VecEnv:
     horizon: int
     """Longest episode in steps."""
     device: torch.device = torch.device("cpu")
-    exact_resume: ClassVar[bool] = True
+    obs_spec: Tree = None
+    """One row's observation as meta tensors (shape and dtype); None where it is not told."""
+    exact_resume: bool = True
     """False when the simulator cannot be saved; a resumed run is then equal in law only."""
 
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
@@ -39,6 +41,11 @@ class VecEnv:
         """recv(send(action))."""
         self.send(action, slice(0, self.num_envs))
         return self.recv()
+
+    @property
+    def obs_dim(self) -> int:
+        """Numbers in one row's observation."""
+        return sum(leaf.numel() for leaf in tree_leaves(self.obs_spec))
 
     @property
     def reward_weights(self) -> dict[str, float]:

@@ -19,6 +19,8 @@ Tree = Any
 
 def tree_map(fn: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
     """Apply `fn` to every tensor of a tree."""
+    if isinstance(tree, Tensor):  # a shortcut: environments call this many times a second
+        return fn(tree)
     return pytree.tree_map_only(Tensor, fn, tree)
 
 
@@ -30,6 +32,13 @@ def tree_cat(trees: Sequence[Tree], dim: int = 0) -> Tree:
 def tree_stack(trees: Sequence[Tree], dim: int = 0) -> Tree:
     """Stack trees of equal structure along a new axis `dim`."""
     return pytree.tree_map(lambda *leaves: torch.stack(leaves, dim), *trees)
+
+
+def tree_where(mask: Tensor, yes: Tree, no: Tree) -> Tree:
+    """Rows of `yes` where mask (B,) is True, of `no` elsewhere; two trees of equal structure."""
+    if isinstance(yes, dict):
+        return {name: tree_where(mask, yes[name], no[name]) for name in yes}
+    return torch.where(mask.view(-1, *[1] * (yes.ndim - 1)), yes, no)
 
 
 def tree_leaves(tree: Tree) -> list[Tensor]:
@@ -140,13 +149,24 @@ class Step:
     """What an environment answers to one batched action; all tensors lead with B."""
 
     obs: Tree
-    reward: Tensor  # (B,) float; nan where no score could be had
+    reward: Tensor  # (B,) float, discounted inside the step; nan where no score could be had
     terminated: Tensor  # (B,) bool
     truncated: Tensor  # (B,) bool
     final_obs: Tree | None  # observation truly reached where the episode ended, else None
     valid: Tensor  # (B,) bool; False masks the row everywhere
-    info: dict[str, Tensor] = field(default_factory=dict)  # (B,) floats, logged as means
+    info: dict[str, Tensor] = field(default_factory=dict)  # (B,) floats, nan where there is nothing to tell
     reward_parts: dict[str, Tensor] = field(default_factory=dict)  # (B,) each reward by name, nan = no score
+    num_steps: Tensor | None = None  # (B,) long, primitive steps carried out, by which gamma counts; None = 1
+
+    @property
+    def ended(self) -> Tensor:
+        """(B,) bool, terminated or truncated."""
+        return self.terminated | self.truncated
+
+    @property
+    def reached(self) -> Tree:
+        """Observations truly reached, before any automatic reset."""
+        return self.obs if self.final_obs is None else tree_where(self.ended, self.final_obs, self.obs)
 
 
 @dataclass
@@ -168,6 +188,7 @@ class Rollout:
     reward_weights: dict[str, float] = field(default_factory=dict)  # set when they combine as advantages
     evidence: Evidence | None = None  # (T * B, R, ...)
     cond: Cond | None = None  # (T * B, ...) kept when the encoder is frozen
+    num_steps: Tensor | None = None  # (T, B) long, primitive steps of each action; None = 1
     network_calls: int = 0  # network rows evaluated while sampling
 
     @property

@@ -1,4 +1,5 @@
-"""Settings every test runs under: one thread, no hub, no display, reproducible hypothesis draws."""
+"""Settings every test runs under: one thread, no hub, no display, reproducible hypothesis draws; and processes
+played by threads."""
 
 import os
 
@@ -6,9 +7,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch loads, and for the
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import threading
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor
 
 torch.set_num_threads(1)
 
@@ -24,3 +30,76 @@ def _defaults_restored():
     yield
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
+
+
+class ThreadWorld:
+    """Stands in for torch.distributed: every rank a thread, collectives by barrier, so a missing call is an error."""
+
+    ReduceOp = torch.distributed.ReduceOp
+
+    def __init__(self, size: int):
+        self.size, self.local = size, threading.local()
+        self.meet = threading.Barrier(size, timeout=20)
+        self.box: list[Any] = [None] * size
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def get_world_size(self) -> int:
+        return self.size
+
+    def get_rank(self) -> int:
+        return self.local.rank
+
+    def barrier(self) -> None:
+        self.meet.wait()
+
+    def _everyone(self, value: Tensor) -> list[Tensor]:
+        self.box[self.get_rank()] = value.detach().clone()
+        self.meet.wait()
+        found = list(self.box)
+        self.meet.wait()
+        return found
+
+    def all_reduce(self, value: Tensor, op: Any = None) -> None:
+        found = torch.stack(self._everyone(value))
+        value.copy_(found.amax(0) if op == self.ReduceOp.MAX else found.sum(0))
+
+    def all_gather(self, parts: list[Tensor], value: Tensor) -> None:
+        for part, found in zip(parts, self._everyone(value), strict=True):
+            part.copy_(found)
+
+    def run(self, fn: Callable[[int], Any]) -> list[Any]:
+        """fn(rank) on every rank at once; raises what a rank raised."""
+        results: list[Any] = [None] * self.size
+        errors: list[BaseException] = []
+
+        def work(rank: int) -> None:
+            self.local.rank = rank
+            try:
+                results[rank] = fn(rank)
+            except BaseException as error:
+                errors.append(error)
+                self.meet.abort()
+
+        threads = [threading.Thread(target=work, args=(r,)) for r in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+            raise error
+        return results
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[int], Any]], list[Any]]:
+    """ranks(size, fn) -> [fn(0), fn(1), ...], each in a process of its own as far as rlflow.dist can tell."""
+
+    def run(size: int, fn: Callable[[int], Any]) -> list[Any]:
+        with monkeypatch.context() as patch:
+            world = ThreadWorld(size)
+            patch.setattr("rlflow.dist.dist", world)
+            return world.run(fn)
+
+    return run

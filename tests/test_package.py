@@ -35,7 +35,7 @@ ABOVE_ALL = {"cli", "__main__"}  # nothing but themselves may import these
 # Slow to import and not needed to print help, list names or reject a misspelt key.
 HEAVY = {
     *("torch", "scipy", "matplotlib", "tensorboard"),
-    *("diffusers", "transformers", "peft", "rapidocr", "cv2", "gymnasium"),
+    *("diffusers", "transformers", "peft", "rapidocr", "cv2", "gymnasium", "mujoco"),
 }
 
 

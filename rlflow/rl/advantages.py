@@ -123,13 +123,14 @@ def gae(
     next_value: Tensor,
     terminated: Tensor,
     truncated: Tensor,
-    gamma: float,
+    gamma: float | Tensor,
     lam: float,
 ) -> Tensor:
     """Generalised advantage estimates (T, B) (Schulman et al. 2016).
 
     delta = r + gamma (1 - terminated) V' - V,  A = delta + gamma lam (1 - terminated)(1 - truncated) A';
-    V' is the value of the state truly reached, also where the episode was cut off.
+    V' is the value of the state truly reached, also where the episode was cut off. `gamma` may be (T, B):
+    gamma^h for an action that took h primitive steps, whose rewards r has discounted among themselves.
     """
     delta = reward + gamma * next_value * ~terminated - value
     keep = gamma * lam * (~(terminated | truncated)).to(delta.dtype)
@@ -142,7 +143,10 @@ def gae(
 
 @dataclass(frozen=True)
 class GAE:
-    """GAE with a critic, normalised over all ranks; a step without a reward is cut out, as if episodes ended at it."""
+    """GAE with a critic, normalised over all ranks; a step without a reward is cut out, as if episodes ended at it.
+
+    `gamma` discounts per primitive step: by gamma^h over an action of h of them.
+    """
 
     gamma: float = 0.99
     lam: float = 0.95
@@ -156,6 +160,7 @@ class GAE:
         masked = rollout.weight == 0
         reward = torch.where(masked, 0.0, rollout.reward)
         cut = rollout.truncated | torch.cat([masked[1:], torch.zeros_like(masked[:1])])  # the next step is unknown
-        a = gae(reward, values, next_values, rollout.terminated, cut, self.gamma, self.lam)
+        gamma = self.gamma if rollout.num_steps is None else self.gamma ** rollout.num_steps.to(reward.dtype)
+        a = gae(reward, values, next_values, rollout.terminated, cut, gamma, self.lam)
         returns = a + values
         return Advantages(normalize(a, rollout.weight) if self.normalize else a, rollout.weight, returns)

@@ -120,6 +120,7 @@ class Collector:
             "final_obs": step.final_obs,
             "next_obs": step.obs,
             "info": step.info,
+            "num_steps": step.num_steps,
             "parts": step.reward_parts,
             "row_ids": self.groups.row_ids() + outer * self.groups.total_rows,
         }
@@ -146,12 +147,16 @@ class Collector:
             reward_weights=self.env.reward_weights,
             evidence=Evidence.cat(evidence) if evidence else None,
             cond=Cond.cat([c for o in outs for c in o["cond"]]) if keep else None,
+            num_steps=None if outs[0]["num_steps"] is None else stack("num_steps"),
             network_calls=network_rows,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Observation in hand and the environment's state; nothing is needed where every iteration starts anew."""
-        if self.mode == "episodes":
+        """Observation in hand and the environment's state; {} where the next iteration starts new episodes.
+
+        That is so in mode 'episodes', and after a resume with a simulator that cannot be saved.
+        """
+        if self.mode == "episodes" or not self.env.exact_resume:
             return {}
         return {"obs": self.obs, "env": self.env.state_dict()}
 

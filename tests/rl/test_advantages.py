@@ -275,6 +275,46 @@ class TestGAE:
         a = gae(self.REWARD, self.VALUE, self.NEXT, terminated, truncated, 0.5, 0.5)
         assert a.T.tolist() == [[-0.125, -4.5, -6.0], [-3.5, -18.0, -6.0], [2.75, 7.0, -6.0]]
 
+    def test_by_hand_with_chunks_of_different_lengths(self):
+        """gamma = lambda = 1/2; the chunks of a column take 2, 1, 3 primitive steps: gamma^h is 1/4, 1/2, 1/8.
+
+        Column 0 runs on: delta = 1 + 20/4 - 10, 2 + 30/2 - 20, 4 + 40/8 - 30 = -4, -3, -21;
+        A_1 = -3 + 1/2 1/2 (-21), A_0 = -4 + 1/4 1/2 A_1. Column 1 terminates at step 1: A_1 = 2 - 20.
+        Column 2 is cut off there at a state worth 50: A_1 = 2 + 50/2 - 20.
+        """
+        num_steps = torch.tensor([[2, 1, 3]] * 3).T
+        terminated = by_bool([0, 0, 0], [0, 1, 0], [0, 0, 0])
+        truncated = by_bool([0, 0, 0], [0, 0, 0], [0, 1, 0])
+        a = gae(self.REWARD, self.VALUE, self.NEXT, terminated, truncated, 0.5**num_steps, 0.5)
+        assert a.T.tolist() == [[-5.03125, -8.25, -21.0], [-6.25, -18.0, -21.0], [-3.125, 7.0, -21.0]]
+        mine = rollout(self.REWARD, group=torch.arange(3), terminated=terminated, truncated=truncated)
+        mine.num_steps = num_steps
+        out = GAE(gamma=0.5, lam=0.5, normalize=False)(mine, self.VALUE, self.NEXT)
+        assert torch.equal(out.advantage, a)
+        assert torch.equal(out.returns, a + self.VALUE)
+
+    def test_one_primitive_step_each_is_no_chunk_at_all(self):
+        reward, value, after = draw(6, 16), draw(6, 16, seed=1), draw(6, 16, seed=2)
+        plain = GAE()(rollout(reward), value, after)
+        counted = rollout(reward)
+        counted.num_steps = torch.ones(6, 16, dtype=torch.long)
+        out = GAE()(counted, value, after)
+        close(out.advantage, plain.advantage)
+        close(out.returns, plain.returns)
+
+    def test_chunks_have_the_returns_of_their_primitive_steps(self):
+        """lambda = 1: rewards discounted inside chunks, and between them by gamma^h, are the primitive return."""
+        reward, gamma, lengths = draw(12, 3), 0.9, [3, 1, 4, 2, 2]
+        chunked, start = [], 0
+        for h in lengths:
+            chunked.append(sum(gamma**i * reward[start + i] for i in range(h)))
+            start += h
+        num_steps, zero = torch.tensor(lengths)[:, None].expand(5, 3), torch.zeros(5, 3, dtype=torch.float64)
+        ends = torch.zeros(5, 3, dtype=torch.bool)
+        ends[-1] = True
+        a = gae(torch.stack(chunked), zero, zero, ends, ends & ~ends, gamma ** num_steps.double(), 1.0)
+        close(a[0], sum(gamma**k * reward[k] for k in range(12)))
+
     def test_matches_stable_baselines3(self):
         pytest.importorskip("stable_baselines3")
         from gymnasium import spaces

@@ -170,6 +170,22 @@ class TestModes:
         first.collect(1)  # what was saved must not move with the environment it came from
         assert_same(second.collect(1), straight.collect(1))
 
+    def test_a_simulator_that_cannot_be_saved_begins_anew_after_a_resume(self, make):
+        def fresh() -> Any:
+            parts = make("reach", collector={"mode": "steps", "horizon": 3})
+            parts.env.exact_resume = False
+            return parts
+
+        first, second = fresh(), fresh()
+        first.collect(0)
+        assert first.collector.state_dict() == {}
+        second.collector.load_state_dict({})
+        assert torch.equal(second.collect(1).obs["state"][0], torch.zeros(16, 2))
+
+    def test_the_primitive_steps_of_every_action_are_kept(self, make):
+        assert make("reach").collect().num_steps.tolist() == [[2] * 16] * 4
+        assert make("image").collect().num_steps is None
+
     def test_final_observations_given_only_where_something_ended_are_kept(self, make):
         rollout = scripted(make, "episodes").collect(0)
         assert rollout.final_obs[:, 0, 0].tolist() == [1.0, -1.0, 3.0, -1.0]

@@ -1,0 +1,40 @@
+"""Random numbers from seeds: hashes of (seed, counter), so no row owns a generator and no device is waited for.
+
+SplitMix64 (Steele, Lea and Flood, 2014) in the wrapping arithmetic of int64: draw k of a seed is mix(seed + k golden).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the odd number nearest 2^64 / golden ratio, as int64
+ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
+EPISODES = 0x2545F4914F6CDD1D  # keeps the seeds of episodes apart from the draws of their first
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of int64 that changes half of the bits whenever one input bit changes."""
+    for shift, factor in ROUNDS:
+        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def uniform(seeds: Tensor, num: int) -> Tensor:
+    """(B, num) float64 in [0, 1), row b a function of seeds[b] only."""
+    bits = mix(seeds.unsqueeze(1) + torch.arange(1, num + 1, device=seeds.device) * GOLDEN)
+    return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
+
+
+def normal(seeds: Tensor, num: int) -> Tensor:
+    """(B, num) float64 standard normal numbers (Box and Muller, 1958), row b a function of seeds[b] only."""
+    u = uniform(seeds, 2 * num)
+    return (-2 * torch.log1p(-u[:, :num])).sqrt() * torch.cos(2 * math.pi * u[:, num:])
+
+
+def episode_seeds(first: Tensor, episode: Tensor) -> Tensor:
+    """(B,) seed of each row's episode: `first` for episode 0, then 31-bit hashes of (first, episode)."""
+    later = mix((first ^ EPISODES) + episode * GOLDEN) & (2**31 - 1)
+    return torch.where(episode == 0, first, later)

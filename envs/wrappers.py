@@ -1,0 +1,193 @@
+"""Wrappers: an environment around an environment. Reward scaling, stacked frames, rewards by functions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlflow import dist
+from rlflow.envs.base import VecEnv
+from rlflow.rewards.base import RewardSet
+from rlflow.types import Step, Tree, tree_cat, tree_map, tree_where
+
+
+class Wrapper(VecEnv):
+    """Passes everything on; a subclass changes what it must and keeps its own state."""
+
+    def __init__(self, env: VecEnv):
+        self.env = env
+        self.num_envs, self.action_shape, self.horizon = env.num_envs, env.action_shape, env.horizon
+        self.device, self.obs_spec, self.exact_resume = env.device, env.obs_spec, env.exact_resume
+
+    def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
+        return self.env.reset(seeds, mask)
+
+    def send(self, action: Tensor, rows: slice) -> None:
+        self.env.send(action, rows)
+
+    def recv(self) -> Step:
+        return self.env.recv()
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """Of the environment inside."""
+        return self.env.reward_weights
+
+    def metrics(self) -> dict[str, float]:
+        """Of the environment inside."""
+        return self.env.metrics()
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Tensors that this wrapper adds to the state."""
+        return {}
+
+    def load_own_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `own_state`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the environment inside and of this wrapper."""
+        return {"env": self.env.state_dict(), "own": tree_map(torch.clone, self.own_state())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.env.load_state_dict(state["env"])
+        self.load_own_state(tree_map(lambda v: v.to(self.device, copy=True), state["own"]))
+
+
+class RewardScaling(Wrapper):
+    """Divides rewards by the running std of the discounted return, over all rows of all processes; clips at +-clip.
+
+    R <- r + gamma^h R, forgotten where an episode ends; std over every R since the start. Episode returns in
+    `info` stay in the environment's own units.
+    """
+
+    def __init__(self, env: VecEnv, gamma: float = 0.99, clip: float = 10.0):
+        super().__init__(env)
+        self.gamma, self.clip = gamma, clip
+        self.running = torch.zeros(env.num_envs, dtype=torch.float64, device=env.device)
+        self.moments = torch.zeros(3, dtype=torch.float64, device=env.device)  # count, mean, sum of squared deviations
+
+    def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
+        """The running returns of the reset rows begin anew; the moments stay."""
+        self.running = torch.zeros_like(self.running) if mask is None else torch.where(mask, 0.0, self.running)
+        return self.env.reset(seeds, mask)
+
+    def recv(self) -> Step:
+        """The step with its reward scaled."""
+        step = self.env.recv()
+        counts = step.valid & step.reward.isfinite()
+        gamma = self.gamma if step.num_steps is None else self.gamma ** step.num_steps.double()
+        self.running = torch.where(counts, step.reward + gamma * self.running, self.running)
+        self._update(self.running, counts)
+        self.running = torch.where(step.ended, 0.0, self.running)
+        reward = (step.reward / self._std()).clamp(-self.clip, self.clip)
+        return replace(step, reward=reward.to(step.reward.dtype))
+
+    def _update(self, value: Tensor, counts: Tensor) -> None:
+        """Merge the rows of `counts`, of every process, into the moments (Chan, Golub and LeVeque, 1983)."""
+        shifted = torch.where(counts, value - self.moments[1], 0.0)  # small numbers: sums of squares stay exact
+        num, total, squares = dist.all_sum(torch.stack([counts.sum().double(), shifted.sum(), shifted.square().sum()]))
+        before, mean, deviations = self.moments
+        count = before + num
+        shift = total / count.clamp(min=1)
+        self.moments = torch.stack([count, mean + shift, deviations + squares - count * shift.square()])
+
+    def _std(self) -> Tensor:
+        """Biased std of all returns so far; 1 while they do not differ."""
+        count, _, deviations = self.moments
+        variance = deviations / count.clamp(min=1)
+        return torch.where(variance > 1e-12, variance.clamp(min=1e-12).sqrt(), 1.0)
+
+    def own_state(self) -> dict[str, Tensor]:
+        return {"running": self.running, "moments": self.moments}
+
+    def load_own_state(self, state: dict[str, Tensor]) -> None:
+        self.running, self.moments = state["running"], state["moments"]
+
+
+class FrameStack(Wrapper):
+    """The last `num` observations side by side along their first axis: (num * D,) or (num * C, H, W), oldest first.
+
+    An episode begins with its first observation `num` times.
+    """
+
+    def __init__(self, env: VecEnv, num: int):
+        if num < 1:
+            raise ValueError(f"FrameStack needs num >= 1, got {num}")
+        super().__init__(env)
+        self.num = num
+        self.obs_spec = tree_map(lambda v: torch.cat([v] * num), env.obs_spec)
+        self.frames: list[Tree] = []
+
+    def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
+        """First observations, repeated, in the rows of `mask`; the other rows keep their frames."""
+        obs = self.env.reset(seeds, mask)
+        mask = torch.ones(self.num_envs, dtype=torch.bool, device=self.device) if mask is None else mask
+        self.frames = [tree_where(mask, obs, old) for old in self.frames or [obs] * self.num]
+        return tree_cat(self.frames, 1)
+
+    def recv(self) -> Step:
+        """The step with stacked observations; the last of an ended row hold the frames of its own episode."""
+        step = self.env.recv()
+        frames = [*self.frames[1:], step.reached]
+        self.frames = [tree_where(step.ended, step.obs, frame) for frame in frames]
+        final = None if step.final_obs is None else tree_cat(frames, 1)
+        return replace(step, obs=tree_cat(self.frames, 1), final_obs=final)
+
+    def own_state(self) -> dict[str, Tensor]:
+        return {str(i): frame for i, frame in enumerate(self.frames)}
+
+    def load_own_state(self, state: dict[str, Tensor]) -> None:
+        self.frames = [state[str(i)] for i in range(self.num)]
+
+
+class RewardWrapper(Wrapper):
+    """Rewards by functions and models in place of the environment's own, as for images.
+
+    Their columns: obs, action (as sent), next_obs (truly reached), reward (the environment's own) and every entry
+    of `info`. A row without a score (None, nan) has reward nan and is not valid: it is masked, never zero.
+    """
+
+    COLUMNS = ("obs", "action", "next_obs", "reward")
+
+    def __init__(self, env: VecEnv, rewards: RewardSet):
+        super().__init__(env)
+        self.rewards = rewards
+        self.obs: Tree = None
+        self.action = torch.zeros(env.num_envs, *env.action_shape, device=env.device)
+
+    def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
+        self.obs = self.env.reset(seeds, mask)
+        return self.obs
+
+    def send(self, action: Tensor, rows: slice) -> None:
+        self.action[rows] = action.detach().to(self.action)
+        self.env.send(action, rows)
+
+    def recv(self) -> Step:
+        """The step with its reward replaced; `reward_parts` holds each function's score."""
+        step = self.env.recv()
+        named = dict(zip(self.COLUMNS, (self.obs, self.action.clone(), step.reached, step.reward), strict=True))
+        parts = self.rewards.compute(step.info | named, self.num_envs)
+        parts = {name: score.to(self.device) for name, score in parts.items()}
+        reward, valid = self.rewards.total(parts, {n: dist.all_gather_rows(v) for n, v in parts.items()})
+        self.obs = step.obs
+        return replace(step, reward=reward, valid=step.valid & valid, reward_parts=parts)
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """Weights when rewards combine as advantages."""
+        return self.rewards.weights if self.rewards.normalize == "advantage" else {}
+
+    def metrics(self) -> dict[str, float]:
+        """Those of the rewards and of the environment inside."""
+        return self.env.metrics() | self.rewards.metrics()
+
+    def own_state(self) -> dict[str, Tensor]:
+        return {"obs": self.obs}
+
+    def load_own_state(self, state: dict[str, Tensor]) -> None:
+        self.obs = state["obs"]
