@@ -11,6 +11,8 @@ import difflib
 import importlib
 import inspect
 import json
+import os
+import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -118,6 +120,8 @@ def find(kind: str, name: str, trust_code: bool = False) -> Callable[..., Any]:
                 f"{kind} {name!r} is code outside rlflow: pass --trust-code (trust_code=True) to run it"
             )
         path = name
+        if os.getcwd() not in sys.path:  # the `rlflow` command, unlike `python -m`, does not look where it stands
+            sys.path.append(os.getcwd())
     module, _, attribute = path.partition(":")
     try:
         found = importlib.import_module(module)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,17 @@ def test_commands_parse_and_name_what_exists(tmp_path, monkeypatch):
                 if hasattr(args, "recipe") and args.recipe in recipes.names():
                     recipes.load(args.recipe, args.overrides, args.trust_code)
     assert seen >= 2
+
+
+def test_the_reward_of_the_readme_trains(tmp_path):
+    """As a newcomer does it: the file beside one, the installed command, no PYTHONPATH."""
+    python, command = (next(t for n, t in fences(PAGES[0]) if n == name and "darkness" in t) for name in ("python", ""))
+    (tmp_path / "my_rewards.py").write_text(python)
+    words = [*shlex.split(command), "train.iterations=1", "train.threads=1", "eval.num=2", "env.num_groups=2"]
+    words = [Path(sys.executable).parent / words[0], *words[1:], "env.group_size=2", "--run", "run"]
+    said = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert said.returncode == 0, said.stderr
+    assert '"reward/darkness/mean"' in (tmp_path / "run/metrics.jsonl").read_text()
 
 
 def test_the_method_table_lists_every_recipe_and_its_section_exists():
