@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rlflow.registry import TABLE
 from rlflow.train.curves import series
 from rlflow.train.figures import read_captions
 from rlflow.train.glossary import describe, share, signed
@@ -131,12 +132,12 @@ class RunRecord:
 
     @property
     def judges(self) -> list[str]:
-        """Held-out metrics that are no training reward: what should rise although nothing optimises it."""
-        trained = {name for name, weight in self.table("reward.weights").items() if weight}
+        """Held-out metrics by no reader of a training reward: what should rise although nothing optimises it."""
+        trained = {_reader(name) for name, weight in self.table("reward.weights").items() if weight}
         made_by = self.table("eval.metrics")
         short = [n.removeprefix(HELDOUT) for n in self.names if n.startswith(HELDOUT) and "/" not in n[len(HELDOUT) :]]
         distances = ("diversity", "base_distance")
-        known = [n for n in short if n in made_by and made_by[n] not in trained and n not in distances]
+        known = [n for n in short if n in made_by and _reader(made_by[n]) not in trained and n not in distances]
         return [HELDOUT + n for n in short if n in known or (n not in made_by and n not in NOT_A_JUDGE)]
 
     def judge_label(self, name: str) -> str:
@@ -260,3 +261,8 @@ def _captions(path: Path) -> list[str]:
         return read_captions(path)
     except (OSError, ValueError):
         return []
+
+
+def _reader(reward: str) -> str:
+    """The module of a registered reward: its functions look at a picture with the same eyes (ocr, ocr_exact)."""
+    return TABLE["reward"][reward].partition(":")[0] if reward in TABLE["reward"] else reward

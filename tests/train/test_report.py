@@ -124,6 +124,8 @@ def test_a_trained_reward_is_no_judge(tmp_path):
     assert run.judges == ["eval/heldout/judge"]
     run.config["reward"]["weights"] = {"jpeg": 1.0, "shapes_strict": 0.0}
     assert run.judges == ["eval/heldout/strict", "eval/heldout/judge"]
+    run.config["reward"]["weights"] = {"shapes_soft": 1.0}
+    assert run.judges == ["eval/heldout/judge"], "another mark of the same reader is no second opinion"
 
 
 def test_pairs_of_images_carry_their_marks(tmp_path):
