@@ -30,6 +30,7 @@ class PolicyConfig:
 
     __pydantic_config__ = STRICT
     field: str = "shapes"  # an embedded checkpoint, or a checkpoint folder
+    frozen: str | None = None  # regular expression; parameters of the field in whose names it is found do not train
     kernel: Spec = "flow_sde"
     solver: Spec = "euler"
     grid: Spec = "uniform"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from rlflow import dist, registry
 from rlflow.config import Config
 from rlflow.envs.prompts import Prompts, load_prompts
+from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import load_field
 from rlflow.models.mlp import MLPField
@@ -35,6 +37,9 @@ def make_policy(config: Config, trust_code: bool = False) -> FlowPolicy:
     torch.manual_seed(config.train.seed)  # the first weights of a toy field and of a noise net
     with registry.located("policy.field"):
         field = _toy_field(config, trust_code) if c.field == "toy" else load_field(c.field, trust_code)
+    if c.frozen is not None:
+        with registry.located("policy.frozen"):
+            freeze(field, c.frozen)
     if c.grad_checkpointing:
         field.grad_checkpointing = True
     if c.precision == "float64":
@@ -58,6 +63,22 @@ def make_policy(config: Config, trust_code: bool = False) -> FlowPolicy:
     with registry.located("steps"):
         policy.check_steps(steps, c.max_kappa)
     return policy
+
+
+def freeze(field: VelocityField, pattern: str) -> None:
+    """Exclude parameters in whose names the regular expression is found; ValueError if it finds none, or all."""
+    try:
+        found = {name for name, _ in field.named_parameters() if re.search(pattern, name)}
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    everything = {name for name, _ in field.named_parameters()}
+    if not found or found == everything:
+        parts = sorted({name.partition(".")[0] for name in everything})
+        raise ValueError(
+            f"{pattern!r} is found in {'all' if found else 'no'} parameters: set it to null, or name {parts}"
+        )
+    for name, parameter in field.named_parameters():
+        parameter.requires_grad_(name not in found)
 
 
 def _toy_field(config: Config, trust_code: bool) -> MLPField:

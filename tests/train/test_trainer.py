@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from rlflow import recipes
 from rlflow.config import parse
+from rlflow.models.io import load_field
 from rlflow.rl.optim import NonFiniteError
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.logger import read_metrics
@@ -277,3 +278,22 @@ def test_a_recipe_drives_the_toy_environments(tmp_path: Path, env: str, no_repor
     made.fit()
     assert len(train_rows(tmp_path / "run")) == 2
     assert evals(tmp_path / "run") == []
+
+
+def test_frozen_parameters_stay_and_the_others_move(tmp_path: Path, trainer: Make) -> None:
+    """Bit for bit, in the live weights and in the network that is saved."""
+    made = trainer(tmp_path / "run", "policy.frozen=patch_out|^blocks.0")
+    before = {name: p.detach().clone() for name, p in made.policy.field.named_parameters()}
+    made.fit()
+    saved = dict(load_field(str(tmp_path / "run/model")).named_parameters())
+    for name, p in made.policy.field.named_parameters():
+        frozen = name.startswith(("patch_out", "blocks.0"))
+        assert p.requires_grad is not frozen
+        assert torch.equal(p, before[name]) is frozen, name
+        assert not frozen or torch.equal(saved[name], before[name])
+
+
+@pytest.mark.parametrize(("pattern", "reason"), [("nothing", "in no"), (".", "in all"), ("(", "no regular expression")])
+def test_a_frozen_pattern_must_leave_something_to_both_sides(tmp_path, trainer, pattern, reason):
+    with pytest.raises(ValueError, match=rf"^policy.frozen: .*{reason}"):
+        trainer(tmp_path / "run", f'policy.frozen="{pattern}"')
