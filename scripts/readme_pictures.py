@@ -10,7 +10,7 @@ from rlflow.train.record import RunRecord
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def main(folder: str, pairs: int = 15) -> None:
+def main(folder: str, pairs: int = 32) -> None:
     """The first and last evaluation of `folder`, evenly over the fixed prompts that its pictures show."""
     run = RunRecord.read(folder)
     ends = run.ends("eval/heldout/strict")
@@ -25,6 +25,7 @@ def main(folder: str, pairs: int = 15) -> None:
         [first.captions[i] for i in rows],
         DOCS / "before_after.png",
         ([first.marks[i] for i in rows], [last.marks[i] for i in rows]),
+        columns=4,
         scale=2,
     )
     curves(run.rows, ["eval/heldout/strict", "eval/heldout/judge", "reward/mean"], DOCS / "curve.png")

@@ -82,7 +82,7 @@ def freeze(field: VelocityField, pattern: str) -> None:
 
 
 def _toy_field(config: Config, trust_code: bool) -> MLPField:
-    env: Any = registry.find("env", config.env.name, trust_code)
+    env: Any = registry.find("env", config.env.name, trust_code)(1)
     return MLPField(env.obs_dim, env.action_shape, width=64)
 
 

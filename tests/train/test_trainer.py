@@ -266,7 +266,7 @@ def test_every_recipe_runs_two_iterations(
     assert set(evals(tmp_path / "run")[-1]) >= {f"eval/heldout/{m}" for m in made.config.eval.metrics}
 
 
-@pytest.mark.parametrize("env", ["toy_image", "toy_reach"])
+@pytest.mark.parametrize("env", ["toy_image", "toy_reach", "toy_bandit", "toy_mdp", "toy_routes"])
 def test_a_recipe_drives_the_toy_environments(tmp_path: Path, env: str, no_report: None) -> None:
     """The same trainer, without prompts and without evaluation."""
     values = {
