@@ -109,6 +109,15 @@ def heldout_prompts(config: Config) -> Prompts:
     return load_prompts(config.eval.prompts or config.env.prompts, "heldout")
 
 
+def judged_by(config: Config) -> dict[str, Any]:
+    """The sections that evaluate a checkpoint as this config does, for its config.json."""
+    c = config.eval
+    deployed = {"num_steps": c.num_steps or config.policy.num_steps, "solver": c.solver or config.policy.solver}
+    judged = {"prompts": c.prompts, "metrics": c.metrics, "num": c.num, **deployed}
+    policy = {"guidance": config.policy.guidance, "precision": config.policy.precision}
+    return {"policy": policy, "env": {"prompts": config.env.prompts}, "eval": judged}
+
+
 @dataclass
 class Parts:
     """Everything a training loop holds."""

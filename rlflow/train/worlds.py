@@ -1,7 +1,8 @@
 """The two embedded text-to-image checkpoints: what their data is, how they are pre-trained, judged and saved.
 
 Everything is drawn by the program itself. A checkpoint folder holds model.safetensors and config.json, whose
-"made_by" names the command, seed and time that made it and its accuracy on held-out captions.
+"made_by" names the command, seed and time that made it and its accuracy on held-out captions, whose "judged_by"
+what `rlflow eval` judges it by.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ class World:
     draw: Callable[[np.random.Generator], tuple[NDArray[np.float32], str]]
     evaluate: Callable[[DiT], dict[str, float]]
     steps: int
+    prompts: str
+    metrics: dict[str, str]
+
+    @property
+    def judged_by(self) -> dict[str, Any]:
+        """Sections of a config that evaluate the checkpoint."""
+        return {"env": {"prompts": self.prompts}, "eval": {"metrics": self.metrics}}
 
     def batches(self, field: DiT, rng: np.random.Generator, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless (data (rows, 3, H, W) in [-1, 1], token ids (rows, context))."""
@@ -94,9 +102,11 @@ def judge_words(field: DiT) -> dict[str, float]:
     return {"heldout_ocr": torch.as_tensor(ocr_exact(images, texts)).nanmean().item()}
 
 
+SHAPES_METRICS = {"strict": "shapes_strict", "soft": "shapes_soft", "judge": "cnn_judge", "diversity": "diversity"}
+WORDS_METRICS = {"strict": "ocr_exact", "soft": "ocr"}
 WORLDS = {
-    "shapes": World("shapes", scenes.VOCAB, draw_scene, judge_scenes, steps=750),
-    "words": World("words", words.VOCAB, draw_word, judge_words, steps=500),
+    "shapes": World("shapes", scenes.VOCAB, draw_scene, judge_scenes, 750, "scenes", SHAPES_METRICS),
+    "words": World("words", words.VOCAB, draw_word, judge_words, 500, "words", WORDS_METRICS),
 }
 
 
@@ -123,7 +133,7 @@ def make_checkpoint(world: World, out: Path, *, steps: int, seed: int, rows: int
     }
     made_by |= {name: round(value, 3) for name, value in world.evaluate(averaged).items()}
     made_by["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-    save_checkpoint(averaged, out, made_by)
+    save_checkpoint(averaged, out, made_by, world.judged_by)
     return made_by
 
 
@@ -135,12 +145,12 @@ def _report(steps: int, begin: float) -> Callable[[int, float, VelocityField], N
     return progress
 
 
-def save_checkpoint(field: DiT, folder: Path, made_by: dict[str, Any]) -> None:
-    """Write model.safetensors (float32) and config.json: the arguments of DiT, and how it was made."""
+def save_checkpoint(field: DiT, folder: Path, made_by: dict[str, Any], judged_by: dict[str, Any]) -> None:
+    """Write model.safetensors (float32) and config.json: the arguments of DiT, how it was made, what judges it."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.float().contiguous() for name, value in field.state_dict().items()}
     (folder / "model.safetensors").write_bytes(save(weights))
-    config = {"model": "dit", "args": field.args, "made_by": made_by}
+    config = {"model": "dit", "args": field.args, "made_by": made_by, "judged_by": judged_by}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 

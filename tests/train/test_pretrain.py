@@ -108,9 +108,10 @@ def test_batches_are_latents_with_training_captions(name):
 
 def test_saved_checkpoint_is_whole(tmp_path):
     field = tiny()
-    save_checkpoint(field, tmp_path / "new", {"seed": 3})
+    save_checkpoint(field, tmp_path / "new", {"seed": 3}, {"env": {"prompts": "scenes"}})
     config = json.loads((tmp_path / "new" / "config.json").read_text())
     assert config["made_by"] == {"seed": 3}
+    assert config["judged_by"] == {"env": {"prompts": "scenes"}}
     twin = DiT(**config["args"])
     twin.load_state_dict(load_file(tmp_path / "new" / "model.safetensors"))
     assert all(torch.equal(a, b) for a, b in zip(field.parameters(), twin.parameters(), strict=True))
