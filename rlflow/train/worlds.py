@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
+from rlflow import registry
 from rlflow.envs import scenes, words
 from rlflow.flow.field import VelocityField
 from rlflow.models.dit import DiT
-from rlflow.rewards.ocr import ocr_exact
 from rlflow.rewards.shapes import shapes_strict
 from rlflow.train.pretrain import pretrain
 
@@ -97,6 +97,8 @@ def draw_word(rng: np.random.Generator) -> tuple[NDArray[np.float32], str]:
 
 def judge_words(field: DiT) -> dict[str, float]:
     """Share of 256 held-out strings that text recognition reads back exactly."""
+    from rlflow.rewards.ocr import ocr_exact  # needs rapidocr, which shapes can be made without
+
     texts = words.draw_texts(np.random.default_rng(0), 256, heldout=True)
     images = euler_images(field, [words.caption(text) for text in texts], seed=0)
     return {"heldout_ocr": torch.as_tensor(ocr_exact(images, texts)).nanmean().item()}
@@ -112,6 +114,8 @@ WORLDS = {
 
 def make_checkpoint(world: World, out: Path, *, steps: int, seed: int, rows: int = 64) -> dict[str, Any]:
     """Pre-train a DiT on `world`, judge it, save it in `out`; returns what config.json says of its making."""
+    for name in world.metrics.values():
+        registry.find("reward", name)  # what cannot be judged here is said before it is trained
     torch.manual_seed(seed)
     field = DiT(world.vocab)
     begin, begin_cpu = time.perf_counter(), time.process_time()
@@ -154,13 +158,18 @@ def save_checkpoint(field: DiT, folder: Path, made_by: dict[str, Any], judged_by
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def main(world: World, argv: list[str] | None = None) -> None:
-    """The command line of scripts/pretrain_*.py."""
+def main(world: World, argv: list[str] | None = None, out: Path | None = None) -> None:
+    """The command line of `rlflow pretrain` and scripts/pretrain_*.py; `out` is --out by default, ./NAME unless given.
+
+    The shipped checkpoint is written where it ships only by the scripts, which say so.
+    """
     parser = argparse.ArgumentParser(description=f"pre-train the embedded {world.name} model")
     parser.add_argument("--steps", type=int, default=world.steps)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "assets" / world.name)
+    parser.add_argument("--out", type=Path, default=out or Path(world.name))
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
+    if out is None and (args.out / "config.json").exists():
+        raise FileExistsError(f"{args.out} holds a checkpoint: give another --out")
     torch.set_num_threads(args.threads)
     print(json.dumps(make_checkpoint(world, args.out, steps=args.steps, seed=args.seed), indent=1))
