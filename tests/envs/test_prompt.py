@@ -74,7 +74,6 @@ class TestPrompts:
         with pytest.raises(ValueError, match=r"reads column 'valve'.*did you mean 'value'"):
             make_env(Reward("bad", lambda valve: valve))
 
-
     @pytest.mark.parametrize("name", ["images", "group"])
     def test_a_prompt_column_does_not_hide_one_of_ours(self, name):
         prompts = Prompts(({"prompt": "word 1", name: "x"},))
