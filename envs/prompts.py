@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,11 @@ import torch
 from rlflow.envs import scenes, words
 from rlflow.flow.noise import generator
 
+log = logging.getLogger(__name__)
+
 Split = Literal["train", "heldout"]
+HELD_OUT = 5  # one in so many distinct prompts of a file
+FEWEST = 10  # distinct prompts of a file that is split
 WORLDS = {"scenes": "captioned shapes, or scenes:count,pair,relation", "words": "three-letter words to write"}
 
 
@@ -79,10 +85,26 @@ def _file(path: Path) -> Prompts:
     return Prompts(tuple({"prompt": line.strip()} for line in lines))
 
 
-def load_prompts(source: str, split: Split = "train") -> Prompts:
+def _part(prompts: Prompts, source: str, split: Split) -> Prompts:
+    """The split's rows of a file: a fifth of the distinct prompts, those of the least hashes, is held out."""
+    distinct = sorted({row["prompt"] for row in prompts.rows}, key=lambda p: hashlib.sha256(p.encode()).digest())
+    if len(distinct) < FEWEST:
+        if split == "heldout":
+            log.warning(
+                "%s has %d distinct prompts, too few to hold some out: evaluation uses those of training; "
+                "give %d or more, or another file as eval.prompts",
+                *(source, len(distinct), FEWEST),
+            )
+        return prompts
+    held = set(distinct[: len(distinct) // HELD_OUT])
+    return Prompts(tuple(row for row in prompts.rows if (row["prompt"] in held) == (split == "heldout")))
+
+
+def load_prompts(source: str, split: Split = "train", *, whole: bool = False) -> Prompts:
     """'scenes', 'scenes:pair', 'words', or a .txt (one prompt a line) / .jsonl (one object a line) file.
 
-    The embedded worlds know which captions are held out; a file is used as it is for either split.
+    The embedded worlds know which captions are held out. Of a file with 10 distinct prompts or more a fifth is,
+    unless it is used `whole`, as where eval.prompts names another one.
     """
     world, _, kinds = source.partition(":")
     if world == "scenes":
@@ -94,4 +116,5 @@ def load_prompts(source: str, split: Split = "train") -> Prompts:
         raise ValueError(f"prompts {source!r}: give a .txt or .jsonl file, or one of {sorted(WORLDS)}")
     if not path.is_file():
         raise FileNotFoundError(f"no prompt file {source!r}")
-    return _file(path)
+    prompts = _file(path)
+    return prompts if whole else _part(prompts, source, split)

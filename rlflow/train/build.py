@@ -105,8 +105,8 @@ def _short(name: str) -> str:
 
 
 def heldout_prompts(config: Config) -> Prompts:
-    """What evaluation uses: its own file, or the held-out split of the training world."""
-    return load_prompts(config.eval.prompts or config.env.prompts, "heldout")
+    """What evaluation uses: its own file, or the held-out part of the training prompts."""
+    return load_prompts(config.eval.prompts or config.env.prompts, "heldout", whole=config.eval.prompts is not None)
 
 
 def judged_by(config: Config) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def _make_env(config: Config, policy: FlowPolicy, groups: Groups, trust_code: bo
         return env(groups.num_rows)
     field = policy.field.unguided
     with registry.located("env.prompts"):
-        prompts = load_prompts(config.env.prompts, "train")
+        prompts = load_prompts(config.env.prompts, "train", whole=config.eval.prompts is not None)
     return env(
         prompts,
         make_rewards(config, trust_code),

@@ -83,6 +83,28 @@ class TestLoad:
         assert prompts.columns == ["prompt", "text"]
         assert prompts.rows == tuple(rows)
 
+    def test_of_a_file_a_fifth_of_the_distinct_prompts_is_held_out(self, tmp_path):
+        """By the prompts alone: not by their order, nor by how often they stand there."""
+        path, texts = tmp_path / "p.txt", [f"prompt {i}" for i in range(23)]
+        path.write_text("\n".join(texts + texts[:7]))
+        train, held = (load_prompts(str(path), split) for split in ("train", "heldout"))
+        held_out = {r["prompt"] for r in held.rows}
+        assert len(held_out) == 4
+        assert {r["prompt"] for r in train.rows} == set(texts) - held_out
+        assert len(train) + len(held) == 30
+        assert len(load_prompts(str(path), "train", whole=True)) == len(load_prompts(str(path), "heldout", whole=True))
+        path.write_text("\n".join(reversed(texts)))
+        assert {r["prompt"] for r in load_prompts(str(path), "heldout").rows} == held_out
+
+    def test_of_a_short_file_nothing_is_held_out_and_that_is_said(self, tmp_path, caplog):
+        path = tmp_path / "p.txt"
+        path.write_text("\n".join(f"prompt {i}" for i in range(9)))
+        assert load_prompts(str(path), "train") == load_prompts(str(path), "heldout")
+        assert "has 9 distinct prompts, too few to hold some out" in caplog.text
+        caplog.clear()
+        load_prompts(str(path), "heldout", whole=True)
+        assert not caplog.text, "asked for"
+
     @pytest.mark.parametrize("source", ["scenes", "words", "scenes:pair"])
     def test_the_worlds_keep_their_held_out_captions_apart(self, source):
         train, held = ({r["prompt"] for r in load_prompts(source, split).rows} for split in ("train", "heldout"))
