@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,8 @@ class Prompts:
     """A table of prompts; duplicates are fine, since groups are told apart by number and not by text."""
 
     rows: tuple[dict[str, Any], ...]
+    places: tuple[str, ...] = ()
+    """Where each row was read, FILE:LINE; empty for an embedded world."""
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -36,8 +38,30 @@ class Prompts:
         for i, row in enumerate(self.rows):
             if set(row) != names or not isinstance(row.get("prompt"), str):
                 raise ValueError(
-                    f'prompt row {i} has columns {sorted(row)}: every row needs "prompt" and the same columns'
+                    f'{self.place(i)} has columns {sorted(row)}: every row needs "prompt" (text) and the same columns'
                 )
+
+    def place(self, row: int) -> str:
+        """What to call a row in a message."""
+        return self.places[row] if self.places else f"prompt row {row}"
+
+    def check(self, tokenize: Callable[[list[str]], Any]) -> None:
+        """Tokenise every prompt once; ValueError names the first that the model cannot read, and why."""
+        first = {row["prompt"]: i for i, row in reversed(list(enumerate(self.rows)))}
+        texts = list(first)
+        for part in (texts[i : i + 1024] for i in range(0, len(texts), 1024)):
+            try:
+                tokenize(part)
+            except ValueError:
+                for text in sorted(part, key=first.__getitem__):
+                    self._check_one(tokenize, text, first[text])
+                raise
+
+    def _check_one(self, tokenize: Callable[[list[str]], Any], text: str, row: int) -> None:
+        try:
+            tokenize([text])
+        except ValueError as error:
+            raise ValueError(f"{self.place(row)}: {text!r}: {error}") from None
 
     @property
     def columns(self) -> list[str]:
@@ -79,10 +103,22 @@ def _words(split: Split) -> Prompts:
 
 
 def _file(path: Path) -> Prompts:
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    text = path.read_text(encoding="utf-8")
+    lines = {f"{path}:{i}": line.strip() for i, line in enumerate(text.splitlines(), 1) if line.strip()}
     if path.suffix == ".jsonl":
-        return Prompts(tuple(json.loads(line) for line in lines))
-    return Prompts(tuple({"prompt": line.strip()} for line in lines))
+        return Prompts(tuple(_object(line, place) for place, line in lines.items()), tuple(lines))
+    return Prompts(tuple({"prompt": line} for line in lines.values()), tuple(lines))
+
+
+def _object(line: str, place: str) -> dict[str, Any]:
+    """One line of a .jsonl file."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON ({error.msg} at column {error.colno}): {line[:60]!r}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f'{place}: write one object a line, {{"prompt": "...", ...}}, got {line[:60]!r}')
+    return row
 
 
 def _part(prompts: Prompts, source: str, split: Split) -> Prompts:
@@ -97,7 +133,8 @@ def _part(prompts: Prompts, source: str, split: Split) -> Prompts:
             )
         return prompts
     held = set(distinct[: len(distinct) // HELD_OUT])
-    return Prompts(tuple(row for row in prompts.rows if (row["prompt"] in held) == (split == "heldout")))
+    mine = [i for i, row in enumerate(prompts.rows) if (row["prompt"] in held) == (split == "heldout")]
+    return Prompts(tuple(prompts.rows[i] for i in mine), tuple(prompts.places[i] for i in mine))
 
 
 def load_prompts(source: str, split: Split = "train", *, whole: bool = False) -> Prompts:

@@ -14,7 +14,7 @@ from rlflow.config import Config
 from rlflow.envs.prompts import Prompts, load_prompts
 from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
-from rlflow.models.io import load_field
+from rlflow.models.io import embedded, load_field
 from rlflow.models.mlp import MLPField
 from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rl.collector import Collector
@@ -82,6 +82,11 @@ def freeze(field: VelocityField, pattern: str) -> None:
 
 
 def _toy_field(config: Config, trust_code: bool) -> MLPField:
+    if config.env.name == "prompt":
+        raise ValueError(
+            f"'toy' reads numbers and env.name=prompt gives text: name one of {embedded()} or a checkpoint folder, "
+            "or a toy environment"
+        )
     env: Any = registry.find("env", config.env.name, trust_code)(1)
     return MLPField(env.obs_dim, env.action_shape, width=64)
 
@@ -156,6 +161,9 @@ def _make_env(config: Config, policy: FlowPolicy, groups: Groups, trust_code: bo
     field = policy.field.unguided
     with registry.located("env.prompts"):
         prompts = load_prompts(config.env.prompts, "train", whole=config.eval.prompts is not None)
+        prompts.check(field.tokenize)
+    with registry.located("env.prompts" if config.eval.prompts is None else "eval.prompts"):
+        heldout_prompts(config).check(field.tokenize)
     return env(
         prompts,
         make_rewards(config, trust_code),

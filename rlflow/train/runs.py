@@ -105,10 +105,14 @@ def evaluator_of(
     spec = solver or c.solver
     made: Solver | None = None if spec is None else registry.build("solver", "eval.solver", spec, trust_code=trust_code)
 
+    prompts = heldout_prompts(config)
+
     def make(policy: FlowPolicy) -> Evaluator:
+        with registry.located(f"{name} is judged by {config.eval.prompts or config.env.prompts}"):
+            prompts.check(policy.field.unguided.tokenize)
         return Evaluator(
             policy,
-            heldout_prompts(config),
+            prompts,
             make_judges(config, trust_code),
             num=num or c.num,
             num_steps=num_steps or c.num_steps,
