@@ -16,7 +16,7 @@ from rlflow.flow.solvers import Solver
 from rlflow.models.io import load_field, read_config, save_field
 from rlflow.train.build import device, heldout_prompts, judged_by, make_judges, make_policy
 from rlflow.train.checkpoint import Checkpoints
-from rlflow.train.evaluate import Evaluation, Evaluator
+from rlflow.train.evaluate import Evaluator
 
 
 def is_run(path: str | Path) -> bool:
@@ -59,6 +59,9 @@ def load(
     policy.load_state_dict(state["policy"])
     policy.weights.load_state_dict(state["weight_sets"])
     chosen = weights or config.eval.weights
+    known = [n for n in ("live", "ema") if n == "live" or n in policy.weights.sets]
+    if chosen not in known:
+        raise ValueError(f"weights {chosen!r}: {name} has {' and '.join(known)}; `load(policy.field)` is the base")
     if chosen != "live":
         live = policy.weights.parameters()
         with torch.no_grad():
@@ -131,8 +134,25 @@ def evaluator_of(
 
 
 def evaluate(
-    name: str | Path, *, num: int | None = None, num_steps: int | None = None, seed: int | None = None
+    name: str | Path,
+    *,
+    num: int | None = None,
+    num_steps: int | None = None,
+    solver: str | None = None,
+    seed: int | None = None,
+    checkpoint: str = "last",
+    weights: str | None = None,
+    trust_code: bool = False,
 ) -> dict[str, float]:
-    """Held-out metrics of a run folder or a checkpoint; exactly `num` samples."""
-    result: Evaluation = evaluator_of(name, num=num, num_steps=num_steps, seed=seed)()
-    return result.means()
+    """Held-out metrics of a run folder or a checkpoint; exactly `num` samples. Settings as of `evaluator_of`."""
+    evaluator = evaluator_of(
+        name,
+        num=num,
+        num_steps=num_steps,
+        solver=solver,
+        seed=seed,
+        checkpoint=checkpoint,
+        weights=weights,
+        trust_code=trust_code,
+    )
+    return evaluator().means()
