@@ -31,7 +31,6 @@ from rlflow.train.probe import GradientWatch, Probe, bare_seconds
 from rlflow.train.trainer import Trainer
 
 ROWS_OF_A_GROUP = 4
-ROWS_OF_A_SCORE = 3
 NO_LIMIT = 1e30
 GPU_LOG_RATIO = 1e-2
 """Largest first log-ratio that passes where kernels of different batch sizes round differently."""
@@ -79,8 +78,9 @@ def few_rows(config: Config, trust_code: bool = False) -> Config:
     It samples a group at a time and scores other numbers of rows, as a run of many rows does.
     """
     minibatches = config.algorithm.num_minibatches
-    micro_batch = min(config.algorithm.micro_batch, ROWS_OF_A_SCORE * _scored_steps(config, trust_code))
     groups, size = minibatches * -(-2 // minibatches), min(ROWS_OF_A_GROUP, config.env.group_size)
+    rows_of_a_score = size - 1 or 2
+    micro_batch = min(config.algorithm.micro_batch, rows_of_a_score * _scored_steps(config, trust_code))
     return replace(
         config,
         policy=replace(config.policy, max_kappa=NO_LIMIT),
@@ -94,10 +94,8 @@ def few_rows(config: Config, trust_code: bool = False) -> Config:
 def _scored_steps(config: Config, trust_code: bool) -> int:
     """R, the steps of a chain that are scored."""
     steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
-    num = config.policy.num_steps
-    return max(
-        1, steps(0, torch.linspace(0, 1, num + 1, dtype=torch.float64), torch.zeros(1, dtype=torch.long)).num_scored
-    )
+    grid = torch.linspace(0, 1, config.policy.num_steps + 1, dtype=torch.float64)
+    return max(1, steps(0, grid, torch.zeros(1, dtype=torch.long)).num_scored)
 
 
 # -- rewards and ratios ---------------------------------------------------------------------------
