@@ -35,10 +35,11 @@ class PromptEnv(VecEnv):
         decode: Callable[[Tensor], Tensor],
         seed: int = 0,
     ):
-        rewards.check_columns([*prompts.columns, "images"])
+        _check_columns(prompts, rewards)
         self.prompts, self.rewards, self.num_envs, self.seed = prompts, rewards, num_envs, seed
         self.action_shape, self.tokenize, self.decode = tuple(action_shape), tokenize, decode
         self.rows: list[int] = []
+        self.serial = torch.zeros(0, dtype=torch.long)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="rewards")
         self._sent: list[tuple[slice, Future[dict[str, Tensor]]]] = []
 
@@ -46,15 +47,16 @@ class PromptEnv(VecEnv):
         """The prompts of serial numbers `seeds`, tokenised."""
         if mask is not None and not bool(mask.all()):
             raise ValueError("a prompt is a whole episode: PromptEnv resets all rows at once")
+        self.serial = seeds.cpu()
         self.rows = self.prompts.index(seeds.tolist(), self.seed)
         self.obs = self.tokenize(self.prompts.take(self.rows)["prompt"])
         return self.obs
 
     def send(self, action: Tensor, rows: slice) -> None:
-        """Decode and score `rows` in the background."""
+        """Decode and score `rows` in the background: whole groups, since a reward may compare a group's images."""
         images = self.decode(action.detach()).float().cpu()
         columns: dict[str, Any] = self.prompts.take(self.rows[rows])
-        columns["images"] = images
+        columns |= {"images": images, "group": self.serial[rows]}
         self._sent.append((rows, self._pool.submit(self.rewards.compute, columns, len(images))))
 
     def recv(self) -> Step:
@@ -77,3 +79,16 @@ class PromptEnv(VecEnv):
     def metrics(self) -> dict[str, float]:
         """Per-reward means, masked shares and seconds since the last call."""
         return self.rewards.metrics()
+
+
+def _check_columns(prompts: Prompts, rewards: RewardSet) -> None:
+    """ValueError where a reward reads what training does not have, or a prompt column takes a name of ours."""
+    if taken := sorted({"images", "group", "base_images"} & set(prompts.columns)):
+        raise ValueError(f"prompt columns {taken} would hide what is given to rewards under these names: rename them")
+    for r in rewards.rewards:
+        if "base_images" in r.columns:
+            raise ValueError(
+                f"reward {r.name!r} compares with the un-tuned policy's images, which only evaluation makes: "
+                "take it out of reward.weights and name it in eval.metrics"
+            )
+    rewards.check_columns([*prompts.columns, "images", "group"])

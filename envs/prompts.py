@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +15,11 @@ import torch
 from rlflow.envs import scenes, words
 from rlflow.flow.noise import generator
 
+log = logging.getLogger(__name__)
+
 Split = Literal["train", "heldout"]
+HELD_OUT = 5  # one in so many distinct prompts of a file
+FEWEST = 10  # distinct prompts of a file that is split
 WORLDS = {"scenes": "captioned shapes, or scenes:count,pair,relation", "words": "three-letter words to write"}
 
 
@@ -22,6 +28,8 @@ class Prompts:
     """A table of prompts; duplicates are fine, since groups are told apart by number and not by text."""
 
     rows: tuple[dict[str, Any], ...]
+    places: tuple[str, ...] = ()
+    """Where each row was read, FILE:LINE; empty for an embedded world."""
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -30,8 +38,30 @@ class Prompts:
         for i, row in enumerate(self.rows):
             if set(row) != names or not isinstance(row.get("prompt"), str):
                 raise ValueError(
-                    f'prompt row {i} has columns {sorted(row)}: every row needs "prompt" and the same columns'
+                    f'{self.place(i)} has columns {sorted(row)}: every row needs "prompt" (text) and the same columns'
                 )
+
+    def place(self, row: int) -> str:
+        """What to call a row in a message."""
+        return self.places[row] if self.places else f"prompt row {row}"
+
+    def check(self, tokenize: Callable[[list[str]], Any]) -> None:
+        """Tokenise every prompt once; ValueError names the first that the model cannot read, and why."""
+        first = {row["prompt"]: i for i, row in reversed(list(enumerate(self.rows)))}
+        texts = list(first)
+        for part in (texts[i : i + 1024] for i in range(0, len(texts), 1024)):
+            try:
+                tokenize(part)
+            except ValueError:
+                for text in sorted(part, key=first.__getitem__):
+                    self._check_one(tokenize, text, first[text])
+                raise
+
+    def _check_one(self, tokenize: Callable[[list[str]], Any], text: str, row: int) -> None:
+        try:
+            tokenize([text])
+        except ValueError as error:
+            raise ValueError(f"{self.place(row)}: {text!r}: {error}") from None
 
     @property
     def columns(self) -> list[str]:
@@ -73,16 +103,45 @@ def _words(split: Split) -> Prompts:
 
 
 def _file(path: Path) -> Prompts:
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    text = path.read_text(encoding="utf-8")
+    lines = {f"{path}:{i}": line.strip() for i, line in enumerate(text.splitlines(), 1) if line.strip()}
     if path.suffix == ".jsonl":
-        return Prompts(tuple(json.loads(line) for line in lines))
-    return Prompts(tuple({"prompt": line.strip()} for line in lines))
+        return Prompts(tuple(_object(line, place) for place, line in lines.items()), tuple(lines))
+    return Prompts(tuple({"prompt": line} for line in lines.values()), tuple(lines))
 
 
-def load_prompts(source: str, split: Split = "train") -> Prompts:
+def _object(line: str, place: str) -> dict[str, Any]:
+    """One line of a .jsonl file."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON ({error.msg} at column {error.colno}): {line[:60]!r}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f'{place}: write one object a line, {{"prompt": "...", ...}}, got {line[:60]!r}')
+    return row
+
+
+def _part(prompts: Prompts, source: str, split: Split) -> Prompts:
+    """The split's rows of a file: a fifth of the distinct prompts, those of the least hashes, is held out."""
+    distinct = sorted({row["prompt"] for row in prompts.rows}, key=lambda p: hashlib.sha256(p.encode()).digest())
+    if len(distinct) < FEWEST:
+        if split == "heldout":
+            log.warning(
+                "%s has %d distinct prompts, too few to hold some out: evaluation uses those of training; "
+                "give %d or more, or another file as eval.prompts",
+                *(source, len(distinct), FEWEST),
+            )
+        return prompts
+    held = set(distinct[: len(distinct) // HELD_OUT])
+    mine = [i for i, row in enumerate(prompts.rows) if (row["prompt"] in held) == (split == "heldout")]
+    return Prompts(tuple(prompts.rows[i] for i in mine), tuple(prompts.places[i] for i in mine))
+
+
+def load_prompts(source: str, split: Split = "train", *, whole: bool = False) -> Prompts:
     """'scenes', 'scenes:pair', 'words', or a .txt (one prompt a line) / .jsonl (one object a line) file.
 
-    The embedded worlds know which captions are held out; a file is used as it is for either split.
+    The embedded worlds know which captions are held out. Of a file with 10 distinct prompts or more a fifth is,
+    unless it is used `whole`, as where eval.prompts names another one.
     """
     world, _, kinds = source.partition(":")
     if world == "scenes":
@@ -94,4 +153,5 @@ def load_prompts(source: str, split: Split = "train") -> Prompts:
         raise ValueError(f"prompts {source!r}: give a .txt or .jsonl file, or one of {sorted(WORLDS)}")
     if not path.is_file():
         raise FileNotFoundError(f"no prompt file {source!r}")
-    return _file(path)
+    prompts = _file(path)
+    return prompts if whole else _part(prompts, source, split)

@@ -18,6 +18,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rlflow import registry
+from rlflow.limits import check_numbers, check_together
 from rlflow.registry import nearest
 
 Spec = str | dict[str, Any]
@@ -215,6 +216,12 @@ def _field_names(cls: type, path: Sequence[Any]) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
+def _elsewhere(name: str) -> str:
+    """'; did you mean train.seed?' where a section has the setting that was looked for at the top."""
+    found = [f"{section}.{name}" for section in _field_names(Config, []) if name in _field_names(Config, [section])]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
 def _explain(error: ValidationError) -> str:
     lines = []
     for item in error.errors():
@@ -222,7 +229,8 @@ def _explain(error: ValidationError) -> str:
         loc = loc[:-1] if len(loc) > 1 and loc[-1] == "str" else loc
         path = ".".join(str(p) for p in loc)
         if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            lines.append(f"{path}: no such setting{nearest(str(loc[-1]), _field_names(Config, loc[:-1]))}")
+            known = _elsewhere(str(loc[0])) if len(loc) == 1 else ""
+            lines.append(f"{path}: no such setting{known or nearest(str(loc[-1]), _field_names(Config, loc[:-1]))}")
         else:
             lines.append(f"{path}: {item['msg']}, got {item['input']!r}")
     return "\n".join(dict.fromkeys(lines))
@@ -315,7 +323,8 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
 
 def check(config: Config, trust_code: bool = False) -> None:
     """Everything that can be known without loading a network; ValueError with the path and the fix."""
-    _check_numbers(config)
+    check_numbers(config)
+    check_together(config)
     stand_in = {"num_features": 1, "event_shape": (1,)}
     for kind, path, spec, supplied in (
         ("kernel", "policy.kernel", config.policy.kernel, stand_in),
@@ -337,59 +346,3 @@ def check(config: Config, trust_code: bool = False) -> None:
     steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
     with registry.located("steps"):
         steps.possible(config.policy.num_steps)
-
-
-def _check_numbers(config: Config) -> None:
-    name, _ = registry.split_spec("advantage", config.advantage)
-    if name == "group" and config.env.group_size < 2:
-        raise ValueError("env.group_size: a group of 1 has no group advantage; set it to 2 or more, or advantage=gae")
-    if config.algorithm.guard and config.likelihood.joint:
-        raise ValueError("algorithm.guard: GRPO-Guard re-scales each step's ratio; set likelihood.joint=false")
-    if config.env.num_groups % max(1, config.algorithm.num_minibatches):
-        raise ValueError(
-            f"algorithm.num_minibatches: {config.algorithm.num_minibatches} must divide "
-            f"env.num_groups = {config.env.num_groups}, since a minibatch takes whole groups"
-        )
-    if config.env.name == "prompt" and not any(config.reward.weights.values()):
-        raise ValueError("reward.weights: name at least one reward with a weight that is not 0")
-    positive = {
-        "policy.num_steps": config.policy.num_steps,
-        "policy.max_kappa": config.policy.max_kappa,
-        "env.num_groups": config.env.num_groups,
-        "env.group_size": config.env.group_size,
-        "env.rows_per_call": config.env.rows_per_call,
-        "reward.timeout_s": config.reward.timeout_s,
-        "algorithm.epochs": config.algorithm.epochs,
-        "algorithm.num_minibatches": config.algorithm.num_minibatches,
-        "algorithm.micro_batch": config.algorithm.micro_batch,
-        "algorithm.clip_low": config.algorithm.clip_low,
-        "algorithm.clip_high": config.algorithm.clip_high,
-        "algorithm.critic_steps": config.algorithm.critic_steps,
-        "algorithm.optimizer.lr": config.algorithm.optimizer.lr,
-        "train.iterations": config.train.iterations,
-        "train.minutes": config.train.minutes,
-        "train.threads": config.train.threads,
-        "train.checkpoint_every": config.train.checkpoint_every,
-        "train.keep": config.train.keep,
-        "eval.num": config.eval.num,
-        "eval.num_steps": config.eval.num_steps,
-        "eval.rows_per_call": config.eval.rows_per_call,
-        "eval.grid": config.eval.grid,
-    }
-    for path, value in positive.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{path}: must be positive, got {value}")
-    not_negative = {
-        "eval.every": config.eval.every,
-        "algorithm.kl.beta": config.algorithm.kl.beta,
-        "algorithm.entropy": config.algorithm.entropy,
-        "algorithm.optimizer.warmup": config.algorithm.optimizer.warmup,
-        "algorithm.optimizer.weight_decay": config.algorithm.optimizer.weight_decay,
-    }
-    for path, value in not_negative.items():
-        if not value >= 0:
-            raise ValueError(f"{path}: must not be negative, got {value}")
-    if not 0 <= config.algorithm.ema_decay < 1:
-        raise ValueError(f"algorithm.ema_decay: must be in [0, 1), got {config.algorithm.ema_decay}")
-    if config.train.iterations is None and config.train.minutes is None:
-        raise ValueError("train: give a budget, train.iterations=N or train.minutes=M")

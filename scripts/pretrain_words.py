@@ -1,6 +1,10 @@
 """Pre-train the embedded words checkpoint on data the script draws; see rlflow/train/worlds.py."""
 
+from pathlib import Path
+
 from rlflow.train.worlds import WORLDS, main
 
+ASSETS = Path(__file__).parents[1] / "rlflow" / "assets"
+
 if __name__ == "__main__":
-    main(WORLDS["words"])
+    main(WORLDS["words"], out=ASSETS / "words")

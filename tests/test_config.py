@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from rlflow import config as config_module
-from rlflow import recipes
+from rlflow import limits, recipes, registry
 from rlflow.config import (
     MAY_CHANGE_ON_RESUME,
     Config,
@@ -62,7 +62,7 @@ REFUSED = {
     "steps={name: random_window, size: 4, stop: 3}": r"^steps: random_window of size 4 does not fit",
     "steps={name: window, compress: 2}": r"^steps: compress must be in \(0, 1\], got 2",
     "policy.grid={name: from_sigmas, sigmas: [1, 0.4, 0.5, 0]}": r"^policy\.grid: a time grid must increase",
-    "algorithm.num_minibatches=4": r"^algorithm\.num_minibatches: 4 must divide env\.num_groups = 6",
+    "algorithm.num_minibatches=3": r"^algorithm\.num_minibatches: 3 must divide env\.num_groups = 8",
     "algorithm.clip_low=0": r"^algorithm\.clip_low: must be positive, got 0",
     "algorithm.kl.beta=-1": r"^algorithm\.kl\.beta: must not be negative, got -1",
     "algorithm.ema_decay=1": r"^algorithm\.ema_decay: must be in \[0, 1\), got 1",
@@ -72,6 +72,21 @@ REFUSED = {
     "eval.every=-1": r"^eval\.every: must not be negative, got -1$",
     "reward.weights={}": r"^reward\.weights: name at least one reward with a weight that is not 0$",
     "reward.weights={shapes_soft: 0}": r"^reward\.weights: name at least one reward",
+    # numbers that would run and mean nothing
+    "algorithm.optimizer.max_bad_steps=0": r"^algorithm\.optimizer\.max_bad_steps: must be positive, got 0$",
+    "algorithm.optimizer.max_grad_norm=-1": r"^algorithm\.optimizer\.max_grad_norm: must not be negative, got -1",
+    "algorithm.optimizer.final=7": r"^algorithm\.optimizer\.final: must be in \[0, 1\], got 7",
+    "algorithm.optimizer.eps=-1": r"^algorithm\.optimizer\.eps: must be positive, got -1",
+    "algorithm.optimizer.lr=.inf": r"^algorithm\.optimizer\.lr: must be finite, got inf$",
+    "algorithm.optimizer.betas=[2, 3]": r"^algorithm\.optimizer\.betas: must be in \[0, 1\), got 2",
+    "algorithm.critic_lr=-1": r"^algorithm\.critic_lr: must be positive, got -1",
+    "algorithm.target_kl=-1": r"^algorithm\.target_kl: must be positive, got -1",
+    "advantage={name: gae, gamma: 5}": r"^advantage\.gamma: must be in \[0, 1\], got 5",
+    "advantage={name: gae, lam: -1}": r"^advantage\.lam: must be in \[0, 1\], got -1",
+    "advantage={name: group, clip: -1}": r"^advantage\.clip: must be positive, got -1",
+    "advantage={name: group, eps: -1}": r"^advantage\.eps: must not be negative, got -1",
+    "policy.guidance={name: cfg_zero, scale: 2.0, zero_until: 3}": r"^policy\.guidance\.zero_until: must be in \[0, 1\]",
+    "seed=3": r"^seed: no such setting; did you mean train\.seed or eval\.seed\?$",
     # not an assignment
     "train": r"^override 'train': write section\.key=value$",
     "=5": r"^override '=5': write section\.key=value$",
@@ -99,6 +114,24 @@ def test_every_problem_is_listed_at_once() -> None:
 def test_guard_needs_ratios_of_single_steps() -> None:
     with pytest.raises(ValueError, match=r"^algorithm\.guard: .*set likelihood\.joint=false$"):
         load("algorithm.guard=true", "likelihood.joint=true")
+
+
+def test_one_critic_cannot_normalise_each_rewards_advantage() -> None:
+    with pytest.raises(ValueError, match=r"^reward\.normalize: .*set reward\.normalize=reward, or advantage=group$"):
+        load("reward.normalize=advantage", "advantage=gae")
+    assert load("reward.normalize=advantage").reward.normalize == "advantage"
+
+
+def test_every_path_with_a_range_is_a_setting() -> None:
+    """A misspelt one would be checked for ever and found never."""
+    components = {"advantage": ("group", "gae"), "policy.guidance": ("cfg_zero",)}
+    for path in (path for paths, _ in limits.RANGES.values() for path in paths):
+        section, _, key = path.rpartition(".")
+        if section in components:
+            kind = section.rpartition(".")[2]
+            assert any(key in registry.settings(registry.find(kind, name)) for name in components[section]), path
+        else:
+            assert key in config_module._field_names(Config, section.split(".")), path
 
 
 def test_a_budget_is_needed() -> None:

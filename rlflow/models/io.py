@@ -31,7 +31,7 @@ def folder_of(name: str) -> Path:
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """config.json: {"model", "args", "made_by"}."""
+    """config.json: {"model", "args", "made_by", "judged_by"}."""
     return json.loads((folder_of(name) / "config.json").read_text(encoding="utf-8"))
 
 
@@ -44,13 +44,18 @@ def load_field(name: str, trust_code: bool = False) -> VelocityField:
     return field
 
 
-def save_field(field: VelocityField, folder: Path | str, made_by: dict[str, Any] | None = None) -> Path:
-    """Write a folder that `load_field` reads."""
+def save_field(
+    field: VelocityField,
+    folder: Path | str,
+    made_by: dict[str, Any] | None = None,
+    judged_by: dict[str, Any] | None = None,
+) -> Path:
+    """Write a folder that `load_field` reads; `judged_by` are the sections of a config that evaluate it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = f"{type(field).__module__}:{type(field).__qualname__}"
     name = next((n for n, known in registry.TABLE["model"].items() if known == path), path)
     save_file({k: v.contiguous() for k, v in field.state_dict().items()}, folder / "model.safetensors")
-    config = {"model": name, "args": field.args, "made_by": made_by or {}}
+    config = {"model": name, "args": field.args, "made_by": made_by or {}, "judged_by": judged_by or {}}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return folder

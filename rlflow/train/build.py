@@ -14,7 +14,7 @@ from rlflow.config import Config
 from rlflow.envs.prompts import Prompts, load_prompts
 from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
-from rlflow.models.io import load_field
+from rlflow.models.io import embedded, load_field
 from rlflow.models.mlp import MLPField
 from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rl.collector import Collector
@@ -82,6 +82,11 @@ def freeze(field: VelocityField, pattern: str) -> None:
 
 
 def _toy_field(config: Config, trust_code: bool) -> MLPField:
+    if config.env.name == "prompt":
+        raise ValueError(
+            f"'toy' reads numbers and env.name=prompt gives text: name one of {embedded()} or a checkpoint folder, "
+            "or a toy environment"
+        )
     env: Any = registry.find("env", config.env.name, trust_code)(1)
     return MLPField(env.obs_dim, env.action_shape, width=64)
 
@@ -105,8 +110,17 @@ def _short(name: str) -> str:
 
 
 def heldout_prompts(config: Config) -> Prompts:
-    """What evaluation uses: its own file, or the held-out split of the training world."""
-    return load_prompts(config.eval.prompts or config.env.prompts, "heldout")
+    """What evaluation uses: its own file, or the held-out part of the training prompts."""
+    return load_prompts(config.eval.prompts or config.env.prompts, "heldout", whole=config.eval.prompts is not None)
+
+
+def judged_by(config: Config) -> dict[str, Any]:
+    """The sections that evaluate a checkpoint as this config does, for its config.json."""
+    c = config.eval
+    deployed = {"num_steps": c.num_steps or config.policy.num_steps, "solver": c.solver or config.policy.solver}
+    judged = {"prompts": c.prompts, "metrics": c.metrics, "num": c.num, **deployed}
+    policy = {"guidance": config.policy.guidance, "precision": config.policy.precision}
+    return {"policy": policy, "env": {"prompts": config.env.prompts}, "eval": judged}
 
 
 @dataclass
@@ -146,7 +160,10 @@ def _make_env(config: Config, policy: FlowPolicy, groups: Groups, trust_code: bo
         return env(groups.num_rows)
     field = policy.field.unguided
     with registry.located("env.prompts"):
-        prompts = load_prompts(config.env.prompts, "train")
+        prompts = load_prompts(config.env.prompts, "train", whole=config.eval.prompts is not None)
+        prompts.check(field.tokenize)
+    with registry.located("env.prompts" if config.eval.prompts is None else "eval.prompts"):
+        heldout_prompts(config).check(field.tokenize)
     return env(
         prompts,
         make_rewards(config, trust_code),

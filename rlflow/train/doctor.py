@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlflow import registry
 from rlflow.config import Config
 from rlflow.flow.policy import FlowPolicy
 from rlflow.rl.batch import Batch
@@ -53,7 +54,7 @@ class Check:
 
 def doctor(config: Config, trust_code: bool = False) -> list[Check]:
     """All checks of a recipe, in order; takes seconds, trains nothing that stays."""
-    small = few_rows(config)
+    small = few_rows(config, trust_code)
     parts = make_parts(small, trust_code)
     gradients = GradientWatch(parts.policy)
     probe = Probe(parts, 0)
@@ -71,17 +72,30 @@ def doctor(config: Config, trust_code: bool = False) -> list[Check]:
     ]
 
 
-def few_rows(config: Config) -> Config:
-    """The same recipe with two small groups, two iterations and a token evaluation; kappa is judged later."""
+def few_rows(config: Config, trust_code: bool = False) -> Config:
+    """The same recipe with two small groups, two iterations and a token evaluation; kappa is judged later.
+
+    It samples a group at a time and scores other numbers of rows, as a run of many rows does.
+    """
     minibatches = config.algorithm.num_minibatches
     groups, size = minibatches * -(-2 // minibatches), min(ROWS_OF_A_GROUP, config.env.group_size)
+    rows_of_a_score = size - 1 or 2
+    micro_batch = min(config.algorithm.micro_batch, rows_of_a_score * _scored_steps(config, trust_code))
     return replace(
         config,
         policy=replace(config.policy, max_kappa=NO_LIMIT),
-        env=replace(config.env, num_groups=groups, group_size=size),
+        env=replace(config.env, num_groups=groups, group_size=size, rows_per_call=size),
+        algorithm=replace(config.algorithm, micro_batch=micro_batch),
         train=replace(config.train, iterations=2, minutes=None, tensorboard=False, wandb=False),
         eval=replace(config.eval, num=4, every=0, metrics={"base_distance": "base_distance"}),
     )
+
+
+def _scored_steps(config: Config, trust_code: bool) -> int:
+    """R, the steps of a chain that are scored."""
+    steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
+    grid = torch.linspace(0, 1, config.policy.num_steps + 1, dtype=torch.float64)
+    return max(1, steps(0, grid, torch.zeros(1, dtype=torch.long)).num_scored)
 
 
 # -- rewards and ratios ---------------------------------------------------------------------------
@@ -96,7 +110,9 @@ def _rewards(probe: Probe) -> Check:
 
 def _first_log_ratio(probe: Probe) -> Check:
     worst = probe.metrics["policy/first_log_ratio_max"]
-    by_step = [v for k, v in sorted(probe.metrics.items()) if k.startswith("policy/first_log_ratio/")]
+    prefix = "policy/first_log_ratio/"
+    found = {int(k.removeprefix(prefix)): v for k, v in probe.metrics.items() if k.startswith(prefix)}
+    by_step = [found[k] for k in sorted(found)]
     gpu = probe.parts.policy.device.type != "cpu"
     passed = worst <= GPU_LOG_RATIO if gpu else worst == 0
     detail = "largest |log ratio| before any update, by scored step: " + " ".join(f"{v:.2g}" for v in by_step)

@@ -9,14 +9,14 @@ import yaml
 from torch import Tensor
 
 from rlflow import registry
-from rlflow.config import Config, parse
+from rlflow.config import Config, merge, parse
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Solver
-from rlflow.models.io import load_field, save_field
-from rlflow.train.build import device, heldout_prompts, make_judges, make_policy
+from rlflow.models.io import load_field, read_config, save_field
+from rlflow.train.build import device, heldout_prompts, judged_by, make_judges, make_policy
 from rlflow.train.checkpoint import Checkpoints
-from rlflow.train.evaluate import Evaluation, Evaluator
+from rlflow.train.evaluate import Evaluator
 
 
 def is_run(path: str | Path) -> bool:
@@ -27,6 +27,20 @@ def is_run(path: str | Path) -> bool:
 def read_run_config(folder: str | Path, trust_code: bool = False) -> Config:
     """The resolved config of a run folder."""
     return parse(yaml.safe_load((Path(folder) / "config.yaml").read_text(encoding="utf-8")), trust_code)
+
+
+def judging_config(name: str | Path, trust_code: bool = False) -> Config:
+    """The config that evaluates a run (its own) or a checkpoint: its run's, or what its config.json says.
+
+    A checkpoint that says nothing is judged as the scenes are.
+    """
+    if is_run(name):
+        return read_run_config(name, trust_code)
+    said = read_config(str(name)).get("judged_by") or {}
+    run = Path(name).resolve().parent
+    if not said and Path(name).is_dir() and is_run(run):  # RUN/model
+        said = judged_by(read_run_config(run, trust_code))
+    return parse(merge({"policy": {"field": str(name)}, "train": {"iterations": 1}}, said), trust_code)
 
 
 def load(
@@ -45,6 +59,9 @@ def load(
     policy.load_state_dict(state["policy"])
     policy.weights.load_state_dict(state["weight_sets"])
     chosen = weights or config.eval.weights
+    known = [n for n in ("live", "ema") if n == "live" or n in policy.weights.sets]
+    if chosen not in known:
+        raise ValueError(f"weights {chosen!r}: {name} has {' and '.join(known)}; `load(policy.field)` is the base")
     if chosen != "live":
         live = policy.weights.parameters()
         with torch.no_grad():
@@ -79,21 +96,26 @@ def evaluator_of(
     weights: str | None = None,
     trust_code: bool = False,
 ) -> Evaluator:
-    """An Evaluator of a run (its own settings unless given) or of a checkpoint (the default settings).
+    """An Evaluator of a run (its own settings unless given) or of a checkpoint (what it is judged by).
 
     The base images come from the policy before training, so the distance to it is meaningful.
     """
     run = is_run(name)
-    values = {"policy": {"field": str(name)}, "train": {"iterations": 1}}
-    config = read_run_config(name, trust_code) if run else parse(values)
+    config = judging_config(name, trust_code)
+    if config.env.name != "prompt":
+        raise ValueError(f"{name}: a run in env.name={config.env.name} has no held-out prompts to be evaluated on")
     c = config.eval
     spec = solver or c.solver
     made: Solver | None = None if spec is None else registry.build("solver", "eval.solver", spec, trust_code=trust_code)
 
+    prompts = heldout_prompts(config)
+
     def make(policy: FlowPolicy) -> Evaluator:
+        with registry.located(f"{name} is judged by {config.eval.prompts or config.env.prompts}"):
+            prompts.check(policy.field.unguided.tokenize)
         return Evaluator(
             policy,
-            heldout_prompts(config),
+            prompts,
             make_judges(config, trust_code),
             num=num or c.num,
             num_steps=num_steps or c.num_steps,
@@ -112,8 +134,25 @@ def evaluator_of(
 
 
 def evaluate(
-    name: str | Path, *, num: int | None = None, num_steps: int | None = None, seed: int | None = None
+    name: str | Path,
+    *,
+    num: int | None = None,
+    num_steps: int | None = None,
+    solver: str | None = None,
+    seed: int | None = None,
+    checkpoint: str = "last",
+    weights: str | None = None,
+    trust_code: bool = False,
 ) -> dict[str, float]:
-    """Held-out metrics of a run folder or a checkpoint; exactly `num` samples."""
-    result: Evaluation = evaluator_of(name, num=num, num_steps=num_steps, seed=seed)()
-    return result.means()
+    """Held-out metrics of a run folder or a checkpoint; exactly `num` samples. Settings as of `evaluator_of`."""
+    evaluator = evaluator_of(
+        name,
+        num=num,
+        num_steps=num_steps,
+        solver=solver,
+        seed=seed,
+        checkpoint=checkpoint,
+        weights=weights,
+        trust_code=trust_code,
+    )
+    return evaluator().means()

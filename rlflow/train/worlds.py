@@ -1,7 +1,8 @@
 """The two embedded text-to-image checkpoints: what their data is, how they are pre-trained, judged and saved.
 
 Everything is drawn by the program itself. A checkpoint folder holds model.safetensors and config.json, whose
-"made_by" names the command, seed and time that made it and its accuracy on held-out captions.
+"made_by" names the command, seed and time that made it and its accuracy on held-out captions, whose "judged_by"
+what `rlflow eval` judges it by.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
+from rlflow import registry
 from rlflow.envs import scenes, words
 from rlflow.flow.field import VelocityField
 from rlflow.models.dit import DiT
-from rlflow.rewards.ocr import ocr_exact
 from rlflow.rewards.shapes import shapes_strict
 from rlflow.train.pretrain import pretrain
 
@@ -40,6 +41,13 @@ class World:
     draw: Callable[[np.random.Generator], tuple[NDArray[np.float32], str]]
     evaluate: Callable[[DiT], dict[str, float]]
     steps: int
+    prompts: str
+    metrics: dict[str, str]
+
+    @property
+    def judged_by(self) -> dict[str, Any]:
+        """Sections of a config that evaluate the checkpoint."""
+        return {"env": {"prompts": self.prompts}, "eval": {"metrics": self.metrics}}
 
     def batches(self, field: DiT, rng: np.random.Generator, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless (data (rows, 3, H, W) in [-1, 1], token ids (rows, context))."""
@@ -89,19 +97,25 @@ def draw_word(rng: np.random.Generator) -> tuple[NDArray[np.float32], str]:
 
 def judge_words(field: DiT) -> dict[str, float]:
     """Share of 256 held-out strings that text recognition reads back exactly."""
+    from rlflow.rewards.ocr import ocr_exact  # needs rapidocr, which shapes can be made without
+
     texts = words.draw_texts(np.random.default_rng(0), 256, heldout=True)
     images = euler_images(field, [words.caption(text) for text in texts], seed=0)
     return {"heldout_ocr": torch.as_tensor(ocr_exact(images, texts)).nanmean().item()}
 
 
+SHAPES_METRICS = {"strict": "shapes_strict", "soft": "shapes_soft", "judge": "cnn_judge", "diversity": "diversity"}
+WORDS_METRICS = {"strict": "ocr_exact", "soft": "ocr"}
 WORLDS = {
-    "shapes": World("shapes", scenes.VOCAB, draw_scene, judge_scenes, steps=750),
-    "words": World("words", words.VOCAB, draw_word, judge_words, steps=500),
+    "shapes": World("shapes", scenes.VOCAB, draw_scene, judge_scenes, 750, "scenes", SHAPES_METRICS),
+    "words": World("words", words.VOCAB, draw_word, judge_words, 500, "words", WORDS_METRICS),
 }
 
 
 def make_checkpoint(world: World, out: Path, *, steps: int, seed: int, rows: int = 64) -> dict[str, Any]:
     """Pre-train a DiT on `world`, judge it, save it in `out`; returns what config.json says of its making."""
+    for name in world.metrics.values():
+        registry.find("reward", name)  # what cannot be judged here is said before it is trained
     torch.manual_seed(seed)
     field = DiT(world.vocab)
     begin, begin_cpu = time.perf_counter(), time.process_time()
@@ -123,7 +137,7 @@ def make_checkpoint(world: World, out: Path, *, steps: int, seed: int, rows: int
     }
     made_by |= {name: round(value, 3) for name, value in world.evaluate(averaged).items()}
     made_by["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-    save_checkpoint(averaged, out, made_by)
+    save_checkpoint(averaged, out, made_by, world.judged_by)
     return made_by
 
 
@@ -135,22 +149,27 @@ def _report(steps: int, begin: float) -> Callable[[int, float, VelocityField], N
     return progress
 
 
-def save_checkpoint(field: DiT, folder: Path, made_by: dict[str, Any]) -> None:
-    """Write model.safetensors (float32) and config.json: the arguments of DiT, and how it was made."""
+def save_checkpoint(field: DiT, folder: Path, made_by: dict[str, Any], judged_by: dict[str, Any]) -> None:
+    """Write model.safetensors (float32) and config.json: the arguments of DiT, how it was made, what judges it."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.float().contiguous() for name, value in field.state_dict().items()}
     (folder / "model.safetensors").write_bytes(save(weights))
-    config = {"model": "dit", "args": field.args, "made_by": made_by}
+    config = {"model": "dit", "args": field.args, "made_by": made_by, "judged_by": judged_by}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def main(world: World, argv: list[str] | None = None) -> None:
-    """The command line of scripts/pretrain_*.py."""
+def main(world: World, argv: list[str] | None = None, out: Path | None = None) -> None:
+    """The command line of `rlflow pretrain` and scripts/pretrain_*.py; `out` is --out by default, ./NAME unless given.
+
+    The shipped checkpoint is written where it ships only by the scripts, which say so.
+    """
     parser = argparse.ArgumentParser(description=f"pre-train the embedded {world.name} model")
     parser.add_argument("--steps", type=int, default=world.steps)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "assets" / world.name)
+    parser.add_argument("--out", type=Path, default=out or Path(world.name))
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
+    if out is None and (args.out / "config.json").exists():
+        raise FileExistsError(f"{args.out} holds a checkpoint: give another --out")
     torch.set_num_threads(args.threads)
     print(json.dumps(make_checkpoint(world, args.out, steps=args.steps, seed=args.seed), indent=1))

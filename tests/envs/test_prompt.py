@@ -16,6 +16,8 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import AllButLast
 from rlflow.models.mlp import MLPField
 from rlflow.rewards.base import Reward, RewardSet
+from rlflow.rewards.colour import brightness
+from rlflow.rewards.judges import base_distance, diversity
 from rlflow.rl.advantages import GroupAdvantage
 from rlflow.rl.collector import Collector, permute_rewards
 from rlflow.rl.groups import Groups
@@ -71,6 +73,33 @@ class TestPrompts:
     def test_a_column_no_prompt_has_is_an_error_before_anything_runs(self):
         with pytest.raises(ValueError, match=r"reads column 'valve'.*did you mean 'value'"):
             make_env(Reward("bad", lambda valve: valve))
+
+    @pytest.mark.parametrize("name", ["images", "group"])
+    def test_a_prompt_column_does_not_hide_one_of_ours(self, name):
+        prompts = Prompts(({"prompt": "word 1", name: "x"},))
+        with pytest.raises(ValueError, match=rf"prompt columns \['{name}'\].*rename"):
+            PromptEnv(prompts, RewardSet([Reward("r", brightness)]), 8, SHAPE, tokenize, lambda x: x)
+
+    def test_a_distance_to_the_base_is_for_evaluation(self):
+        with pytest.raises(ValueError, match=r"'far' compares with .* which only evaluation makes.*eval\.metrics"):
+            make_env(value_error, Reward("far", base_distance, 0.0))
+
+
+class TestGroups:
+    def test_a_row_brings_the_serial_number_of_its_group(self):
+        env = make_env(Reward("group", lambda group: group))
+        serial = torch.tensor([3, 3, 9, 9, 10, 10, 2, 2])
+        env.reset(serial)
+        for start in (0, 4):
+            env.send(torch.zeros(4, *SHAPE), slice(start, start + 4))
+        assert env.recv().reward.tolist() == serial.tolist()
+
+    @pytest.mark.parametrize("rows_per_call", [1, 5, 8, 16])
+    def test_diversity_is_logged_while_training(self, rows_per_call):
+        """Of whole groups, however many rows a call was asked to have."""
+        env = make_env(Reward("shown", brightness), Reward("diversity", diversity, 0.0), num_envs=16)
+        rollout = collector(env, Groups(4, 4), rows_per_call=rows_per_call).collect(0)
+        close(rollout.reward_parts["diversity"][0], diversity(rollout.action[0], rollout.group))
 
 
 class TestScores:

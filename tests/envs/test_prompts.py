@@ -83,6 +83,28 @@ class TestLoad:
         assert prompts.columns == ["prompt", "text"]
         assert prompts.rows == tuple(rows)
 
+    def test_of_a_file_a_fifth_of_the_distinct_prompts_is_held_out(self, tmp_path):
+        """By the prompts alone: not by their order, nor by how often they stand there."""
+        path, texts = tmp_path / "p.txt", [f"prompt {i}" for i in range(23)]
+        path.write_text("\n".join(texts + texts[:7]))
+        train, held = (load_prompts(str(path), split) for split in ("train", "heldout"))
+        held_out = {r["prompt"] for r in held.rows}
+        assert len(held_out) == 4
+        assert {r["prompt"] for r in train.rows} == set(texts) - held_out
+        assert len(train) + len(held) == 30
+        assert len(load_prompts(str(path), "train", whole=True)) == len(load_prompts(str(path), "heldout", whole=True))
+        path.write_text("\n".join(reversed(texts)))
+        assert {r["prompt"] for r in load_prompts(str(path), "heldout").rows} == held_out
+
+    def test_of_a_short_file_nothing_is_held_out_and_that_is_said(self, tmp_path, caplog):
+        path = tmp_path / "p.txt"
+        path.write_text("\n".join(f"prompt {i}" for i in range(9)))
+        assert load_prompts(str(path), "train") == load_prompts(str(path), "heldout")
+        assert "has 9 distinct prompts, too few to hold some out" in caplog.text
+        caplog.clear()
+        load_prompts(str(path), "heldout", whole=True)
+        assert not caplog.text, "asked for"
+
     @pytest.mark.parametrize("source", ["scenes", "words", "scenes:pair"])
     def test_the_worlds_keep_their_held_out_captions_apart(self, source):
         train, held = ({r["prompt"] for r in load_prompts(source, split).rows} for split in ("train", "heldout"))
@@ -118,3 +140,47 @@ class TestLoad:
     def test_a_missing_file_is_named(self):
         with pytest.raises(FileNotFoundError, match=r"nowhere\.txt"):
             load_prompts("nowhere.txt")
+
+
+class TestFileErrors:
+    def test_a_line_that_is_not_json_is_named(self, tmp_path):
+        path = tmp_path / "p.jsonl"
+        path.write_text('{"prompt": "a"}\n\n{"prompt": b}\n')
+        with pytest.raises(ValueError, match=r"p\.jsonl:3: not JSON \(.* at column 12\): '\{\"prompt\": b\}'"):
+            load_prompts(str(path))
+
+    @pytest.mark.parametrize("line", ['"a"', '["a"]', "3", "null"])
+    def test_a_line_that_is_no_object_is_named(self, tmp_path, line):
+        path = tmp_path / "p.jsonl"
+        path.write_text(f'{{"prompt": "a"}}\n{line}\n')
+        with pytest.raises(ValueError, match=r"p\.jsonl:2: write one object a line"):
+            load_prompts(str(path))
+
+    def test_a_line_with_other_columns_is_named(self, tmp_path):
+        path = tmp_path / "p.jsonl"
+        path.write_text('{"prompt": "a"}\n\n{"promt": "b"}\n')
+        with pytest.raises(ValueError, match=r"p\.jsonl:3 has columns \['promt'\]"):
+            load_prompts(str(path))
+
+    @pytest.mark.parametrize("split", ["train", "heldout"])
+    def test_a_prompt_the_model_cannot_read_is_named_with_its_line(self, tmp_path, split):
+        """Also in the middle of many, and after the file was split."""
+
+        def tokenize(texts):
+            if bad := [text for text in texts if text in wrong]:
+                raise ValueError(f"unknown word {bad[0]!r}")
+
+        path, texts = tmp_path / "p.txt", [f"prompt {i}" for i in range(3000)]
+        path.write_text("\n".join(texts))
+        prompts = load_prompts(str(path), split)
+        wrong = {prompts.rows[-3]["prompt"], prompts.rows[-1]["prompt"]}
+        line = texts.index(prompts.rows[-3]["prompt"]) + 1
+        with pytest.raises(ValueError, match=rf"p\.txt:{line}: 'prompt {line - 1}': unknown word"):
+            prompts.check(tokenize)
+        wrong = set()
+        prompts.check(tokenize)
+
+    def test_every_prompt_is_read_once(self):
+        seen: list[str] = []
+        Prompts(({"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"})).check(seen.extend)
+        assert sorted(seen) == ["a", "b"]

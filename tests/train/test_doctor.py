@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from rlflow.train.build import make_parts
 from rlflow.train.cost import iteration_cost, solver_calls
 from rlflow.train.doctor import Check, checks_as_json, doctor, few_rows, print_checks
 from rlflow.train.marginal import MEAN, STD, end_error, end_moments
+from rlflow.train.probe import Probe
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -66,9 +68,42 @@ def test_few_rows_keep_the_settings(tiny: list[str], scenes_field: str) -> None:
     config = load(tiny, scenes_field, "env.num_groups=6", "env.group_size=16", "algorithm.num_minibatches=3")
     small = few_rows(config)
     assert (small.env.num_groups, small.env.group_size) == (3, 4)
-    assert small.algorithm == config.algorithm
+    assert replace(small.algorithm, micro_batch=config.algorithm.micro_batch) == config.algorithm
     assert (small.steps, small.advantage, small.reward) == (config.steps, config.advantage, config.reward)
     assert replace(small.policy, max_kappa=config.policy.max_kappa) == config.policy
+
+
+@pytest.mark.parametrize("steps", ["all_but_last", "{name: window, size: 2}", "one_random"])
+def test_rows_are_sampled_and_scored_in_other_numbers(
+    tiny: list[str], scenes_field: str, monkeypatch: pytest.MonkeyPatch, steps: str
+) -> None:
+    """Or a network whose rows depend on their neighbours would pass."""
+    small = few_rows(load(tiny, scenes_field, f"steps={steps}", "env.group_size=16", "env.rows_per_call=96"))
+    parts, sampled, scored = make_parts(small), [], []
+    real = ChainLikelihood.score
+
+    def watch(self, policy, cond, evidence) -> Score:
+        scored.append(len(evidence.t))
+        return real(self, policy, cond, evidence)
+
+    send = parts.collector.env.send
+    monkeypatch.setattr(
+        parts.collector.env, "send", lambda action, rows: sampled.append(len(action)) or send(action, rows)
+    )
+    monkeypatch.setattr(ChainLikelihood, "score", watch)
+    Probe(parts, 0)
+    assert set(sampled) == {4}
+    assert scored
+    assert 4 not in scored
+    assert max(scored) < 4
+
+
+def test_log_ratios_stand_in_the_order_of_their_steps() -> None:
+    """Step 10 after step 9."""
+    metrics = {f"policy/first_log_ratio/{k}": float(k) for k in (10, 2, 1, 0)} | {"policy/first_log_ratio_max": 0.0}
+    policy = SimpleNamespace(device=torch.device("cpu"))
+    check = doctor_module._first_log_ratio(SimpleNamespace(metrics=metrics, parts=SimpleNamespace(policy=policy)))
+    assert check.detail.endswith(": 0 1 2 10")
 
 
 # -- what is broken fails -------------------------------------------------------------------------

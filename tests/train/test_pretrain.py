@@ -1,6 +1,8 @@
 """Pre-training: learns, is a function of seed and steps, drops captions, averages weights; the shipped checkpoints."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,9 @@ from safetensors.torch import load_file
 import rlflow
 from rlflow.envs import scenes
 from rlflow.models.dit import DiT
+from rlflow.train import worlds
 from rlflow.train.pretrain import drop_condition, learning_rate_factor, pretrain, update_average
-from rlflow.train.worlds import WORLDS, save_checkpoint
+from rlflow.train.worlds import WORLDS, main, save_checkpoint
 
 ASSETS = Path(rlflow.__file__).parent / "assets"
 
@@ -108,12 +111,32 @@ def test_batches_are_latents_with_training_captions(name):
 
 def test_saved_checkpoint_is_whole(tmp_path):
     field = tiny()
-    save_checkpoint(field, tmp_path / "new", {"seed": 3})
+    save_checkpoint(field, tmp_path / "new", {"seed": 3}, {"env": {"prompts": "scenes"}})
     config = json.loads((tmp_path / "new" / "config.json").read_text())
     assert config["made_by"] == {"seed": 3}
+    assert config["judged_by"] == {"env": {"prompts": "scenes"}}
     twin = DiT(**config["args"])
     twin.load_state_dict(load_file(tmp_path / "new" / "model.safetensors"))
     assert all(torch.equal(a, b) for a, b in zip(field.parameters(), twin.parameters(), strict=True))
+
+
+def test_the_command_writes_here_and_over_nothing(tmp_path, monkeypatch):
+    """By default not over the checkpoint that ships, which only the scripts make."""
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(worlds, "make_checkpoint", lambda world, out, **_: asked.append(out) or {})
+    main(WORLDS["shapes"], [])
+    main(WORLDS["shapes"], ["--out", "there"])
+    main(WORLDS["shapes"], [], out=ASSETS / "shapes")
+    assert asked == [Path("shapes"), Path("there"), ASSETS / "shapes"]
+    save_checkpoint(tiny(), tmp_path / "shapes", {}, {})
+    with pytest.raises(FileExistsError, match="shapes holds a checkpoint: give another --out"):
+        main(WORLDS["shapes"], [])
+
+
+def test_shapes_are_made_without_text_recognition():
+    code = "import sys; sys.modules['rapidocr'] = sys.modules['rapidfuzz'] = None; import rlflow.train.worlds"
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("name", WORLDS)

@@ -1,0 +1,130 @@
+"""Runs and checkpoints opened again: the weights asked for, the same images, judged by what they were trained for."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import rlflow as rf
+from rlflow import recipes
+from rlflow.config import parse
+from rlflow.models.io import read_config, save_field
+from rlflow.train.build import judged_by
+from rlflow.train.checkpoint import Checkpoints
+from rlflow.train.logger import read_metrics
+from rlflow.train.runs import evaluator_of, judging_config
+from rlflow.train.trainer import Trainer
+from rlflow.train.worlds import WORLDS
+
+TINY = (
+    *("env.num_groups=2", "env.group_size=4", "env.rows_per_call=8", "eval.num=6", "train.tensorboard=false"),
+    *("policy.precision=float32", "policy.num_steps=6", "reward.weights={brightness: 1}"),
+    "eval.metrics={strict: brightness, base_distance: base_distance}",
+)
+
+WORDS = ("env.prompts=words", "eval.metrics={strict: brightness}", "eval.num=4")
+
+
+# -- what judges it -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_an_embedded_checkpoint_is_judged_by_its_own_world(name: str) -> None:
+    config = judging_config(name)
+    assert read_config(name)["judged_by"] == WORLDS[name].judged_by, "what pre-training would write"
+    assert (config.env.prompts, config.eval.metrics) == (WORLDS[name].prompts, WORLDS[name].metrics)
+    evaluator = evaluator_of(name, num=3)
+    evaluator.policy.field.unguided.tokenize(evaluator.columns["prompt"])
+
+
+def test_the_model_of_a_run_is_judged_as_the_run(
+    tmp_path: Path, trainer: Callable[..., Trainer], words_field: str
+) -> None:
+    """Also where it was copied to, once it carries `judged_by`."""
+    run = tmp_path / "run"
+    made = trainer(run, f"policy.field={words_field}", *WORDS)
+    made.fit()
+    expected = made.last_eval["eval/heldout/strict"]
+    assert rf.evaluate(run / "model")["strict"] == pytest.approx(expected, rel=1e-5)
+    save_field(made.policy.field.unguided, tmp_path / "live", judged_by=judged_by(made.config))
+    evaluator = evaluator_of(tmp_path / "live")
+    assert evaluator.columns == made.evaluator.columns
+    assert (evaluator.num_steps, evaluator.judges.weights) == (6, {"strict": 1.0})
+
+
+def test_a_checkpoint_that_says_nothing_and_reads_no_scenes_is_an_error(words_field: str) -> None:
+    with pytest.raises(ValueError, match=r"is judged by scenes: prompt row 0: .*unknown word"):
+        evaluator_of(words_field)
+
+
+# -- a run opened again ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, scenes_field: str) -> Path:
+    """Three iterations at a rate that moves every weight set apart from the others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlflow.train.report.write_report", lambda run: Path(run))
+        folder = tmp_path_factory.mktemp("runs") / "run"
+        overrides = [*TINY, f"policy.field={scenes_field}", "train.minutes=", "train.iterations=3"]
+        overrides += ["algorithm.optimizer.lr=1e-2", "train.checkpoint_every=1"]
+        Trainer("t2i_flow_grpo", folder, overrides=overrides, quiet=True).fit()
+    return folder
+
+
+def weights_of(policy: rf.FlowPolicy) -> torch.Tensor:
+    return torch.cat([p.flatten() for p in policy.parameters()])
+
+
+def test_load_gives_the_weights_asked_for(run: Path, scenes_field: str) -> None:
+    """The tuned ones, averaged where the run evaluates those; live and averaged ones differ from the base."""
+    base, ema = weights_of(rf.load(scenes_field)), weights_of(rf.load(run))
+    live = weights_of(rf.load(run, weights="live"))
+    sets = Checkpoints(run).load("last")[1]["weight_sets"]
+    assert not torch.equal(ema, base)
+    assert not torch.equal(live, base)
+    assert not torch.equal(live, ema)
+    policy = rf.load(run, weights="ema")
+    assert all(torch.equal(p, sets[f"ema/{n}"]) for n, p in policy.named_parameters() if f"ema/{n}" in sets)
+    assert not torch.equal(weights_of(rf.load(run, checkpoint="1")), ema)
+
+
+@pytest.mark.parametrize("weights", ["ref", "best"])
+def test_other_weights_are_refused(run: Path, weights: str) -> None:
+    with pytest.raises(ValueError, match=rf"weights '{weights}': .* has live and ema"):
+        rf.load(run, weights=weights)
+
+
+def test_a_saved_policy_samples_as_before(run: Path, tmp_path: Path) -> None:
+    policy = rf.load(run)
+    again = rf.load(rf.save(policy, tmp_path / "mine"))
+    again.autocast, prompts = policy.autocast, ["one red circle", "two blue squares"]
+    images = rf.sample(policy, prompts, num_steps=4)
+    assert images.shape == (2, 3, 16, 16)
+    assert torch.equal(rf.sample(again, prompts, num_steps=4), images)
+    assert not torch.equal(rf.sample(policy, prompts, seed=1, num_steps=4), images)
+
+
+def test_evaluate_is_the_runs_last_evaluation(run: Path) -> None:
+    """Of all metrics, the distance to the base too; and what is asked for is passed on."""
+    last = [row for row in read_metrics(run) if row["kind"] == "eval"][-1]
+    found = rf.evaluate(run)
+    assert set(found) == {"strict", "base_distance"}
+    for name, value in found.items():
+        assert value == pytest.approx(last[f"eval/heldout/{name}"], rel=1e-5)
+    assert found["base_distance"] > 0
+    for more in ({"weights": "live"}, {"checkpoint": "1"}, {"solver": "heun"}, {"num_steps": 3}, {"num": 2}):
+        assert rf.evaluate(run, **more) != found, more
+    with pytest.raises(ValueError, match="code outside rlflow"):
+        rf.evaluate(run, solver="os:getcwd")
+    with pytest.raises(ValueError, match="has no"):
+        rf.evaluate(run, solver="os:nothing", trust_code=True)
+
+
+def test_a_run_without_prompts_says_so(tmp_path: Path) -> None:
+    config = recipes.read("t2i_flow_grpo") | {"env": {"name": "toy_image"}, "train": {"iterations": 1}}
+    config["policy"] = {"field": "toy"}
+    tmp_path.joinpath("config.yaml").write_text(parse(config).to_yaml())
+    with pytest.raises(ValueError, match=r"env\.name=toy_image has no held-out prompts"):
+        rf.evaluate(tmp_path)
