@@ -81,8 +81,7 @@ class Checkpoints:
             else:
                 self._write_folder(final, tensors, text)
             self._link("last", final.name)
-            best = self.best_score()
-            if score is not None and (best is None or score > best):
+            if self.beats_best(score):
                 self._link("best", final.name)
         except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
             raise OSError(
@@ -157,6 +156,11 @@ class Checkpoints:
         """Score of `best`, if there is one."""
         path = self.folder / "best"
         return _score(path) if _complete(path) else None
+
+    def beats_best(self, score: float | None) -> bool:
+        """True for a score above that of every checkpoint so far."""
+        best = self.best_score()
+        return score is not None and (best is None or score > best)
 
     def _link(self, name: str, target: str) -> None:
         temporary = self.folder / f".{name}"

@@ -213,6 +213,16 @@ class Trainer:
         self.logger.log(self.iteration, "eval", self.last_eval | cost | {"time/eval": time.perf_counter() - start})
         if dist.rank() == 0:
             self._pictures(result)
+            if self.checkpoints.beats_best(self._score()):
+                self._write_checkpoint()
+        dist.barrier()
+
+    def _score(self) -> float | None:
+        """What `best` goes by: strict, or else the first metric; None unless these very weights were evaluated."""
+        names = list(self.config.eval.metrics)
+        name = "strict" if "strict" in names else names[0] if names else ""
+        score = self.last_eval.get(f"eval/heldout/{name}", math.nan)
+        return score if self._evaluated == self.iteration and math.isfinite(score) else None
 
     def _pictures(self, result: Evaluation) -> None:
         from rlflow.train.figures import image_grid
@@ -269,10 +279,11 @@ class Trainer:
 
     def _save(self) -> None:
         if dist.rank() == 0:
-            fresh = self._evaluated == self.iteration
-            score = self.last_eval.get("eval/heldout/strict", math.nan) if fresh else math.nan
-            self.checkpoints.save(self.iteration, self.state_dict(), score if math.isfinite(score) else None)
+            self._write_checkpoint()
         dist.barrier()
+
+    def _write_checkpoint(self) -> None:
+        self.checkpoints.save(self.iteration, self.state_dict(), self._score())
 
     def _load(self, which: str | Path) -> None:
         if which == "last" and not self.checkpoints.all():

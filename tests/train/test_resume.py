@@ -120,16 +120,21 @@ def test_rows_after_the_checkpoint_are_cut(tmp_path: Path, trainer: Make) -> Non
     assert_equal_runs(tmp_path / "straight", tmp_path / "killed")
 
 
-def test_killed_before_the_first_checkpoint_begins_again(tmp_path: Path, trainer: Make) -> None:
+def test_killed_before_the_first_checkpoint_begins_again(
+    tmp_path: Path, trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """config.yaml exists, a checkpoint does not: `--resume last` starts over, and no row is there twice."""
     trainer(tmp_path / "straight").fit()
 
-    def die(made: Trainer, iteration: int, metrics: dict[str, float]) -> None:
+    def die(self: Trainer, result: Any) -> None:
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):
-        trainer(tmp_path / "killed", callbacks=[die]).fit()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_pictures", die)
+        with pytest.raises(ZeroDivisionError):
+            trainer(tmp_path / "killed").fit()
     assert Checkpoints(tmp_path / "killed").all() == []
+    assert len(read_metrics(tmp_path / "killed")) == 1
     trainer(tmp_path / "killed", resume="last").fit()
     assert_equal_runs(tmp_path / "straight", tmp_path / "killed")
 

@@ -17,6 +17,7 @@ from rlflow.config import parse
 from rlflow.models.io import load_field
 from rlflow.rl.optim import NonFiniteError
 from rlflow.train.checkpoint import Checkpoints
+from rlflow.train.evaluate import Evaluation
 from rlflow.train.logger import read_metrics
 from rlflow.train.trainer import Trainer
 
@@ -147,14 +148,37 @@ def test_a_callers_dict_is_not_changed(tmp_path: Path, scenes_field: str) -> Non
     assert values == {"policy": {"field": scenes_field}, "train": {"iterations": 1}}
 
 
-def test_the_best_checkpoint_is_the_best_evaluation(tmp_path: Path, trainer: Make) -> None:
-    """An iteration saved on schedule before its evaluation still gets its score."""
+def scripted(made: Trainer, scores: list[float]) -> Trainer:
+    """Let evaluations give these scores by their first metric, one after the other."""
+    real, left = made.evaluator, iter(scores)
+    assert real is not None
+
+    def evaluate(weights: str) -> Evaluation:
+        result = real(weights)
+        name = next(iter(result.scores))
+        result.scores[name] = torch.full_like(result.scores[name], next(left))
+        return result
+
+    evaluate.base_images = None
+    made.evaluator = evaluate
+    return made
+
+
+@pytest.mark.parametrize("scores", [[0.3, 0.1, 0.9, 0.2, 0.5], [0.8, 0.1, 0.8, 0.2, 0.5], [0.1, 0.2, 0.3, 0.4, 0.5]])
+@pytest.mark.parametrize("every", [1, 100])
+@pytest.mark.parametrize("metric", ["strict", "mine"])
+def test_best_is_the_best_evaluation(
+    tmp_path: Path, trainer: Make, scores: list[float], every: int, metric: str
+) -> None:
+    """Wherever checkpoints fall, the start included; without a strict metric by the first one."""
     run = tmp_path / "run"
-    trainer(run, "train.iterations=4", "eval.every=2", "train.checkpoint_every=1", "train.keep=9").fit()
-    scores = {row["iteration"]: row["eval/heldout/strict"] for row in evals(run) if row["iteration"]}
-    best = max(scores, key=lambda i: (scores[i], -i))
-    assert Checkpoints(run).load("best")[0] == best
-    assert Checkpoints(run).best_score() == scores[best]
+    overrides = [f"train.checkpoint_every={every}", f"eval.metrics={{{metric}: brightness, other: brightness}}"]
+    scripted(trainer(run, "train.iterations=4", "eval.every=1", "train.keep=1", *overrides), scores).fit()
+    best, state = Checkpoints(run).load("best")
+    assert best == scores.index(max(scores))
+    assert Checkpoints(run).best_score() == pytest.approx(max(scores))
+    assert state["trainer"]["iteration"] == state["trainer"]["evaluated"] == best
+    assert Checkpoints(run).load("last")[0] == 4
 
 
 def test_ema_and_live_weights_are_apart(tmp_path: Path, trainer: Make) -> None:
