@@ -13,8 +13,8 @@ import torch.nn as nn
 from rlflow import dist
 
 
-class NonFiniteError(RuntimeError):
-    """Several optimiser steps in a row had a non-finite loss or gradient."""
+class NonFiniteError(FloatingPointError):
+    """Several optimiser steps in a row had a non-finite loss or gradient, or a weight is no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Optimizer:
         if self.bad_in_a_row >= self.config.max_bad_steps:
             raise NonFiniteError(
                 f"{self.bad_in_a_row} optimiser steps in a row had a non-finite loss or gradient: "
-                "the last checkpoint is intact; lower algorithm.optimizer.lr or look for a reward that explodes"
+                "lower algorithm.optimizer.lr or look for a reward that explodes"
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -59,12 +59,15 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 class Checkpoints:
-    """The folder RUN/checkpoints: NNNNNN/ per iteration, links `last` and `best`; the newest `keep` and `best` stay."""
+    """The folder RUN/checkpoints: NNNNNN/ per iteration, links `last` and `best`; the newest `keep` and `best` stay.
+
+    One older than `last` stays in any case: whether weights still train is known only after the next step.
+    """
 
     def __init__(self, run: Path, keep: int = 3):
         self.folder, self.keep = run / "checkpoints", keep
 
-    def save(self, iteration: int, state: dict[str, Any], score: float | None = None) -> Path:
+    def save(self, iteration: int, state: dict[str, Any], score: float | None = None, *, prune: bool = True) -> Path:
         """Write state of `iteration` completely or not at all; `score` (higher is better) may move `best`.
 
         Saved a second time, only the numbers are written again: weights change with the iteration alone,
@@ -88,7 +91,8 @@ class Checkpoints:
                 f"could not write the checkpoint of iteration {iteration} ({error}): free some space; "
                 "earlier checkpoints are intact and --resume last continues from them"
             ) from error
-        self._prune()
+        if prune:
+            self._prune()
         return final
 
     def _write_folder(self, final: Path, tensors: dict[str, Tensor], text: str) -> None:
@@ -176,7 +180,8 @@ class Checkpoints:
     def _prune(self) -> None:
         pinned = {os.path.realpath(self.folder / name) for name in ("last", "best")}
         others = [p for p in self.all() if os.path.realpath(p) not in pinned]
-        for path in others[: max(0, len(others) - self.keep + 1)]:
+        spare = max(1, self.keep - 1)
+        for path in others[: max(0, len(others) - spare)]:
             _remove(path)
 
 

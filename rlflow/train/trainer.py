@@ -24,6 +24,7 @@ from rlflow.flow.noise import generator
 from rlflow.models.io import save_field
 from rlflow.rl.advantages import moments
 from rlflow.rl.collector import permute_rewards
+from rlflow.rl.optim import NonFiniteError
 from rlflow.train.build import heldout_prompts, make_judges, make_parts
 from rlflow.train.checkpoint import Checkpoints, rng_state, set_rng_state, write_text
 from rlflow.train.evaluate import Evaluation, Evaluator
@@ -72,7 +73,7 @@ class Trainer:
         self.interrupted = False
         """True when a signal or a callback ended `fit` before the budget."""
         self._stop_asked = False
-        self._evaluated = -1
+        self._evaluated, self._last_good = -1, 0
         if resume is not None:
             self._load(resume)
 
@@ -136,18 +137,26 @@ class Trainer:
             self.logger.cut(self.iteration, self._evaluated)
             if self.iteration == 0 and self._evaluated < 0:
                 self._evaluate()
-            while not self._done():
-                metrics = self._one()
-                self.logger.log(self.iteration, "train", metrics)
-                self.logger.progress(self.iteration, metrics | self.last_eval, self.seconds)
-                for callback in self.callbacks:
-                    callback(self, self.iteration, metrics)
-                self._periodic()
+            try:
+                self._loop()
+            except NonFiniteError as error:
+                self._report()
+                raise NonFiniteError(f"{error}. {self._ways_on()}") from None
             if self._evaluated != self.iteration and not self.interrupted:
                 self._evaluate()
             self._save()
             self._finish()
         return self.last_eval
+
+    def _loop(self) -> None:
+        """Iterations until the budget is spent or someone asks to stop."""
+        while not self._done():
+            metrics = self._one()
+            self.logger.log(self.iteration, "train", metrics)
+            self.logger.progress(self.iteration, metrics | self.last_eval, self.seconds)
+            for callback in self.callbacks:
+                callback(self, self.iteration, metrics)
+            self._periodic()
 
     def _one(self) -> dict[str, float]:
         """One iteration: collect, (permute,) update."""
@@ -159,6 +168,8 @@ class Trainer:
         middle = time.perf_counter()
         metrics = self.collector.env.metrics() | _reward_metrics(rollout)
         metrics |= self.algorithm.update(rollout)
+        if not self.algorithm.optimizer.bad_in_a_row:
+            self._last_good = self.iteration + 1
         end = time.perf_counter()
         self.iteration += 1
         # the same on every rank: the learning rate and the end of the run depend on them
@@ -196,7 +207,7 @@ class Trainer:
         every = self.config.eval.every
         if every and self.iteration % every == 0:
             self._evaluate()
-        if self.iteration % self.config.train.checkpoint_every == 0:
+        if self.iteration % self.config.train.checkpoint_every == 0 and not self.algorithm.optimizer.bad_in_a_row:
             self._save()
 
     # -- evaluation -------------------------------------------------------------------------------
@@ -213,7 +224,7 @@ class Trainer:
         self.logger.log(self.iteration, "eval", self.last_eval | cost | {"time/eval": time.perf_counter() - start})
         if dist.rank() == 0:
             self._pictures(result)
-            if self.checkpoints.beats_best(self._score()):
+            if not self.algorithm.optimizer.bad_in_a_row and self.checkpoints.beats_best(self._score()):
                 self._write_checkpoint()
         dist.barrier()
 
@@ -278,12 +289,30 @@ class Trainer:
         }
 
     def _save(self) -> None:
+        self._check_weights()
         if dist.rank() == 0:
             self._write_checkpoint()
         dist.barrier()
 
     def _write_checkpoint(self) -> None:
-        self.checkpoints.save(self.iteration, self.state_dict(), self._score())
+        sound = not self.algorithm.optimizer.bad_in_a_row
+        self.checkpoints.save(self.iteration, self.state_dict(), self._score() if sound else None, prune=sound)
+
+    def _check_weights(self) -> None:
+        """NonFiniteError before such weights become the last checkpoint; the same on every rank."""
+        if not all(bool(p.isfinite().all()) for p in self.algorithm.optimizer.parameters):
+            raise NonFiniteError(
+                f"the weights are not finite after iteration {self.iteration}: lower algorithm.optimizer.lr"
+            )
+
+    def _ways_on(self) -> str:
+        """What is left after non-finite steps. Only a later good step shows that a checkpoint still trains."""
+        kept = [int(path.name) for path in self.checkpoints.all()]
+        proven = [i for i in kept if i < self._last_good or i == 0]
+        if not proven:
+            return "No checkpoint is from before: begin again"
+        doubt = f"; {late} may be spoilt" if (late := [i for i in kept if i not in proven]) else ""
+        return f"Checkpoint {proven[-1]} is from before (--resume {proven[-1]}){doubt}"
 
     def _load(self, which: str | Path) -> None:
         if which == "last" and not self.checkpoints.all():
@@ -297,6 +326,7 @@ class Trainer:
         mine = state["trainer"]
         self.iteration, self.seconds, self.network_rows = iteration, mine["seconds"], mine["network_rows"]
         self.last_eval, self._evaluated = mine["last_eval"], mine["evaluated"]
+        self._last_good = iteration
         if self.evaluator is not None:
             self.evaluator.base_images = state["base_images"]
         if dist.rank() == 0:
@@ -304,13 +334,17 @@ class Trainer:
 
     def _finish(self) -> None:
         """The tuned network as a checkpoint folder, and the report."""
+        if dist.rank() == 0:
+            with self.policy.using(self.config.eval.weights):
+                about = {"run": str(self.run), "recipe": self.recipe}
+                save_field(self.policy.field.unguided, self.run / "model", about)
+        self._report()
+
+    def _report(self) -> None:
         from rlflow.train.report import write_report
 
-        if dist.rank() > 0:
-            return
-        with self.policy.using(self.config.eval.weights):
-            save_field(self.policy.field.unguided, self.run / "model", {"run": str(self.run), "recipe": self.recipe})
-        write_report(self.run)
+        if dist.rank() == 0:
+            write_report(self.run)
 
 
 class _Signals:

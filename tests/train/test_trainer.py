@@ -228,28 +228,72 @@ def test_dotted_paths_need_trust(tmp_path: Path, trainer: Make, own_rewards: str
         trainer(tmp_path / "run", f"reward.weights={{'{own_rewards}:nothing': 1}}")
 
 
-def test_non_finite_steps_end_the_run_with_the_last_checkpoint_intact(tmp_path: Path, trainer: Make) -> None:
-    """Bad steps are skipped and counted; after a few in a row the run stops and says why."""
-    run = tmp_path / "run"
-    weights: dict[str, torch.Tensor] = {}
+def poison_after(when: int) -> Callable[[Trainer, int, dict[str, float]], None]:
+    """A callback after which every gradient is nan."""
 
-    def poison(made: Trainer, iteration: int, metrics: dict[str, float]) -> None:
-        if iteration == 2:
-            weights.update({k: v.clone() for k, v in made.policy.state_dict().items()})
+    def callback(made: Trainer, iteration: int, metrics: dict[str, float]) -> None:
+        if iteration == when:
             for parameter in made.algorithm.optimizer.parameters:
                 parameter.register_hook(lambda grad: grad * torch.nan)
 
-    made = trainer(
-        run,
-        *("train.iterations=9", "train.checkpoint_every=1", "algorithm.optimizer.max_bad_steps=3"),
-        callbacks=[poison],
-    )
-    with pytest.raises(NonFiniteError, match=r"3 optimiser steps in a row.*last checkpoint is intact"):
+    return callback
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_non_finite_steps_end_the_run_and_the_checkpoints_before_them_stay(
+    tmp_path: Path, trainer: Make, monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
+    """Bad steps are skipped, counted, never saved and prune nothing; the run stops, says why, and is reported."""
+    run, reported = tmp_path / "run", []
+    monkeypatch.setattr("rlflow.train.report.write_report", reported.append)
+    overrides = ["train.iterations=12", "train.checkpoint_every=1", f"train.keep={keep}"]
+    made = trainer(run, *overrides, "algorithm.optimizer.max_bad_steps=5", callbacks=[poison_after(3)])
+    with pytest.raises(NonFiniteError, match=r"5 optimiser steps in a row.*--resume 2\); \[3\] may be spoilt$"):
         made.fit()
-    assert [row["optim/skipped_steps"] for row in train_rows(run)] == [0, 0, 1, 2]
-    iteration, state = Checkpoints(run).load("last")
-    assert iteration == 4
-    assert all(torch.equal(v, state["policy"][k]) for k, v in weights.items()), "a skipped step changes no weight"
+    assert [row["optim/skipped_steps"] for row in train_rows(run)] == [0, 0, 0, 2, 4]
+    assert reported == [run]
+    assert Checkpoints(run).load("last")[0] == 3
+    assert Checkpoints(run).load(2)[1]["trainer"]["iteration"] == 2
+
+
+def test_a_finite_but_absurd_step_spoils_no_earlier_checkpoint(tmp_path: Path, trainer: Make) -> None:
+    """Weights of 1e30 are finite: that they do not train shows one step later, and one from before is still there."""
+    overrides = ["train.iterations=12", "train.checkpoint_every=1", "train.keep=1", "eval.every=0"]
+
+    def absurd(made: Trainer, iteration: int, metrics: dict[str, float]) -> None:
+        if iteration == 3:
+            with torch.no_grad():
+                for parameter in made.algorithm.optimizer.parameters:
+                    parameter.fill_(1e30)
+
+    made = trainer(tmp_path / "run", *overrides, "algorithm.optimizer.max_bad_steps=2", callbacks=[absurd])
+    with pytest.raises(NonFiniteError, match=r"--resume 2\); \[3\] may be spoilt"):
+        made.fit()
+    _, state = Checkpoints(tmp_path / "run").load(2)
+    assert all(v.abs().max() < 100 for v in state["policy"].values() if v.is_floating_point())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, trainer: Make) -> None:
+    def overflow(made: Trainer, iteration: int, metrics: dict[str, float]) -> None:
+        if iteration == 2:
+            with torch.no_grad():
+                made.algorithm.optimizer.parameters[0].fill_(torch.inf)
+
+    made = trainer(tmp_path / "run", "train.iterations=4", "train.checkpoint_every=1", callbacks=[overflow])
+    with pytest.raises(NonFiniteError, match="weights are not finite after iteration 2"):
+        made.fit()
+    assert Checkpoints(tmp_path / "run").load("last")[0] == 1
+
+
+def test_a_run_that_ends_within_bad_steps_is_saved_and_prunes_nothing(tmp_path: Path, trainer: Make) -> None:
+    """A skipped step changes no weight: the end of the budget, or a signal, keeps what there is."""
+    run = tmp_path / "run"
+    overrides = ["train.iterations=4", "train.checkpoint_every=1", "train.keep=1"]
+    trainer(run, *overrides, callbacks=[poison_after(2)]).fit()
+    names = {p.name for p in Checkpoints(run).all()}
+    assert names >= {"000002", "000004"}
+    a, b = Checkpoints(run).load(2)[1], Checkpoints(run).load(4)[1]
+    assert all(torch.equal(v, b["policy"][k]) for k, v in a["policy"].items())
 
 
 def test_permuted_rewards_are_the_same_rewards(tmp_path: Path, trainer: Make) -> None:
