@@ -88,15 +88,32 @@ def _train(commands: Any) -> None:
 def _run_train(args: argparse.Namespace) -> None:
     if args.resume and not args.run:
         raise ValueError("--resume needs --run DIR, the folder of the run to continue")
+    seeds = None if args.seeds is None else _seeds(args.seeds)
     if args.processes > 1:
         _train_shared(args)
-        return
-    if not args.seeds:
-        _train_one(args, args.run, args.overrides)
-        return
+    elif seeds is None:
+        _train_one(args, args.run, args.overrides, args.resume)
+    else:
+        _train_seeds(args, seeds)
+
+
+def _seeds(text: str) -> list[int]:
+    """The numbers of "0,1,2", each once."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len(set(map(int, words))) < len(words):
+        raise ValueError(f"--seeds {text!r}: write whole numbers with commas between them, each once, as in 0,1,2")
+    return [int(word) for word in words]
+
+
+def _train_seeds(args: argparse.Namespace, seeds: list[int]) -> None:
+    """One run after the other; a signal ends all. With --resume last those that have not begun are begun."""
     base = Path(args.run or f"runs/{Path(args.recipe).stem}")
-    for seed in args.seeds.split(","):
-        _train_one(args, base / f"seed-{int(seed)}", [*args.overrides, f"train.seed={int(seed)}"])
+    folders = {seed: base / f"seed-{seed}" for seed in seeds}
+    begun = {seed for seed, folder in folders.items() if (folder / "config.yaml").exists()}
+    for seed, folder in folders.items():
+        resume = None if args.resume == "last" and begun and seed not in begun else args.resume
+        if _train_one(args, folder, [*args.overrides, f"train.seed={seed}"], resume):
+            return
 
 
 def _train_shared(args: argparse.Namespace) -> None:
@@ -108,12 +125,13 @@ def _train_shared(args: argparse.Namespace) -> None:
     dist.launch(args.processes, main, [*words, "--processes", "1"])
 
 
-def _train_one(args: argparse.Namespace, run: Path | str | None, overrides: list[str]) -> None:
+def _train_one(args: argparse.Namespace, run: Path | str | None, overrides: list[str], resume: str | None) -> bool:
+    """Train one run; True when it was interrupted."""
     from rlflow import dist
     from rlflow.train.trainer import Trainer
 
     trainer = Trainer(
-        args.recipe, run, overrides=overrides, resume=args.resume, trust_code=args.trust_code, quiet=args.quiet
+        args.recipe, run, overrides=overrides, resume=resume, trust_code=args.trust_code, quiet=args.quiet
     )
     try:
         trainer.fit()
@@ -122,6 +140,7 @@ def _train_one(args: argparse.Namespace, run: Path | str | None, overrides: list
     if os.environ.get("RANK", "0") == "0":
         state = "stopped by a signal, resume with --resume last" if trainer.interrupted else "finished"
         print(f"{state}: {trainer.iteration} iterations, {trainer.seconds:.0f} s of training; run folder {trainer.run}")
+    return trainer.interrupted
 
 
 def _sweep(commands: Any) -> None:
