@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from rlflow import __version__, dist, recipes, registry
-from rlflow.config import Config, difference, parse, set_value
+from rlflow.config import Config, difference, parse
 from rlflow.flow.noise import generator
 from rlflow.models.io import save_field
 from rlflow.rl.advantages import moments
@@ -377,8 +377,7 @@ def _resolve(config: str | dict[str, Any] | Config, overrides: Sequence[str], tr
     if isinstance(config, str):
         return recipes.load(config, overrides, trust_code)
     values = config.to_dict() if isinstance(config, Config) else copy.deepcopy(config)
-    for assignment in overrides:
-        set_value(values, assignment)
+    recipes.apply(values, overrides)
     return parse(values, trust_code)
 
 
