@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.run_command(args)
     except BrokenPipeError:  # `rlflow list ... | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nothing more can be written
-    except (ValueError, OSError, KeyError) as error:
+    except _user_errors() as error:
         if getattr(args, "debug", False):
             raise
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-            print(f"rlflow: error: {message}", file=sys.stderr)
+        _say(error)
         raise SystemExit(2) from None
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """What a user can mend. FloatingPointError is a run that diverged; NotImplementedError is asking too much of a model."""
+    import yaml
+
+    return ValueError, OSError, KeyError, ImportError, FloatingPointError, NotImplementedError, yaml.YAMLError
+
+
+RANK_WAITS = 3.0
+"""Seconds: an error that all ranks share ends rank 0, and the launcher the others, before they repeat it."""
+
+
+def _say(error: Exception) -> None:
+    """One line on stderr; of several processes rank 0 speaks, another one only if it is still alive a while later."""
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(RANK_WAITS)
+    print(f"rlflow: error: {'' if rank == '0' else f'process {rank}: '}{message}", file=sys.stderr, flush=True)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -71,6 +91,26 @@ def _recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.minutes=2 env.group_size=8")
 
 
+def _positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _print_json(values: Any) -> None:
+    """JSON in the strict sense: what is not finite is null."""
+    print(json.dumps(_finite(values), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 # -- train ----------------------------------------------------------------------------------------
 
 
@@ -80,7 +120,7 @@ def _train(commands: Any) -> None:
     p.add_argument("--run", metavar="DIR", help="run folder (default runs/RECIPE-TIME)")
     p.add_argument("--resume", metavar="last|PATH", help="continue the run in --run from a checkpoint")
     p.add_argument("--seeds", metavar="0,1,2", help="one run per seed, in DIR/seed-N")
-    p.add_argument("--processes", type=int, default=1, metavar="N", help="share each iteration among N processes")
+    p.add_argument("--processes", type=_positive, default=1, metavar="N", help="share each iteration among N processes")
     p.add_argument("--quiet", action="store_true", help="no progress display")
     _trust(p)
 
@@ -88,15 +128,32 @@ def _train(commands: Any) -> None:
 def _run_train(args: argparse.Namespace) -> None:
     if args.resume and not args.run:
         raise ValueError("--resume needs --run DIR, the folder of the run to continue")
+    seeds = None if args.seeds is None else _seeds(args.seeds)
     if args.processes > 1:
         _train_shared(args)
-        return
-    if not args.seeds:
-        _train_one(args, args.run, args.overrides)
-        return
+    elif seeds is None:
+        _train_one(args, args.run, args.overrides, args.resume)
+    else:
+        _train_seeds(args, seeds)
+
+
+def _seeds(text: str) -> list[int]:
+    """The numbers of "0,1,2", each once."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len(set(map(int, words))) < len(words):
+        raise ValueError(f"--seeds {text!r}: write whole numbers with commas between them, each once, as in 0,1,2")
+    return [int(word) for word in words]
+
+
+def _train_seeds(args: argparse.Namespace, seeds: list[int]) -> None:
+    """One run after the other; a signal ends all. With --resume last those that have not begun are begun."""
     base = Path(args.run or f"runs/{Path(args.recipe).stem}")
-    for seed in args.seeds.split(","):
-        _train_one(args, base / f"seed-{int(seed)}", [*args.overrides, f"train.seed={int(seed)}"])
+    folders = {seed: base / f"seed-{seed}" for seed in seeds}
+    begun = {seed for seed, folder in folders.items() if (folder / "config.yaml").exists()}
+    for seed, folder in folders.items():
+        resume = None if args.resume == "last" and begun and seed not in begun else args.resume
+        if _train_one(args, folder, [*args.overrides, f"train.seed={seed}"], resume):
+            return
 
 
 def _train_shared(args: argparse.Namespace) -> None:
@@ -108,12 +165,13 @@ def _train_shared(args: argparse.Namespace) -> None:
     dist.launch(args.processes, main, [*words, "--processes", "1"])
 
 
-def _train_one(args: argparse.Namespace, run: Path | str | None, overrides: list[str]) -> None:
+def _train_one(args: argparse.Namespace, run: Path | str | None, overrides: list[str], resume: str | None) -> bool:
+    """Train one run; True when it was interrupted."""
     from rlflow import dist
     from rlflow.train.trainer import Trainer
 
     trainer = Trainer(
-        args.recipe, run, overrides=overrides, resume=args.resume, trust_code=args.trust_code, quiet=args.quiet
+        args.recipe, run, overrides=overrides, resume=resume, trust_code=args.trust_code, quiet=args.quiet
     )
     try:
         trainer.fit()
@@ -122,13 +180,14 @@ def _train_one(args: argparse.Namespace, run: Path | str | None, overrides: list
     if os.environ.get("RANK", "0") == "0":
         state = "stopped by a signal, resume with --resume last" if trainer.interrupted else "finished"
         print(f"{state}: {trainer.iteration} iterations, {trainer.seconds:.0f} s of training; run folder {trainer.run}")
+    return trainer.interrupted
 
 
 def _sweep(commands: Any) -> None:
     p = _command(commands, "sweep", _run_sweep, "Run a table of recipes and seeds; prints the plan and its cost first.")
     p.add_argument("table", metavar="TABLE.yaml")
     p.add_argument("--run", metavar="DIR", required=True, help="folder of all runs; finished ones are skipped")
-    p.add_argument("--jobs", type=int, default=None, help="processes side by side")
+    p.add_argument("--jobs", type=_positive, default=None, help="processes side by side")
     p.add_argument("--dry", action="store_true", help="print the plan and its cost only")
 
 
@@ -148,7 +207,7 @@ def _run_compare(args: argparse.Namespace) -> None:
     from rlflow.train.compare import compare, print_comparison
 
     result = compare([Path(r) for r in args.runs])
-    print(json.dumps(result, indent=1)) if args.json else print_comparison(result)
+    _print_json(result) if args.json else print_comparison(result)
 
 
 def _pretrain(commands: Any) -> None:
@@ -173,10 +232,10 @@ def _run_pretrain(args: argparse.Namespace) -> None:
 def _eval(commands: Any) -> None:
     p = _command(commands, "eval", _run_eval, "Evaluate a run or a checkpoint on held-out prompts, noise off.")
     p.add_argument("source", metavar="RUN|CHECKPOINT", help="a run folder, a checkpoint folder, or shapes / words")
-    p.add_argument("--steps", type=int, metavar="K", help="denoising steps")
+    p.add_argument("--steps", type=_positive, metavar="K", help="denoising steps")
     p.add_argument("--solver", metavar="NAME")
     p.add_argument("--seed", type=int, default=None, help="of the initial noise")
-    p.add_argument("--num", type=int, help="number of samples")
+    p.add_argument("--num", type=_positive, help="number of samples")
     p.add_argument("--checkpoint", default="last", help="last, best or an iteration")
     p.add_argument("--weights", choices=["live", "ema"], help="default: the ones the run evaluates")
     _trust(p)
@@ -199,7 +258,7 @@ def _run_eval(args: argparse.Namespace) -> None:
     result = evaluator()
     means = {f"eval/heldout/{name}": value for name, value in result.means().items()}
     if args.json:
-        print(json.dumps({"samples": len(result.captions), **means}, indent=1))
+        _print_json({"samples": len(result.captions), **means})
         return
     captions = len(set(result.captions))
     print(f"{len(result.captions)} samples of {captions} held-out prompts, deployment sampler")
@@ -212,8 +271,8 @@ def _sample(commands: Any) -> None:
     p.add_argument("source", metavar="RUN|CHECKPOINT")
     p.add_argument("--prompt", action="append", required=True, help="may be repeated")
     p.add_argument("--out", required=True, metavar="x.png")
-    p.add_argument("--num", type=int, default=4, help="images per prompt")
-    p.add_argument("--steps", type=int, metavar="K", help="denoising steps")
+    p.add_argument("--num", type=_positive, default=4, help="images per prompt")
+    p.add_argument("--steps", type=_positive, metavar="K", help="denoising steps")
     p.add_argument("--seed", type=int, default=0)
     _trust(p)
 
@@ -241,7 +300,7 @@ def _list(commands: Any) -> None:
 def _run_list(args: argparse.Namespace) -> None:
     rows = _recipes() if args.kind == "recipes" else _components(args.kind)
     if args.json:
-        print(json.dumps(rows, indent=1))
+        _print_json(rows)
         return
     width = max(len(name) for name in rows)
     for name, text in rows.items():
@@ -293,7 +352,7 @@ def _run_doctor(args: argparse.Namespace) -> None:
     from rlflow.train.doctor import checks_as_json, doctor, print_checks
 
     checks = doctor(recipes.load(args.recipe, args.overrides, args.trust_code), args.trust_code)
-    print(json.dumps(checks_as_json(checks), indent=1)) if args.json else print_checks(checks)
+    _print_json(checks_as_json(checks)) if args.json else print_checks(checks)
     if any(check.passed is False for check in checks):
         raise SystemExit(1)
 
@@ -320,7 +379,7 @@ def _run_bench(args: argparse.Namespace) -> None:
 
     result = bench_t2i()
     if args.json:
-        print(json.dumps(result, indent=1))
+        _print_json(result)
         return
     for name, value in result.items():
         print(f"{name}: {value}")

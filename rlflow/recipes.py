@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from rlflow.config import Config, merge, parse, read_yaml, set_value
 from rlflow.registry import nearest
@@ -21,24 +24,63 @@ def names() -> list[str]:
 
 
 def read(name: str) -> dict[str, Any]:
-    """The values of a recipe by name or .yaml path; `base: other` inherits from another one."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise ValueError(f"no recipe file {name!r}")
-        text = path.read_text(encoding="utf-8")
-    elif name in names():
-        text = (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
-        raise ValueError(f"unknown recipe {name!r}{nearest(name, names())}")
-    values = read_yaml(text)
+    """The values of a recipe by name or .yaml path; `base: other` inherits from another one.
+
+    A path in `base` starts from the folder of the recipe that says so.
+    """
+    return _read(name, ())
+
+
+def _read(name: str, heirs: tuple[str, ...]) -> dict[str, Any]:
+    key = str(Path(name).resolve()) if _is_path(name) else name
+    if key in heirs:
+        raise ValueError(f"recipe {name!r} inherits from itself: {' -> '.join([*heirs, key])}")
+    with yaml_errors(f"recipe {name!r}"):
+        values = read_yaml(_text(name))
     base = values.pop("base", None)
-    return merge(read(base), values) if base else values
+    if not base:
+        return values
+    base = str(base)
+    if _is_path(base) and _is_path(name):
+        base = str(Path(name).parent / base)
+    return merge(_read(base, (*heirs, key)), values)
+
+
+def _is_path(name: str) -> bool:
+    return Path(name).suffix in (".yaml", ".yml")
+
+
+def _text(name: str) -> str:
+    if _is_path(name):
+        if not Path(name).is_file():
+            raise ValueError(f"no recipe file {name!r}")
+        return Path(name).read_text(encoding="utf-8")
+    if name not in names():
+        raise ValueError(f"unknown recipe {name!r}{nearest(name, names())}")
+    return str((_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+@contextmanager
+def yaml_errors(what: str) -> Iterator[None]:
+    """Say in one line, as ValueError, where `what` is not YAML."""
+    try:
+        yield
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ValueError(f"{what} is not YAML{where}: {problem}") from None
+
+
+def apply(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Apply 'section.key=value' overrides in place."""
+    for assignment in overrides:
+        with yaml_errors(f"override {assignment!r}"):
+            set_value(values, assignment)
 
 
 def load(name: str, overrides: Sequence[str] = (), trust_code: bool = False) -> Config:
     """A checked Config from a recipe and 'section.key=value' overrides."""
     values = read(name)
-    for assignment in overrides:
-        set_value(values, assignment)
+    apply(values, overrides)
     return parse(values, trust_code)

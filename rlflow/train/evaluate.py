@@ -16,6 +16,7 @@ from rlflow.envs.prompts import Prompts
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Solver
+from rlflow.registry import located
 from rlflow.rewards.base import RewardSet
 
 
@@ -63,11 +64,15 @@ class Evaluator:
         judges.check_columns([*prompts.columns, "images", "group", "base_images"])
         if num < dist.world():
             raise ValueError(f"eval.num: {num} samples cannot be shared by {dist.world()} processes")
+        with located("eval.num_steps"):
+            policy.plan(num_steps)
         self.policy, self.prompts, self.judges = policy, prompts, judges
         self.num_steps, self.solver, self.seed = num_steps, solver, seed
         self.rows_per_call = rows_per_call
         self.columns: dict[str, Any] = prompts.take(evenly(prompts, num))
         captions: list[str] = self.columns["prompt"]
+        with located("eval.prompts"):
+            policy.field.unguided.tokenize(captions)  # a word it does not know is an error now, not after hours
         known = {text: i for i, text in enumerate(dict.fromkeys(captions))}
         self.caption_id = torch.tensor([known[text] for text in captions])
         self.base_images: Tensor | None = None

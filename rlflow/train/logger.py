@@ -147,14 +147,20 @@ class Tensorboard:
         self.writer = None
 
 
+def import_wandb() -> Any:
+    """The wandb package; ImportError says how to get it."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError("wandb logging needs the wandb package: pip install wandb, or train.wandb=false") from error
+    return wandb
+
+
 class Wandb:
     """Scalars on wandb against our own iteration axis, so that a resumed run may step back."""
 
     def __init__(self, folder: Path):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError("wandb logging needs the wandb package: pip install wandb, or switch it off") from error
+        wandb = import_wandb()
         id_file = folder / "wandb_id"
         if not id_file.exists():
             id_file.write_text(os.urandom(4).hex())

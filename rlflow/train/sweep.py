@@ -99,7 +99,8 @@ def read_table(path: Path) -> dict[str, Any]:
     """The YAML of a table."""
     if not path.is_file():
         raise ValueError(f"no table {str(path)!r}")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    with recipes.yaml_errors(f"table {str(path)!r}"):
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a table is a YAML mapping with runs, seeds, jobs, at")
     return values

@@ -19,7 +19,8 @@ import torch
 import yaml
 
 from rlflow import __version__, dist, recipes, registry
-from rlflow.config import Config, difference, parse, set_value
+from rlflow.config import Config, difference, parse
+from rlflow.envs.prompts import load_prompts
 from rlflow.flow.noise import generator
 from rlflow.models.io import save_field
 from rlflow.rl.advantages import moments
@@ -28,6 +29,7 @@ from rlflow.rl.optim import NonFiniteError
 from rlflow.train.build import heldout_prompts, make_judges, make_parts
 from rlflow.train.checkpoint import Checkpoints, rng_state, set_rng_state, write_text
 from rlflow.train.evaluate import Evaluation, Evaluator
+from rlflow.train.logger import RunLogger, import_wandb, read_metrics
 from rlflow.types import Rollout
 
 Callback = Callable[["Trainer", int, dict[str, float]], None]
@@ -66,6 +68,7 @@ class Trainer:
             parts.algorithm,
             parts.groups,
         )
+        self._check_start()
         self.evaluator = self._make_evaluator(trust_code)
         self.checkpoints = Checkpoints(self.run, self.config.train.keep)
         self.iteration, self.seconds, self.network_rows = 0, 0.0, 0
@@ -86,7 +89,7 @@ class Trainer:
     def _check_folder(self, resume: str | Path | None) -> None:
         saved = self.run / "config.yaml"
         if resume is None:
-            if saved.exists() and dist.rank() == 0:
+            if saved.exists() and dist.rank() == 0 and self._has_begun():
                 raise FileExistsError(f"{self.run} holds a run: pass --resume last, or another --run folder")
             return
         if not saved.exists():
@@ -94,6 +97,19 @@ class Trainer:
         changed = difference(yaml.safe_load(saved.read_text()), self.config.to_dict())
         if changed:
             raise ValueError("refusing to resume under a changed config:\n  " + "\n  ".join(changed))
+
+    def _has_begun(self) -> bool:
+        """False for a folder whose run ended before it trained: it holds nothing to continue or to lose."""
+        return bool(Checkpoints(self.run).all()) or any(row["kind"] == "train" for row in read_metrics(self.run))
+
+    def _check_start(self) -> None:
+        """What would otherwise end the run after its folder was written."""
+        if self.config.train.wandb:
+            import_wandb()
+        if self.config.env.name == "prompt":
+            with registry.located("env.prompts"):
+                rows = load_prompts(self.config.env.prompts, "train").rows
+                self.policy.field.unguided.tokenize(list(dict.fromkeys(row["prompt"] for row in rows)))
 
     def _make_evaluator(self, trust_code: bool) -> Evaluator | None:
         c = self.config.eval
@@ -118,8 +134,6 @@ class Trainer:
 
         SIGINT and SIGTERM finish the iteration, save a checkpoint and return.
         """
-        from rlflow.train.logger import RunLogger
-
         train = self.config.train
         self._stop_asked = False
         self._write_head()
@@ -377,8 +391,7 @@ def _resolve(config: str | dict[str, Any] | Config, overrides: Sequence[str], tr
     if isinstance(config, str):
         return recipes.load(config, overrides, trust_code)
     values = config.to_dict() if isinstance(config, Config) else copy.deepcopy(config)
-    for assignment in overrides:
-        set_value(values, assignment)
+    recipes.apply(values, overrides)
     return parse(values, trust_code)
 
 

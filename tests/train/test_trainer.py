@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -140,6 +141,47 @@ def test_nothing_is_written_before_the_config_is_right(tmp_path: Path, trainer: 
     with pytest.raises(ValueError, match=r"env.prompts: prompts 'scnes'"):
         trainer(tmp_path / "run", "env.prompts=scnes")
     assert not (tmp_path / "run").exists()
+
+
+FROM_SIGMAS = "policy.grid={name: from_sigmas, sigmas: [1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0]}"
+
+
+def test_a_start_that_must_fail_fails_before_a_folder_is_written(
+    tmp_path: Path, trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the folder would stand in the way of the next try."""
+    run, prompts = tmp_path / "run", tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na red zeppelin\n")
+    with pytest.raises(ValueError, match=r"eval.num_steps: .*6"):
+        trainer(run, FROM_SIGMAS, "eval.num_steps=4")
+    for key in ("env.prompts", "eval.prompts"):
+        with pytest.raises(ValueError, match=rf"{key}: .*zeppelin"):
+            trainer(run, f"{key}={prompts}")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="pip install wandb"):
+        trainer(run, "train.wandb=true")
+    assert not run.exists()
+
+
+def test_a_folder_in_which_nothing_was_trained_can_be_used_again(
+    tmp_path: Path, trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that died in its first evaluation holds nothing to lose; the next one may even differ."""
+    run = tmp_path / "run"
+
+    def die(self: Trainer, result: Evaluation) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_pictures", die)
+        with pytest.raises(ZeroDivisionError):
+            trainer(run).fit()
+    assert (run / "config.yaml").exists()
+    trainer(run, "eval.num=7").fit()
+    assert [row["iteration"] for row in evals(run)] == [0, 2]
+    assert yaml.safe_load((run / "config.yaml").read_text())["eval"]["num"] == 7
+    with pytest.raises(FileExistsError):
+        trainer(run)
 
 
 def test_a_callers_dict_is_not_changed(tmp_path: Path, scenes_field: str) -> None:

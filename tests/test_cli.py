@@ -1,0 +1,153 @@
+"""The command: what a user gets wrong is one line and exit code 2, and what it prints for machines can be read."""
+
+import json
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlflow import cli, recipes
+from rlflow.train.evaluate import Evaluation
+from rlflow.train.trainer import Trainer
+
+Fails = Callable[..., str]
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
+    """fails(*words) -> what a command that must end with exit code 2 said last on stderr."""
+
+    def run(*words: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            cli.main(words)
+        assert end.value.code == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    return run
+
+
+TOY = ("policy.field=toy", "policy.num_steps=4", "policy.precision=float32", "env.name=toy_reach", "env.num_groups=2")
+TOY_RUN = ("t2i_flow_grpo", *TOY, "env.group_size=4", "train.minutes=", "train.iterations=2", "train.tensorboard=false")
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """toy(*words): train a toy for two iterations in tmp_path/run."""
+    monkeypatch.setattr("rlflow.train.report.write_report", lambda run: Path(run))
+    return lambda *words: cli.main(["train", *TOY_RUN, "--run", str(tmp_path / "run"), "--quiet", *words])
+
+
+# -- several seeds --------------------------------------------------------------------------------
+
+
+def begun(run: Path) -> list[str]:
+    return sorted(folder.name for folder in run.iterdir())
+
+
+def test_a_signal_ends_all_seeds(
+    tmp_path: Path, toy: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C in seed 0 is no order to train seed 1; --resume last goes on with the one and begins the other."""
+    real = Trainer._one
+
+    def interrupted(self: Trainer) -> dict[str, float]:
+        signal.raise_signal(signal.SIGINT)
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_one", interrupted)
+        toy("--seeds", "0,1")
+    assert begun(tmp_path / "run") == ["seed-0"]
+    assert "stopped by a signal" in capsys.readouterr().out
+    toy("--seeds", "0,1", "--resume", "last")
+    assert begun(tmp_path / "run") == ["seed-0", "seed-1"]
+    assert capsys.readouterr().out.count("finished: 2 iterations") == 2
+
+
+def test_seeds_of_a_run_that_never_was_are_not_resumed(tmp_path: Path, fails: Fails) -> None:
+    run = ("--run", str(tmp_path / "run"), "--seeds", "0,1", "--resume", "last")
+    assert "nothing to resume" in fails("train", *TOY_RUN, *run)
+
+
+@pytest.mark.parametrize("seeds", ["a,b", "0,", "", "0,0", "0,-1", "1.5"])
+def test_seeds_are_read_before_any_is_trained(seeds: str, tmp_path: Path, fails: Fails) -> None:
+    assert f"--seeds {seeds!r}" in fails("train", *TOY_RUN, "--run", str(tmp_path / "run"), "--seeds", seeds)
+    assert not (tmp_path / "run").exists()
+
+
+# -- one line in place of a traceback -------------------------------------------------------------
+
+
+def test_what_is_not_yaml_is_named_with_its_place(tmp_path: Path, fails: Fails) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("about: x\ntrain: {minutes: [}\n")
+    for command in ("train", "doctor"):
+        assert f"recipe {str(bad)!r} is not YAML in line 2, column 19: " in fails(command, str(bad))
+    assert "override 'train.minutes=[' is not YAML in line 1" in fails("train", "t2i_flow_grpo", "train.minutes=[")
+    assert f"table {str(bad)!r} is not YAML" in fails("sweep", str(bad), "--run", str(tmp_path))
+
+
+def test_a_recipe_that_inherits_from_itself_is_named(tmp_path: Path, fails: Fails) -> None:
+    for name, base in (("a", "b"), ("b", "sub/../a"), ("self", "self")):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {base}.yaml\n")
+    (tmp_path / "sub").mkdir()
+    for name in ("a", "self"):
+        assert "inherits from itself: " in fails("train", str(tmp_path / f"{name}.yaml"))
+
+
+def test_a_base_lies_beside_its_recipe(tmp_path: Path) -> None:
+    """Wherever the command stands; a name without ending is still a shipped recipe."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "first.yaml").write_text("base: t2i_flow_grpo\ntrain: {seed: 7}\n")
+    (tmp_path / "sub/second.yaml").write_text("base: ../first.yaml\n")
+    assert recipes.load(str(tmp_path / "sub/second.yaml")).train.seed == 7
+
+
+@pytest.mark.parametrize("error", [ImportError("needs gymnasium"), FloatingPointError("5 steps"), KeyError("no score")])
+def test_errors_a_user_can_mend_are_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, fails: Fails, tmp_path: Path
+) -> None:
+    """A package that is not installed, a run that diverged; --debug shows where."""
+
+    def broken(run: Path) -> Path:
+        raise error
+
+    monkeypatch.setattr("rlflow.train.report.write_report", broken)
+    assert fails("report", str(tmp_path)) == f"rlflow: error: {error.args[0]}"
+    with pytest.raises(type(error)):
+        cli.main(["--debug", "report", str(tmp_path)])
+
+
+def test_a_toy_has_nothing_to_show(tmp_path: Path, toy: Callable[..., None], fails: Fails) -> None:
+    toy()
+    run = str(tmp_path / "run")
+    assert "takes no text" in fails("eval", run)
+    assert "takes no text" in fails("sample", run, "--prompt", "a red circle", "--out", str(tmp_path / "x.png"))
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "two"])
+@pytest.mark.parametrize("flag", ["--num", "--steps"])
+def test_counts_are_at_least_one(flag: str, number: str, fails: Fails) -> None:
+    for command in (["eval", "shapes"], ["sample", "shapes", "--prompt", "a red circle", "--out", "x.png"]):
+        assert f"argument {flag}: must be a whole number of at least 1" in fails(*command, f"{flag}={number}")
+
+
+# -- for machines ---------------------------------------------------------------------------------
+
+
+def test_json_holds_null_for_what_is_not_finite(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NaN and Infinity are not JSON."""
+    scores = {"strict": torch.tensor([torch.nan, torch.nan]), "soft": torch.tensor([0.25, 0.75])}
+    result = Evaluation(scores, torch.zeros(2, 3, 4, 4), ["a", "b"], torch.arange(2))
+    monkeypatch.setattr("rlflow.train.runs.evaluator_of", lambda *args, **settings: lambda: result)
+    cli.main(["eval", "shapes", "--json"])
+    said = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert said == {"samples": 2, "eval/heldout/strict": None, "eval/heldout/soft": 0.5}
+    monkeypatch.setattr("rlflow.train.compare.compare", lambda runs: {"runs": [{"interval": (1.0, math.inf)}]})
+    cli.main(["compare", "a", "--json"])
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"runs": [{"interval": [1.0, None]}]}
