@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
-    """What a user can mend. FloatingPointError is a run that diverged; NotImplementedError is asking too much of a model."""
+    """What a user can mend; FloatingPointError is a run that diverged, NotImplementedError asks too much of a model."""
     import yaml
 
     return ValueError, OSError, KeyError, ImportError, FloatingPointError, NotImplementedError, yaml.YAMLError

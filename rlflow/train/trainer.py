@@ -6,13 +6,11 @@ import copy
 import json
 import math
 import platform
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,10 +24,11 @@ from rlflow.models.io import save_field
 from rlflow.rl.advantages import moments
 from rlflow.rl.collector import permute_rewards
 from rlflow.rl.optim import NonFiniteError
-from rlflow.train.build import heldout_prompts, make_judges, make_parts
+from rlflow.train.build import heldout_prompts, judged_by, make_judges, make_parts
 from rlflow.train.checkpoint import Checkpoints, rng_state, set_rng_state, write_text
 from rlflow.train.evaluate import Evaluation, Evaluator
 from rlflow.train.logger import RunLogger, import_wandb, read_metrics
+from rlflow.train.signals import Signals
 from rlflow.types import Rollout
 
 Callback = Callable[["Trainer", int, dict[str, float]], None]
@@ -146,7 +145,7 @@ class Trainer:
                 wandb=train.wandb,
                 quiet=self.quiet or dist.rank() > 0,
             ) as self.logger,
-            _Signals(self),
+            Signals(self.stop),
         ):
             self.logger.cut(self.iteration, self._evaluated)
             if self.iteration == 0 and self._evaluated < 0:
@@ -351,7 +350,7 @@ class Trainer:
         if dist.rank() == 0:
             with self.policy.using(self.config.eval.weights):
                 about = {"run": str(self.run), "recipe": self.recipe}
-                save_field(self.policy.field.unguided, self.run / "model", about)
+                save_field(self.policy.field.unguided, self.run / "model", about, judged_by(self.config))
         self._report()
 
     def _report(self) -> None:
@@ -359,32 +358,6 @@ class Trainer:
 
         if dist.rank() == 0:
             write_report(self.run)
-
-
-class _Signals:
-    """First SIGINT or SIGTERM: finish the iteration and save. Second: stop at once."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer, self.asked = trainer, False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        import threading
-
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        self.trainer.stop()
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def _resolve(config: str | dict[str, Any] | Config, overrides: Sequence[str], trust_code: bool) -> Config:
