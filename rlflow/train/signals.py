@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Signals:
-    """Inside, the first SIGINT or SIGTERM calls `stop`, which lets the work finish in order; the second ends at once."""
+    """Inside, the first SIGINT or SIGTERM calls `stop`, so that the work finishes in order; the second ends at once."""
 
     def __init__(self, stop: Callable[[], None]):
         self.stop, self.asked = stop, False
