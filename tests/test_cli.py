@@ -30,7 +30,15 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
 
 
 TOY = ("policy.field=toy", "policy.num_steps=4", "policy.precision=float32", "env.name=toy_reach", "env.num_groups=2")
-TOY_RUN = ("t2i_flow_grpo", *TOY, "env.group_size=4", "train.minutes=", "train.iterations=2", "train.tensorboard=false")
+TOY_RUN = (
+    "t2i_flow_grpo",
+    *TOY,
+    "policy.frozen=",
+    "env.group_size=4",
+    "train.minutes=",
+    "train.iterations=2",
+    "train.tensorboard=false",
+)
 
 
 @pytest.fixture

@@ -185,9 +185,9 @@ def _resume(config: Config, trust_code: bool) -> Check:
         trainer = train(resumed, resume="last")
         a, b = (_state(run) for run in (straight, resumed))
         norms = [row["optim/grad_norm"] for row in read_metrics(resumed) if row["kind"] == "train"]
-    differ = [
+    differ = sorted(
         name for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])
-    ]
+    )
     exact = trainer.policy.device.type == "cpu" and trainer.collector.env.exact_resume
     detail = f"tensors that differ of {len(a)} after 1 + 1 iterations and after 2 {_some(differ)}".rstrip()
     detail += "; gradient norms " + ", ".join(f"{norm:.2g}" for norm in norms)
