@@ -132,7 +132,7 @@ def test_errors_a_user_can_mend_are_one_line(
 def test_a_toy_has_nothing_to_show(tmp_path: Path, toy: Callable[..., None], fails: Fails) -> None:
     toy()
     run = str(tmp_path / "run")
-    assert "takes no text" in fails("eval", run)
+    assert "no held-out prompts" in fails("eval", run)
     assert "takes no text" in fails("sample", run, "--prompt", "a red circle", "--out", str(tmp_path / "x.png"))
 
 
