@@ -130,6 +130,8 @@ def _run_train(args: argparse.Namespace) -> None:
         raise ValueError("--resume needs --run DIR, the folder of the run to continue")
     seeds = None if args.seeds is None else _seeds(args.seeds)
     if args.processes > 1:
+        if args.seeds:  # a group that was left cannot be joined again for the next seed
+            raise ValueError("--processes trains one seed: start a run per seed with train.seed=N and its own --run")
         _train_shared(args)
     elif seeds is None:
         _train_one(args, args.run, args.overrides, args.resume)
