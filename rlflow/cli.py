@@ -130,7 +130,7 @@ def _run_train(args: argparse.Namespace) -> None:
         raise ValueError("--resume needs --run DIR, the folder of the run to continue")
     seeds = None if args.seeds is None else _seeds(args.seeds)
     if args.processes > 1:
-        if args.seeds:  # a group that was left cannot be joined again for the next seed
+        if seeds is not None:  # a group that was left cannot be joined again for the next seed
             raise ValueError("--processes trains one seed: start a run per seed with train.seed=N and its own --run")
         _train_shared(args)
     elif seeds is None:
@@ -163,7 +163,7 @@ def _train_shared(args: argparse.Namespace) -> None:
     from rlflow.train.trainer import default_run
 
     recipes.load(args.recipe, args.overrides, args.trust_code)  # an error is said once
-    words = args.words if args.run or args.seeds else [*args.words, "--run", str(default_run(args.recipe))]
+    words = args.words if args.run else [*args.words, "--run", str(default_run(args.recipe))]
     dist.launch(args.processes, main, [*words, "--processes", "1"])
 
 

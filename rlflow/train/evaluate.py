@@ -71,8 +71,6 @@ class Evaluator:
         self.rows_per_call = rows_per_call
         self.columns: dict[str, Any] = prompts.take(evenly(prompts, num))
         captions: list[str] = self.columns["prompt"]
-        with located("eval.prompts"):
-            policy.field.unguided.tokenize(captions)  # a word it does not know is an error now, not after hours
         known = {text: i for i, text in enumerate(dict.fromkeys(captions))}
         self.caption_id = torch.tensor([known[text] for text in captions])
         self.base_images: Tensor | None = None

@@ -18,7 +18,6 @@ import yaml
 
 from rlflow import __version__, dist, recipes, registry
 from rlflow.config import Config, difference, parse
-from rlflow.envs.prompts import load_prompts
 from rlflow.flow.noise import generator
 from rlflow.models.io import save_field
 from rlflow.rl.advantages import moments
@@ -105,10 +104,6 @@ class Trainer:
         """What would otherwise end the run after its folder was written."""
         if self.config.train.wandb:
             import_wandb()
-        if self.config.env.name == "prompt":
-            with registry.located("env.prompts"):
-                rows = load_prompts(self.config.env.prompts, "train").rows
-                self.policy.field.unguided.tokenize(list(dict.fromkeys(row["prompt"] for row in rows)))
 
     def _make_evaluator(self, trust_code: bool) -> Evaluator | None:
         c = self.config.eval
