@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
-    """What a user can mend; FloatingPointError is a run that diverged, NotImplementedError asks too much of a model."""
+    """What a user can mend. FloatingPointError: a run that diverged; NotImplementedError: too much asked of a model."""
     import yaml
 
     return ValueError, OSError, KeyError, ImportError, FloatingPointError, NotImplementedError, yaml.YAMLError
@@ -130,13 +130,17 @@ def _run_train(args: argparse.Namespace) -> None:
         raise ValueError("--resume needs --run DIR, the folder of the run to continue")
     seeds = None if args.seeds is None else _seeds(args.seeds)
     if args.processes > 1:
-        if seeds is not None:  # a group that was left cannot be joined again for the next seed
-            raise ValueError("--processes trains one seed: start a run per seed with train.seed=N and its own --run")
         _train_shared(args)
-    elif seeds is None:
-        _train_one(args, args.run, args.overrides, args.resume)
-    else:
-        _train_seeds(args, seeds)
+        return
+    from rlflow import dist
+
+    try:
+        if seeds is None:
+            _train_one(args, args.run, args.overrides, args.resume)
+        else:
+            _train_seeds(args, seeds)
+    finally:
+        dist.stop()  # once: processes that leave the group between two seeds do not find each other again
 
 
 def _seeds(text: str) -> list[int]:
@@ -169,16 +173,12 @@ def _train_shared(args: argparse.Namespace) -> None:
 
 def _train_one(args: argparse.Namespace, run: Path | str | None, overrides: list[str], resume: str | None) -> bool:
     """Train one run; True when it was interrupted."""
-    from rlflow import dist
     from rlflow.train.trainer import Trainer
 
     trainer = Trainer(
         args.recipe, run, overrides=overrides, resume=resume, trust_code=args.trust_code, quiet=args.quiet
     )
-    try:
-        trainer.fit()
-    finally:
-        dist.stop()
+    trainer.fit()
     if os.environ.get("RANK", "0") == "0":
         state = "stopped by a signal, resume with --resume last" if trainer.interrupted else "finished"
         print(f"{state}: {trainer.iteration} iterations, {trainer.seconds:.0f} s of training; run folder {trainer.run}")

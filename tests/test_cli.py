@@ -75,11 +75,6 @@ def test_a_signal_ends_all_seeds(
     assert capsys.readouterr().out.count("finished: 2 iterations") == 2
 
 
-def test_processes_train_one_seed(tmp_path: Path, fails: Fails) -> None:
-    run = ("--run", str(tmp_path / "run"), "--seeds", "0,1", "--processes", "2")
-    assert "--processes trains one seed" in fails("train", *TOY_RUN, *run)
-
-
 def test_seeds_of_a_run_that_never_was_are_not_resumed(tmp_path: Path, fails: Fails) -> None:
     run = ("--run", str(tmp_path / "run"), "--seeds", "0,1", "--resume", "last")
     assert "nothing to resume" in fails("train", *TOY_RUN, *run)

@@ -207,6 +207,41 @@ def test_an_error_in_two_processes_is_said_once(launched: list[str]) -> None:
     assert "in whole groups" in said.stderr
 
 
+def test_an_error_of_another_process_is_said(tmp_path: Path, launched: list[str]) -> None:
+    """Rank 0 waits in a collective and knows nothing: the one that failed speaks, with its number."""
+    (tmp_path / "rlflow_tests_rank.py").write_text(
+        "import os\n\nfrom rlflow.flow.kernels import FlowSDE\n\n\nclass Half(FlowSDE):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        if os.environ.get('RANK') == '1':\n            raise ValueError('this machine is another one')\n"
+    )
+    recipe = Path(launched[launched.index("train") + 1])
+    values = json.loads(recipe.read_text())
+    values["policy"]["kernel"] = "rlflow_tests_rank:Half"
+    recipe.write_text(json.dumps(values))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [*launched, "--trust-code"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert said.returncode == 2
+    assert said.stderr.count("rlflow: error: process 1: ") == 1, said.stderr
+    assert "this machine is another one" in said.stderr
+
+
+def test_seeds_are_trained_by_processes_one_after_the_other(tmp_path: Path, launched: list[str]) -> None:
+    """The group is left after a seed and joined again for the next."""
+    process = subprocess.Popen(
+        [*launched, "--seeds", "0,1", "train.iterations=1"],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    finish(process)
+    for seed in (0, 1):
+        run = tmp_path / f"run/seed-{seed}"
+        assert json.loads((run / "run.json").read_text())["world"] == 2
+        assert Checkpoints(run).load("last")[0] == 1
+        assert (run / "report.html").exists()
+
+
 def test_one_process_needs_no_group() -> None:
     """Every verb is the identity, and starting without torchrun joins nothing."""
     dist.start()

@@ -32,7 +32,7 @@ def hacking(run: RunRecord) -> str:
     reward = run.trend("reward/mean")
     shown = dict.fromkeys([*_known(run, HEADLINE, f"{HELDOUT}soft"), *run.judges, *_known(run, *_DISTANCES)])
     changes = {name: change for name in shown if (change := run.change(name)) is not None}
-    if reward is None and not changes:
+    if reward is None and not changes and not any(kind == "bad" for _, kind in findings(run)):
         return ""
     rows = (
         []
@@ -66,7 +66,9 @@ def _change_row(label: str, change: Change, meaning: str) -> list[str]:
 
 
 def findings(run: RunRecord) -> Iterator[tuple[str, str]]:
-    """(what was found about a judge or the diversity, kind of label: bad, watch, good or '')."""
+    """(what was found about a judge, the diversity or missing scores, kind of label: bad, watch, good or '')."""
+    if lost := sum(row.get("reward/masked_frac", 0) >= 1 for row in run.train):
+        yield f"no score at all in {lost} of {len(run.train)} iterations: nothing was learnt from them", "bad"
     reward = run.trend("reward/mean")
     rises = reward is not None and reward.difference.low > 0  # false where the run is too short to tell
     judged = {n: c for n in run.judges if not _once(run, n) and (c := run.change(n)) is not None}

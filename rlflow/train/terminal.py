@@ -17,12 +17,14 @@ from rlflow.train.glossary import describe, duration, show
 
 SHOWN = {  # while training, in this order
     "reward/mean": "reward",
+    "reward/masked_frac": "without a score",
     "kl/ref": "KL to reference",
     "policy/approx_kl": "KL of update",
     "policy/clip_frac": "clip fraction",
     "perf/samples_per_s": "images/s",
     "optim/skipped_steps": "skipped steps",
 }
+ONLY_WHERE_ABOVE_0 = ("reward/masked_frac", "optim/skipped_steps")
 HEADLINE = "eval/heldout/strict"
 JUDGED = (HEADLINE, "eval/heldout/soft", "eval/heldout/judge", "eval/heldout/diversity", "eval/heldout/base_distance")
 PLAIN_SECONDS = 10.0
@@ -57,9 +59,9 @@ class Budget:
 
 
 def numbers(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """(what it is, its value) of the numbers shown while training; a skipped step only where there was one."""
-    pairs = [(label, metrics[name]) for name, label in SHOWN.items() if name in metrics]
-    return [(label, show(float(value), "nan")) for label, value in pairs if label != "skipped steps" or value]
+    """(what it is, its value) of the numbers shown while training; what should be 0 only where it is not."""
+    shown = [name for name in SHOWN if name in metrics and (metrics[name] or name not in ONLY_WHERE_ABOVE_0)]
+    return [(SHOWN[name], show(float(metrics[name]), "nan")) for name in shown]
 
 
 class Evaluations:

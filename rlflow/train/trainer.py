@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import platform
-import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from rlflow import __version__, dist, recipes, registry
+from rlflow import dist, recipes, registry
 from rlflow.config import Config, difference, parse
 from rlflow.flow.noise import generator
 from rlflow.models.io import save_field
@@ -26,6 +24,7 @@ from rlflow.rl.optim import NonFiniteError
 from rlflow.train.build import heldout_prompts, judged_by, make_judges, make_parts
 from rlflow.train.checkpoint import Checkpoints, rng_state, set_rng_state, write_text
 from rlflow.train.evaluate import Evaluation, Evaluator
+from rlflow.train.head import write_head
 from rlflow.train.logger import RunLogger, import_wandb, read_metrics
 from rlflow.train.signals import Signals
 from rlflow.types import Rollout
@@ -73,8 +72,9 @@ class Trainer:
         self.last_eval: dict[str, float] = {}
         self.interrupted = False
         """True when a signal or a callback ended `fit` before the budget."""
-        self._stop_asked = False
+        self._stop_asked = self._warned = False
         self._evaluated, self._last_good = -1, 0
+        self._resumed = resume is not None
         if resume is not None:
             self._load(resume)
 
@@ -161,6 +161,7 @@ class Trainer:
         while not self._done():
             metrics = self._one()
             self.logger.log(self.iteration, "train", metrics)
+            self._warn_of_no_score(metrics)
             self.logger.progress(self.iteration, metrics | self.last_eval, self.seconds)
             for callback in self.callbacks:
                 callback(self, self.iteration, metrics)
@@ -194,6 +195,17 @@ class Trainer:
             "cost/network_rows_total": float(self.network_rows),
             "cost/train_seconds_total": self.seconds,
         }
+
+    def _warn_of_no_score(self, metrics: dict[str, float]) -> None:
+        """Say once that a whole iteration had no score: it teaches nothing, and no error will end the run."""
+        if metrics["reward/masked_frac"] < 1 or self._warned or dist.rank() > 0:
+            return
+        self._warned = True
+        warnings.warn(
+            f"no sample of iteration {self.iteration} has a score from every reward, so nothing was learnt from it: "
+            "look at reward/<name>/masked_frac for the one that gives None, nan or an error",
+            stacklevel=2,
+        )
 
     def _progress(self) -> float:
         train = self.config.train
@@ -263,20 +275,9 @@ class Trainer:
         if dist.rank() == 0:
             self.run.mkdir(parents=True, exist_ok=True)
             write_text(self.run / "config.yaml", self.config.to_yaml())
-            write_text(self.run / "run.json", json.dumps(self._head(), indent=1) + "\n")
+            facts = {"device": str(self.policy.device), "weights": self.config.eval.weights}
+            write_head(self.run, self.recipe, facts, self.iteration if self._resumed else None)
         dist.barrier()
-
-    def _head(self) -> dict[str, Any]:
-        return {
-            "recipe": self.recipe,
-            "command": " ".join(sys.argv),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {"rlflow": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            "device": str(self.policy.device),
-            "threads": torch.get_num_threads(),
-            "world": dist.world(),
-            "weights": self.config.eval.weights,
-        }
 
     def state_dict(self) -> dict[str, Any]:
         """Everything an exact resume needs."""

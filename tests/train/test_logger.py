@@ -260,6 +260,16 @@ def test_plain_lines_name_every_number(tmp_path, capsys):
     )
 
 
+def test_what_should_be_zero_is_shown_where_it_is_not(tmp_path, capsys):
+    """Samples without a score, skipped steps."""
+    with make(tmp_path, quiet=False, total_iterations=20) as log:
+        log.progress(1, {"reward/masked_frac": 0.0, "optim/skipped_steps": 0.0}, 1.0)
+    assert capsys.readouterr().out == "iteration 1 of 20, 19 s left\n"
+    with make(tmp_path, quiet=False, total_iterations=20) as log:
+        log.progress(1, {"reward/mean": math.nan, "reward/masked_frac": 0.25, "optim/skipped_steps": 2.0}, 1.0)
+    assert "reward nan, without a score 0.250, skipped steps 2" in capsys.readouterr().out
+
+
 def test_plain_lines_are_rare(tmp_path, capsys, monkeypatch):
     """At most one in ten seconds; the last one is never swallowed."""
     clock = iter(range(1000))

@@ -169,6 +169,24 @@ def test_a_finished_run_resumes_to_the_same_end(tmp_path: Path, trainer: Make) -
     assert before[2] == after[2]
 
 
+def test_run_json_keeps_the_start_and_lists_the_resumes(
+    tmp_path: Path, trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    for number, more in enumerate(({"callbacks": [stop_at(1)]}, {"resume": "last"}, {"resume": "2"})):
+        monkeypatch.setattr(sys, "argv", ["rlflow", f"command-{number}"])
+        trainer(run, **more).fit()
+        if not number:
+            first = json.loads((run / "run.json").read_text())
+    head = json.loads((run / "run.json").read_text())
+    resumes = head.pop("resumes")
+    assert head == first
+    assert head["command"] == "rlflow command-0"
+    said = [(r["iteration"], r["command"]) for r in resumes]
+    assert said == [(1, "rlflow command-1"), (2, "rlflow command-2")]
+    assert all({"started", "versions", "world"} <= r.keys() for r in resumes)
+
+
 def test_a_finished_run_can_be_given_more(tmp_path: Path, trainer: Make) -> None:
     """The budget may grow, and config.yaml says so afterwards."""
     constant = "algorithm.optimizer.cosine=false"  # else the learning rate depends on the budget

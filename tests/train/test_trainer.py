@@ -265,6 +265,19 @@ def test_without_a_single_score_nothing_is_learnt(tmp_path: Path, trainer: Make,
         assert row["advantage/used_frac"] == 0
 
 
+def test_a_reward_that_never_scores_is_said_once_and_reported(
+    tmp_path: Path, trainer: Make, own_rewards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends well, since a service may be down for a while; but nobody can overlook it."""
+    monkeypatch.undo()  # with the real report
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = trainer(tmp_path / "run", f"reward.weights={{'{own_rewards}:nothing': 1}}", trust_code=True)
+    with pytest.warns(UserWarning, match="iteration 1 has a score") as said:
+        made.fit()
+    assert len([w for w in said if "has a score" in str(w.message)]) == 1
+    assert "beware: no score at all in 2 of 2 iterations" in (tmp_path / "run/report.html").read_text()
+
+
 def test_dotted_paths_need_trust(tmp_path: Path, trainer: Make, own_rewards: str) -> None:
     with pytest.raises(ValueError, match=r"reward.weights: .*--trust-code"):
         trainer(tmp_path / "run", f"reward.weights={{'{own_rewards}:nothing': 1}}")
