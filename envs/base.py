@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,11 @@ class VecEnv:
     """One row's observation as meta tensors (shape and dtype); None where it is not told."""
     exact_resume: bool = True
     """False when the simulator cannot be saved; a resumed run is then equal in law only."""
+
+    watch: Callable[[], None] | None = None
+    """Called after every primitive step, by environments that can be seen."""
+    step_seconds: float = 0.04
+    """Of a primitive step, by which films are timed."""
 
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
         """Start an episode per row from its seed (B,) (rows with mask False keep theirs); observations (B, ...)."""
@@ -51,6 +57,10 @@ class VecEnv:
     def reward_weights(self) -> dict[str, float]:
         """Weights when several rewards are to be combined as advantages; otherwise empty."""
         return {}
+
+    def render(self, row: int) -> Tensor:
+        """(H, W, 3) uint8 picture of one row as it is now; NotImplementedError where there is none."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be seen")
 
     def metrics(self) -> dict[str, float]:
         """Counters since the last call (masked rewards, seconds)."""

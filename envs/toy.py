@@ -102,8 +102,8 @@ class ToyReach(SimEnv):
 
     action_shape, obs_dim = (2, 2), 4
 
-    def __init__(self, num_envs: int = 32, horizon: int = 4, device: str = "cpu"):
-        super().__init__(ReachSim(num_envs, 2, 2 * horizon, device), chunk=2, gamma=1.0)
+    def __init__(self, num_envs: int = 32, horizon: int = 4, gamma: float = 1.0, device: str = "cpu"):
+        super().__init__(ReachSim(num_envs, 2, 2 * horizon, device), chunk=2, gamma=gamma)
 
 
 # -- bandit ---------------------------------------------------------------------------------------
@@ -223,5 +223,5 @@ class ToyRoutes(SimEnv):
 
     action_shape, obs_dim = (2, 2), 2
 
-    def __init__(self, num_envs: int = 64, horizon: int = 12, device: str = "cpu"):
-        super().__init__(RoutesSim(num_envs, 2, 2 * horizon, device), chunk=2)
+    def __init__(self, num_envs: int = 64, horizon: int = 12, gamma: float = 0.99, device: str = "cpu"):
+        super().__init__(RoutesSim(num_envs, 2, 2 * horizon, device), chunk=2, gamma=gamma)

@@ -260,10 +260,9 @@ def _run_eval(args: argparse.Namespace) -> None:
     result = evaluator()
     means = {f"eval/heldout/{name}": value for name, value in result.means().items()}
     if args.json:
-        _print_json({"samples": len(result.captions), **means})
+        _print_json({"samples": len(result), **means})
         return
-    captions = len(set(result.captions))
-    print(f"{len(result.captions)} samples of {captions} held-out prompts, deployment sampler")
+    print(f"{result.about}, deployment sampler")
     for name, value in means.items():
         print(f"  {name:28s} {value:.4f}")
 

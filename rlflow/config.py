@@ -30,7 +30,7 @@ class PolicyConfig:
     """Which network, and the chain around it."""
 
     __pydantic_config__ = STRICT
-    field: str = "shapes"  # an embedded checkpoint, or a checkpoint folder
+    field: Spec = "shapes"  # an embedded checkpoint, a checkpoint folder, or a model from scratch (mlp)
     frozen: str | None = None  # regular expression; parameters of the field in whose names it is found do not train
     kernel: Spec = "flow_sde"
     solver: Spec = "euler"
@@ -103,20 +103,26 @@ class EnvConfig:
 
     __pydantic_config__ = STRICT
     name: str = "prompt"
+    settings: dict[str, Any] = field(default_factory=dict)  # of a simulator: chunk, threads, id, ...
     prompts: str = "scenes"  # PromptEnv: scenes, scenes:pair, words, or a .txt / .jsonl file
     num_groups: int = 6
     group_size: int = 16
     rows_per_call: int = 96
     shared_noise: bool = False
+    gamma: float = 0.99  # discount of a primitive step: inside chunks, in reward.scale and in advantage=gae
+    horizon: int | None = None  # steps (chunks) of an iteration; default: the longest episode
+    mode: Literal["episodes", "steps"] = "episodes"  # steps: episodes run on from one iteration to the next
+    frame_stack: int = 1
 
 
 @dataclass
 class RewardConfig:
-    """Rewards by name with their weights; weight 0 logs without training on it."""
+    """Rewards by name with their weights; weight 0 logs without training on it. A simulator without any has its own."""
 
     __pydantic_config__ = STRICT
-    weights: dict[str, float] = field(default_factory=lambda: {"shapes_soft": 0.5, "shapes_strict": 0.5})
+    weights: dict[str, float] = field(default_factory=dict)
     normalize: Literal["none", "reward", "advantage"] = "none"
+    scale: bool = False  # divided by the running std of the discounted return (simulators)
     timeout_s: float = 60.0
 
 
@@ -142,16 +148,9 @@ class EvalConfig:
 
     __pydantic_config__ = STRICT
     prompts: str | None = None  # default: the held-out split of env.prompts
-    metrics: dict[str, str] = field(
-        default_factory=lambda: {
-            "strict": "shapes_strict",
-            "soft": "shapes_soft",
-            "judge": "cnn_judge",
-            "diversity": "diversity",
-            "base_distance": "base_distance",
-        }
-    )
-    num: int = 500
+    metrics: dict[str, str] = field(default_factory=dict)  # of images: rewards by display name
+    num: int = 500  # images, or episodes
+    noise: Literal["random", "fixed", "zero"] = "random"  # the chains' starts in episodes; fixed: one for all steps
     every: int = 0  # iterations; 0 evaluates at the start and at the end only
     num_steps: int | None = None  # default: policy.num_steps
     solver: Spec | None = None  # default: policy.solver
@@ -159,6 +158,7 @@ class EvalConfig:
     seed: int = 0
     rows_per_call: int = 100
     grid: int = 32  # images in the picture
+    video: int = 2  # episodes filmed, where the simulator can be seen; 0: none
 
 
 @dataclass
@@ -201,6 +201,8 @@ MAY_CHANGE_ON_RESUME = (
     "eval.rows_per_call",
     "algorithm.micro_batch",
     "env.rows_per_call",
+    "env.settings.threads",
+    "eval.video",
 )
 
 
@@ -330,7 +332,7 @@ def check(config: Config, trust_code: bool = False) -> None:
         ("kernel", "policy.kernel", config.policy.kernel, stand_in),
         ("solver", "policy.solver", config.policy.solver, {}),
         ("grid", "policy.grid", config.policy.grid, {}),
-        ("advantage", "advantage", config.advantage, {}),
+        ("advantage", "advantage", config.advantage, {"gamma": config.env.gamma}),
         ("solver", "eval.solver", config.eval.solver, {}),
     ):
         if spec is not None:
@@ -343,6 +345,9 @@ def check(config: Config, trust_code: bool = False) -> None:
                 registry.find("reward", name, trust_code)
     with registry.located("env.name"):
         registry.find("env", config.env.name, trust_code)
+    if config.env.name != "prompt":
+        spec = {**config.env.settings, "name": config.env.name}
+        registry.validate("env", "env.settings", spec, ("num_envs", "gamma"), trust_code)
     steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
     with registry.located("steps"):
         steps.possible(config.policy.num_steps)

@@ -112,6 +112,17 @@ def all_gather_rows(value: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gather_shares(mine: Tensor, total: int) -> Tensor:
+    """Concatenate what each rank made of its share, `torch.arange(total).tensor_split(world)[rank]`."""
+    if world() == 1:
+        return mine
+    most = -(-total // world())
+    padded = torch.cat([mine, mine.new_zeros((most - len(mine), *mine.shape[1:]))])
+    sizes = [len(part) for part in torch.arange(total).tensor_split(world())]
+    everyone = all_gather_rows(padded).split(most)
+    return torch.cat([part[:n] for part, n in zip(everyone, sizes, strict=True)])
+
+
 def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     """One flat all-reduce (sum) of all gradients; absent ones count as zero, so no rank can hang."""
     if world() == 1:

@@ -17,12 +17,13 @@ POSITIVE = (
     *("algorithm.critic_lr", "algorithm.optimizer.lr", "algorithm.optimizer.eps", "algorithm.optimizer.max_bad_steps"),
     *("train.iterations", "train.minutes", "train.threads", "train.checkpoint_every", "train.keep"),
     *("eval.num", "eval.num_steps", "eval.rows_per_call", "eval.grid", "advantage.clip"),
+    *("env.gamma", "env.horizon", "env.frame_stack"),
 )
 NOT_NEGATIVE = (
-    *("eval.every", "algorithm.kl.beta", "algorithm.entropy", "algorithm.optimizer.warmup", "advantage.eps"),
-    *("algorithm.optimizer.weight_decay", "algorithm.optimizer.max_grad_norm"),
+    *("eval.every", "eval.video", "algorithm.kl.beta", "algorithm.entropy", "algorithm.optimizer.warmup"),
+    *("algorithm.optimizer.weight_decay", "algorithm.optimizer.max_grad_norm", "advantage.eps"),
 )
-UNIT = ("algorithm.optimizer.final", "advantage.gamma", "advantage.lam", "policy.guidance.zero_until")
+UNIT = ("algorithm.optimizer.final", "env.gamma", "advantage.lam", "policy.guidance.zero_until")
 BELOW_ONE = ("algorithm.ema_decay", "algorithm.optimizer.betas")
 FINITE = (
     *("algorithm.optimizer.lr", "algorithm.optimizer.eps", "algorithm.optimizer.weight_decay", "algorithm.critic_lr"),
@@ -78,7 +79,26 @@ def check_together(config: Config) -> None:
             f"algorithm.num_minibatches: {config.algorithm.num_minibatches} must divide "
             f"env.num_groups = {config.env.num_groups}, since a minibatch takes whole groups"
         )
-    if config.env.name == "prompt" and not any(config.reward.weights.values()):
-        raise ValueError("reward.weights: name at least one reward with a weight that is not 0")
+    if name == "group" and config.env.mode == "steps":
+        raise ValueError("env.mode: group advantages compare whole episodes; set env.mode=episodes, or advantage=gae")
+    _check_kind(config)
     if config.train.iterations is None and config.train.minutes is None:
         raise ValueError("train: give a budget, train.iterations=N or train.minutes=M")
+
+
+def _check_kind(config: Config) -> None:
+    """ValueError for settings of images in a simulator, and the other way round."""
+    if config.env.name == "prompt":
+        if not any(config.reward.weights.values()):
+            raise ValueError("reward.weights: name at least one reward with a weight that is not 0")
+        for path, value, usual in (
+            ("env.settings", config.env.settings, {}),
+            ("env.horizon", config.env.horizon, None),
+            ("env.mode", config.env.mode, "episodes"),
+            ("env.frame_stack", config.env.frame_stack, 1),
+            ("reward.scale", config.reward.scale, False),
+        ):
+            if value != usual:
+                raise ValueError(f"{path}: is of simulators, and env.name is prompt; leave it at {usual!r}")
+    elif config.eval.metrics:
+        raise ValueError("eval.metrics: judges images; episodes have return, length and success: leave it {}")

@@ -93,7 +93,7 @@ TABLE: dict[str, dict[str, str]] = {
     "policy": {
         "shapes": "rlflow/assets/shapes",
         "words": "rlflow/assets/words",
-        "toy": "a small MLP from scratch, for the toy environments",
+        "mlp": "a multilayer perceptron from scratch, for simulators",
     },
 }
 

@@ -29,7 +29,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
     return run
 
 
-TOY = ("policy.field=toy", "policy.num_steps=4", "policy.precision=float32", "env.name=toy_reach", "env.num_groups=2")
+TOY = ("policy.field=mlp", "policy.num_steps=4", "policy.precision=float32", "env.name=toy_reach", "env.num_groups=2")
 TOY_RUN = (
     "t2i_flow_grpo",
     *TOY,

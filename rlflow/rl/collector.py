@@ -182,8 +182,11 @@ def fill_final_obs(outs: list[dict[str, Any]]) -> bool:
 
 
 def permute_rewards(rollout: Rollout, generator: torch.Generator) -> None:
-    """The control: rewards shuffled across the batch before anything else, so they carry no information."""
+    """The control: rewards shuffled across the batch before anything else, so they carry no information.
+
+    The whole outcome of a row goes to another one, its episode ends with it: where every step is paid, to end
+    late is a reward too.
+    """
     order = torch.randperm(rollout.reward.shape[1], generator=generator)
-    rollout.reward = rollout.reward[:, order]
-    rollout.weight = rollout.weight[:, order]
-    rollout.reward_parts = {name: value[:, order] for name, value in rollout.reward_parts.items()}
+    for name in ("reward", "weight", "terminated", "truncated", "num_steps", "reward_parts"):
+        setattr(rollout, name, tree_map(lambda v: v[:, order], getattr(rollout, name)))

@@ -11,17 +11,21 @@ import torch
 
 from rlflow import dist, registry
 from rlflow.config import Config
+from rlflow.envs.base import VecEnv
+from rlflow.envs.prompt import PromptEnv
 from rlflow.envs.prompts import Prompts, load_prompts
+from rlflow.envs.wrappers import FrameStack, RewardScaling, RewardWrapper
 from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import embedded, load_field
-from rlflow.models.mlp import MLPField
 from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihood import ChainLikelihood
 from rlflow.rl.optim import AdamW
 from rlflow.rl.policy_gradient import KL, PolicyGradient
+from rlflow.train.episodes import EpisodeEvaluator
+from rlflow.train.evaluate import Evaluator
 
 PRECISION = {"float32": None, "float64": None, "bfloat16": torch.bfloat16}
 
@@ -36,7 +40,7 @@ def make_policy(config: Config, trust_code: bool = False) -> FlowPolicy:
     c = config.policy
     torch.manual_seed(config.train.seed)  # the first weights of a toy field and of a noise net
     with registry.located("policy.field"):
-        field = _toy_field(config, trust_code) if c.field == "toy" else load_field(c.field, trust_code)
+        field = _make_field(config, trust_code)
     if c.frozen is not None:
         with registry.located("policy.frozen"):
             freeze(field, c.frozen)
@@ -81,14 +85,18 @@ def freeze(field: VelocityField, pattern: str) -> None:
         parameter.requires_grad_(name not in found)
 
 
-def _toy_field(config: Config, trust_code: bool) -> MLPField:
+def _make_field(config: Config, trust_code: bool) -> VelocityField:
+    """From a checkpoint, or from scratch to fit the simulator."""
+    spec = config.policy.field
+    if isinstance(spec, str) and spec not in registry.TABLE["model"]:
+        return load_field(spec, trust_code)
     if config.env.name == "prompt":
         raise ValueError(
-            f"'toy' reads numbers and env.name=prompt gives text: name one of {embedded()} or a checkpoint folder, "
-            "or a toy environment"
+            f"a network from scratch makes no images: name one of {embedded()} or a checkpoint folder, or a simulator"
         )
-    env: Any = registry.find("env", config.env.name, trust_code)(1)
-    return MLPField(env.obs_dim, env.action_shape, width=64)
+    env = make_simulator(config, 1, trust_code)
+    shapes = {"obs_dim": env.obs_dim, "obs_spec": env.obs_spec, "event_shape": tuple(env.action_shape)}
+    return registry.build("model", "policy.field", spec, shapes, trust_code)
 
 
 def make_rewards(config: Config, trust_code: bool = False) -> RewardSet:
@@ -114,13 +122,43 @@ def heldout_prompts(config: Config) -> Prompts:
     return load_prompts(config.eval.prompts or config.env.prompts, "heldout", whole=config.eval.prompts is not None)
 
 
+def make_evaluator(config: Config, policy: FlowPolicy, trust_code: bool = False) -> Evaluator | EpisodeEvaluator:
+    """What `eval` says, of images or of episodes."""
+    c = config.eval
+    solver = None if c.solver is None else registry.build("solver", "eval.solver", c.solver, trust_code=trust_code)
+    if config.env.name == "prompt":
+        prompts, judges = heldout_prompts(config), make_judges(config, trust_code)
+        return Evaluator(
+            policy,
+            prompts,
+            judges,
+            num=c.num,
+            num_steps=c.num_steps,
+            solver=solver,
+            seed=c.seed,
+            rows_per_call=c.rows_per_call,
+        )
+    return EpisodeEvaluator(
+        policy,
+        lambda num_envs: make_simulator(config, num_envs, trust_code),
+        num=c.num,
+        num_steps=c.num_steps,
+        solver=solver,
+        seed=c.seed,
+        rows_per_call=c.rows_per_call,
+        noise=c.noise,
+        video=c.video,
+    )
+
+
 def judged_by(config: Config) -> dict[str, Any]:
     """The sections that evaluate a checkpoint as this config does, for its config.json."""
     c = config.eval
     deployed = {"num_steps": c.num_steps or config.policy.num_steps, "solver": c.solver or config.policy.solver}
-    judged = {"prompts": c.prompts, "metrics": c.metrics, "num": c.num, **deployed}
+    judged = {"prompts": c.prompts, "metrics": c.metrics, "num": c.num, "noise": c.noise, **deployed}
     policy = {"guidance": config.policy.guidance, "precision": config.policy.precision}
-    return {"policy": policy, "env": {"prompts": config.env.prompts}, "eval": judged}
+    env = {name: getattr(config.env, name) for name in ("name", "settings", "prompts", "gamma", "frame_stack")}
+    return {"policy": policy, "env": env, "eval": judged}
 
 
 @dataclass
@@ -147,24 +185,44 @@ def make_parts(config: Config, trust_code: bool = False) -> Parts:
         steps,
         groups,
         seed=config.train.seed,
-        horizon=env.horizon,
+        horizon=config.env.horizon or env.horizon,
+        mode=config.env.mode,
         rows_per_call=config.env.rows_per_call,
         shared_noise=config.env.shared_noise,
     )
     return Parts(policy, collector, _make_algorithm(config, policy, likelihood, groups, trust_code), groups)
 
 
-def _make_env(config: Config, policy: FlowPolicy, groups: Groups, trust_code: bool) -> Any:
-    env = registry.find("env", config.env.name, trust_code)
-    if config.env.name != "prompt":
-        return env(groups.num_rows)
+def _make_env(config: Config, policy: FlowPolicy, groups: Groups, trust_code: bool) -> VecEnv:
+    if config.env.name == "prompt":
+        return _make_prompts(config, policy, groups, trust_code)
+    return _make_task(config, groups, trust_code)
+
+
+def make_simulator(config: Config, num_envs: int, trust_code: bool = False) -> VecEnv:
+    """`num_envs` rows of the config's simulator, as the policy sees it."""
+    c = config.env
+    supplied = {"num_envs": num_envs, "gamma": c.gamma}
+    env: VecEnv = registry.build("env", "env.settings", {**c.settings, "name": c.name}, supplied, trust_code)
+    return FrameStack(env, c.frame_stack) if c.frame_stack > 1 else env
+
+
+def _make_task(config: Config, groups: Groups, trust_code: bool) -> VecEnv:
+    """The simulator to train in: with rewards of the config, scaled."""
+    env = make_simulator(config, groups.num_rows, trust_code)
+    if any(config.reward.weights.values()):
+        env = RewardWrapper(env, make_rewards(config, trust_code))
+    return RewardScaling(env, config.env.gamma) if config.reward.scale else env
+
+
+def _make_prompts(config: Config, policy: FlowPolicy, groups: Groups, trust_code: bool) -> VecEnv:
     field = policy.field.unguided
     with registry.located("env.prompts"):
         prompts = load_prompts(config.env.prompts, "train", whole=config.eval.prompts is not None)
         prompts.check(field.tokenize)
     with registry.located("env.prompts" if config.eval.prompts is None else "eval.prompts"):
         heldout_prompts(config).check(field.tokenize)
-    return env(
+    return PromptEnv(
         prompts,
         make_rewards(config, trust_code),
         groups.num_rows,
@@ -183,7 +241,7 @@ def _make_algorithm(
     return PolicyGradient(
         policy,
         likelihood,
-        registry.build("advantage", "advantage", config.advantage, trust_code=trust_code),
+        registry.build("advantage", "advantage", config.advantage, {"gamma": config.env.gamma}, trust_code),
         groups,
         optimizer=AdamW(**dataclasses.asdict(c.optimizer)),
         clip_low=c.clip_low,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,41 @@ class Evaluation:
         """Mean over the samples that have a score."""
         return {n: float(s.nanmean()) for n, s in self.scores.items()}
 
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @property
+    def about(self) -> str:
+        """What was evaluated, in words."""
+        return f"{len(self)} samples of {len(set(self.captions))} held-out prompts"
+
+    @property
+    def headline(self) -> str:
+        """What `best` goes by: strict, or else the first metric; "" without any."""
+        return "strict" if "strict" in self.scores else next(iter(self.scores), "")
+
     def save(self, path: Path) -> None:
         """Per-sample scores, for paired comparisons later."""
         save_file({**self.scores, "caption_id": self.caption_id}, path)
+
+    def show(self, folder: Path, iteration: int, num: int) -> None:
+        """Write `num` of the images, spread over the captions, as a captioned picture and as tensors."""
+        from rlflow.train.figures import image_grid
+
+        some = torch.linspace(0, len(self) - 1, min(num, len(self))).long()
+        image_grid(self.images[some], [self.captions[i] for i in some], folder / f"eval_{iteration:06d}.png")
+        images = {"images": (self.images[some] * 255).round().to(torch.uint8), "index": some}
+        save_file(images, folder / f"images_{iteration:06d}.safetensors")
+
+
+@contextmanager
+def deployed(policy: FlowPolicy, solver: Solver | None) -> Iterator[None]:
+    """With `solver` in place of the one the policy trains with, if there is another."""
+    trained_with, policy.solver = policy.solver, solver or policy.solver
+    try:
+        yield
+    finally:
+        policy.solver = trained_with
 
 
 def evenly(prompts: Prompts, num: int) -> list[int]:
@@ -86,27 +119,14 @@ class Evaluator:
             parts.append(self._batch([captions[i] for i in rows], rows))
             if progress is not None:
                 progress(len(rows))
-        return self._gather(torch.cat(parts), len(captions))
+        return dist.gather_shares(torch.cat(parts), len(captions))
 
     def _batch(self, captions: list[str], rows: Tensor) -> Tensor:
         policy = self.policy
-        trained_with, policy.solver = policy.solver, self.solver or policy.solver
-        try:
+        with deployed(policy, self.solver):
             cond = policy.encode(policy.field.unguided.tokenize(captions))
             chain = policy.sample(cond, policy.plan(self.num_steps), key=Key(self.seed, "evaluate"), row_ids=rows)
-        finally:
-            policy.solver = trained_with
         return policy.field.decode(policy.squash(chain.final)).float().cpu()
-
-    @staticmethod
-    def _gather(mine: Tensor, total: int) -> Tensor:
-        if dist.world() == 1:
-            return mine
-        most = -(-total // dist.world())
-        padded = torch.cat([mine, mine.new_zeros((most - len(mine), *mine.shape[1:]))])
-        sizes = [len(p) for p in torch.arange(total).tensor_split(dist.world())]
-        everyone = dist.all_gather_rows(padded).split(most)
-        return torch.cat([part[:n] for part, n in zip(everyone, sizes, strict=True)])
 
     def __call__(self, weights: str = "live") -> Evaluation:
         """Evaluate one weight set; the first call fixes the base images unless they were set."""
@@ -116,6 +136,22 @@ class Evaluator:
             self.base_images = images
         columns = self.columns | {"images": images, "group": self.caption_id, "base_images": self.base_images}
         return Evaluation(self.judges.compute(columns, len(images)), images, self.columns["prompt"], self.caption_id)
+
+    def compare_with(self, policy: FlowPolicy) -> None:
+        """Take the base images, to measure the distance from, of another policy."""
+        mine, self.policy = self.policy, policy
+        try:
+            self.base_images = self.images()
+        finally:
+            self.policy = mine
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The base images; {} before they are made."""
+        return {} if self.base_images is None else {"base_images": self.base_images}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""
+        self.base_images = state.get("base_images")
 
 
 def load_scores(path: Path) -> dict[str, Tensor]:

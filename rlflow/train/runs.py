@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -12,10 +13,10 @@ from rlflow import registry
 from rlflow.config import Config, merge, parse
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
-from rlflow.flow.solvers import Solver
 from rlflow.models.io import load_field, read_config, save_field
-from rlflow.train.build import device, heldout_prompts, judged_by, make_judges, make_policy
+from rlflow.train.build import device, heldout_prompts, judged_by, make_evaluator, make_policy
 from rlflow.train.checkpoint import Checkpoints
+from rlflow.train.episodes import EpisodeEvaluator
 from rlflow.train.evaluate import Evaluator
 
 
@@ -95,42 +96,32 @@ def evaluator_of(
     checkpoint: str = "last",
     weights: str | None = None,
     trust_code: bool = False,
-) -> Evaluator:
-    """An Evaluator of a run (its own settings unless given) or of a checkpoint (what it is judged by).
+) -> Evaluator | EpisodeEvaluator:
+    """What evaluates a run (by its own settings unless given) or a checkpoint (by what it is judged by).
 
     The base images come from the policy before training, so the distance to it is meaningful.
     """
-    run = is_run(name)
     config = judging_config(name, trust_code)
-    if config.env.name != "prompt":
-        raise ValueError(f"{name}: a run in env.name={config.env.name} has no held-out prompts to be evaluated on")
     c = config.eval
-    spec = solver or c.solver
-    made: Solver | None = None if spec is None else registry.build("solver", "eval.solver", spec, trust_code=trust_code)
-
-    prompts = heldout_prompts(config)
-
-    def make(policy: FlowPolicy) -> Evaluator:
+    judged = dataclasses.replace(
+        c,
+        num=num or c.num,
+        num_steps=num_steps or c.num_steps,
+        solver=solver or c.solver,
+        seed=c.seed if seed is None else seed,
+    )
+    config = dataclasses.replace(config, eval=judged)
+    untrained = make_policy(config, trust_code)
+    if config.env.name == "prompt":
         with registry.located(f"{name} is judged by {config.eval.prompts or config.env.prompts}"):
-            prompts.check(policy.field.unguided.tokenize)
-        return Evaluator(
-            policy,
-            prompts,
-            make_judges(config, trust_code),
-            num=num or c.num,
-            num_steps=num_steps or c.num_steps,
-            solver=made,
-            seed=c.seed if seed is None else seed,
-            rows_per_call=c.rows_per_call,
-        )
-
-    if not run:
-        return make(make_policy(config, trust_code))
-    base = make(make_policy(config, trust_code)).images()
-    tuned = make(load(name, checkpoint=checkpoint, weights=weights, trust_code=trust_code))
-    tuned.policy.num_steps = config.policy.num_steps
-    tuned.base_images = base
-    return tuned
+            heldout_prompts(config).check(untrained.field.unguided.tokenize)
+    if not is_run(name):
+        return make_evaluator(config, untrained, trust_code)
+    policy = load(name, checkpoint=checkpoint, weights=weights, trust_code=trust_code)
+    policy.num_steps = config.policy.num_steps
+    evaluator = make_evaluator(config, policy, trust_code)
+    evaluator.compare_with(untrained)
+    return evaluator
 
 
 def evaluate(

@@ -166,8 +166,7 @@ def state(job: Job, root: Path) -> State:
     spent = (train.iterations is not None and mine["iteration"] >= train.iterations) or (
         train.minutes is not None and mine["seconds"] >= 60 * train.minutes
     )
-    judged = mine["evaluated"] == mine["iteration"] or job.config.env.name != "prompt"
-    return "finished" if spent and judged else "interrupted"
+    return "finished" if spent and mine["evaluated"] == mine["iteration"] else "interrupted"
 
 
 # -- the plan and its cost ------------------------------------------------------------------------

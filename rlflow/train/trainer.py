@@ -14,16 +14,17 @@ from typing import Any
 import torch
 import yaml
 
-from rlflow import dist, recipes, registry
+from rlflow import dist, recipes
 from rlflow.config import Config, difference, parse
 from rlflow.flow.noise import generator
 from rlflow.models.io import save_field
 from rlflow.rl.advantages import moments
 from rlflow.rl.collector import permute_rewards
 from rlflow.rl.optim import NonFiniteError
-from rlflow.train.build import heldout_prompts, judged_by, make_judges, make_parts
+from rlflow.train.build import judged_by, make_evaluator, make_parts
 from rlflow.train.checkpoint import Checkpoints, rng_state, set_rng_state, write_text
-from rlflow.train.evaluate import Evaluation, Evaluator
+from rlflow.train.episodes import Episodes
+from rlflow.train.evaluate import Evaluation
 from rlflow.train.head import write_head
 from rlflow.train.logger import RunLogger, import_wandb, read_metrics
 from rlflow.train.signals import Signals
@@ -66,14 +67,14 @@ class Trainer:
             parts.groups,
         )
         self._check_start()
-        self.evaluator = self._make_evaluator(trust_code)
+        self.evaluator = make_evaluator(self.config, self.policy, trust_code)
         self.checkpoints = Checkpoints(self.run, self.config.train.keep)
         self.iteration, self.seconds, self.network_rows = 0, 0.0, 0
         self.last_eval: dict[str, float] = {}
         self.interrupted = False
         """True when a signal or a callback ended `fit` before the budget."""
         self._stop_asked = self._warned = False
-        self._evaluated, self._last_good = -1, 0
+        self._evaluated, self._headline, self._last_good = -1, "", 0
         self._resumed = resume is not None
         if resume is not None:
             self._load(resume)
@@ -104,22 +105,6 @@ class Trainer:
         """What would otherwise end the run after its folder was written."""
         if self.config.train.wandb:
             import_wandb()
-
-    def _make_evaluator(self, trust_code: bool) -> Evaluator | None:
-        c = self.config.eval
-        if self.config.env.name != "prompt":
-            return None
-        solver = None if c.solver is None else registry.build("solver", "eval.solver", c.solver, trust_code=trust_code)
-        return Evaluator(
-            self.policy,
-            heldout_prompts(self.config),
-            make_judges(self.config, trust_code),
-            num=c.num,
-            num_steps=c.num_steps,
-            solver=solver,
-            seed=c.seed,
-            rows_per_call=c.rows_per_call,
-        )
 
     # -- the loop ---------------------------------------------------------------------------------
 
@@ -175,7 +160,7 @@ class Trainer:
         if self.config.train.permute_rewards:
             permute_rewards(rollout, generator("control", self.config.train.seed, self.iteration))
         middle = time.perf_counter()
-        metrics = self.collector.env.metrics() | _reward_metrics(rollout)
+        metrics = self.collector.env.metrics() | _reward_metrics(rollout) | _episode_metrics(rollout)
         metrics |= self.algorithm.update(rollout)
         if not self.algorithm.optimizer.bad_in_a_row:
             self._last_good = self.iteration + 1
@@ -190,11 +175,17 @@ class Trainer:
         return metrics | {
             "time/rollout": middle - start,
             "time/update": end - middle,
-            "perf/samples_per_s": self.groups.total_rows / seconds,
+            **self._speed(rollout, seconds),
             "perf/network_rows": float(spent),
             "cost/network_rows_total": float(self.network_rows),
             "cost/train_seconds_total": self.seconds,
         }
+
+    def _speed(self, rollout: Rollout, seconds: float) -> dict[str, float]:
+        """Images, or primitive steps of the simulator, per second."""
+        if rollout.num_steps is None:
+            return {"perf/samples_per_s": self.groups.total_rows * len(rollout.reward) / seconds}
+        return {"perf/env_steps_per_s": float(dist.all_sum(rollout.num_steps.sum())) / seconds}
 
     def _warn_of_no_score(self, metrics: dict[str, float]) -> None:
         """Say once that a whole iteration had no score: it teaches nothing, and no error will end the run."""
@@ -233,41 +224,29 @@ class Trainer:
     # -- evaluation -------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """Evaluate on held-out prompts; logs, and writes the picture and per-sample scores."""
-        if self.evaluator is None:
-            return
+        """Evaluate held out; logs, and writes the per-sample scores and what one would rather look at."""
         start = time.perf_counter()
         result = self.evaluator(self.config.eval.weights)
         self.last_eval = {f"eval/heldout/{n}": v for n, v in result.means().items()}
-        self._evaluated = self.iteration
+        self._evaluated, self._headline = self.iteration, result.headline
         cost = {"cost/network_rows_total": float(self.network_rows), "cost/train_seconds_total": self.seconds}
         self.logger.log(self.iteration, "eval", self.last_eval | cost | {"time/eval": time.perf_counter() - start})
         if dist.rank() == 0:
-            self._pictures(result)
+            self._keep(result)
             if not self.algorithm.optimizer.bad_in_a_row and self.checkpoints.beats_best(self._score()):
                 self._write_checkpoint()
         dist.barrier()
 
     def _score(self) -> float | None:
-        """What `best` goes by: strict, or else the first metric; None unless these very weights were evaluated."""
-        names = list(self.config.eval.metrics)
-        name = "strict" if "strict" in names else names[0] if names else ""
-        score = self.last_eval.get(f"eval/heldout/{name}", math.nan)
+        """What `best` goes by; None unless these very weights were evaluated."""
+        score = self.last_eval.get(f"eval/heldout/{self._headline}", math.nan)
         return score if self._evaluated == self.iteration and math.isfinite(score) else None
 
-    def _pictures(self, result: Evaluation) -> None:
-        from rlflow.train.figures import image_grid
-
+    def _keep(self, result: Evaluation | Episodes) -> None:
         folder = self.run / "samples"
         folder.mkdir(exist_ok=True)
-        name = folder / f"eval_{self.iteration:06d}"
-        result.save(name.with_suffix(".safetensors"))
-        some = torch.linspace(0, len(result.captions) - 1, min(self.config.eval.grid, len(result.captions))).long()
-        image_grid(result.images[some], [result.captions[i] for i in some], name.with_suffix(".png"))
-        torch_images = {"images": (result.images[some] * 255).round().to(torch.uint8), "index": some}
-        from safetensors.torch import save_file
-
-        save_file(torch_images, folder / f"images_{self.iteration:06d}.safetensors")
+        result.save(folder / f"eval_{self.iteration:06d}.safetensors")
+        result.show(folder, self.iteration, self.config.eval.grid)
 
     # -- files ------------------------------------------------------------------------------------
 
@@ -293,8 +272,9 @@ class Trainer:
                 "network_rows": self.network_rows,
                 "last_eval": {k: v for k, v in self.last_eval.items() if math.isfinite(v)},
                 "evaluated": self._evaluated,
+                "headline": self._headline,
             },
-            "base_images": None if self.evaluator is None else self.evaluator.base_images,
+            "evaluator": self.evaluator.state_dict(),
         }
 
     def _save(self) -> None:
@@ -334,10 +314,9 @@ class Trainer:
         set_rng_state(state["rng"])
         mine = state["trainer"]
         self.iteration, self.seconds, self.network_rows = iteration, mine["seconds"], mine["network_rows"]
-        self.last_eval, self._evaluated = mine["last_eval"], mine["evaluated"]
+        self.last_eval, self._evaluated, self._headline = mine["last_eval"], mine["evaluated"], mine["headline"]
         self._last_good = iteration
-        if self.evaluator is not None:
-            self.evaluator.base_images = state["base_images"]
+        self.evaluator.load_state_dict(state["evaluator"])
         if dist.rank() == 0:
             self.checkpoints.cut(iteration)
 
@@ -378,4 +357,15 @@ def _reward_metrics(rollout: Rollout) -> dict[str, float]:
         out |= {f"{name}/mean": mean if count else math.nan, f"{name}/std": std if count else math.nan}
         masked = dist.all_sum((~value.isfinite()).double().mean()) / dist.world()  # ranks have equal numbers of rows
         out[f"{name}/masked_frac"] = float(masked)
+    return out
+
+
+def _episode_metrics(rollout: Rollout) -> dict[str, float]:
+    """Mean return, length and success of the episodes that ended, over all ranks; nothing where none did."""
+    out: dict[str, float] = {}
+    for name in ("episode_return", "episode_length", "success"):
+        if name in rollout.info:
+            value = rollout.info[name]
+            mean, _, count = moments(value, value.isfinite().to(value.dtype))
+            out |= {f"rollout/{name}": float(mean)} if count else {}
     return out

@@ -39,5 +39,7 @@ def test_a_prompt_the_model_cannot_read_is_said_before_the_first_iteration(
 
 
 def test_a_toy_field_takes_no_prompts(tmp_path: Path, trainer: Callable[..., Trainer]) -> None:
-    with pytest.raises(ValueError, match=r"^policy\.field: 'toy' reads numbers .*shapes.* or a toy environment$"):
-        trainer(tmp_path / "run", "policy.field=toy")
+    with pytest.raises(
+        ValueError, match=r"^policy\.field: a network from scratch makes no images: .*shapes.* or a simulator$"
+    ):
+        trainer(tmp_path / "run", "policy.field=mlp")

@@ -130,7 +130,7 @@ def test_killed_before_the_first_checkpoint_begins_again(
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_pictures", die)
+        patch.setattr(Trainer, "_keep", die)
         with pytest.raises(ZeroDivisionError):
             trainer(tmp_path / "killed").fit()
     assert Checkpoints(tmp_path / "killed").all() == []
@@ -144,7 +144,7 @@ def test_killed_in_the_last_evaluation(tmp_path: Path, trainer: Make, monkeypatc
     overrides = ["train.checkpoint_every=1"]
     trainer(tmp_path / "straight", *overrides).fit()
     made = trainer(tmp_path / "killed", *overrides)
-    real = Trainer._pictures
+    real = Trainer._keep
 
     def die(self: Trainer, result: Any) -> None:
         if self.iteration == 2:
@@ -152,7 +152,7 @@ def test_killed_in_the_last_evaluation(tmp_path: Path, trainer: Make, monkeypatc
         real(self, result)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_pictures", die)
+        patch.setattr(Trainer, "_keep", die)
         with pytest.raises(ZeroDivisionError):
             made.fit()
     trainer(tmp_path / "killed", *overrides, resume="last").fit()

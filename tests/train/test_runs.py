@@ -7,8 +7,6 @@ import pytest
 import torch
 
 import rlflow as rf
-from rlflow import recipes
-from rlflow.config import parse
 from rlflow.models.io import read_config, save_field
 from rlflow.train.build import judged_by
 from rlflow.train.checkpoint import Checkpoints
@@ -120,11 +118,3 @@ def test_evaluate_is_the_runs_last_evaluation(run: Path) -> None:
         rf.evaluate(run, solver="os:getcwd")
     with pytest.raises(ValueError, match="has no"):
         rf.evaluate(run, solver="os:nothing", trust_code=True)
-
-
-def test_a_run_without_prompts_says_so(tmp_path: Path) -> None:
-    config = recipes.read("t2i_flow_grpo") | {"env": {"name": "toy_image"}, "train": {"iterations": 1}}
-    config["policy"] = {"field": "toy"}
-    tmp_path.joinpath("config.yaml").write_text(parse(config).to_yaml())
-    with pytest.raises(ValueError, match=r"env\.name=toy_image has no held-out prompts"):
-        rf.evaluate(tmp_path)

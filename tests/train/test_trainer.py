@@ -18,7 +18,7 @@ from rlflow.config import parse
 from rlflow.models.io import load_field
 from rlflow.rl.optim import NonFiniteError
 from rlflow.train.checkpoint import Checkpoints
-from rlflow.train.evaluate import Evaluation
+from rlflow.train.evaluate import Evaluation, load_scores
 from rlflow.train.logger import read_metrics
 from rlflow.train.trainer import Trainer
 
@@ -173,7 +173,7 @@ def test_a_folder_in_which_nothing_was_trained_can_be_used_again(
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_pictures", die)
+        patch.setattr(Trainer, "_keep", die)
         with pytest.raises(ZeroDivisionError):
             trainer(run).fit()
     assert (run / "config.yaml").exists()
@@ -201,7 +201,7 @@ def scripted(made: Trainer, scores: list[float]) -> Trainer:
         result.scores[name] = torch.full_like(result.scores[name], next(left))
         return result
 
-    evaluate.base_images = None
+    evaluate.state_dict, evaluate.load_state_dict = real.state_dict, real.load_state_dict
     made.evaluator = evaluate
     return made
 
@@ -391,16 +391,20 @@ def test_every_recipe_runs_two_iterations(
 
 @pytest.mark.parametrize("env", ["toy_image", "toy_reach", "toy_bandit", "toy_mdp", "toy_routes"])
 def test_a_recipe_drives_the_toy_environments(tmp_path: Path, env: str, no_report: None) -> None:
-    """The same trainer, without prompts and without evaluation."""
+    """The same trainer; evaluation is exactly `eval.num` episodes from seeds."""
     values = {
-        "policy": {"field": "toy", "num_steps": 4, "precision": "float32"},
+        "policy": {"field": "mlp", "num_steps": 4, "precision": "float32"},
         "env": {"name": env, "num_groups": 4, "group_size": 4},
         "train": {"iterations": 2, "tensorboard": False},
+        "eval": {"num": 5},
     }
     made = Trainer(values, tmp_path / "run", quiet=True)
     made.fit()
     assert len(train_rows(tmp_path / "run")) == 2
-    assert evals(tmp_path / "run") == []
+    assert [row["iteration"] for row in evals(tmp_path / "run")] == [0, 2]
+    scores = load_scores(tmp_path / "run/samples/eval_000002.safetensors")
+    assert len(scores["return"]) == 5
+    assert scores["return"].isfinite().all()
 
 
 def test_frozen_parameters_stay_and_the_others_move(tmp_path: Path, trainer: Make) -> None:

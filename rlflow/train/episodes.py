@@ -1,0 +1,153 @@
+"""Evaluation in a simulator: exactly `num` seeded episodes, each a row of its own, with the deployment sampler.
+
+The seeds are no training seeds. Every row plays its first episode to the end, so long episodes are not left out
+and short ones do not count twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rlflow import dist
+from rlflow.envs.base import VecEnv
+from rlflow.flow.noise import Key
+from rlflow.flow.policy import FlowPolicy
+from rlflow.flow.solvers import Solver
+from rlflow.registry import located
+from rlflow.train.evaluate import deployed
+from rlflow.train.film import Film
+from rlflow.types import Step, Tree, tree_map
+
+SEEDS = 2**40
+"""Of evaluation, beyond those of any training run (a serial number of its groups)."""
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Of N episodes by name (N,): success where the simulator knows it, return (undiscounted), length (steps)."""
+
+    scores: dict[str, Tensor]
+    film: Film = field(default_factory=Film)
+
+    def __len__(self) -> int:
+        return len(self.scores["return"])
+
+    @property
+    def about(self) -> str:
+        """What was evaluated, in words."""
+        return f"{len(self)} seeded episodes"
+
+    @property
+    def headline(self) -> str:
+        """What `best` goes by."""
+        return next(iter(self.scores))
+
+    def means(self) -> dict[str, float]:
+        """Mean over the episodes."""
+        return {name: float(score.nanmean()) for name, score in self.scores.items()}
+
+    def save(self, path: Path) -> None:
+        """Per-episode scores, for paired comparisons later: row i is the same seed in every evaluation."""
+        save_file({**self.scores, "caption_id": torch.arange(len(self))}, path)
+
+    def show(self, folder: Path, iteration: int, num: int) -> None:
+        """Write the films of the first episodes."""
+        self.film.save(folder, iteration)
+
+
+class EpisodeEvaluator:
+    """Plays the same `num` episodes each time it is called; the ranks share them.
+
+    `noise` is the start of every denoising chain: 'random' as in training; 'fixed', one draw per episode for all of
+    its steps; 'zero'. `make(num_envs)` gives an environment without reward wrappers.
+    """
+
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        make: Callable[[int], VecEnv],
+        *,
+        num: int = 40,
+        num_steps: int | None = None,
+        solver: Solver | None = None,
+        seed: int = 0,
+        rows_per_call: int = 100,
+        noise: Literal["random", "fixed", "zero"] = "random",
+        video: int = 0,
+    ):
+        if num < dist.world():
+            raise ValueError(f"eval.num: {num} episodes cannot be shared by {dist.world()} processes")
+        with located("eval.num_steps"):
+            policy.plan(num_steps)
+        self.policy, self.num, self.num_steps, self.solver, self.seed = policy, num, num_steps, solver, seed
+        self.rows_per_call, self.noise, self.video = rows_per_call, noise, video
+        self.rows = torch.arange(num).tensor_split(dist.world())[dist.rank()]
+        self.env = make(len(self.rows))
+
+    @torch.no_grad()
+    def __call__(self, weights: str = "live") -> Episodes:
+        """Evaluate one weight set."""
+        film = Film(self.env, self.video if dist.rank() == 0 else 0)
+        with self.policy.using(weights), film:
+            mine = self._play(film)
+        scores = {name: dist.gather_shares(value, self.num) for name, value in mine.items()}
+        return Episodes(scores, film)
+
+    def _play(self, film: Film) -> dict[str, Tensor]:
+        """Scores of this rank's episodes."""
+        env = self.env
+        obs = env.reset(SEEDS + self.seed * 2**20 + self.rows)
+        alive = torch.ones(len(self.rows), dtype=torch.bool, device=env.device)
+        total = torch.zeros(len(self.rows), device=env.device)
+        told: dict[str, Tensor] = {}
+        for step in range(env.horizon):
+            for part in torch.arange(len(self.rows)).split(self.rows_per_call):
+                rows = slice(int(part[0]), int(part[-1]) + 1)
+                env.send(self._act(tree_map(lambda v: v[rows], obs), self.rows[rows], step), rows)  # noqa: B023
+            out = env.recv()
+            total = total + torch.where(alive, out.reward.nan_to_num(), 0.0)
+            told = _tell(told, out, alive)
+            film.cut(out.ended)
+            alive = alive & ~out.ended
+            obs = out.obs
+            if not bool(alive.any()):
+                break
+        scores = {"success": told["success"]} if "success" in told else {}
+        scores["return"] = told.get("episode_return", total)
+        scores |= {"length": told["episode_length"]} if "episode_length" in told else {}
+        return {name: value.float().cpu() for name, value in scores.items()}
+
+    def _act(self, obs: Tree, ids: Tensor, step: int) -> Tensor:
+        """Actions of the episodes `ids` (M,) at one step."""
+        policy = self.policy
+        zero = torch.zeros(len(ids), *policy.event_shape, dtype=policy.dtype, device=policy.device)
+        key = Key(self.seed, "evaluate", outer=0 if self.noise == "fixed" else step)
+        with deployed(policy, self.solver):
+            x_0 = zero if self.noise == "zero" else None
+            chain = policy.sample(policy.encode(obs), policy.plan(self.num_steps), key=key, row_ids=ids, x_0=x_0)
+        return policy.squash(chain.final)
+
+    def compare_with(self, policy: FlowPolicy) -> None:
+        """Episodes are judged alone."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing is carried from one evaluation to the next."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""
+
+
+def _tell(told: dict[str, Tensor], out: Step, alive: Tensor) -> dict[str, Tensor]:
+    """What the environment tells of an episode at its end, kept from a row's first end on."""
+    ends = alive & out.ended
+    known = [name for name in ("success", "episode_return", "episode_length") if name in out.info]
+    blank = torch.full_like(out.reward, torch.nan)
+    return {name: torch.where(ends, out.info[name].to(blank), told.get(name, blank)) for name in known}

@@ -1,0 +1,64 @@
+"""Film: what episodes look like, taken while they are evaluated."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from types import TracebackType
+
+from torch import Tensor
+
+from rlflow.envs.base import VecEnv
+
+
+class Film:
+    """Frames of an environment's first `num` rows, each until its first end and at most `SECONDS` long.
+
+    Inside `with`, the environment calls back after every primitive step. Without an environment, or where it cannot
+    be seen, a film stays empty: that is said once, and no evaluation fails by it.
+    """
+
+    SECONDS, FPS = 8.0, 25.0
+
+    def __init__(self, env: VecEnv | None = None, num: int = 0):
+        self.env = env
+        self.frames: list[list[Tensor]] = [[] for _ in range(0 if env is None else min(num, env.num_envs))]
+        self.ended = [False] * len(self.frames)
+        seconds = 1.0 if env is None else env.step_seconds
+        self.every = max(1, round(1 / (self.FPS * seconds)))
+        self.fps = 1 / (self.every * seconds)
+        self.steps = 0
+
+    def __enter__(self) -> Film:
+        if self.env is not None and self.frames:
+            self.env.watch = self.take
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.env is not None:
+            self.env.watch = None
+
+    def take(self) -> None:
+        """One more primitive step has been made."""
+        if self.steps % self.every == 0 and self.env is not None:
+            try:
+                for row, frames in enumerate(self.frames):
+                    if not self.ended[row] and len(frames) < self.SECONDS * self.fps:
+                        frames.append(self.env.render(row))
+            except (NotImplementedError, ImportError, OSError) as error:
+                warnings.warn(f"no film of the evaluation: {error}", stacklevel=2)
+                self.frames, self.env.watch = [], None
+        self.steps += 1
+
+    def cut(self, ended: Tensor) -> None:
+        """The rows of `ended` (B,) are over."""
+        for row in range(len(self.frames)):
+            self.ended[row] = self.ended[row] or bool(ended[row])
+
+    def save(self, folder: Path, iteration: int) -> None:
+        """Write film_ITERATION_ROW.mp4 into `folder`."""
+        for row, frames in enumerate(self.frames):
+            if frames:
+                from rlflow.train.video import write_video
+
+                write_video(frames, folder / f"film_{iteration:06d}_{row}.mp4", self.fps)
