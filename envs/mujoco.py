@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlflow.envs.camera import Camera
 from rlflow.envs.seeds import normal, uniform
 from rlflow.envs.sim import Outcome, Sim, SimEnv
 from rlflow.types import Tree
@@ -182,6 +183,7 @@ class MujocoSim(Sim):
         derived = [self.batch.bind(n)[:, first:].reshape(num_envs, -1) for n, first in task.derived]
         self._forces = np.zeros((num_envs, model.nbody if task.contact else 1, 6))
         self._data, self._num_contacts = mujoco.MjData(model), self.batch.bind("ncon")
+        self._camera: Camera | None = None
         self._layout(self._state[:, task.hidden :], *derived, self._forces[:, 1:].reshape(num_envs, -1))
 
     def _health_bounds(self, num: int) -> tuple[Array, Array]:
@@ -252,6 +254,17 @@ class MujocoSim(Sim):
             self._forces[row] = self._data.cfrc_ext
         np.clip(self._forces, -self.task.clip_contact, self.task.clip_contact, out=self._forces)
         return np.minimum(self.task.contact * np.square(self._forces).sum((1, 2)), self.task.max_contact)
+
+    def render(self, row: int, size: tuple[int, int]) -> Tensor:
+        """Drawn from a copy of the row's positions; the camera follows the torso from the side."""
+        if self._camera is None or self._camera.size != size:
+            self._camera = Camera(self.model, size)
+        shown = mujoco.MjData(self.model)
+        shown.qpos[:] = self._qpos[row]
+        mujoco.mj_kinematics(self.model, shown)
+        mujoco.mj_comPos(self.model, shown)
+        mujoco.mj_camlight(self.model, shown)
+        return torch.from_numpy(self._camera.photo(shown))
 
     def state_dict(self) -> dict[str, Any]:
         """Physics with warm starts, and what the next step looks back at."""

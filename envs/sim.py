@@ -9,6 +9,7 @@ and the learner discounts the next value by gamma^h. A row that ends in mid-chun
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +59,10 @@ class Sim:
         """One primitive action (B, *A) per row, inside the bounds."""
         raise NotImplementedError
 
+    def render(self, row: int, size: tuple[int, int]) -> Tensor:
+        """A picture (H, W, 3) uint8 of one row's state, which it does not change."""
+        raise NotImplementedError(f"{type(self).__name__} draws no pictures: give it a `render(row, size)`")
+
     def state_dict(self) -> dict[str, Any]:
         """The whole state, as tensors."""
         return {}
@@ -96,6 +101,8 @@ class SimEnv(VecEnv):
         self._centre = torch.where(bounded, (sim.high + sim.low) / 2, 0.0)
         self._action = torch.zeros(self.num_envs, *self.action_shape, device=self.device)
         self._nan = torch.full((), torch.nan, device=self.device)
+        self.watch: Callable[[], None] | None = None
+        """Called after every primitive step, in mid-chunk too; of a chunk's calls a row's first `num_steps` are its."""
         self.first, self.episode, self.elapsed = torch.zeros(3, self.num_envs, dtype=torch.long, device=self.device)
         self.returns, self.success = torch.zeros(2, self.num_envs, device=self.device)
 
@@ -127,6 +134,8 @@ class SimEnv(VecEnv):
         info: dict[str, Tensor] = {}
         for i in range(self.chunk):
             out = self.sim.advance(action[:, i])
+            if self.watch is not None:
+                self.watch()
             live = ~ended if out.executed is None else out.executed & ~ended
             gain = torch.where(live, out.reward, 0.0)
             reward = reward + self.gamma**i * gain
@@ -145,6 +154,10 @@ class SimEnv(VecEnv):
         obs = reached if nothing_ended else self._begin(ended)
         cut = truncated & ~terminated
         return Step(obs, reward.float(), terminated, cut, reached, num_steps > 0, info, num_steps=num_steps)
+
+    def render(self, row: int, size: tuple[int, int] = (192, 192)) -> Tensor:
+        """A picture (H, W, 3) uint8 of one row as it stands, the first state of the next episode after an end."""
+        return self.sim.render(row, size)
 
     def _count(self, live: Tensor, gain: Tensor, info: dict[str, Tensor]) -> None:
         """One primitive step of the rows of `live` in the books."""
