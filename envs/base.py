@@ -27,7 +27,7 @@ class VecEnv:
     """False when the simulator cannot be saved; a resumed run is then equal in law only."""
 
     watch: Callable[[], None] | None = None
-    """Called after every primitive step, by environments that can be seen."""
+    """Called after every primitive step, in mid-chunk too; of a chunk's calls a row's first `num_steps` are its."""
     step_seconds: float = 0.04
     """Of a primitive step, by which films are timed."""
 
@@ -58,9 +58,14 @@ class VecEnv:
         """Weights when several rewards are to be combined as advantages; otherwise empty."""
         return {}
 
-    def render(self, row: int) -> Tensor:
-        """(H, W, 3) uint8 picture of one row as it is now; NotImplementedError where there is none."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be seen")
+    @property
+    def unwrapped(self) -> VecEnv:
+        """The environment inside all wrappers."""
+        return self
+
+    def render(self, row: int, size: tuple[int, int] = (192, 192)) -> Tensor:
+        """(H, W, 3) uint8 picture of one row as it stands; NotImplementedError where there is none."""
+        raise NotImplementedError(f"{type(self).__name__} draws no pictures")
 
     def metrics(self) -> dict[str, float]:
         """Counters since the last call (masked rewards, seconds)."""

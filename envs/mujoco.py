@@ -174,7 +174,8 @@ class MujocoSim(Sim):
         self.low, self.high = torch.from_numpy(model.actuator_ctrlrange.astype(np.float32)).unbind(1)
         # contact forces are asked of whole MjData, one per row
         self.batch = Batch(model, num_envs, min(threads or os.cpu_count() or 1, num_envs), bool(task.contact))
-        self._dt, num = model.opt.timestep * task.frame_skip, model.nq + model.nv
+        self.step_seconds = self._dt = model.opt.timestep * task.frame_skip
+        num = model.nq + model.nv
         self._qpos, self._qvel, self._ctrl = (self.batch.bind(n) for n in ("qpos", "qvel", "ctrl"))
         self._state = self.batch.state[:, 1 : 1 + num]  # mjSTATE_INTEGRATION: time, qpos, qvel, ...
         self._low, self._high = self._health_bounds(num)

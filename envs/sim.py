@@ -9,7 +9,6 @@ and the learner discounts the next value by gamma^h. A row that ends in mid-chun
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +47,8 @@ class Sim:
     max_chunk: int | None = None
     """Longest chunk it can take part in; 1 when an ended row starts anew by itself."""
     device: torch.device = torch.device("cpu")
+    step_seconds: float = 0.04
+    """Of a primitive step, by which films are timed."""
     exact_resume: bool = False
     """True when `state_dict` holds the whole state."""
 
@@ -94,15 +95,13 @@ class SimEnv(VecEnv):
         self.num_envs, self.device, self.obs_spec = sim.num_envs, sim.device, sim.obs_spec
         self.action_shape = (chunk, *sim.low.shape)
         self.horizon = -(-sim.horizon // chunk)
-        self.exact_resume = sim.exact_resume
+        self.exact_resume, self.step_seconds = sim.exact_resume, sim.step_seconds
         bounded = sim.low.isfinite() & sim.high.isfinite()
         self._limit = torch.where(bounded, 1.0, torch.inf)
         self._half = torch.where(bounded, (sim.high - sim.low) / 2, 1.0)
         self._centre = torch.where(bounded, (sim.high + sim.low) / 2, 0.0)
         self._action = torch.zeros(self.num_envs, *self.action_shape, device=self.device)
         self._nan = torch.full((), torch.nan, device=self.device)
-        self.watch: Callable[[], None] | None = None
-        """Called after every primitive step, in mid-chunk too; of a chunk's calls a row's first `num_steps` are its."""
         self.first, self.episode, self.elapsed = torch.zeros(3, self.num_envs, dtype=torch.long, device=self.device)
         self.returns, self.success = torch.zeros(2, self.num_envs, device=self.device)
 

@@ -32,6 +32,10 @@ class Wrapper(VecEnv):
         return self.env.recv()
 
     @property
+    def unwrapped(self) -> VecEnv:
+        return self.env.unwrapped
+
+    @property
     def reward_weights(self) -> dict[str, float]:
         """Of the environment inside."""
         return self.env.reward_weights

@@ -9,6 +9,7 @@ from types import TracebackType
 from torch import Tensor
 
 from rlflow.envs.base import VecEnv
+from rlflow.train.video import write_video
 
 
 class Film:
@@ -21,7 +22,7 @@ class Film:
     SECONDS, FPS = 8.0, 25.0
 
     def __init__(self, env: VecEnv | None = None, num: int = 0):
-        self.env = env
+        self.env = None if env is None else env.unwrapped
         self.frames: list[list[Tensor]] = [[] for _ in range(0 if env is None else min(num, env.num_envs))]
         self.ended = [False] * len(self.frames)
         seconds = 1.0 if env is None else env.step_seconds
@@ -45,7 +46,7 @@ class Film:
                 for row, frames in enumerate(self.frames):
                     if not self.ended[row] and len(frames) < self.SECONDS * self.fps:
                         frames.append(self.env.render(row))
-            except (NotImplementedError, ImportError, OSError) as error:
+            except RuntimeError as error:
                 warnings.warn(f"no film of the evaluation: {error}", stacklevel=2)
                 self.frames, self.env.watch = [], None
         self.steps += 1
@@ -59,6 +60,4 @@ class Film:
         """Write film_ITERATION_ROW.mp4 into `folder`."""
         for row, frames in enumerate(self.frames):
             if frames:
-                from rlflow.train.video import write_video
-
                 write_video(frames, folder / f"film_{iteration:06d}_{row}.mp4", self.fps)

@@ -44,6 +44,21 @@ _FIXED: dict[str, Metric] = {
         0,
         "How far an image moved from the un-tuned model's image of the same noise and caption.",
     ),
+    "eval/heldout/return": Metric(
+        "return", "reward", 1, "Undiscounted return of held-out episodes, by the simulator's own reward, noise off."
+    ),
+    "eval/heldout/success": Metric("success", "share", 1, "Share of held-out episodes that reached their goal."),
+    "eval/heldout/length": Metric("length of episodes", "steps", 0, "Primitive steps of a held-out episode."),
+    "rollout/episode_return": Metric(
+        "return while training", "reward", 1, "Return of the episodes that ended in this iteration, noise on."
+    ),
+    "rollout/episode_length": Metric(
+        "length of episodes while training", "steps", 0, "Primitive steps of the episodes that ended."
+    ),
+    "rollout/success": Metric("success while training", "share", 1, "Share of the ended episodes that succeeded."),
+    "perf/env_steps_per_s": Metric(
+        "environment steps per second", "steps/s", 1, "Primitive simulator steps made and trained on per second."
+    ),
     "reward/mean": Metric(
         "reward", "reward", 1, "Mean training reward, over the samples that could be scored; this is what is optimised."
     ),

@@ -55,7 +55,8 @@ figure .one { display: grid; grid-template-columns: 1fr; }
 figcaption { font-size: 12.5px; line-height: 1.35; color: var(--soft); margin-top: 5px; text-align: center;
   overflow-wrap: anywhere; }
 .tile { position: relative; border: 3px solid var(--line); border-radius: 6px; overflow: hidden; background: #fff; }
-.tile img { display: block; width: 100%; height: auto; } .px { image-rendering: pixelated; }
+.pairs.films { grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); }
+.tile img, .tile video { display: block; width: 100%; height: auto; } .px { image-rendering: pixelated; }
 .tile.right { border-color: #009e73; } .tile.wrong { border-color: #d55e00; }
 .tile i { position: absolute; right: 0; top: 0; width: 20px; height: 20px; font: bold 14px/19px system-ui, sans-serif;
   color: #fff; text-align: center; border-bottom-left-radius: 6px; }

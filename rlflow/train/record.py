@@ -131,12 +131,19 @@ class RunRecord:
         return HEADLINE if HEADLINE in evaluated else next(iter(better), None)
 
     @property
+    def is_images(self) -> bool:
+        """True of a run that makes images; else it acts in a simulator."""
+        return bool(self.setting("env.name", "prompt") == "prompt")
+
+    @property
     def judges(self) -> list[str]:
         """Held-out metrics by no reader of a training reward: what should rise although nothing optimises it."""
         trained = {_reader(name) for name, weight in self.table("reward.weights").items() if weight}
         made_by = self.table("eval.metrics")
         short = [n.removeprefix(HELDOUT) for n in self.names if n.startswith(HELDOUT) and "/" not in n[len(HELDOUT) :]]
         distances = ("diversity", "base_distance")
+        if not self.is_images:
+            return []
         known = [n for n in short if n in made_by and _reader(made_by[n]) not in trained and n not in distances]
         return [HELDOUT + n for n in short if n in known or (n not in made_by and n not in NOT_A_JUDGE)]
 
@@ -211,6 +218,10 @@ class RunRecord:
         """The captioned picture of an evaluation."""
         path = self.folder / "samples" / f"eval_{iteration:06d}.png"
         return path.read_bytes() if path.exists() else None
+
+    def films(self, iteration: int) -> list[Path]:
+        """The films of an evaluation's first episodes."""
+        return sorted((self.folder / "samples").glob(f"film_{iteration:06d}_*.mp4"))
 
     def trend(self, name: str) -> Change | None:
         """A training metric: mean of its first tenth (at least 5 iterations) against that of its last, with bounds.

@@ -10,19 +10,21 @@ import os
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from rlflow.train import page, sections
+from rlflow.train.beside import before_after
 from rlflow.train.comparison import compare_report
 from rlflow.train.curves import Panel, curves
 from rlflow.train.glossary import describe, duration, share, show
-from rlflow.train.record import HELDOUT, Change, Pictures, RunRecord
+from rlflow.train.record import HELDOUT, Change, RunRecord
 
 __all__ = ["compare_report", "write_report"]
 
-PAIRS = 32  # shown at most
 PANELS = (
     "reward/mean",
+    Panel("return of held-out episodes", (f"{HELDOUT}return",)),
+    Panel("success", (f"{HELDOUT}success", "rollout/success")),
+    "rollout/episode_return",
     Panel("held-out accuracy", (f"{HELDOUT}strict", f"{HELDOUT}soft", f"{HELDOUT}judge")),
     "kl/ref",
     "policy/clip_frac",
@@ -40,11 +42,11 @@ def write_report(folder: str | Path) -> Path:
     parts = [
         _header(run),
         _verdict(run),
-        page.section("Before and after", *_before_after(run)),
+        page.section("Before and after", *before_after(run)),
         page.section(
             "Learning curves", _curves(run), "Thin: every iteration. Thick: running mean over a tenth of the run."
         ),
-        sections.hacking(run),
+        sections.hacking(run) if run.judges or run.is_images else "",
         sections.metrics(run),
         sections.left_out(run),
         sections.cost(run),
@@ -122,16 +124,18 @@ def _verdict(run: RunRecord) -> str:
         sentence = page.pill("one evaluation") + escape(f"{value}{_conditions(run)}; the change needs a second one.")
     else:
         at = "" if ends == (0, run.iterations) else f", after iteration {ends[1]} against iteration {ends[0]}"
-        words = change.words(describe(name).label) + _captions_words(change) + _conditions(run) + at + "."
+        words = change.words(describe(name).label) + _rows_words(run, change) + _conditions(run) + at + "."
         sentence = _conclusion(change) + escape(words)
     warnings = "".join(page.pill(f"beware: {text}", kind) for text, kind in sections.findings(run) if kind == "bad")
     warnings = f"<p>{warnings}</p>" if warnings else ""
     return f'<section><p class="verdict">{sentence}</p>{warnings}{page.facts(_facts(run))}</section>'
 
 
-def _captions_words(change: Change) -> str:
+def _rows_words(run: RunRecord, change: Change) -> str:
     if not change.num_rows:
         return ""
+    if not run.is_images:
+        return f" over {change.num_rows:,} seeded episodes"
     rows, captions = change.num_rows, change.num_captions
     return (
         f" on {captions:,} held-out captions"
@@ -147,6 +151,7 @@ def _conditions(run: RunRecord) -> str:
     solver = solver.get("name") if isinstance(solver, dict) else solver
     words = [f"{run.info['weights']} weights"] if "weights" in run.info else []
     words += [f"{steps} {solver or 'solver'} steps"] if steps else []
+    words += [] if run.is_images else [f"{run.setting('eval.noise')} initial noise, no other"]
     return ", evaluated with " + ", ".join(words) if words else ""
 
 
@@ -164,57 +169,10 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, str]]:
         yield f"{run.iterations:,}", "iterations"
         yield duration(run.last("cost/train_seconds_total")), "training time"
         yield show(run.last("cost/network_rows_total")), "network rows (a backward pass counts two)"
-        yield show(run.median("perf/samples_per_s")), "images per second while training"
+        yield sections.speed(run)
 
 
-# -- pictures and curves --------------------------------------------------------------------------
-
-
-def _before_after(run: RunRecord) -> tuple[str, str]:
-    """(markup, note): pairs of images, or the pictures of the first and last evaluation as they are."""
-    at = [row["iteration"] for row in run.evals]
-    if not at:
-        return "", ""
-    first, last = run.pictures(at[0]), run.pictures(at[-1])
-    if first is None or last is None or first.captions != last.captions or first.images.shape != last.images.shape:
-        shown = [(i, run.grid(i)) for i in dict.fromkeys((at[0], at[-1]))]
-        return "".join(f"<p>After iteration {i}:</p>{page.grid_picture(png, '')}" for i, png in shown if png), ""
-    if at[0] == at[-1]:
-        return _single(last), f"After iteration {at[-1]}. Fixed captions and fixed noise."
-    note = "Left before, right after training: same captions, same starting noise; not chosen by result."
-    return _pairs(first, last), note + _right_words(first, last)
-
-
-def _right_words(first: Pictures, last: Pictures) -> str:
-    marked = [(a, b) for a, b in zip(first.marks, last.marks, strict=True) if a is not None and b is not None]
-    if not marked:
-        return ""
-    before, after = (sum(column) for column in zip(*marked, strict=True))
-    return f" Right by the strict verifier: {before} of these {len(marked)} before, {after} after."
-
-
-def _pairs(first: Pictures, last: Pictures) -> str:
-    columns = zip(first.images, last.images, first.marks, last.marks, first.captions, strict=True)
-    cells = [
-        f'<figure><div class="two">{_tile(a, right_a, "before")}<span>&rarr;</span>{_tile(b, right_b, "after")}</div>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-        for a, b, right_a, right_b, caption in list(columns)[:PAIRS]
-    ]
-    return f'<div class="pairs">{"".join(cells)}</div>'
-
-
-def _single(shown: Pictures) -> str:
-    cells = [
-        f'<figure><div class="one">{_tile(image, mark, "")}</div><figcaption>{escape(caption)}</figcaption></figure>'
-        for image, mark, caption in list(zip(shown.images, shown.marks, shown.captions, strict=True))[:PAIRS]
-    ]
-    return f'<div class="pairs single">{"".join(cells)}</div>'
-
-
-def _tile(image: Any, mark: bool | None, when: str) -> str:
-    kind = "" if mark is None else "right" if mark else "wrong"
-    sign = "" if mark is None else f"<i>{'&#10003;' if mark else '&#10007;'}</i>"
-    return f'<div class="tile {kind}">{page.picture(image, f"{when} {kind}".strip())}{sign}</div>'
+# -- curves ---------------------------------------------------------------------------------------
 
 
 def _curves(run: RunRecord) -> str:

@@ -80,7 +80,7 @@ def findings(run: RunRecord) -> Iterator[tuple[str, str]]:
             yield f"{label} rises{' with the reward' if rises else ''}", "good"
         else:
             yield f"{label}: no clear change{' while the reward rises' if rises else ''}", "watch" if rises else ""
-    if not judged:
+    if not judged and run.is_images:
         yield "no judge has been evaluated twice yet: nothing can be said", "watch"
     diversity = run.change(_DISTANCES[0])
     if diversity is not None and diversity.after < NARROWER * diversity.before:
@@ -183,11 +183,18 @@ def cost(run: RunRecord) -> str:
     facts = [
         (duration(trained), "training time"),
         (duration(iteration), "per iteration (median)"),
-        (show(run.median("perf/samples_per_s")), "images per second (median)"),
+        speed(run),
         (show(run.last("cost/network_rows_total")), "network rows in all (a backward pass counts two)"),
         (show(run.median("perf/network_rows")), "network rows per iteration (median)"),
     ]
     return page.section("Cost", bar + page.facts((v, what) for v, what in facts if v != MISSING))
+
+
+def speed(run: RunRecord) -> tuple[str, str]:
+    """Median speed of training, and what is counted."""
+    if run.is_images:
+        return show(run.median("perf/samples_per_s")), "images per second while training (median)"
+    return show(run.median("perf/env_steps_per_s")), "environment steps per second while training (median)"
 
 
 def _total(run: RunRecord, name: str) -> float:

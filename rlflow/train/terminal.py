@@ -17,16 +17,19 @@ from rlflow.train.glossary import describe, duration, show
 
 SHOWN = {  # while training, in this order
     "reward/mean": "reward",
+    "rollout/episode_return": "return",
+    "rollout/success": "success",
     "reward/masked_frac": "without a score",
     "kl/ref": "KL to reference",
     "policy/approx_kl": "KL of update",
     "policy/clip_frac": "clip fraction",
     "perf/samples_per_s": "images/s",
+    "perf/env_steps_per_s": "env steps/s",
     "optim/skipped_steps": "skipped steps",
 }
 ONLY_WHERE_ABOVE_0 = ("reward/masked_frac", "optim/skipped_steps")
-HEADLINE = "eval/heldout/strict"
-JUDGED = (HEADLINE, "eval/heldout/soft", "eval/heldout/judge", "eval/heldout/diversity", "eval/heldout/base_distance")
+HEADLINES = {"strict": "held-out strict", "success": "success", "return": "return of episodes"}
+JUDGED = ("strict", "soft", "judge", "diversity", "base_distance", "success", "return", "length")
 PLAIN_SECONDS = 10.0
 
 
@@ -78,14 +81,16 @@ class Evaluations:
 
     def line(self, iteration: int, metrics: Mapping[str, float]) -> str:
         """One line about an evaluation: every held-out number, and what it was at the start."""
-        parts = [f"{describe(name).label} {self._against_start(name, metrics)}" for name in JUDGED if name in metrics]
+        names = [f"eval/heldout/{name}" for name in JUDGED]
+        parts = [f"{describe(name).label} {self._against_start(name, metrics)}" for name in names if name in metrics]
         if "time/eval" in metrics:
             parts.append(f"evaluation took {duration(float(metrics['time/eval']))}")
         return f"evaluation after iteration {iteration}: " + ", ".join(parts or ["no held-out metric"])
 
-    def headline(self) -> str:
-        """The last strict accuracy, "" before there is one."""
-        return self._against_start(HEADLINE, self.last) if HEADLINE in self.last else ""
+    def headline(self) -> list[tuple[str, str]]:
+        """(what it is, its last value) of the number that counts; nothing before there is one."""
+        known = [name for name in HEADLINES if f"eval/heldout/{name}" in self.last]
+        return [(HEADLINES[name], self._against_start(f"eval/heldout/{name}", self.last)) for name in known[:1]]
 
     def _against_start(self, name: str, metrics: Mapping[str, float]) -> str:
         value = show(float(metrics[name]), "nan")
@@ -171,9 +176,7 @@ class LiveView(Terminal):
         share = self.budget.done(iteration, seconds_trained)
         known = math.isfinite(share)
         bar = ProgressBar(total=1.0 if known else None, completed=share if known else 0.0, pulse=not known)
-        pairs = numbers(metrics)
-        if headline := self.evaluations.headline():
-            pairs.append(("held-out strict", headline))
+        pairs = [*numbers(metrics), *self.evaluations.headline()]
         values = Text("   ").join(Text.assemble((label + " ", "dim"), (value, "bold")) for label, value in pairs)
         lines = Table.grid(expand=True)  # unlike a Group it ends the bar's line
         for line in (self.budget.place(iteration, seconds_trained), bar, values):

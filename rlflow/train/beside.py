@@ -1,0 +1,80 @@
+"""Before and after, side by side in a report: images of the same captions, films of the same episodes."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from rlflow.train import page
+from rlflow.train.glossary import show
+from rlflow.train.record import Pictures, RunRecord
+from rlflow.train.video import html_video
+
+PAIRS = 32  # images shown at most
+
+
+def before_after(run: RunRecord) -> tuple[str, str]:
+    """(markup, note): films of episodes, pairs of images, or the pictures of both evaluations as they are."""
+    at = [row["iteration"] for row in run.evals]
+    if not at:
+        return "", ""
+    if not run.is_images:
+        return _films(run, at[0], at[-1])
+    first, last = run.pictures(at[0]), run.pictures(at[-1])
+    if first is None or last is None or first.captions != last.captions or first.images.shape != last.images.shape:
+        shown = [(i, run.grid(i)) for i in dict.fromkeys((at[0], at[-1]))]
+        return "".join(f"<p>After iteration {i}:</p>{page.grid_picture(png, '')}" for i, png in shown if png), ""
+    if at[0] == at[-1]:
+        return _single(last), f"After iteration {at[-1]}. Fixed captions and fixed noise."
+    note = "Left before, right after training: same captions, same starting noise; not chosen by result."
+    return _pairs(first, last), note + _right_words(first, last)
+
+
+def _right_words(first: Pictures, last: Pictures) -> str:
+    marked = [(a, b) for a, b in zip(first.marks, last.marks, strict=True) if a is not None and b is not None]
+    if not marked:
+        return ""
+    before, after = (sum(column) for column in zip(*marked, strict=True))
+    return f" Right by the strict verifier: {before} of these {len(marked)} before, {after} after."
+
+
+def _pairs(first: Pictures, last: Pictures) -> str:
+    columns = zip(first.images, last.images, first.marks, last.marks, first.captions, strict=True)
+    cells = [
+        f'<figure><div class="two">{_tile(a, right_a, "before")}<span>&rarr;</span>{_tile(b, right_b, "after")}</div>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        for a, b, right_a, right_b, caption in list(columns)[:PAIRS]
+    ]
+    return f'<div class="pairs">{"".join(cells)}</div>'
+
+
+def _single(shown: Pictures) -> str:
+    cells = [
+        f'<figure><div class="one">{_tile(image, mark, "")}</div><figcaption>{escape(caption)}</figcaption></figure>'
+        for image, mark, caption in list(zip(shown.images, shown.marks, shown.captions, strict=True))[:PAIRS]
+    ]
+    return f'<div class="pairs single">{"".join(cells)}</div>'
+
+
+def _tile(image: Any, mark: bool | None, when: str) -> str:
+    kind = "" if mark is None else "right" if mark else "wrong"
+    sign = "" if mark is None else f"<i>{'&#10003;' if mark else '&#10007;'}</i>"
+    return f'<div class="tile {kind}">{page.picture(image, f"{when} {kind}".strip())}{sign}</div>'
+
+
+def _films(run: RunRecord, first: int, last: int) -> tuple[str, str]:
+    """The same episodes, which start alike, at the first and the last evaluation."""
+    at = list(dict.fromkeys((first, last)))
+    rows = list(zip(*(run.films(i) for i in at), strict=False))
+    if not rows:
+        return "", ""
+    cells = []
+    for row, films in enumerate(rows):
+        shown = "<span>&rarr;</span>".join(f'<div class="tile">{html_video(film)}</div>' for film in films)
+        returns = [float(run.scores(i)["return"][row]) for i in at]
+        words = " \N{RIGHTWARDS ARROW} ".join(show(value) for value in returns)
+        kind = "two" if len(films) == 2 else "one"
+        cells.append(f'<figure><div class="{kind}">{shown}</div><figcaption>return {words}</figcaption></figure>')
+    note = "Left before, right after training: the same starts; the first episodes, not chosen by result."
+    note += " Only the first seconds of an episode are shown; a film ends where its episode does."
+    return f'<div class="pairs films">{"".join(cells)}</div>', note
