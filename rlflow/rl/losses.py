@@ -53,14 +53,14 @@ class PerStep:
         return self.gamma != 1.0 or self.base is not None
 
     def discount(self, k: Tensor, num_steps: int) -> Tensor:
-        """gamma^(K-1-k), shaped like k."""
-        return self.gamma ** (num_steps - 1 - k).double()
+        """gamma^(K-1-k) for floating k of any shape."""
+        return self.gamma ** (num_steps - 1 - k)
 
     def clip(self, k: Tensor, num_steps: int, top: float) -> Clip:
         """From base at k = 0 to top at the last step; the only step of K = 1 is the last."""
         if self.base is None:
             return top
-        share = k.double() / (num_steps - 1) if num_steps > 1 else torch.ones_like(k, dtype=torch.float64)
+        share = k / (num_steps - 1) if num_steps > 1 else torch.ones_like(k)
         return self.base + (top - self.base) * torch.expm1(3 * share) / math.expm1(3.0)
 
 

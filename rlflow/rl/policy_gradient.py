@@ -274,9 +274,9 @@ class PolicyGradient:
         if not self.per_step.active:
             return advantage, self.clip_low, self.clip_high
         num = self.policy.num_steps
-        k = losses.step_index(evidence.t, self.policy.grid(num))
+        k = losses.step_index(evidence.t, self.policy.grid(num)).to(advantage)
         low, high = (self.per_step.clip(k, num, top) for top in (self.clip_low, self.clip_high))
-        return advantage * self.per_step.discount(k, num).to(advantage), low, high
+        return advantage * self.per_step.discount(k, num), low, high
 
     def _anchor_backward(self, batch: Batch, anchor: Anchor, rows: Tensor, log: Meter) -> None:
         weight, total = batch.row_alive[rows], log.rows

@@ -14,6 +14,7 @@ from rlflow.models.mlp import MLPField
 from rlflow.rl.advantages import GAE, GroupAdvantage
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.losses import PerStep
 from rlflow.rl.optim import AdamW, NonFiniteError
 from rlflow.rl.policy_gradient import KL
 from rlflow.types import Cond, Rollout, tree_map
@@ -28,6 +29,7 @@ TERMS = {
     "kl": {"kl": KL(0.5, "exact")},
     "velocity": {"kl": KL(0.5, "velocity")},
     "joint": {"likelihood": JOINT, "kl": KL(0.5)},
+    "anchor, per step": {"anchor": 0.5, "per_step": PerStep(0.8, 0.005)},
     "entropy": {"kernel": "learned", "entropy": 0.1, "kl": KL(0.5)},
     "joint entropy": {"kernel": "learned", "likelihood": JOINT, "entropy": 0.1, "kl": KL(0.5)},
 }
@@ -280,7 +282,7 @@ class TestEncoder:
         assert rollout.cond is not None
         rows = parts.policy.encoder_rows
         parts.algorithm.update(rollout)
-        last_states = 16 * (1 + (4 if rollout.final_obs is not None else 0))
+        last_states = 16 * (1 + (1 if rollout.final_obs is not None else 0))
         assert parts.policy.encoder_rows - rows == (last_states if isinstance(advantage, GAE) else 0)
 
     def test_one_that_trains_gets_a_gradient_and_runs_once_per_row_of_a_micro_batch(self, make, gradient):
