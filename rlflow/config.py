@@ -50,6 +50,8 @@ class LikelihoodConfig:
     __pydantic_config__ = STRICT
     reduce: Literal["mean", "sum"] = "mean"
     joint: bool = False
+    published: bool = False  # ReinFlow's geometric mean, with a clip of .01; needs reduce mean and joint
+    mask: Literal["last", "all"] = "last"  # denoising steps at which actions an episode's end left undone do not count
 
 
 @dataclass
@@ -91,8 +93,13 @@ class AlgorithmConfig:
     guard: bool = False
     entropy: float = 0.0
     target_kl: float | None = None
+    anchor: float = 0.0  # weight of the squared distance to the un-tuned policy's action from the same start noise
+    denoising_gamma: float = 1.0  # each earlier denoising step counts this much less (DPPO)
+    clip_base: float | None = None  # clip of the noisiest step, growing to clip_low and clip_high at the last (DPPO)
     critic_steps: int = 1  # optimiser steps of the critic per step of the policy
     critic_lr: float = 1e-3
+    critic_width: int = 128
+    critic_warmup: int = 0  # first iterations, in which the critic learns alone
     ema_decay: float = 0.9
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 

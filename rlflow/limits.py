@@ -14,6 +14,7 @@ POSITIVE = (
     *("policy.num_steps", "policy.max_kappa", "env.num_groups", "env.group_size", "env.rows_per_call"),
     *("reward.timeout_s", "algorithm.epochs", "algorithm.num_minibatches", "algorithm.micro_batch"),
     *("algorithm.clip_low", "algorithm.clip_high", "algorithm.target_kl", "algorithm.critic_steps"),
+    *("algorithm.clip_base", "algorithm.critic_width", "algorithm.denoising_gamma"),
     *("algorithm.critic_lr", "algorithm.optimizer.lr", "algorithm.optimizer.eps", "algorithm.optimizer.max_bad_steps"),
     *("train.iterations", "train.minutes", "train.threads", "train.checkpoint_every", "train.keep"),
     *("eval.num", "eval.num_steps", "eval.rows_per_call", "eval.grid", "advantage.clip"),
@@ -22,12 +23,16 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("eval.every", "eval.video", "algorithm.kl.beta", "algorithm.entropy", "algorithm.optimizer.warmup"),
     *("algorithm.optimizer.weight_decay", "algorithm.optimizer.max_grad_norm", "advantage.eps"),
+    *("algorithm.anchor", "algorithm.critic_warmup"),
 )
-UNIT = ("algorithm.optimizer.final", "env.gamma", "advantage.lam", "policy.guidance.zero_until")
+UNIT = (
+    *("algorithm.denoising_gamma", "algorithm.optimizer.final", "env.gamma", "advantage.lam"),
+    "policy.guidance.zero_until",
+)
 BELOW_ONE = ("algorithm.ema_decay", "algorithm.optimizer.betas")
 FINITE = (
     *("algorithm.optimizer.lr", "algorithm.optimizer.eps", "algorithm.optimizer.weight_decay", "algorithm.critic_lr"),
-    *("algorithm.kl.beta", "algorithm.entropy", "advantage.eps"),
+    *("algorithm.kl.beta", "algorithm.entropy", "algorithm.anchor", "advantage.eps"),
 )
 """Of the others an infinite one means: no limit."""
 RANGES = {
@@ -72,12 +77,22 @@ def check_together(config: Config) -> None:
             "reward.normalize: gae has one critic for the sum of the rewards and cannot normalise each one's "
             "advantage; set reward.normalize=reward, or advantage=group"
         )
+    if name == "group" and config.algorithm.critic_warmup:
+        raise ValueError("algorithm.critic_warmup: group advantages have no critic; set it to 0, or advantage=gae")
+    c, likelihood = config.algorithm, config.likelihood
+    if likelihood.joint and (c.clip_base is not None or c.denoising_gamma != 1):
+        raise ValueError(
+            "algorithm.denoising_gamma, algorithm.clip_base: a joint ratio has no single steps; "
+            "set likelihood.joint=false"
+        )
+    if likelihood.published and not (likelihood.joint and likelihood.reduce == "mean"):
+        raise ValueError("likelihood.published: set likelihood.joint=true and likelihood.reduce=mean with it")
     if config.algorithm.guard and config.likelihood.joint:
         raise ValueError("algorithm.guard: GRPO-Guard re-scales each step's ratio; set likelihood.joint=false")
-    if config.env.num_groups % config.algorithm.num_minibatches:
+    if config.env.name == "prompt" and config.algorithm.num_minibatches > config.env.num_groups:
         raise ValueError(
-            f"algorithm.num_minibatches: {config.algorithm.num_minibatches} must divide "
-            f"env.num_groups = {config.env.num_groups}, since a minibatch takes whole groups"
+            f"algorithm.num_minibatches: {config.algorithm.num_minibatches} is more than "
+            f"env.num_groups = {config.env.num_groups}, and a minibatch takes whole groups"
         )
     if name == "group" and config.env.mode == "steps":
         raise ValueError("env.mode: group advantages compare whole episodes; set env.mode=episodes, or advantage=gae")

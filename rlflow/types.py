@@ -123,6 +123,7 @@ class Evidence:
     valid: Tensor  # bool
     ref_mean: Tensor | None = None
     ref_std: Tensor | None = None
+    counts: Tensor | None = None  # bool, broadcastable to x: entries of x_next whose density counts; None = all
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Evidence:
         """Apply `fn` to every tensor."""

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from rlflow.flow.path import at_least_float
@@ -40,10 +41,14 @@ class Gaussian:
         """mean + std * noise; gradients flow."""
         return self.mean + self.std * noise
 
-    def log_prob(self, x: Tensor, reduce: Reduce, batch_dims: int = 1) -> Tensor:
-        """Exact log-density of x in nats: the mean per event dimension, or the sum."""
+    def log_prob(self, x: Tensor, reduce: Reduce, batch_dims: int = 1, mask: Tensor | None = None) -> Tensor:
+        """Exact log-density of x in nats: the mean per event dimension, or the sum.
+
+        Entries where `mask` (broadcastable to x) is False are left out; a mean still divides by all of them.
+        """
         z = (at_least_float(x) - self.mean) / self.std
-        return reduce_events(-0.5 * z.square() - self.std.log() - HALF_LOG_2PI, reduce, batch_dims)
+        density = -0.5 * z.square() - self.std.log() - HALF_LOG_2PI
+        return reduce_events(density if mask is None else torch.where(mask, density, 0.0), reduce, batch_dims)
 
     def kl(self, other: Gaussian, reduce: Reduce, batch_dims: int = 1) -> Tensor:
         """KL(self || other) in nats, exact also for unequal std."""

@@ -51,6 +51,9 @@ class Kernel(nn.Module):
         zero = torch.zeros_like(t).unsqueeze(-1)
         return self(zero, zero, t, t_next, None).std.reshape(len(t), -1)[:, 0]
 
+    def set_progress(self, progress: float) -> None:
+        """Share of the run that is done, in [0, 1], for a kernel with a schedule; fixed within an iteration."""
+
     def kappa(self, t: Tensor, t_next: Tensor) -> Tensor:
         """|dmean/dv| / std (N,): how an error of the network enters the log-ratio; inf where std = 0."""
         return self.gain(t, t_next).abs() / self.min_std(t, t_next)
@@ -149,6 +152,9 @@ class LearnedNoise(Kernel):
 
     No sqrt(dt) and no drift correction: exploration noise, removed at deployment, not marginal
     preserving by design. The net reads time and condition features, never x.
+
+    The upper bound is `std_max` for the share `hold` of the run, then falls along a half cosine until only
+    the share `final` of the gap to `std_min` is left (ReinFlow, Zhang et al. 2025: hold .35, final .7).
     """
 
     velocity = "step"
@@ -160,12 +166,18 @@ class LearnedNoise(Kernel):
         std_min: float = 0.08,
         std_max: float = 0.16,
         width: int = 64,
+        hold: float = 1.0,
+        final: float = 0.7,
     ):
         super().__init__()
         if not 0 < std_min < std_max:
             raise ValueError(f"LearnedNoise needs 0 < std_min < std_max, got {std_min} and {std_max}")
+        if not 0 <= hold <= 1 or not 0 < final <= 1:
+            raise ValueError(f"LearnedNoise needs hold in [0, 1] and final in (0, 1], got {hold} and {final}")
         self.num_features, self.event_shape = num_features, tuple(event_shape)
-        self.lo, self.hi = math.log(std_min), math.log(std_max)
+        self.std_min, self.std_max, self.hold, self.final = std_min, std_max, hold, final
+        self.lo = math.log(std_min)
+        self.set_progress(0.0)
         last = nn.Linear(width, math.prod(event_shape))
         nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
         self.net = nn.Sequential(nn.Linear(num_features + 1, width), nn.SiLU(), last)
@@ -177,6 +189,12 @@ class LearnedNoise(Kernel):
         level = (torch.tanh(path.at_least_float(self.net(inputs))) + 1) / 2
         std = (self.lo + (self.hi - self.lo) * level).exp().to(x.dtype)
         return Gaussian(x + v * (t_next - t), std.reshape(-1, *self.event_shape))
+
+    def set_progress(self, progress: float) -> None:
+        """Move the upper bound; hold = 1 never does."""
+        done = max(0.0, progress - self.hold) / max(1 - self.hold, 1e-9)
+        share = self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
+        self.hi = math.log(self.std_min + share * (self.std_max - self.std_min))
 
     def gain(self, t: Tensor, t_next: Tensor) -> Tensor:
         return t_next - t

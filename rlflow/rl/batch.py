@@ -10,6 +10,7 @@ from torch import Tensor
 from rlflow import dist
 from rlflow.flow.policy import FlowPolicy
 from rlflow.rl.advantages import Advantages
+from rlflow.rl.anchor import Anchor
 from rlflow.rl.losses import weighted_sum
 from rlflow.types import Cond, Evidence, Rollout, tree_map
 
@@ -25,6 +26,8 @@ class Pairs:
 class Batch:
     """One rollout, flattened to N rows, with its advantages and (if asked for) reference means."""
 
+    anchor: Anchor | None = None
+
     def __init__(self, policy: FlowPolicy, rollout: Rollout):
         assert rollout.evidence is not None
         self.policy, self.rollout, self.evidence = policy, rollout, rollout.evidence
@@ -36,7 +39,9 @@ class Batch:
         """Flatten (T, B) advantages and weights to rows."""
         self.advantage = out.advantage.reshape(-1, 1)
         self.row_weight = out.weight.reshape(-1)
-        self.returns = None if out.returns is None else out.returns.reshape(-1)
+        if out.returns is not None:
+            self.returns = out.returns.reshape(-1)
+        self.metrics = self._metrics()
 
     def cond(self, rows: Tensor) -> Cond:
         """Cond of rows (M,): kept from the rollout when the encoder is frozen, else encoded now."""
@@ -65,16 +70,17 @@ class Batch:
         return self.row_alive[pairs.rows].unsqueeze(1) * self._valid(pairs)
 
     def denominator(self, rows: Tensor) -> Tensor:
-        """Global sums (3,): pair weights, joint weights, alive pairs."""
+        """Global sums (4,): pair weights, joint weights, alive pairs, alive rows."""
         everything = Pairs(rows, None)
         local = [
             self.pair_weight(everything, False),
             self.pair_weight(everything, True),
             self.alive(everything),
+            self.row_alive[rows],
         ]
         return dist.all_sum(torch.stack([w.sum() for w in local]))
 
-    def metrics(self) -> dict[str, float]:
+    def _metrics(self) -> dict[str, float]:
         """Share of rows that took part, and the size of their advantages; over all ranks."""
         used = (self.row_weight > 0).to(self.row_alive.dtype)
         masked = (self.row_alive == 0).to(used.dtype)
@@ -89,55 +95,50 @@ class Batch:
 
 
 class Meter:
-    """Sums of per-micro-batch numbers, kept on the device; reduced over ranks once per optimiser step."""
+    """Sums of per-micro-batch numbers, kept on the device; reduced over ranks once per epoch or iteration."""
 
     def __init__(self) -> None:
-        self.history: list[dict[str, float]] = []
-        self.last_approx_kl = 0.0
+        self.history: list[dict[str, Tensor]] = []
+        self.norms: list[float] = []
         self.first: Tensor | None = None
-        self.first_by_step: Tensor | None = None
 
     def begin(self, sums: Tensor, first: bool) -> None:
         self.sums = sums
         self.values: dict[str, Tensor] = {}
-        self.alive, self.is_first = sums[2].clamp(min=1e-12), first
+        self.alive, self.rows = sums[2:].clamp(min=1e-12)
+        self.is_first = first
 
     def denominator(self, joint: bool) -> Tensor:
         return self.sums[1 if joint else 0].clamp(min=1e-12)
 
     def add(self, name: str, value: Tensor) -> None:
-        value = value.detach()
+        value = value.detach().double()
         self.values[name] = self.values[name] + value if name in self.values else value
-
-    def extra(self, name: str, value: Tensor) -> None:
-        self.history[-1][name] = float(dist.all_sum(value))
 
     def first_ratio(self, diff: Tensor) -> None:
         """Largest |log ratio| before any weight has changed, per column."""
         if self.is_first:
             worst = diff.abs().amax(0)
-            seen = self.first_by_step
-            same = seen is not None and seen.shape == worst.shape
-            self.first_by_step = torch.maximum(seen, worst) if seen is not None and same else worst
-            self.first = worst.max() if self.first is None else torch.maximum(self.first, worst.max())
+            same = self.first is not None and self.first.shape == worst.shape
+            self.first = torch.maximum(self.first, worst) if self.first is not None and same else worst
 
     def end(self, grad_norm: float) -> None:
-        names = list(self.values)
-        summed = dist.all_sum(torch.stack([self.values[n].double() for n in names])).tolist()
-        row = dict(zip(names, summed, strict=True)) | {"optim/grad_norm": grad_norm}
-        self.last_approx_kl = row["policy/approx_kl"]
-        self.history.append(row)
+        """One optimiser step is over; its norm is nan when it was skipped."""
+        self.history.append(self.values)
+        self.norms.append(grad_norm)
+
+    def mean(self, name: str, last: int) -> float:
+        """Of a logged number over the last optimiser steps, over all ranks."""
+        return float(dist.all_sum(torch.stack([row[name] for row in self.history[-last:]]).mean()))
 
     def metrics(self) -> dict[str, float]:
         """Means over the iteration's optimiser steps, and the first log-ratio."""
-        names = {n for row in self.history for n in row}
-        out = {}
-        for name in sorted(names):
-            seen = [row[name] for row in self.history if name in row and row[name] == row[name]]
-            out[name] = sum(seen) / len(seen) if seen else float("nan")
-        assert self.first is not None
-        assert self.first_by_step is not None
-        out["policy/first_log_ratio_max"] = float(dist.all_max(self.first))
-        for k, worst in enumerate(dist.all_max(self.first_by_step).tolist()):
-            out[f"policy/first_log_ratio/{k}"] = worst
-        return out
+        names = sorted(self.history[0])
+        table = dist.all_sum(torch.stack([torch.stack([row[n] for n in names]) for row in self.history]))
+        out = dict(zip(names, table.nanmean(0).tolist(), strict=True))
+        if self.first is None:
+            return out
+        out["optim/grad_norm"] = float(torch.tensor(self.norms, dtype=torch.float64).nanmean())
+        by_step = dist.all_max(self.first).tolist()
+        out |= {f"policy/first_log_ratio/{k}": worst for k, worst in enumerate(by_step)}
+        return out | {"policy/first_log_ratio_max": max(by_step)}

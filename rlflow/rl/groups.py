@@ -58,17 +58,21 @@ class Groups:
         return iteration * self.num_groups + self.group_ids()
 
     def minibatches(self, horizon: int, num: int, uniform: Tensor) -> list[Tensor]:
-        """Split the local T * B rows into `num` minibatches, stratified so that every rank has equal shares.
+        """Split the local T * B rows into `num` minibatches of equal size, but for one unit of a group at a step.
 
-        Blocks of `num` neighbouring groups are shuffled by `uniform` (T, num_groups), one member to each
-        minibatch, so the global minibatches do not depend on the world size.
+        Units are ordered by group and then by step, so that a rank has a run of them; each block of `num`
+        neighbours is dealt one to each minibatch, in the order of `uniform` (num_groups * T,). The global
+        minibatches do not depend on the world size, and no rank is left without rows.
         """
-        if num == 1:
-            return [torch.arange(horizon * self.num_rows)]
-        if self.local % num:
-            raise ValueError(f"num_minibatches={num} must divide the {self.local} groups of each process")
-        mine = uniform[:, self.rank * self.local : (self.rank + 1) * self.local].reshape(horizon, -1, num)
-        order = mine.argsort(-1) + torch.arange(0, self.local, num)[:, None]
-        rows = order.permute(2, 0, 1).unsqueeze(-1) * self.group_size + torch.arange(self.group_size)
-        rows = rows + torch.arange(horizon)[:, None, None] * self.num_rows
-        return list(rows.reshape(num, -1))
+        mine, first = self.local * horizon, self.rank * self.local * horizon
+        if num > mine or (mine % num and mine < 2 * num - 1):
+            raise ValueError(
+                f"num_minibatches={num} leaves a process without rows: it has {mine} groups at a step; "
+                f"use at most {max(1, (mine + 1) // 2)} minibatches"
+            )
+        blocks = torch.nn.functional.pad(uniform, (0, -len(uniform) % num), value=2.0).view(-1, num)
+        owner = blocks.argsort(-1).argsort(-1).flatten()[first : first + mine]  # the padding is dealt last
+        unit = torch.arange(mine)
+        row = (unit % horizon) * self.num_rows + unit // horizon * self.group_size
+        rows = row[:, None] + torch.arange(self.group_size)
+        return [rows[owner == i].flatten() for i in range(num)]

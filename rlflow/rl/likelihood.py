@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,11 +31,20 @@ class ChainLikelihood:
     """Exact Gaussian log-density of the scored denoising steps.
 
     `reduce` is over event dims. `joint` sums the columns into one ratio per row (ReinFlow, Flow-Noise);
-    otherwise each step has its own.
+    otherwise each step has its own. `published` is the released ReinFlow's geometric mean: the joint log-ratio
+    over R + 1 (x_0's density, which cancels, is counted) and over the event's size, so its clip of .01 stands
+    for .01 (R + 1) H D nats. `mask` says where actions of a chunk that an episode's end left undone do not
+    count: at the last denoising step (exact), or at all of them (the published approximation).
     """
 
     reduce: Reduce = "mean"
     joint: bool = False
+    published: bool = False
+    mask: Literal["last", "all"] = "last"
+
+    def __post_init__(self) -> None:
+        if self.published and not (self.joint and self.reduce == "mean"):
+            raise ValueError("the published ratio is a joint mean: set joint=true and reduce=mean with it")
 
     def record(self, policy: FlowPolicy, cond: Cond, chain: Chain) -> Evidence:
         """Evidence (N, R, ...) of a sampled chain; no network call."""
@@ -54,15 +64,31 @@ class ChainLikelihood:
         x, t, t_next = (v.flatten(0, 1) for v in (evidence.x, evidence.t, evidence.t_next))
         dist = policy.transition(x, t, t_next, cond.index(rows))
         dist = Gaussian(dist.mean.unflatten(0, (n, r)), dist.std.unflatten(0, (n, r)))
-        return Score(self._log_prob(dist, evidence.x_next), dist)
+        return Score(self._log_prob(dist, evidence.x_next, evidence.counts), dist)
 
-    def _log_prob(self, dist: Gaussian, x: Tensor) -> Tensor:
-        return dist.log_prob(x, self.reduce, batch_dims=2)
+    def _log_prob(self, dist: Gaussian, x: Tensor, counts: Tensor | None = None) -> Tensor:
+        return dist.log_prob(x, self.reduce, batch_dims=2, mask=counts)
 
     def log_ratio(self, log_prob: Tensor, evidence: Evidence) -> Tensor:
         """(N, R), or (N, 1) when joint; invalid columns count as ratio 1."""
         diff = torch.where(evidence.valid, log_prob - evidence.old_log_prob, 0.0)
-        return diff.sum(1, keepdim=True) if self.joint else diff
+        if not self.joint:
+            return diff
+        return diff.sum(1, keepdim=True) / (diff.shape[1] + 1 if self.published else 1)
+
+    def executed(self, evidence: Evidence, num_steps: Tensor) -> Evidence:
+        """Leave out actions that were not carried out: those from num_steps (N,) on along the chunk, x's axis 2.
+
+        Of the step into t = 1 only: there they have no effect, whereas at earlier ones they still move the
+        mean of the executed actions. The old density is of the stored distribution; no network call.
+        """
+        chunk = evidence.x.shape[2]
+        done = torch.arange(chunk, device=num_steps.device) < num_steps[:, None, None]  # (N, 1, H)
+        if self.mask == "last":
+            done = done | (evidence.t_next < 1).unsqueeze(-1)
+        counts = done.expand(*evidence.t.shape, chunk)[(..., *[None] * (evidence.x.ndim - 3))]
+        old = self._log_prob(Gaussian(evidence.old_mean, evidence.old_std), evidence.x_next, counts)
+        return replace(evidence, old_log_prob=old, counts=counts)
 
     @torch.no_grad()
     def with_reference(

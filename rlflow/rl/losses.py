@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,21 +21,58 @@ def weighted_sum(value: Tensor, weight: Tensor) -> Tensor:
     return (torch.where(weight > 0, value, 0.0) * weight).sum()
 
 
-def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
+Clip = float | Tensor
+"""One range, or one for each pair, broadcastable to the log-ratio."""
+
+
+def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip_low: Clip, clip_high: Clip) -> Tensor:
     """max(-A r, -A clip(r, 1 - low, 1 + high)), elementwise (PPO, Schulman et al. 2017)."""
     ratio = log_ratio.exp()
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high))
 
 
-def clip_fraction(log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
+def clip_fraction(log_ratio: Tensor, advantage: Tensor, clip_low: Clip, clip_high: Clip) -> Tensor:
     """1 where the surrogate's gradient is cut, elementwise."""
     ratio = log_ratio.exp()
     return ((advantage > 0) & (ratio > 1 + clip_high) | (advantage < 0) & (ratio < 1 - clip_low)).float()
 
 
+@dataclass(frozen=True)
+class PerStep:
+    """Each denoising step's own advantage and clip (DPPO, Ren et al. 2024); step k of K, 0 the noisiest.
+
+    A_k = A gamma^(K-1-k);  clip_k = base + (top - base)(e^(3k/(K-1)) - 1)/(e^3 - 1), base None: top everywhere.
+    """
+
+    gamma: float = 1.0
+    base: float | None = None
+
+    @property
+    def active(self) -> bool:
+        """False when steps are treated alike."""
+        return self.gamma != 1.0 or self.base is not None
+
+    def discount(self, k: Tensor, num_steps: int) -> Tensor:
+        """gamma^(K-1-k) for floating k of any shape."""
+        return self.gamma ** (num_steps - 1 - k)
+
+    def clip(self, k: Tensor, num_steps: int, top: float) -> Clip:
+        """From base at k = 0 to top at the last step; the only step of K = 1 is the last."""
+        if self.base is None:
+            return top
+        share = k / (num_steps - 1) if num_steps > 1 else torch.ones_like(k)
+        return self.base + (top - self.base) * torch.expm1(3 * share) / math.expm1(3.0)
+
+
+def step_index(t: Tensor, grid: Tensor) -> Tensor:
+    """k of the steps that begin at t = grid[k]; any plan's columns, whichever steps it scores."""
+    return torch.bucketize(t, grid[1:].to(t), right=True)
+
+
 def mean_shift(score: Score, evidence: Evidence, reduce: Reduce) -> Tensor:
     """|mean - old_mean|^2 / (2 S^2) per pair (N, R), reduced over event dims."""
     z = (score.dist.mean - evidence.old_mean) / evidence.old_std
+    z = z if evidence.counts is None else torch.where(evidence.counts, z, 0.0)
     return reduce_events(0.5 * z.square(), reduce, batch_dims=2)
 
 

@@ -1,6 +1,7 @@
 """PolicyGradient: Flow-GRPO, MixGRPO, DanceGRPO, CPS, ReinFlow, pi_RL and PPO are this class with other arguments.
 
-    L = E[ max(-A r, -A clip(r, 1 - low, 1 + high)) ] + beta KL(policy || reference) - entropy H,    critic: (V - R)^2
+    L = E[ max(-A r, -A clip(r, 1 - low, 1 + high)) ] + beta KL(policy || reference) - entropy H
+        + anchor E[ |action - reference's action|^2 ],                                    critic: (V - R)^2
 
 over (row, column) pairs, r = exp(score - old). Every expectation is a weighted mean whose denominator
 is summed over micro-batches and ranks first, so neither changes the gradient.
@@ -8,6 +9,7 @@ is summed over micro-batches and ranks first, so neither changes the gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlflow import dist
-from rlflow.flow.noise import generator
+from rlflow.flow.noise import Key, generator
 from rlflow.flow.policy import FlowPolicy
 from rlflow.rl import losses
-from rlflow.rl.advantages import GAE, GroupAdvantage
+from rlflow.rl.advantages import GAE, GroupAdvantage, moments
+from rlflow.rl.anchor import Anchor
 from rlflow.rl.batch import Batch, Meter, Pairs
-from rlflow.rl.critic import Critic
+from rlflow.rl.critic import CriticLearner, explained_variance
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihood import ChainLikelihood, Score
-from rlflow.rl.losses import weighted_sum
+from rlflow.rl.losses import PerStep, weighted_sum
 from rlflow.rl.optim import AdamW, Optimizer
 from rlflow.types import Evidence, Rollout
 
@@ -37,20 +39,27 @@ class KL:
     kind: losses.KLKind = "exact"
 
 
-def _check_groups(groups: Groups, advantage: GroupAdvantage | GAE, num_minibatches: int) -> None:
-    """ValueError where groups cannot be compared, or cannot be dealt to minibatches."""
+def _check_groups(groups: Groups, advantage: GroupAdvantage | GAE) -> None:
+    """ValueError where groups cannot be compared."""
     if isinstance(advantage, GroupAdvantage) and groups.group_size < 2:
         raise ValueError("a group of 1 has no group advantage: set group_size >= 2, or use advantage=gae (a critic)")
-    if groups.local % num_minibatches:
+
+
+def _check_steps(likelihood: ChainLikelihood, per_step: PerStep) -> None:
+    if likelihood.joint and per_step.active:
         raise ValueError(
-            f"num_minibatches={num_minibatches} must divide the {groups.local} groups of each process: "
-            "a minibatch takes whole groups"
+            "a joint ratio has no single steps to discount or clip: use likelihood.joint=false with "
+            "denoising_gamma and clip_base"
         )
+
+
+def _learns_std(policy: FlowPolicy) -> bool:
+    return any(p.requires_grad for p in policy.kernel.parameters())
 
 
 def _check_terms(policy: FlowPolicy, likelihood: ChainLikelihood, kl: KL, guard: bool, entropy: float) -> None:
     """ValueError for terms of the loss whose formula does not hold, or that have no gradient."""
-    learns_std = any(p.requires_grad for p in policy.kernel.parameters())
+    learns_std = _learns_std(policy)
     name = type(policy.kernel).__name__
     if guard and likelihood.joint:
         raise ValueError("GRPO-Guard re-scales each denoising step's ratio: use likelihood.joint=false with it")
@@ -88,26 +97,33 @@ class PolicyGradient:
         guard: bool = False,
         entropy: float = 0.0,
         target_kl: float | None = None,
+        anchor: float = 0.0,
+        per_step: PerStep | None = None,
         critic_steps: int = 1,
         critic_lr: float = 1e-3,
+        critic_width: int = 128,
+        critic_warmup: int = 0,
         ema_decay: float = 0.9,
         seed: int = 0,
     ):
         if clip_low <= 0 or (clip_high is not None and clip_high <= 0):
             raise ValueError("clip_low and clip_high must be positive")
-        _check_groups(groups, advantage, num_minibatches)
+        _check_groups(groups, advantage)
+        _check_steps(likelihood, per_step or PerStep())
+        if critic_warmup and not advantage.needs_critic:
+            raise ValueError(f"{type(advantage).__name__} has no critic to warm up: use critic_warmup=0")
         _check_terms(policy, likelihood, kl or KL(), guard, entropy)
         self.policy, self.likelihood, self.advantage, self.groups = policy, likelihood, advantage, groups
         self.clip_low, self.clip_high = clip_low, clip_low if clip_high is None else clip_high
         self.epochs, self.num_minibatches, self.micro_batch = epochs, num_minibatches, micro_batch
         self.kl, self.guard, self.entropy, self.target_kl = kl or KL(), guard, entropy, target_kl
-        self.critic_steps, self.ema_decay, self.seed = critic_steps, ema_decay, seed
+        self.anchor, self.per_step = anchor, per_step or PerStep()
+        self.critic_warmup, self.ema_decay, self.seed = critic_warmup, ema_decay, seed
         self.optimizer = Optimizer([p for p in policy.parameters() if p.requires_grad], optimizer or AdamW())
-        self.critic, self.critic_optimizer = None, None
+        self.critic: CriticLearner | None = None
         if advantage.needs_critic:
-            self.critic = Critic(policy.field.num_features).to(policy.device, policy.dtype)
-            self.critic_optimizer = Optimizer(list(self.critic.parameters()), AdamW(lr=critic_lr))
-        for name in ["ema"] + (["ref"] if self.kl.beta else []):
+            self.critic = CriticLearner(policy, lr=critic_lr, steps=critic_steps, width=critic_width)
+        for name in ["ema"] + (["ref"] if self.kl.beta or anchor else []):
             policy.weights.snapshot(name)
         self.iteration = 0
 
@@ -115,27 +131,38 @@ class PolicyGradient:
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Improve the policy on one rollout; returns metrics."""
-        assert rollout.evidence is not None
         batch = self._prepare(rollout)
-        log = Meter()
-        stop = False
+        log, stop = Meter(), False
         for epoch in range(self.epochs):
             for index, rows in enumerate(self._minibatches(rollout, epoch)):
                 self._minibatch(batch, rows.to(self.policy.device), log, first=epoch == 0 and index == 0)
-                if stop := self._diverged(log):
-                    break
-            if stop:
+            if stop := self._diverged(log):
                 break
+        self.policy.field.unguided.observe(rollout.flat(rollout.obs))
         self.iteration += 1
-        return log.metrics() | batch.metrics() | {"policy/early_stop": float(stop)} | self._counters()
+        return log.metrics() | batch.metrics | {"policy/early_stop": float(stop)} | self._counters()
 
     @torch.no_grad()
     def _prepare(self, rollout: Rollout) -> Batch:
-        """Advantages, and the reference means where a KL term needs them: once per iteration."""
+        """Advantages, and what the reference says where a term needs it: once per iteration."""
         batch = Batch(self.policy, rollout)
-        batch.set_advantages(self.advantage(rollout, *self.values(rollout, batch.cond)))
+        values = next_values = None
+        if self.critic is not None:
+            values, next_values = self.critic.values(rollout, batch.cond, self.micro_batch)
+        batch.set_advantages(self.advantage(rollout, values, next_values))
+        if values is not None:
+            explained = explained_variance(values.flatten(), batch.returns, batch.row_alive)
+            batch.metrics["critic/explained_variance"] = explained
+        if _learns_std(self.policy):
+            std = batch.evidence.old_std.flatten(1).mean(1)
+            batch.metrics["policy/std_mean"] = float(moments(std, batch.row_alive)[0])
+        if rollout.num_steps is not None:
+            batch.evidence = self.likelihood.executed(batch.evidence, rollout.num_steps.flatten())
         if self.kl.beta:
             batch.evidence = self.likelihood.with_reference(self.policy, batch.cond, batch.evidence, self.micro_batch)
+        if self.anchor:
+            key, rows = Key(self.seed, "anchor", self.iteration), rollout.row_ids.flatten()
+            batch.anchor = Anchor.at(self.policy, batch.cond, rows, key, self.micro_batch)
         return batch
 
     def _counters(self) -> dict[str, float]:
@@ -146,24 +173,42 @@ class PolicyGradient:
         }
 
     def _minibatches(self, rollout: Rollout, epoch: int) -> list[Tensor]:
-        shape = (rollout.reward.shape[0], self.groups.num_groups)
-        uniform = torch.rand(shape, generator=generator("minibatch", self.seed, self.iteration, epoch))
-        return self.groups.minibatches(shape[0], self.num_minibatches, uniform)
+        horizon = rollout.reward.shape[0]
+        g = generator("minibatch", self.seed, self.iteration, epoch)
+        uniform = torch.rand(self.groups.num_groups * horizon, generator=g)
+        return self.groups.minibatches(horizon, self.num_minibatches, uniform)
 
     def _diverged(self, log: Meter) -> bool:
-        """KL early stop; the decision is the same on every rank because its inputs are global sums."""
-        return self.target_kl is not None and log.last_approx_kl > self.target_kl
+        """KL stop after an epoch; the decision is the same on every rank because its inputs are global sums."""
+        if self.target_kl is None or self._warming_up:
+            return False
+        return log.mean("policy/approx_kl", self.num_minibatches) > self.target_kl
+
+    @property
+    def _warming_up(self) -> bool:
+        return self.iteration < self.critic_warmup
 
     def _minibatch(self, batch: Batch, rows: Tensor, log: Meter, first: bool) -> None:
-        """One optimiser step on `rows` (M,)."""
-        self.optimizer.zero_grad()
+        """One optimiser step of the policy (unless the critic warms up), and those of the critic, on `rows` (M,)."""
         log.begin(batch.denominator(rows), first)
+        norm = math.nan if self._warming_up else self._policy_step(batch, rows, log)
+        if self.critic is not None:
+            with torch.no_grad():  # the critic trains only itself
+                cond = batch.cond(rows)
+            log.add("critic/loss", self.critic.fit(cond, batch.returns[rows], batch.row_alive[rows]))
+        log.end(norm)
+
+    def _policy_step(self, batch: Batch, rows: Tensor, log: Meter) -> float:
+        self.optimizer.zero_grad()
         for part, coefficients in self._micro_batches(batch, rows, log):
             self._backward(batch, part, coefficients, log)
-        log.end(self.optimizer.step())
+        if batch.anchor is not None:
+            for part in rows.split(max(1, self.micro_batch // self.policy.num_steps)):
+                self._anchor_backward(batch, batch.anchor, part, log)
+        norm = self.optimizer.step()
         blend = min(self.ema_decay, (1 + self.optimizer.steps) / (10 + self.optimizer.steps))
         self.policy.weights.blend("ema", blend)
-        self._critic_step(batch, rows, log)
+        return norm
 
     def _micro_batches(self, batch: Batch, rows: Tensor, log: Meter) -> Iterator[tuple[Pairs, Tensor | None]]:
         """Pieces of (row, column) pairs of one network pass each.
@@ -213,15 +258,31 @@ class PolicyGradient:
         """Clipped surrogate of the ratios (M, R), or (M, 1) when joint, over its global denominator; logged."""
         joint, advantage = self.likelihood.joint, batch.advantage[pairs.rows]
         weight, total = batch.pair_weight(pairs, joint), log.denominator(joint)
-        surrogate = losses.clipped_surrogate(log_ratio, advantage, self.clip_low, self.clip_high)
+        advantage, low, high = self._of_steps(advantage, evidence)
+        surrogate = losses.clipped_surrogate(log_ratio, advantage, low, high)
         if self.guard:
             surrogate = surrogate / (evidence.t_next - evidence.t)
         loss = weighted_sum(surrogate, weight) / total
-        clipped = losses.clip_fraction(log_ratio.detach(), advantage, self.clip_low, self.clip_high)
+        clipped = losses.clip_fraction(log_ratio.detach(), advantage, low, high)
         log.add("policy/loss", loss)
         log.add("policy/ratio_mean", weighted_sum(log_ratio.detach().exp(), weight) / total)
         log.add("policy/clip_frac", weighted_sum(clipped, weight) / total)
         return loss
+
+    def _of_steps(self, advantage: Tensor, evidence: Evidence) -> tuple[Tensor, losses.Clip, losses.Clip]:
+        """Advantage (M, 1) or (M, R), and the clip range, of the denoising steps that the columns stand for."""
+        if not self.per_step.active:
+            return advantage, self.clip_low, self.clip_high
+        num = self.policy.num_steps
+        k = losses.step_index(evidence.t, self.policy.grid(num)).to(advantage)
+        low, high = (self.per_step.clip(k, num, top) for top in (self.clip_low, self.clip_high))
+        return advantage * self.per_step.discount(k, num), low, high
+
+    def _anchor_backward(self, batch: Batch, anchor: Anchor, rows: Tensor, log: Meter) -> None:
+        weight, total = batch.row_alive[rows], log.rows
+        distance = weighted_sum(anchor.distance(batch.cond(rows), rows), weight) / total
+        log.add("policy/anchor", distance)
+        (self.anchor * distance).backward()
 
     def _regularizer(self, score: Score, evidence: Evidence, batch: Batch, pairs: Pairs, log: Meter) -> Tensor:
         """beta KL to the reference less the entropy bonus, over their global denominators; logged apart."""
@@ -243,56 +304,23 @@ class PolicyGradient:
         t, t_next = evidence.t.flatten(), evidence.t_next.flatten()
         return self.policy.kernel.gain(t, t_next).view_as(evidence.t)
 
-    # -- critic -----------------------------------------------------------------------------------
-
-    def _critic_step(self, batch: Batch, rows: Tensor, log: Meter) -> None:
-        if self.critic is None or self.critic_optimizer is None:
-            return
-        assert batch.returns is not None
-        with torch.no_grad():  # the critic trains only itself
-            cond = batch.cond(rows)
-        weight = batch.row_alive[rows]
-        total = dist.all_sum(weight.sum()).clamp(min=1.0)
-        for step in range(self.critic_steps):
-            self.critic_optimizer.zero_grad()
-            loss = weighted_sum((self.critic(cond) - batch.returns[rows]).square(), weight) / total
-            if step == 0:
-                log.extra("critic/loss", loss.detach())
-            loss.backward()
-            self.critic_optimizer.step()
-
-    @torch.no_grad()
-    def values(self, rollout: Rollout, cond: Any) -> tuple[Tensor | None, Tensor | None]:
-        """V(obs) and V(next state truly reached), (T, B) each; None without a critic."""
-        if self.critic is None:
-            return None, None
-        shape = rollout.reward.shape
-        v = self.critic(cond(torch.arange(rollout.num_rows, device=self.policy.device))).view(shape)
-        last = self.critic(self.policy.encode(rollout.last_obs))
-        v_next = torch.cat([v[1:], last.unsqueeze(0)])
-        if rollout.final_obs is not None:
-            final = self.critic(self.policy.encode(rollout.flat(rollout.final_obs))).view(shape)
-            v_next = torch.where(rollout.truncated | rollout.terminated, final, v_next)
-        return v, v_next
-
     # -- state ------------------------------------------------------------------------------------
 
     def set_progress(self, progress: float) -> None:
-        """Share of the run that is done, for learning-rate decay."""
+        """Share of the run that is done, for schedules: before a rollout, so that its update sees the same kernel."""
         self.optimizer.progress = progress
+        self.policy.kernel.set_progress(progress)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything an exact resume needs besides the policy and its weight sets."""
         state: dict[str, Any] = {"iteration": self.iteration, "optimizer": self.optimizer.state_dict()}
-        if self.critic is not None and self.critic_optimizer is not None:
+        if self.critic is not None:
             state["critic"] = self.critic.state_dict()
-            state["critic_optimizer"] = self.critic_optimizer.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.iteration = int(state["iteration"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.critic is not None and self.critic_optimizer is not None:
+        if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
-            self.critic_optimizer.load_state_dict(state["critic_optimizer"])

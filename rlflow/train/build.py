@@ -22,6 +22,7 @@ from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.losses import PerStep
 from rlflow.rl.optim import AdamW
 from rlflow.rl.policy_gradient import KL, PolicyGradient
 from rlflow.train.episodes import EpisodeEvaluator
@@ -176,7 +177,7 @@ def make_parts(config: Config, trust_code: bool = False) -> Parts:
     policy = make_policy(config, trust_code)
     groups = Groups(config.env.num_groups, config.env.group_size, dist.rank(), dist.world())
     env = _make_env(config, policy, groups, trust_code)
-    likelihood = ChainLikelihood(config.likelihood.reduce, config.likelihood.joint)
+    likelihood = ChainLikelihood(**dataclasses.asdict(config.likelihood))
     steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
     collector = Collector(
         env,
@@ -253,8 +254,12 @@ def _make_algorithm(
         guard=c.guard,
         entropy=c.entropy,
         target_kl=c.target_kl,
+        anchor=c.anchor,
+        per_step=PerStep(c.denoising_gamma, c.clip_base),
         critic_steps=c.critic_steps,
         critic_lr=c.critic_lr,
+        critic_width=c.critic_width,
+        critic_warmup=c.critic_warmup,
         ema_decay=c.ema_decay,
         seed=config.train.seed,
     )

@@ -44,7 +44,7 @@ def solver_calls(plan: Plan, solver: Solver, first: int = 0, last: int | None = 
 
 
 def iteration_cost(parts: Parts, iteration: int = 0) -> Cost:
-    """The cost of `iteration`, unless a KL limit ends the update early."""
+    """The cost of `iteration`, unless a KL limit ends the update early or the critic warms up."""
     collector, algorithm, policy = parts.collector, parts.algorithm, parts.policy
     plan = collector.steps(iteration, policy.grid(policy.num_steps), collector.groups.row_ids())
     rows = collector.groups.num_rows * collector.horizon
@@ -55,5 +55,9 @@ def iteration_cost(parts: Parts, iteration: int = 0) -> Cost:
     pairs = rows * plan.num_scored
     twice = algorithm.likelihood.joint and plan.num_scored > algorithm.micro_batch
     update = algorithm.epochs * pairs * (4 if twice else 3)
+    reference = pairs if algorithm.kl.beta else 0
+    if algorithm.anchor:
+        deployed = rows * solver_calls(policy.plan(), policy.solver)
+        reference, update = reference + deployed, update + 3 * algorithm.epochs * deployed
     calls = policy.field.calls
-    return Cost(rollout * calls, pairs * calls if algorithm.kl.beta else 0, update * calls)
+    return Cost(rollout * calls, reference * calls, update * calls)

@@ -85,7 +85,7 @@ def few_rows(config: Config, trust_code: bool = False) -> Config:
         config,
         policy=replace(config.policy, max_kappa=NO_LIMIT),
         env=replace(config.env, num_groups=groups, group_size=size, rows_per_call=size),
-        algorithm=replace(config.algorithm, micro_batch=micro_batch),
+        algorithm=replace(config.algorithm, micro_batch=micro_batch, critic_warmup=0),
         train=replace(config.train, iterations=2, minutes=None, tensorboard=False, wandb=False),
         eval=replace(config.eval, num=4, every=0, metrics={"base_distance": "base_distance"}),
     )

@@ -399,6 +399,21 @@ class TestLearnedNoise:
         assert float(hidden.grad.abs().sum()) > 0
         assert all(float(p.grad.abs().sum()) > 0 for p in kernel.parameters())
 
+    def test_its_upper_bound_holds_and_then_falls_along_a_half_cosine(self):
+        kernel = learned(std_min=0.1, std_max=0.3, hold=0.35, final=0.7)
+        torch.nn.init.constant_(kernel.net[-1].bias, 100.0)  # wide open
+        expected = {0.0: 0.3, 0.35: 0.3, 0.675: 0.1 + 0.2 * 0.85, 1.0: 0.3 * 0.1 + 0.7 * 0.3}
+        for progress, top in expected.items():
+            kernel.set_progress(progress)
+            std = kernel(*draw(6), *steps(), torch.randn(6, 4)).std
+            torch.testing.assert_close(std, torch.full((6, 3), top))
+            torch.testing.assert_close(kernel.min_std(*steps()), torch.full((6,), 0.1))
+
+    def test_without_a_hold_shorter_than_the_run_it_never_moves(self):
+        kernel = learned(std_min=0.1, std_max=0.3)
+        kernel.set_progress(1.0)
+        assert kernel.hi == math.log(0.3)
+
     def test_asks_for_features(self):
         with pytest.raises(ValueError, match="pass hidden"):
             learned()(*draw(6), *steps())
@@ -433,6 +448,8 @@ class TestExtension:
         (lambda: Ancestral(-0.1), "0 < eta <= 1"),
         (lambda: LearnedNoise(4, (3,), 0.2, 0.1), "std_min < std_max"),
         (lambda: LearnedNoise(4, (3,), 0.0, 0.1), "0 < std_min"),
+        (lambda: LearnedNoise(4, (3,), hold=1.5), "hold in"),
+        (lambda: LearnedNoise(4, (3,), final=0.0), "final in"),
     ],
 )
 def test_a_parameter_without_a_density_is_an_error(make, match):

@@ -14,6 +14,7 @@ from rlflow.models.mlp import MLPField
 from rlflow.rl.advantages import GAE, GroupAdvantage
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.losses import PerStep
 from rlflow.rl.optim import AdamW, NonFiniteError
 from rlflow.rl.policy_gradient import KL
 from rlflow.types import Cond, Rollout, tree_map
@@ -28,6 +29,7 @@ TERMS = {
     "kl": {"kl": KL(0.5, "exact")},
     "velocity": {"kl": KL(0.5, "velocity")},
     "joint": {"likelihood": JOINT, "kl": KL(0.5)},
+    "anchor, per step": {"anchor": 0.5, "per_step": PerStep(0.8, 0.005)},
     "entropy": {"kernel": "learned", "entropy": 0.1, "kl": KL(0.5)},
     "joint entropy": {"kernel": "learned", "likelihood": JOINT, "entropy": 0.1, "kl": KL(0.5)},
 }
@@ -48,7 +50,8 @@ def shaken(parts: Any) -> None:
 def rows_of(rollout: Rollout, keep: Tensor) -> Rollout:
     """The rollout of the environments `keep` (B',) alone."""
     flat = torch.arange(rollout.num_rows).reshape(rollout.reward.shape)[:, keep].flatten()
-    names = ["action", "reward", "terminated", "truncated", "weight", "row_ids"]
+    names = ["action", "reward", "terminated", "truncated", "weight", "row_ids", "num_steps"]
+    names = [n for n in names if getattr(rollout, n) is not None]
     cut = {n: getattr(rollout, n)[:, keep] for n in names}
     cut |= {n: tree_map(lambda v: v[:, keep], getattr(rollout, n)) for n in ("obs", "final_obs")}
     cut |= {"last_obs": tree_map(lambda v: v[keep], rollout.last_obs), "group": rollout.group[keep]}
@@ -279,7 +282,7 @@ class TestEncoder:
         assert rollout.cond is not None
         rows = parts.policy.encoder_rows
         parts.algorithm.update(rollout)
-        last_states = 16 * (1 + (4 if rollout.final_obs is not None else 0))
+        last_states = 16 * (1 + (1 if rollout.final_obs is not None else 0))
         assert parts.policy.encoder_rows - rows == (last_states if isinstance(advantage, GAE) else 0)
 
     def test_one_that_trains_gets_a_gradient_and_runs_once_per_row_of_a_micro_batch(self, make, gradient):
@@ -394,7 +397,7 @@ class TestCritic:
         """Its loss is the mean over the others."""
         parts = make(advantage=GAE())
         rollout = parts.collect()
-        values = parts.algorithm.critic(rollout.cond).detach()
+        values = parts.algorithm.critic.net(rollout.cond).detach()
         gone = torch.arange(16) < 5
         expected = (values - rollout.reward[0]).square()[~gone].mean()
         rollout.reward[:, gone], rollout.weight[:, gone] = torch.nan, 0.0
@@ -402,7 +405,7 @@ class TestCritic:
 
     def test_trains_only_itself(self, make):
         """No gradient leaves it for the features, whoever asks it for a value."""
-        critic = make(advantage=GAE()).algorithm.critic
+        critic = make(advantage=GAE()).algorithm.critic.net
         features = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
         critic(Cond({"pooled": features})).sum().backward()
         assert features.grad is None
@@ -415,10 +418,10 @@ class TestCritic:
         rollout, algorithm = parts.collect(), parts.algorithm
         rollout.truncated[1, 2], rollout.terminated[1, 2] = truncated, not truncated
         rollout.final_obs["state"][1, 2] = 7.0
-        v, v_next = algorithm.values(rollout, rollout.cond.index)
+        v, v_next = algorithm.critic.values(rollout, rollout.cond.index, 64)
 
         def value(obs: Any) -> Tensor:
-            return algorithm.critic(parts.policy.encode(obs)).detach()
+            return algorithm.critic.net(parts.policy.encode(obs)).detach()
 
         goal = rollout.final_obs["goal"][1, 2:3]
         close(v_next[1, 2:3], value({"goal": goal, "state": torch.full((1, 2), 7.0)}))
@@ -430,7 +433,7 @@ class TestCritic:
             parts = made[rank, world]
             for i in range(2):
                 parts.iterate(i)
-            return [*parts.algorithm.critic.parameters(), *parts.policy.parameters()]
+            return [*parts.algorithm.critic.net.parameters(), *parts.policy.parameters()]
 
         made = {(r, w): make("reach", groups=Groups(4, 4, r, w), advantage=GAE()) for r, w in [(0, 1), (0, 2), (1, 2)]}
         one, two = train(0, 1), ranks(2, lambda rank: train(rank, 2))
@@ -468,7 +471,9 @@ class TestState:
         for name, value in straight.policy.weights.state_dict().items():
             assert torch.equal(value, second.policy.weights.state_dict()[name]), name
         if straight.algorithm.critic is not None:
-            for a, b in zip(straight.algorithm.critic.parameters(), second.algorithm.critic.parameters(), strict=True):
+            for a, b in zip(
+                straight.algorithm.critic.net.parameters(), second.algorithm.critic.net.parameters(), strict=True
+            ):
                 assert torch.equal(a, b)
 
     def test_minibatches_are_drawn_anew_each_iteration_and_epoch(self, make, monkeypatch):
@@ -496,7 +501,7 @@ class TestRefusals:
             ({"clip_low": 0.0}, "must be positive"),
             ({"clip_high": -0.1}, "must be positive"),
             ({"groups": Groups(4, 1)}, "set group_size >= 2, or use advantage=gae"),
-            ({"num_minibatches": 3}, "must divide the 4 groups"),
+            ({"critic_warmup": 1}, "use critic_warmup=0"),
             ({"guard": True, "likelihood": JOINT}, "use likelihood.joint=false"),
             ({"guard": True, "kernel": "learned"}, "LearnedNoise learns: use guard=false"),
             ({"kl": KL(0.1, "released"), "kernel": "learned"}, "use kl.kind=exact"),
