@@ -41,6 +41,9 @@ class VelocityField(nn.Module):
         """Raw observations (N, ...) to a Cond with at least "pooled" (N, F)."""
         raise NotImplementedError
 
+    def observe(self, obs: Tree) -> None:
+        """See the raw observations (N, ...) of a finished iteration; running statistics are updated here only."""
+
     def null(self, cond: Cond) -> Cond:
         """The unconditional version of `cond`, for guidance (N rows)."""
         raise NotImplementedError(f"{type(self).__name__} was not trained without a condition: use guidance scale 1")
