@@ -187,8 +187,8 @@ class Demos:
 
     def chunks(self, num: int) -> Chunks:
         """Every run of `num` consecutive actions inside one episode, with the observation before it."""
-        starts = [torch.arange(e["start"], e["start"] + e["length"] - num + 1) for e in self.episodes]
-        starts = [s for s, e in zip(starts, self.episodes, strict=True) if e["length"] >= num]
+        last = [(e["start"], e["start"] + e["length"] - num + 1) for e in self.episodes]
+        starts = [torch.arange(first, end) for first, end in last if end > first]
         if not starts:
             raise ValueError(f"{self.folder}: no episode has {num} steps: take shorter chunks")
         return Chunks(self, torch.cat(starts), num)
