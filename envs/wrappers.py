@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlflow import dist
 from rlflow.envs.base import VecEnv
+from rlflow.moments import merge, no_moments, scale
 from rlflow.rewards.base import RewardSet
 from rlflow.types import Step, Tree, tree_cat, tree_map, tree_where
 
@@ -72,7 +73,7 @@ class RewardScaling(Wrapper):
         super().__init__(env)
         self.gamma, self.clip = gamma, clip
         self.running = torch.zeros(env.num_envs, dtype=torch.float64, device=env.device)
-        self.moments = torch.zeros(3, dtype=torch.float64, device=env.device)  # count, mean, sum of squared deviations
+        self.moments = no_moments().to(env.device)
 
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
         """The running returns of the reset rows begin anew; the moments stay."""
@@ -85,25 +86,10 @@ class RewardScaling(Wrapper):
         counts = step.valid & step.reward.isfinite()
         gamma = self.gamma if step.num_steps is None else self.gamma ** step.num_steps.double()
         self.running = torch.where(counts, step.reward + gamma * self.running, self.running)
-        self._update(self.running, counts)
+        self.moments = merge(self.moments, self.running, counts)
         self.running = torch.where(step.ended, 0.0, self.running)
-        reward = (step.reward / self._std()).clamp(-self.clip, self.clip)
+        reward = (step.reward / scale(self.moments)).clamp(-self.clip, self.clip)
         return replace(step, reward=reward.to(step.reward.dtype))
-
-    def _update(self, value: Tensor, counts: Tensor) -> None:
-        """Merge the rows of `counts`, of every process, into the moments (Chan, Golub and LeVeque, 1983)."""
-        shifted = torch.where(counts, value - self.moments[1], 0.0)  # small numbers: sums of squares stay exact
-        num, total, squares = dist.all_sum(torch.stack([counts.sum().double(), shifted.sum(), shifted.square().sum()]))
-        before, mean, deviations = self.moments
-        count = before + num
-        shift = total / count.clamp(min=1)
-        self.moments = torch.stack([count, mean + shift, deviations + squares - count * shift.square()])
-
-    def _std(self) -> Tensor:
-        """Biased std of all returns so far; 1 while they do not differ."""
-        count, _, deviations = self.moments
-        variance = deviations / count.clamp(min=1)
-        return torch.where(variance > 1e-12, variance.clamp(min=1e-12).sqrt(), 1.0)
 
     def own_state(self) -> dict[str, Tensor]:
         return {"running": self.running, "moments": self.moments}

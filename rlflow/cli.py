@@ -213,9 +213,11 @@ def _run_compare(args: argparse.Namespace) -> None:
 
 
 def _pretrain(commands: Any) -> None:
-    p = _command(commands, "pretrain", _run_pretrain, "Pre-train an embedded model from data the program draws.")
-    p.add_argument("world", metavar="NAME", help="shapes or words")
-    p.add_argument("rest", nargs=argparse.REMAINDER, metavar="--steps N --seed N --out DIR --threads N")
+    p = _command(
+        commands, "pretrain", _run_pretrain, "Pre-train an embedded model from data the program draws or plays."
+    )
+    p.add_argument("world", metavar="NAME", help="shapes, words, robot_bc_hopper, ...")
+    p.add_argument("rest", nargs=argparse.REMAINDER, metavar="--steps N --seed N --out DIR ...")
 
 
 def _run_pretrain(args: argparse.Namespace) -> None:

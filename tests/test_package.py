@@ -25,9 +25,10 @@ BELOW = {
     "registry": set(),
     "dist": {"types"},
     "flow": {"types"},
-    "models": {"types", "registry", "dist", "flow"},
+    "moments": {"types", "dist"},
+    "models": {"types", "registry", "dist", "moments", "flow"},
     "rewards": {"types", "registry", "flow", "models", "envs"},
-    "envs": {"types", "registry", "dist", "flow", "models", "rewards"},
+    "envs": {"types", "registry", "dist", "moments", "flow", "models", "rewards"},
     "rl": {"types", "registry", "dist", "flow", "models", "envs", "rewards"},
 }
 ABOVE_ALL = {"cli", "__main__"}  # nothing but themselves may import these

@@ -42,7 +42,7 @@ class VelocityField(nn.Module):
         raise NotImplementedError
 
     def observe(self, obs: Tree) -> None:
-        """Raw observations (N, ...) of an iteration, after its update: for running statistics; none by default."""
+        """See the raw observations (N, ...) of a finished iteration; running statistics are updated here only."""
 
     def null(self, cond: Cond) -> Cond:
         """The unconditional version of `cond`, for guidance (N rows)."""

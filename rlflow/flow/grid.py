@@ -96,3 +96,8 @@ class FromSigmas:
 def logit_normal(num: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """Training times (num,) = sigmoid(N(mean, std^2)); mean > 0 prefers the data end (Esser et al. 2024)."""
     return torch.sigmoid(mean + std * torch.randn(num, generator=generator, device=generator.device))
+
+
+def uniform_times(num: int, generator: torch.Generator) -> Tensor:
+    """Training times (num,), all alike in [0, 1)."""
+    return torch.rand(num, generator=generator, device=generator.device)

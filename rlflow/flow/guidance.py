@@ -33,6 +33,10 @@ class CFG(VelocityField):
         """As the inner field."""
         return self.field.encode(obs)
 
+    def observe(self, obs: Tree) -> None:
+        """As the inner field."""
+        self.field.observe(obs)
+
     def null(self, cond: Cond) -> Cond:
         """As the inner field."""
         return self.field.null(cond)

@@ -4,20 +4,30 @@
 
 Its optimum is v*(x, t) = E[x_1 - x_0 | x_t = x]. A coupling decides which noise meets which data; both
 below keep the two marginals, so the optimum transports noise to data either way. Optimal transport inside the
-minibatch (Tong et al. 2024, Pooladian et al. 2023) makes the paths straighter.
+minibatch (Tong et al. 2024, Pooladian et al. 2023) makes the paths straighter, but only where nothing is
+conditioned on: with a condition, the noise that meets it in training is no longer what it meets at inference.
+
+A Shortcut field u(x, t, dt) also knows the average velocity over steps it will be asked for (Frans et al. 2024):
+one step of size d goes where two of d / 2 go,
+
+    u(x, t, d) = (u(x, t, d/2) + u(x', t + d/2, d/2)) / 2,     x' = x + d/2 u(x, t, d/2).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from rlflow.flow.field import VelocityField
-from rlflow.flow.path import at_least_float, interpolate
+from rlflow.flow.path import at_least_float, expand, interpolate
 from rlflow.types import Cond
+
+MatchingLoss = Callable[[VelocityField, Tensor, Cond, Tensor, Tensor], Tensor]
+"""(field, x_1 (N, *D), cond, x_0 (N, *D), t (N,)) -> losses (N,)."""
 
 Coupling = Callable[[Tensor, Tensor], Tensor]
 """(x_0 (N, *D), x_1 (N, *D)) -> x_0 with its rows reordered to meet the rows of x_1."""
@@ -28,6 +38,52 @@ def cfm_loss(field: VelocityField, x_1: Tensor, cond: Cond, x_0: Tensor, t: Tens
     x_1, x_0 = at_least_float(x_1), at_least_float(x_0)
     v = field(interpolate(x_0, x_1, t), t, torch.zeros_like(t), cond)
     return (at_least_float(v) - (x_1 - x_0)).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class ShortcutLoss:
+    """Self-consistency of step sizes 1, 1/2, ... 1 / `max_steps` for a share of the rows, flow matching for the others.
+
+    Only sizes that inference uses are trained: the halves of the smallest one are steps of the instantaneous
+    velocity (dt = 0), which the matched rows teach. The two small steps are a target and carry no gradient.
+    """
+
+    max_steps: int = 4
+    share: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1 or self.max_steps & (self.max_steps - 1):
+            raise ValueError(f"max_steps must be 1, 2, 4, ... for steps to halve, got {self.max_steps}")
+        if not 0 < self.share < 1:
+            raise ValueError(f"share must lie between 0 and 1, got {self.share}")
+
+    def __call__(self, field: VelocityField, x_1: Tensor, cond: Cond, x_0: Tensor, t: Tensor) -> Tensor:
+        """Squared errors (N,) of a field that reads dt; the first rows are those of self-consistency."""
+        if not field.uses_dt:
+            raise ValueError(f"{type(field).__name__} does not read dt: build it with average=True")
+        x_1, x_0 = at_least_float(x_1), at_least_float(x_0)
+        num, rows = round(self.share * len(t)), torch.arange(len(t), device=t.device)
+        size, start = self.steps(t[:num])
+        times = torch.cat([start, t[num:]])
+        x = interpolate(x_0, x_1, times)
+        target = torch.cat([self.two_halves(field, x[:num], start, size, cond.index(rows[:num])), (x_1 - x_0)[num:]])
+        v = field(x, times, torch.cat([size, torch.zeros_like(t[num:])]), cond)
+        return (at_least_float(v) - target).square().flatten(1).mean(1)
+
+    def steps(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(size (N,), start (N,)): sizes in turn, each beginning at the last of its multiples that is not after t."""
+        num_sizes = self.max_steps.bit_length()
+        size = 0.5 ** (torch.arange(len(t), device=t.device) % num_sizes).to(t)
+        return size, torch.minimum((t / size).floor() * size, 1 - size)
+
+    @torch.no_grad()
+    def two_halves(self, field: VelocityField, x: Tensor, t: Tensor, size: Tensor, cond: Cond) -> Tensor:
+        """Mean velocity (N, *D) of two steps of half the size."""
+        half = size / 2
+        dt = torch.where(half * self.max_steps >= 1, half, torch.zeros_like(half))
+        first = at_least_float(field(x, t, dt, cond))
+        second = at_least_float(field(x + expand(half, x) * first, t + half, dt, cond))
+        return (first + second) / 2
 
 
 def independent(x_0: Tensor, x_1: Tensor) -> Tensor:

@@ -41,14 +41,13 @@ class FlowPolicy(nn.Module):
         grid: TimeGrid | None = None,
         num_steps: int = 10,
         squash: nn.Module | None = None,
-        normalizer: nn.Module | None = None,
         autocast: torch.dtype | None = None,
         storage_dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.field, self.kernel = field, kernel
         self.solver, self.grid, self.num_steps = solver or Euler(), grid or Uniform(), num_steps
-        self.squash, self.normalizer = squash or nn.Identity(), normalizer or nn.Identity()
+        self.squash = squash or nn.Identity()
         self.autocast, self.storage_dtype = autocast, storage_dtype
         self.network_rows, self.graph_rows = 0, 0  # rows evaluated; those of them with a graph
         self.encoder_rows = 0
@@ -106,7 +105,7 @@ class FlowPolicy(nn.Module):
         """Raw observations (N, ...) to a Cond (N)."""
         obs = tree_map(lambda v: v.to(self.device), obs)
         with self._precision():
-            cond = self.field.encode(self.normalizer(obs))
+            cond = self.field.encode(obs)
         self.encoder_rows += len(cond)
         return cond
 

@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from rlflow.flow.field import VelocityField
+from rlflow.models.normalizer import Normalizer
 from rlflow.types import Cond, Tree
 
 
@@ -20,6 +21,11 @@ def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.SiLU) -> nn.Seque
     for i, (a, b) in enumerate(pairwise(sizes)):
         layers += [nn.Linear(a, b)] + ([activation()] if i < len(sizes) - 2 else [])
     return nn.Sequential(*layers)
+
+
+def side_by_side(obs: Tree) -> Tensor:
+    """Observations (N, F), or a dict of tensors concatenated in the order of its sorted keys."""
+    return torch.cat([obs[k].flatten(1) for k in sorted(obs)], -1) if isinstance(obs, dict) else obs
 
 
 class TimeFeatures(nn.Module):
@@ -38,7 +44,10 @@ class TimeFeatures(nn.Module):
 
 
 class MLPField(VelocityField):
-    """v(x, t, dt | obs) with vector observations (N, obs_dim); `average` reads dt as well."""
+    """v(x, t, dt | obs) with vector observations (N, obs_dim), normalised first.
+
+    `average` reads dt as well; `running` lets `observe` update the normaliser, otherwise it stays as fitted.
+    """
 
     def __init__(
         self,
@@ -47,10 +56,12 @@ class MLPField(VelocityField):
         width: int = 128,
         depth: int = 2,
         average: bool = False,
+        running: bool = False,
     ):
         super().__init__()
         self.args = {"obs_dim": obs_dim, "event_shape": list(event_shape), "width": width, "depth": depth}
-        self.args |= {"average": average}
+        self.args |= {"average": average, "running": running}
+        self.normalizer, self.running = Normalizer(obs_dim), running
         self.event_shape, self.num_features, self.uses_dt = tuple(event_shape), obs_dim, average
         dim, self.time = math.prod(event_shape), TimeFeatures()
         extra = 16 * (2 if average else 1)
@@ -58,12 +69,20 @@ class MLPField(VelocityField):
 
     def encode(self, obs: Tree) -> Cond:
         """Observations (N, obs_dim), or a dict of tensors concatenated in the order of its sorted keys."""
-        if isinstance(obs, dict):
-            obs = torch.cat([obs[k].flatten(1) for k in sorted(obs)], -1)
-        return Cond({"pooled": obs.to(next(self.parameters()).dtype)})
+        return Cond({"pooled": self.normalizer(side_by_side(obs)).to(next(self.parameters()).dtype)})
+
+    def observe(self, obs: Tree) -> None:
+        """Let the normaliser, if it is running, see raw observations (N, ...); between two iterations only."""
+        if self.running:
+            self.normalizer.update(side_by_side(obs))
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The weights between hidden layers, which Muon trains."""
+        layers = [m for m in self.net if isinstance(m, nn.Linear)]
+        return [layer.weight for layer in layers[1:-1]]
 
     def null(self, cond: Cond) -> Cond:
-        """Zeros for the observation."""
+        """Zeros for the normalised observation: an average one."""
         return Cond({"pooled": torch.zeros_like(cond["pooled"])})
 
     def forward(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:

@@ -1,14 +1,16 @@
-"""Pre-training by conditional flow matching: Muon for hidden matrices, AdamW for the rest, weight average.
+"""Pre-training by flow matching, of images and of robots: Muon for hidden matrices, AdamW for the rest, weight average.
 
 The result is a function of the batches, the seed and the number of steps, never of the clock. Captions are
-dropped at random so that the model also learns the unconditional velocity (classifier-free guidance, Ho and
+dropped at random so that an image model also learns the unconditional velocity (classifier-free guidance, Ho and
 Salimans 2022). Muon: Jordan et al. 2024, step size matched to AdamW's (Liu et al. 2025).
 """
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -19,13 +21,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rlflow.flow.field import VelocityField
 from rlflow.flow.grid import logit_normal
-from rlflow.flow.matching import Coupling, cfm_loss, independent
+from rlflow.flow.matching import Coupling, MatchingLoss, cfm_loss, independent
 from rlflow.flow.path import expand
 from rlflow.types import Cond, Tree
 
 Field = TypeVar("Field", bound=VelocityField)
 Progress = Callable[[int, float, VelocityField], None]
 """(steps done, loss of the last one, averaged field) -> None."""
+Times = Callable[[int, torch.Generator], Tensor]
+"""(N, generator) -> training times (N,)."""
+BEFORE_THE_MIDDLE: Times = partial(logit_normal, mean=-0.4, std=1.2)
 
 
 def pretrain(
@@ -38,9 +43,9 @@ def pretrain(
     muon_lr: float = 4e-3,
     drop: float = 0.1,
     average: float = 0.99,
-    time_mean: float = -0.4,
-    time_std: float = 1.2,
+    times: Times = BEFORE_THE_MIDDLE,
     coupling: Coupling = independent,
+    loss: MatchingLoss = cfm_loss,
     seed: int = 0,
     autocast: bool = True,
     progress: Progress | None = None,
@@ -48,7 +53,7 @@ def pretrain(
     """Train `field` in place on `batches` of (data (N, *D), observation); returns its weight average.
 
     `hidden` names the matrices for Muon; `drop` is the share of rows whose condition is hidden from the
-    field; `average` is the decay of the weight average; training times are logit-normal.
+    field; `average` is the decay of the weight average; `loss` and `times` say what is learned and where.
     """
     optimizers = _optimizers(field, list(hidden), lr, muon_lr)
     schedules = [LambdaLR(o, lambda i: learning_rate_factor(i, steps)) for o in optimizers]
@@ -58,10 +63,9 @@ def pretrain(
         with torch.autocast(x_1.device.type, torch.bfloat16, enabled=autocast):
             cond = drop_condition(field, field.encode(obs), drop, rng)
             x_0 = coupling(torch.randn(x_1.shape, generator=rng).to(x_1), x_1)
-            t = logit_normal(len(x_1), rng, time_mean, time_std).to(x_1)
-            loss = cfm_loss(field, x_1, cond, x_0, t).mean()
+            error = loss(field, x_1, cond, x_0, times(len(x_1), rng).to(x_1)).mean()
         field.zero_grad(set_to_none=True)
-        loss.backward()
+        error.backward()
         nn.utils.clip_grad_norm_(field.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
@@ -69,7 +73,7 @@ def pretrain(
         # a young average forgets its random start fast
         update_average(averaged, field, min(average, (step + 1) / (step + 10)))
         if progress is not None:
-            progress(step, loss.item(), averaged)
+            progress(step, error.item(), averaged)
     return averaged
 
 
@@ -84,6 +88,17 @@ def _optimizers(
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, lr=muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     return optimizers
+
+
+def report(steps: int, every: int = 50) -> Progress:
+    """Prints a line every so many steps."""
+    begin = time.perf_counter()
+
+    def progress(step: int, loss: float, averaged: VelocityField) -> None:
+        if step % every == 0 or step == steps:
+            print(f"step {step}/{steps}  loss {loss:.4f}  {time.perf_counter() - begin:.0f} s", flush=True)
+
+    return progress
 
 
 def learning_rate_factor(step: int, steps: int) -> float:

@@ -1,8 +1,8 @@
-"""The two embedded text-to-image checkpoints: what their data is, how they are pre-trained, judged and saved.
+"""What `rlflow pretrain` makes: the two embedded text-to-image checkpoints, here, and the robots of cloning.py.
 
-Everything is drawn by the program itself. A checkpoint folder holds model.safetensors and config.json, whose
-"made_by" names the command, seed and time that made it and its accuracy on held-out captions, whose "judged_by"
-what `rlflow eval` judges it by.
+Everything is drawn, or played, by the program itself. A checkpoint folder holds model.safetensors and config.json,
+whose "made_by" names the command, seed and time that made it and how good it is, whose "judged_by" what
+`rlflow eval` judges it by.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save
 from torch import Tensor
 
 from rlflow import registry
 from rlflow.envs import scenes, words
-from rlflow.flow.field import VelocityField
 from rlflow.models.dit import DiT
+from rlflow.models.io import save_field
 from rlflow.rewards.shapes import shapes_strict
-from rlflow.train.pretrain import pretrain
+from rlflow.train.cloning import CLONINGS, Cloning
+from rlflow.train.pretrain import pretrain, report
 
 EVALUATION_STEPS = 10
+ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,14 @@ class World:
     metrics: dict[str, str]
 
     @property
+    def asset(self) -> str:
+        """Its folder."""
+        return self.name
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """Options of this kind of data: none."""
+
+    @property
     def judged_by(self) -> dict[str, Any]:
         """Sections of a config that evaluate the checkpoint."""
         return {"env": {"prompts": self.prompts}, "eval": {"metrics": self.metrics}}
@@ -54,6 +63,34 @@ class World:
         while True:
             images, captions = zip(*(self.draw(rng) for _ in range(rows)), strict=True)
             yield torch.from_numpy(np.stack(images)) * 2 - 1, field.tokenize(captions)
+
+    def make(self, out: Path, args: argparse.Namespace) -> dict[str, Any]:
+        """Pre-train a DiT, judge it and save it in `out`; returns config.json's "made_by"."""
+        for name in self.metrics.values():
+            registry.find("reward", name)  # what cannot be judged here is said before it is trained
+        torch.manual_seed(args.seed)
+        field = DiT(self.vocab)
+        begin, begin_cpu = time.perf_counter(), time.process_time()
+        averaged = pretrain(
+            field,
+            self.batches(field, np.random.default_rng(args.seed), ROWS),
+            steps=args.steps,
+            hidden=field.hidden_matrices(),
+            seed=args.seed,
+            progress=report(args.steps),
+        )
+        made_by = {
+            "command": f"python scripts/pretrain_{self.name}.py --steps {args.steps} --seed {args.seed}",
+            "seed": args.seed,
+            "steps": args.steps,
+            "seconds": round(time.perf_counter() - begin),
+            "cpu_seconds": round(time.process_time() - begin_cpu),
+            "threads": torch.get_num_threads(),
+        }
+        made_by |= {name: round(value, 3) for name, value in self.evaluate(averaged).items()}
+        made_by["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+        save_field(averaged, out, made_by, self.judged_by)
+        return made_by
 
 
 @torch.no_grad()
@@ -106,70 +143,26 @@ def judge_words(field: DiT) -> dict[str, float]:
 
 SHAPES_METRICS = {"strict": "shapes_strict", "soft": "shapes_soft", "judge": "cnn_judge", "diversity": "diversity"}
 WORDS_METRICS = {"strict": "ocr_exact", "soft": "ocr"}
-WORLDS = {
+IMAGES = {
     "shapes": World("shapes", scenes.VOCAB, draw_scene, judge_scenes, 750, "scenes", SHAPES_METRICS),
     "words": World("words", words.VOCAB, draw_word, judge_words, 500, "words", WORDS_METRICS),
 }
+WORLDS: dict[str, World | Cloning] = {**IMAGES, **CLONINGS}
 
 
-def make_checkpoint(world: World, out: Path, *, steps: int, seed: int, rows: int = 64) -> dict[str, Any]:
-    """Pre-train a DiT on `world`, judge it, save it in `out`; returns what config.json says of its making."""
-    for name in world.metrics.values():
-        registry.find("reward", name)  # what cannot be judged here is said before it is trained
-    torch.manual_seed(seed)
-    field = DiT(world.vocab)
-    begin, begin_cpu = time.perf_counter(), time.process_time()
-    averaged = pretrain(
-        field,
-        world.batches(field, np.random.default_rng(seed), rows),
-        steps=steps,
-        hidden=field.hidden_matrices(),
-        seed=seed,
-        progress=_report(steps, begin),
-    )
-    made_by = {
-        "command": f"python scripts/pretrain_{world.name}.py --steps {steps} --seed {seed}",
-        "seed": seed,
-        "steps": steps,
-        "seconds": round(time.perf_counter() - begin),
-        "cpu_seconds": round(time.process_time() - begin_cpu),
-        "threads": torch.get_num_threads(),
-    }
-    made_by |= {name: round(value, 3) for name, value in world.evaluate(averaged).items()}
-    made_by["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-    save_checkpoint(averaged, out, made_by, world.judged_by)
-    return made_by
-
-
-def _report(steps: int, begin: float) -> Callable[[int, float, VelocityField], None]:
-    def progress(step: int, loss: float, averaged: VelocityField) -> None:
-        if step % 50 == 0 or step == steps:
-            print(f"step {step}/{steps}  loss {loss:.4f}  {time.perf_counter() - begin:.0f} s", flush=True)
-
-    return progress
-
-
-def save_checkpoint(field: DiT, folder: Path, made_by: dict[str, Any], judged_by: dict[str, Any]) -> None:
-    """Write model.safetensors (float32) and config.json: the arguments of DiT, how it was made, what judges it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.float().contiguous() for name, value in field.state_dict().items()}
-    (folder / "model.safetensors").write_bytes(save(weights))
-    config = {"model": "dit", "args": field.args, "made_by": made_by, "judged_by": judged_by}
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-
-
-def main(world: World, argv: list[str] | None = None, out: Path | None = None) -> None:
-    """The command line of `rlflow pretrain` and scripts/pretrain_*.py; `out` is --out by default, ./NAME unless given.
+def main(world: World | Cloning, argv: list[str] | None = None, out: Path | None = None) -> None:
+    """The command line of `rlflow pretrain` and scripts/pretrain_*.py; --out is ./NAME unless `out` is given.
 
     The shipped checkpoint is written where it ships only by the scripts, which say so.
     """
-    parser = argparse.ArgumentParser(description=f"pre-train the embedded {world.name} model")
+    parser = argparse.ArgumentParser(description=f"pre-train the embedded model of {world.name}")
     parser.add_argument("--steps", type=int, default=world.steps)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=out or Path(world.name))
+    parser.add_argument("--out", type=Path, default=out or Path(world.asset))
     parser.add_argument("--threads", type=int, default=1)
+    world.add_options(parser)
     args = parser.parse_args(argv)
     if out is None and (args.out / "config.json").exists():
         raise FileExistsError(f"{args.out} holds a checkpoint: give another --out")
     torch.set_num_threads(args.threads)
-    print(json.dumps(make_checkpoint(world, args.out, steps=args.steps, seed=args.seed), indent=1))
+    print(json.dumps(world.make(args.out, args), indent=1))

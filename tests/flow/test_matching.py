@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlflow.flow.field import VelocityField
-from rlflow.flow.matching import cfm_loss, independent, minibatch_ot
+from rlflow.flow.matching import ShortcutLoss, cfm_loss, independent, minibatch_ot
 from rlflow.types import Cond
 
 MEAN, SCALE = 1.5, 0.4
@@ -111,3 +111,102 @@ def test_optimal_coupling_undoes_a_shuffle():
     x_0, _ = draw(30)
     order = torch.randperm(30)
     torch.testing.assert_close(minibatch_ot(x_0, x_0[order] + 7), x_0[order])
+
+
+class Steered(VelocityField):
+    """v = rate * x plus a drift; its average over dt is exact when `exact`, else the instantaneous one."""
+
+    event_shape, uses_dt = (2,), True
+
+    def __init__(self, rate: float, drift: float = 0.0, exact: bool = True) -> None:
+        super().__init__()
+        self.rate, self.exact = torch.nn.Parameter(torch.tensor(rate, dtype=torch.float64)), exact
+        self.drift, self.asked = drift, []
+
+    def forward(self, x, t, dt, cond):
+        self.asked.append((t, dt))
+        small = torch.where(dt > 0, dt, 1)
+        growth = torch.where(dt > 0, torch.expm1(self.rate * small) / small, self.rate)
+        return x * (growth if self.exact else self.rate.expand(len(x)))[:, None] + self.drift
+
+
+def euler(field: VelocityField, x: torch.Tensor, num_steps: int) -> torch.Tensor:
+    for k in range(num_steps):
+        t = torch.full((len(x),), k / num_steps, dtype=x.dtype)
+        x = x + field(x, t, torch.full_like(t, 1 / num_steps), cond(len(x))) / num_steps
+    return x
+
+
+def shortcut_errors(field: VelocityField, max_steps: int = 4, num: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses of the rows of self-consistency, and the step size of each."""
+    x_0, x_1 = draw(num)
+    loss = ShortcutLoss(max_steps, share=0.75)
+    t = torch.rand(num, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    kept = round(0.75 * num)
+    return loss(field, x_1, cond(num), x_0, t)[:kept], loss.steps(t[:kept])[0]
+
+
+class TestShortcut:
+    def test_target_is_exact_for_a_straight_field(self):
+        """Two halves of a constant velocity are the whole: no error at any size."""
+        errors, _ = shortcut_errors(Steered(0.0, drift=1.7))
+        assert errors.max() < 1e-28
+
+    def test_exact_averages_have_no_error_but_at_the_smallest_size(self):
+        """There the halves are Euler steps of the instantaneous velocity, as is written down."""
+        errors, size = shortcut_errors(Steered(0.8))
+        assert errors[size > 0.25].max() < 1e-28
+        assert errors[size == 0.25].min() > 0
+
+    def test_exact_averages_go_as_far_in_one_step_as_in_many(self):
+        x_0, _ = draw(16)
+        field = Steered(0.8)
+        for num_steps in (1, 2, 4):
+            torch.testing.assert_close(euler(field, x_0, num_steps), x_0 * 2.718281828459045**0.8, rtol=1e-12, atol=0)
+
+    def test_instantaneous_velocity_in_place_of_averages_is_seen(self):
+        errors, _ = shortcut_errors(Steered(0.8, exact=False))
+        assert errors.min() > 0
+
+    @pytest.mark.parametrize("max_steps", [1, 2, 4, 8])
+    def test_only_step_sizes_of_inference_are_asked_for(self, max_steps):
+        """On their own grid, inside [0, 1]; half of the smallest one as dt = 0."""
+        field = Steered(0.8)
+        _, size = shortcut_errors(field, max_steps)
+        assert sorted(set(size.tolist())) == [1 / k for k in (8, 4, 2, 1) if k <= max_steps]
+        (t, dt), (t_2, dt_2), (t_all, dt_all) = field.asked
+        assert torch.equal(dt, dt_2)
+        assert torch.equal(dt, torch.where(size > 1 / max_steps, size / 2, 0))
+        assert torch.equal(t_2, t + size / 2)
+        assert torch.equal(t % size, torch.zeros_like(t))
+        assert float((t + size).max()) <= 1
+        assert torch.equal(dt_all[: len(size)], size)
+        assert not dt_all[len(size) :].any()
+        assert torch.equal(t_all[: len(size)], t)
+
+    def test_other_rows_are_flow_matching(self):
+        x_0, x_1 = draw(64)
+        t = torch.rand(64, dtype=torch.float64)
+        field = Steered(0.3)
+        matched = cfm_loss(field, x_1, cond(64), x_0, t)
+        torch.testing.assert_close(ShortcutLoss()(field, x_1, cond(64), x_0, t)[16:], matched[16:])
+
+    def test_gradient_is_finite_and_only_of_the_big_step(self):
+        """Against the gradient by hand, with the target held."""
+        x_0, x_1 = draw(64)
+        t = torch.linspace(0, 1, 64, dtype=torch.float64)
+        field = Steered(0.8, exact=False)
+        ShortcutLoss(share=0.5)(field, x_1, cond(64), x_0, t)[:32].mean().backward()
+        size, start = ShortcutLoss().steps(t[:32])
+        x = (1 - start[:, None]) * x_0[:32] + start[:, None] * x_1[:32]
+        target = ShortcutLoss().two_halves(field, x, start, size, cond(32))
+        expected = (2 * (field.rate.detach() * x - target) * x).mean()
+        torch.testing.assert_close(field.rate.grad, expected)
+
+    def test_refusals(self):
+        with pytest.raises(ValueError, match=r"1, 2, 4"):
+            ShortcutLoss(max_steps=3)
+        with pytest.raises(ValueError, match="share"):
+            ShortcutLoss(share=1.0)
+        with pytest.raises(ValueError, match="average=True"):
+            ShortcutLoss()(Affine(), draw(4)[1], cond(4), draw(4)[0], torch.rand(4))

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 import rlflow
 from rlflow.envs import scenes
 from rlflow.models.dit import DiT
-from rlflow.train import worlds
+from rlflow.models.io import save_field
 from rlflow.train.pretrain import drop_condition, learning_rate_factor, pretrain, update_average
-from rlflow.train.worlds import WORLDS, main, save_checkpoint
+from rlflow.train.worlds import IMAGES, WORLDS, World, main
 
 ASSETS = Path(rlflow.__file__).parent / "assets"
 
@@ -98,9 +98,9 @@ def test_average_moves_by_its_share():
     torch.testing.assert_close(averaged.weight, expected)
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", IMAGES)
 def test_batches_are_latents_with_training_captions(name):
-    world = WORLDS[name]
+    world = IMAGES[name]
     field = DiT(world.vocab, width=16, depth=1, heads=2)
     data, ids = next(world.batches(field, np.random.default_rng(0), 4))
     assert data.shape == (4, *field.event_shape)
@@ -109,27 +109,16 @@ def test_batches_are_latents_with_training_captions(name):
     assert ids.shape == (4, field.context)
 
 
-def test_saved_checkpoint_is_whole(tmp_path):
-    field = tiny()
-    save_checkpoint(field, tmp_path / "new", {"seed": 3}, {"env": {"prompts": "scenes"}})
-    config = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert config["made_by"] == {"seed": 3}
-    assert config["judged_by"] == {"env": {"prompts": "scenes"}}
-    twin = DiT(**config["args"])
-    twin.load_state_dict(load_file(tmp_path / "new" / "model.safetensors"))
-    assert all(torch.equal(a, b) for a, b in zip(field.parameters(), twin.parameters(), strict=True))
-
-
 def test_the_command_writes_here_and_over_nothing(tmp_path, monkeypatch):
     """By default not over the checkpoint that ships, which only the scripts make."""
     asked = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(worlds, "make_checkpoint", lambda world, out, **_: asked.append(out) or {})
+    monkeypatch.setattr(World, "make", lambda world, out, args: asked.append(out) or {})
     main(WORLDS["shapes"], [])
     main(WORLDS["shapes"], ["--out", "there"])
     main(WORLDS["shapes"], [], out=ASSETS / "shapes")
     assert asked == [Path("shapes"), Path("there"), ASSETS / "shapes"]
-    save_checkpoint(tiny(), tmp_path / "shapes", {}, {})
+    save_field(tiny(), tmp_path / "shapes")
     with pytest.raises(FileExistsError, match="shapes holds a checkpoint: give another --out"):
         main(WORLDS["shapes"], [])
 
@@ -139,7 +128,7 @@ def test_shapes_are_made_without_text_recognition():
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", IMAGES)
 def test_shipped_checkpoint_loads_and_names_its_making(name):
     config = json.loads((ASSETS / name / "config.json").read_text())
     assert {"command", "seed", "steps", "seconds", "versions"} <= set(config["made_by"])
@@ -149,10 +138,10 @@ def test_shipped_checkpoint_loads_and_names_its_making(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", IMAGES)
 def test_shipped_checkpoint_is_as_good_as_it_says_and_leaves_headroom(name):
     config = json.loads((ASSETS / name / "config.json").read_text())
     field = DiT(**config["args"])
     field.load_state_dict(load_file(ASSETS / name / "model.safetensors"))
-    for what, value in WORLDS[name].evaluate(field).items():
+    for what, value in IMAGES[name].evaluate(field).items():
         assert value == pytest.approx(config["made_by"][what], abs=0.02)

@@ -1,0 +1,120 @@
+"""Experts that make demonstrations: small Gaussian policies, and one episode per seed of their play.
+
+The embedded ones were trained by scripts/make_demos.py with stable-baselines3 and stopped at "medium".
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterator
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlflow import registry
+from rlflow.envs.base import VecEnv
+from rlflow.envs.demos import Demos, Episode, write_demos
+from rlflow.types import Tree, tree_map
+
+EXPERTS = ("hopper", "walker2d", "halfcheetah")
+NUM_EPISODES = 100
+
+
+class GaussianExpert(nn.Module):
+    """tanh MLP on normalised observations gives the mean; actions are clipped to [-1, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, obs_dim: int, action_dim: int, width: int = 64):
+        super().__init__()
+        hidden = [nn.Linear(obs_dim, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()]
+        self.net = nn.Sequential(*hidden, nn.Linear(width, action_dim))
+        self.log_std = nn.Parameter(torch.zeros(action_dim))
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("std", torch.ones(obs_dim))
+
+    @torch.no_grad()
+    def forward(self, obs: Tensor, rng: torch.Generator) -> Tensor:
+        """Random actions (N, A) for observations (N, obs_dim)."""
+        centre = self.net(((obs - self.mean) / self.std).clamp(-10, 10))
+        return (centre + self.log_std.exp() * torch.randn(centre.shape, generator=rng)).clamp(-1, 1)
+
+    def save(self, path: Path, made_by: dict[str, Any]) -> None:
+        """One safetensors file, which says how it was made."""
+        save_file(self.state_dict(), path, {"made_by": json.dumps(made_by)})
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[GaussianExpert, dict[str, Any]]:
+        """(expert, how it was made) of a file."""
+        weights = load_file(path)
+        expert = cls(len(weights["mean"]), len(weights["log_std"]), len(weights["net.0.bias"]))
+        expert.load_state_dict(weights)
+        with safe_open(path, "pt") as file:
+            return expert, json.loads((file.metadata() or {}).get("made_by", "{}"))
+
+
+def embedded_expert(name: str) -> Path:
+    """The file of a shipped expert."""
+    return Path(str(resources.files("rlflow") / "assets" / "experts" / f"{name}.safetensors"))
+
+
+def play(env: VecEnv, act: Callable[[Tree], Tensor], seed: int) -> Iterator[Episode]:
+    """Row b's whole episode from seed + b, for every row of an env with chunk = 1: long ones count like short ones."""
+    obs = env.reset(seed + torch.arange(env.num_envs))
+    running = torch.ones(env.num_envs, dtype=torch.bool)
+    kept: list[tuple[Tree, ...]] = []
+    ends = torch.full((2, env.num_envs), -1)  # the step that ended each row, and whether by the task
+    success = torch.full((env.num_envs,), torch.nan)
+    while bool(running.any()):
+        action = act(obs)
+        step = env.step(action)
+        kept.append((obs, action[:, 0], step.reward))
+        now = running & step.ended
+        ends[0, now], ends[1, now] = len(kept) - 1, step.terminated[now].long()
+        success = torch.where(now, step.info.get("success", success), success)
+        running, obs = running & ~step.ended, step.obs
+    columns = [_stack(column) for column in zip(*kept, strict=True)]
+    for row in range(env.num_envs):
+        length, fell = int(ends[0, row]) + 1, bool(ends[1, row])
+        obs, action, reward = (tree_map(lambda v, n=length, b=row: v[:n, b], column) for column in columns)
+        told = None if bool(success[row].isnan()) else bool(success[row] > 0)
+        yield Episode(obs, action, reward, fell, not fell, told)
+
+
+def _stack(steps: tuple[Tree, ...]) -> Tree:
+    """Time-major (T, B, ...)."""
+    if isinstance(steps[0], dict):
+        return {name: torch.stack([s[name] for s in steps]) for name in steps[0]}
+    return torch.stack(steps)
+
+
+def make_demos(
+    name: str, folder: Path | str, *, expert: Path | None = None, num_episodes: int = NUM_EPISODES, seed: int = 0
+) -> Demos:
+    """Write demonstrations of a locomotion task by its embedded expert, or by the one of a file; deterministic."""
+    path = expert or embedded_expert(name)
+    if not path.is_file():
+        raise ValueError(f"no expert {path}: python scripts/make_demos.py {name} --train makes one")
+    policy, trained = GaussianExpert.load(path)
+    env = registry.find("env", name)(num_episodes, chunk=1)
+    rng = torch.Generator().manual_seed(seed)
+    made_by = {
+        "command": f"python scripts/make_demos.py {name} --episodes {num_episodes} --seed {seed}",
+        "seed": seed,
+        "expert": trained,
+        "versions": versions("torch", "gymnasium", "mujoco"),
+    }
+    return write_demos(folder, play(env, lambda obs: policy(obs, rng).unsqueeze(1), seed), {"name": name}, made_by)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python and the named packages."""
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}

@@ -1,0 +1,160 @@
+"""Behaviour cloning of robots: a flow policy of action chunks that is matched to demonstrations.
+
+What comes out is a checkpoint folder whose "made_by" names the command, the data, the loss on held-out episodes
+and the mean return in the environment beside that of the demonstrations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlflow import registry
+from rlflow.envs.base import VecEnv
+from rlflow.envs.demos import Chunks, Demos
+from rlflow.flow.field import VelocityField
+from rlflow.flow.grid import uniform_times
+from rlflow.flow.kernels import FlowSDE
+from rlflow.flow.matching import Coupling, MatchingLoss, ShortcutLoss, cfm_loss, independent, minibatch_ot
+from rlflow.flow.noise import Key
+from rlflow.flow.policy import FlowPolicy
+from rlflow.models.io import save_field
+from rlflow.models.mlp import MLPField
+from rlflow.train.pretrain import pretrain, report
+
+COUPLINGS: dict[str, Coupling] = {"independent": independent, "ot": minibatch_ot}
+CHUNK = 4
+ROWS = 512
+JUDGED_EPISODES = 64
+
+
+@dataclass(frozen=True)
+class Cloning:
+    """One policy to make: `shortcut` also trains average velocities, for fewer denoising steps."""
+
+    name: str
+    env: str
+    shortcut: bool = False
+    steps: int = 5000
+    num_steps: int = 4  # K at which it is judged
+
+    @property
+    def asset(self) -> str:
+        """Its folder."""
+        return f"{self.env}_shortcut" if self.shortcut else self.env
+
+    @property
+    def loss(self) -> MatchingLoss:
+        """What is minimised."""
+        return ShortcutLoss(self.num_steps) if self.shortcut else cfm_loss
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """Options of this kind of data."""
+        parser.add_argument("--demos", type=Path, default=Path("demos") / self.env, help="folder; made if absent")
+        parser.add_argument("--coupling", choices=COUPLINGS, default="independent")
+
+    def make(self, out: Path, args: argparse.Namespace) -> dict[str, Any]:
+        """Clone the demonstrations, judge the policy and save it in `out`; returns config.json's "made_by"."""
+        demos = demos_of(self.env, args.demos)
+        begin, begin_cpu = time.perf_counter(), time.process_time()
+        field, validation = self.clone(demos, args.steps, args.seed, COUPLINGS[args.coupling])
+        seconds = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - begin_cpu}
+        env = registry.find("env", demos.env["name"])(JUDGED_EPISODES, chunk=CHUNK)
+        made_by = {
+            "command": f"rlflow pretrain {self.name} --steps {args.steps} --seed {args.seed}"
+            f" --coupling {args.coupling}",
+            "seed": args.seed,
+            "steps": args.steps,
+            **{name: round(value) for name, value in seconds.items()},
+            "threads": torch.get_num_threads(),
+            "validation_loss": round(validation, 4),
+            **self.returns(field, env),
+            "demonstrations": {
+                "mean_return": round(demos.mean_return, 1),
+                "episodes": len(demos.episodes),
+                **demos.about["made_by"],
+            },
+        }
+        judged_by = {"policy": {"num_steps": self.num_steps}, "env": demos.env}
+        save_field(field, out, made_by, judged_by)
+        return made_by
+
+    def clone(self, demos: Demos, steps: int, seed: int, coupling: Coupling) -> tuple[MLPField, float]:
+        """(policy, its flow-matching loss on held-out episodes)."""
+        train, held_out = demos.split()
+        torch.manual_seed(seed)
+        shape = (CHUNK, *demos.action_shape)
+        field = MLPField(demos.moments.shape[1], shape, width=256, depth=3, average=self.shortcut)
+        field.normalizer.moments.copy_(demos.moments)
+        averaged = pretrain(
+            field,
+            train.chunks(CHUNK).batches(ROWS, torch.Generator().manual_seed(seed)),
+            steps=steps,
+            hidden=field.hidden_matrices(),
+            drop=0.0,
+            average=0.999,
+            times=uniform_times,
+            coupling=coupling,
+            loss=self.loss,
+            seed=seed,
+            autocast=False,
+            progress=report(steps, every=500),
+        )
+        return averaged, validation_loss(averaged, held_out.chunks(CHUNK))
+
+    def returns(self, field: VelocityField, env: VecEnv) -> dict[str, float]:
+        """Mean return with K denoising steps, and with fewer where the field was made for it."""
+        fewer = {f"return_k{k}": k for k in (1, 2) if self.shortcut}
+        asked = {"return": self.num_steps} | fewer
+        return {name: round(episode_returns(field, env, k).mean().item(), 1) for name, k in asked.items()}
+
+
+CLONINGS = {
+    c.name: c
+    for env in ("hopper", "walker2d", "halfcheetah")
+    for c in (Cloning(f"robot_bc_{env}", env), Cloning(f"robot_bc_{env}_shortcut", env, shortcut=True))
+}
+
+
+def demos_of(env: str, folder: Path) -> Demos:
+    """Those of a folder; made first, by the expert that ships, if it does not exist."""
+    from rlflow.envs.experts import make_demos
+
+    if not folder.exists():
+        print(f"{folder} does not exist: the embedded expert of {env} plays", flush=True)
+        make_demos(env, folder)
+    demos = Demos.open(folder)
+    if demos.env["name"] != env:
+        raise ValueError(f"{folder} holds demonstrations of {demos.env['name']}, not of {env}")
+    return demos
+
+
+@torch.no_grad()
+def validation_loss(field: VelocityField, chunks: Chunks, seed: int = 0, most: int = 20_000) -> float:
+    """Mean flow-matching loss of at most `most` pairs, with noise and times from `seed`."""
+    rng = torch.Generator().manual_seed(seed)
+    obs, action = chunks[torch.randperm(len(chunks), generator=rng)[:most]]
+    x_0, t = torch.randn(action.shape, generator=rng), uniform_times(len(action), rng)
+    return cfm_loss(field, action, field.encode(obs), x_0, t).mean().item()
+
+
+@torch.no_grad()
+def episode_returns(field: VelocityField, env: VecEnv, num_steps: int, seed: int = 10_000) -> Tensor:
+    """(B,) undiscounted return of each row's episode from seed + b, by K Euler steps from random noise."""
+    policy = FlowPolicy(field, FlowSDE(), num_steps=num_steps)
+    obs = env.reset(seed + torch.arange(env.num_envs))
+    returns = torch.full((env.num_envs,), torch.nan)
+    for step in range(env.horizon):
+        action = policy.sample(policy.encode(obs), key=Key(seed, "judge", outer=step)).final
+        reached = env.step(action)
+        returns = torch.where(returns.isnan() & reached.ended, reached.info["episode_return"], returns)
+        if not bool(returns.isnan().any()):
+            break
+        obs = reached.obs
+    return returns
