@@ -2,8 +2,8 @@
 
     python scripts/train_word_judge.py --out rlflow/assets/word_judge        # about a CPU minute on one thread
 
-Images are spoilt as those of train_judge.py are. In some a place is blank or filled with blocks that are no letter,
-so that the judge can say "none". Held-out strings are never drawn.
+Images are spoilt as those of train_judge.py are. In some of them places are blank or filled with blocks that are no
+letter, so that the judge can say "none". Held-out strings are never drawn.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from train_judge import Lesson, main
 from rlflow.envs.words import CAP_HEIGHT, CELL_WIDTH, LENGTH, draw_texts, render
 from rlflow.rewards.word_judge import WordCNN, classes
 
-NO_LETTER = 0.15
-"""Share of images in which one place holds no letter; in half of them it is blank."""
+NO_LETTER = 0.2
+"""Share of images in which a place holds no letter with probability 1/2; half of such places are blank."""
 
 
 def render_texts(rng: np.random.Generator, number: int, heldout: bool) -> tuple[Tensor, list[str]]:
@@ -28,25 +28,26 @@ def render_texts(rng: np.random.Generator, number: int, heldout: bool) -> tuple[
 
 
 def draw_batch(rng: np.random.Generator, number: int) -> tuple[Tensor, list[str]]:
-    """Renders of training strings, some with a place that holds no letter, a space in the target."""
+    """Renders of training strings, some with places that hold no letter, spaces in the target."""
     images, texts = render_texts(rng, number, heldout=False)
     for i in np.flatnonzero(rng.random(number) < NO_LETTER):
-        place = int(rng.integers(LENGTH))
-        texts[i] = texts[i][:place] + " " + texts[i][place + 1 :]
-        _erase(images[i], place, rng)
+        texts[i] = _erase(images[i], texts[i], rng)
     return images, texts
 
 
-def _erase(image: Tensor, place: int, rng: np.random.Generator) -> None:
-    """Empty one place of an image (3, H, W), or fill it with random blocks of the ink's colour."""
-    rows = torch.arange(image.shape[1])[image.amax((0, 2)) > 0]
-    left = 1 + place * (CELL_WIDTH + 1)
-    box = image[:, rows[0] : rows[-1] + 1, left : left + CELL_WIDTH + 1]
+def _erase(image: Tensor, text: str, rng: np.random.Generator) -> str:
+    """Empty places of an image (3, H, W), or fill them with random blocks of the ink's colour; what is left of it."""
+    top = int((image.amax((0, 2)) > 0).nonzero()[0])
     color = image.amax((1, 2), keepdim=True)
-    box.zero_()
-    if rng.random() < 0.5:
-        blocks = np.repeat(np.repeat(rng.random((5, 3)) < 0.5, 3, 0), 3, 1)[:CAP_HEIGHT]
-        box[..., :CELL_WIDTH] = color * torch.from_numpy(blocks[: box.shape[1]].astype(np.float32))
+    places = np.flatnonzero(rng.random(LENGTH) < 0.5)
+    for place in places:
+        left = 1 + place * (CELL_WIDTH + 1)
+        box = image[:, top : top + CAP_HEIGHT, left : left + CELL_WIDTH + 1]
+        box.zero_()
+        if rng.random() < 0.5:
+            blocks = np.kron(rng.random((5, 3)) < 0.5, np.ones((3, 3), np.float32))[:CAP_HEIGHT]
+            box[..., :CELL_WIDTH] = color * torch.from_numpy(blocks.astype(np.float32))
+    return "".join(" " if i in places else letter for i, letter in enumerate(text))
 
 
 def loss_of(model: WordCNN, images: Tensor, texts: list[str]) -> Tensor:
