@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,12 +27,15 @@ import rlflow
 from rlflow.envs.scenes import COLORS, RELATIONS, SHAPES, Scene, Thing, parse
 from rlflow.rewards.memory import BatchMemory
 
+M = TypeVar("M", bound=nn.Module)
+
 SIZE = 32
 THINGS = tuple(Thing(color, shape) for color in COLORS for shape in SHAPES)
 JUDGE_FOLDER = Path(rlflow.__file__).parent / "assets" / "judge"
 
 
-def _block(inputs: int, outputs: int, kernel: int, stride: int) -> tuple[nn.Module, ...]:
+def block(inputs: int, outputs: int, kernel: int, stride: int) -> tuple[nn.Module, ...]:
+    """Convolution, batch norm, SiLU."""
     # batch norm, not group norm: normalising every image by itself divides out how much is in it
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2), nn.BatchNorm2d(outputs), nn.SiLU()
 
@@ -43,10 +47,10 @@ class SceneCNN(nn.Module):
         super().__init__()
         wide = 3 * width
         self.trunk = nn.Sequential(
-            *_block(3, width, 5, 2),
-            *_block(width, 2 * width, 3, 1),
-            *_block(2 * width, wide, 3, 2),
-            *_block(wide, wide, 3, 1),
+            *block(3, width, 5, 2),
+            *block(width, 2 * width, 3, 1),
+            *block(2 * width, wide, 3, 2),
+            *block(wide, wide, 3, 1),
         )
         self.density = nn.Conv2d(wide, len(THINGS), 1)
         self.where = nn.Conv2d(wide, len(COLORS), 1)
@@ -76,21 +80,31 @@ def thing_counts(scene: Scene) -> Tensor:
     return counts
 
 
-@functools.cache
-def load_judge() -> SceneCNN:
-    """The network that ships with the package, in evaluation mode."""
-    config = json.loads((JUDGE_FOLDER / "config.json").read_text())
-    model = SceneCNN(**config["args"])
-    model.load_state_dict(load_file(JUDGE_FOLDER / "model.safetensors"))
+def load_network(make: Callable[..., M], folder: Path) -> M:
+    """A judge's network as trained, in evaluation mode."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model = make(**config["args"])
+    model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval().requires_grad_(False)
 
 
-def _look(pixels: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+@functools.cache
+def load_judge() -> SceneCNN:
+    """The network that ships with the package, in evaluation mode."""
+    return load_network(SceneCNN, JUDGE_FOLDER)
+
+
+def small_images(pixels: NDArray[np.uint8]) -> tuple[Tensor, ...]:
+    """8-bit pixels (N, H, W, 3) to batches (<= 256, 3, 32, 32) in [0, 1], as the judges' networks read them."""
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     if images.shape[-2:] != (SIZE, SIZE):
         images = F.interpolate(images, (SIZE, SIZE), mode="area")
-    with torch.no_grad():
-        parts = [load_judge()(part) for part in images.split(256)]
+    return images.split(256)
+
+
+@torch.no_grad()
+def _look(pixels: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+    parts = [load_judge()(part) for part in small_images(pixels)]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 

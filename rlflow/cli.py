@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from rlflow.console import print_json, say_error, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,31 +19,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.run_command(args)
     except BrokenPipeError:  # `rlflow list ... | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nothing more can be written
-    except _user_errors() as error:
+    except user_errors() as error:
         if getattr(args, "debug", False):
             raise
-        _say(error)
+        say_error(error)
         raise SystemExit(2) from None
-
-
-def _user_errors() -> tuple[type[Exception], ...]:
-    """What a user can mend. FloatingPointError: a run that diverged; NotImplementedError: too much asked of a model."""
-    import yaml
-
-    return ValueError, OSError, KeyError, ImportError, FloatingPointError, NotImplementedError, yaml.YAMLError
-
-
-RANK_WAITS = 3.0
-"""Seconds: an error that all ranks share ends rank 0, and the launcher the others, before they repeat it."""
-
-
-def _say(error: Exception) -> None:
-    """One line on stderr; of several processes rank 0 speaks, another one only if it is still alive a while later."""
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(RANK_WAITS)
-    print(f"rlflow: error: {'' if rank == '0' else f'process {rank}: '}{message}", file=sys.stderr, flush=True)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -96,19 +75,6 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
-
-
-def _print_json(values: Any) -> None:
-    """JSON in the strict sense: what is not finite is null."""
-    print(json.dumps(_finite(values), indent=1, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # -- train ----------------------------------------------------------------------------------------
@@ -191,12 +157,13 @@ def _sweep(commands: Any) -> None:
     p.add_argument("--run", metavar="DIR", required=True, help="folder of all runs; finished ones are skipped")
     p.add_argument("--jobs", type=_positive, default=None, help="processes side by side")
     p.add_argument("--dry", action="store_true", help="print the plan and its cost only")
+    _trust(p)
 
 
 def _run_sweep(args: argparse.Namespace) -> None:
     from rlflow.train.sweep import run_sweep
 
-    run_sweep(Path(args.table), Path(args.run), dry=args.dry, jobs=args.jobs)
+    run_sweep(Path(args.table), Path(args.run), dry=args.dry, jobs=args.jobs, trust_code=args.trust_code)
 
 
 def _compare(commands: Any) -> None:
@@ -209,7 +176,7 @@ def _run_compare(args: argparse.Namespace) -> None:
     from rlflow.train.compare import compare, print_comparison
 
     result = compare([Path(r) for r in args.runs])
-    _print_json(result) if args.json else print_comparison(result)
+    print_json(result) if args.json else print_comparison(result)
 
 
 def _pretrain(commands: Any) -> None:
@@ -262,7 +229,7 @@ def _run_eval(args: argparse.Namespace) -> None:
     result = evaluator()
     means = {f"eval/heldout/{name}": value for name, value in result.means().items()}
     if args.json:
-        _print_json({"samples": len(result), **means})
+        print_json({"samples": len(result), **means})
         return
     print(f"{result.about}, deployment sampler")
     for name, value in means.items():
@@ -291,19 +258,23 @@ def _run_sample(args: argparse.Namespace) -> None:
     print(f"{len(prompts)} images in {args.out}")
 
 
-KINDS = ("recipes", "kernels", "solvers", "steps", "rewards", "envs", "policies")
+KINDS = {"kernels": "kernel", "solvers": "solver", "steps": "steps", "rewards": "reward", "envs": "env"}
+KINDS |= {"policies": "policy"}
+"""What `rlflow list` knows besides recipes, by kind of component."""
 
 
 def _list(commands: Any) -> None:
     p = _command(commands, "list", _run_list, "What can be named in a recipe.")
-    p.add_argument("kind", choices=KINDS)
+    p.add_argument("kind", choices=("recipes", *KINDS))
     _json_flag(p)
 
 
 def _run_list(args: argparse.Namespace) -> None:
-    rows = _recipes() if args.kind == "recipes" else _components(args.kind)
+    from rlflow.registry import about
+
+    rows = _recipes() if args.kind == "recipes" else about(KINDS[args.kind])
     if args.json:
-        _print_json(rows)
+        print_json(rows)
         return
     width = max(len(name) for name in rows)
     for name, text in rows.items():
@@ -314,30 +285,6 @@ def _recipes() -> dict[str, str]:
     from rlflow import recipes
 
     return {name: str(recipes.read(name).get("about", "")) for name in recipes.names()}
-
-
-def _components(kind: str) -> dict[str, str]:
-    from rlflow.registry import TABLE
-
-    singular = {"policies": "policy", "steps": "steps"}.get(kind, kind.removesuffix("s"))
-    if singular == "policy":
-        return dict(TABLE["policy"])
-    return {name: _first_line(path) for name, path in TABLE[singular].items()}
-
-
-def _first_line(path: str) -> str:
-    """First line of a component's docstring, read from the source so that nothing heavy is imported."""
-    import ast
-    from importlib.util import find_spec
-
-    module, _, attribute = path.partition(":")
-    spec = find_spec(module)
-    assert spec is not None
-    assert spec.origin is not None
-    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == attribute:
-            return (ast.get_docstring(node) or "").split("\n")[0]
-    return ""
 
 
 # -- look -----------------------------------------------------------------------------------------
@@ -355,7 +302,7 @@ def _run_doctor(args: argparse.Namespace) -> None:
     from rlflow.train.doctor import checks_as_json, doctor, print_checks
 
     checks = doctor(recipes.load(args.recipe, args.overrides, args.trust_code), args.trust_code)
-    _print_json(checks_as_json(checks)) if args.json else print_checks(checks)
+    print_json(checks_as_json(checks)) if args.json else print_checks(checks)
     if any(check.passed is False for check in checks):
         raise SystemExit(1)
 
@@ -382,7 +329,7 @@ def _run_bench(args: argparse.Namespace) -> None:
 
     result = bench_t2i()
     if args.json:
-        _print_json(result)
+        print_json(result)
         return
     for name, value in result.items():
         print(f"{name}: {value}")

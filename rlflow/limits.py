@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlflow import registry
@@ -15,7 +16,7 @@ POSITIVE = (
     *("reward.timeout_s", "algorithm.epochs", "algorithm.num_minibatches", "algorithm.micro_batch"),
     *("algorithm.clip_low", "algorithm.clip_high", "algorithm.target_kl", "algorithm.critic_steps"),
     *("algorithm.clip_base", "algorithm.critic_width", "algorithm.denoising_gamma"),
-    *("algorithm.critic_lr", "algorithm.optimizer.lr", "algorithm.optimizer.eps", "algorithm.optimizer.max_bad_steps"),
+    *("algorithm.optimizer.eps", "algorithm.optimizer.max_bad_steps"),
     *("train.iterations", "train.minutes", "train.threads", "train.checkpoint_every", "train.keep"),
     *("eval.num", "eval.num_steps", "eval.rows_per_call", "eval.grid", "advantage.clip"),
     *("env.gamma", "env.horizon", "env.frame_stack"),
@@ -29,13 +30,20 @@ UNIT = (
     *("algorithm.denoising_gamma", "algorithm.optimizer.final", "env.gamma", "advantage.lam"),
     "policy.guidance.zero_until",
 )
+LEARNING_RATES = ("algorithm.optimizer.lr", "algorithm.critic_lr")
+"""Adam's first step is lr long in every weight: above 1 nothing of the network is left."""
+SEEDS = ("train.seed", "eval.seed")
 BELOW_ONE = ("algorithm.ema_decay", "algorithm.optimizer.betas")
 FINITE = (
-    *("algorithm.optimizer.lr", "algorithm.optimizer.eps", "algorithm.optimizer.weight_decay", "algorithm.critic_lr"),
+    *("algorithm.optimizer.eps", "algorithm.optimizer.weight_decay"),
     *("algorithm.kl.beta", "algorithm.entropy", "algorithm.anchor", "advantage.eps"),
 )
 """Of the others an infinite one means: no limit."""
+LARGEST = 10**30
+"""Of a finite number anywhere: its products with a few others still fit float32."""
 RANGES = {
+    "must be in (0, 1]": (LEARNING_RATES, lambda v: 0 < v <= 1),
+    "must be in [0, 2**63)": (SEEDS, lambda v: 0 <= v < 2**63),
     "must be positive": (POSITIVE, lambda v: v > 0),
     "must not be negative": (NOT_NEGATIVE, lambda v: v >= 0),
     "must be in [0, 1]": (UNIT, lambda v: 0 <= v <= 1),
@@ -44,7 +52,7 @@ RANGES = {
 
 
 def check_numbers(config: Config) -> None:
-    """ValueError with the path of a number that is out of its range or not finite."""
+    """ValueError with the path of a number that is out of its range, not finite or absurdly large."""
     for what, (paths, allowed) in RANGES.items():
         for path in paths:
             value = _find(config, path)
@@ -53,6 +61,20 @@ def check_numbers(config: Config) -> None:
                     raise ValueError(f"{path}: {what}, got {number}")
                 if path in FINITE and number == math.inf:
                     raise ValueError(f"{path}: must be finite, got inf")
+    for path, number in _numbers(config.to_dict()):
+        if LARGEST < abs(number) < math.inf:
+            raise ValueError(f"{path}: must be at most 1e30, got {number}")
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int | float]]:
+    """Every number of nested sections with its path."""
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{path}.")
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, int | float):
+                yield path, item
 
 
 def _find(config: Config, path: str) -> Any:

@@ -7,8 +7,10 @@ dotted path, "my_package.rewards:sharpness".
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -16,6 +18,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 TABLE: dict[str, dict[str, str]] = {
@@ -87,6 +90,7 @@ TABLE: dict[str, dict[str, str]] = {
         "brightness": "rlflow.rewards.colour:brightness",
         "redness": "rlflow.rewards.colour:redness",
         "cnn_judge": "rlflow.rewards.judges:cnn_judge",
+        "word_judge": "rlflow.rewards.word_judge:word_judge",
         "diversity": "rlflow.rewards.judges:diversity",
         "base_distance": "rlflow.rewards.judges:base_distance",
     },
@@ -131,6 +135,25 @@ def find(kind: str, name: str, trust_code: bool = False) -> Callable[..., Any]:
         return getattr(found, attribute)
     except AttributeError:
         raise ValueError(f"{kind} {name!r}: module {module} has no {attribute!r}") from None
+
+
+def about(kind: str) -> dict[str, str]:
+    """What each component of a kind is, in one line; nothing is imported for it."""
+    if kind == "policy":
+        return dict(TABLE[kind])
+    return {name: _first_line(path) for name, path in TABLE[kind].items()}
+
+
+def _first_line(path: str) -> str:
+    """First line of a component's docstring, read from the source."""
+    module, _, attribute = path.partition(":")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == attribute:
+            return (ast.get_docstring(node) or "").split("\n")[0]
+    return ""
 
 
 @contextmanager

@@ -3,7 +3,8 @@
     python scripts/train_judge.py --out rlflow/assets/judge        # about 4 CPU minutes on one thread
 
 Images are spoilt on purpose (noise, blur, colour, background, small warps, specks) so that the judge says
-something about generated images, not only about true renders. Held-out captions are never drawn.
+something about generated images, not only about true renders. Held-out captions are never drawn. The judge of
+words (train_word_judge.py) is another `Lesson`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,6 +28,20 @@ from rlflow.envs.scenes import COLORS, RELATIONS, Scene, draw_captions, parse, r
 from rlflow.rewards.judges import THINGS, SceneCNN, thing_counts, verdicts
 
 NAMES = list(COLORS)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a judge learns from and is measured by; a target is what one image shows."""
+
+    name: str  # of the network, in config.json
+    script: str
+    make: Callable[[int], nn.Module]  # of a width
+    draw: Callable[[np.random.Generator, int], tuple[Tensor, list[Any]]]  # training images and targets
+    render: Callable[[np.random.Generator, int, bool], tuple[Tensor, list[Any]]]  # true renders, held-out or not
+    loss: Callable[[Any, Tensor, list[Any]], Tensor]
+    right: Callable[[Any, Tensor, list[Any]], Tensor]  # (N,) bool: the image shows the target
+    steps: int
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
@@ -81,49 +100,66 @@ def loss_of(model: SceneCNN, images: Tensor, scenes: list[Scene]) -> Tensor:
     return loss + 0.5 * F.cross_entropy(model.relation_logits(places[related], first, second), target)
 
 
-@torch.no_grad()
-def accuracy(model: SceneCNN, rng: np.random.Generator, heldout: bool, spoilt: bool, number: int = 2000) -> dict:
-    """Share of verdicts "right" for the true captions and for captions of other rows."""
+def render_scenes(rng: np.random.Generator, number: int, heldout: bool) -> tuple[Tensor, list[Scene]]:
+    """True renders of captions of one side of the split."""
     scenes = [parse(c) for c in draw_captions(rng, number, heldout=heldout)]
-    images = torch.from_numpy(np.stack([render(s, rng) for s in scenes]))
+    return torch.from_numpy(np.stack([render(s, rng) for s in scenes])), scenes
+
+
+def right_scenes(model: SceneCNN, images: Tensor, scenes: list[Scene]) -> Tensor:
+    """(N,) bool: the judge sees the scene in the image."""
+    return verdicts(model, *model(images), scenes)
+
+
+SHAPES = Lesson("scene_cnn", "train_judge.py", SceneCNN, draw_batch, render_scenes, loss_of, right_scenes, steps=1500)
+
+
+# -- any judge ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def accuracy(
+    lesson: Lesson, model: nn.Module, rng: np.random.Generator, heldout: bool, spoilt: bool, number: int = 2000
+) -> dict[str, float]:
+    """Share of verdicts "right" for the true targets and for those of other rows."""
+    images, targets = lesson.render(rng, number, heldout)
     if spoilt:
         images = spoil(images, torch.Generator().manual_seed(int(rng.integers(2**31))))
-    counts, places = model.eval()(images)
-    shuffled = [scenes[i] for i in rng.permutation(number)]
+    model.eval()
+    shuffled = [targets[i] for i in rng.permutation(number)]
+    asked = {"true": targets, "shuffled": shuffled}
+    share = {name: round(lesson.right(model, images, t).float().mean().item(), 4) for name, t in asked.items()}
     model.train()
-    return {
-        "true": round(verdicts(model, counts, places, scenes).float().mean().item(), 4),
-        "shuffled": round(verdicts(model, counts, places, shuffled).float().mean().item(), 4),
-    }
+    return share
 
 
-def train(steps: int, batch: int, lr: float, width: int, seed: int) -> SceneCNN:
+def train(lesson: Lesson, steps: int, batch: int, lr: float, width: int, seed: int) -> nn.Module:
     """AdamW with warm-up and cosine; prints the loss and the accuracy as it goes."""
     torch.manual_seed(seed)
     rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    model = SceneCNN(width).train()
+    model = lesson.make(width).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     for step in range(1, steps + 1):
-        images, scenes = draw_batch(rng, batch)
+        images, targets = lesson.draw(rng, batch)
         strength = min(1.0, step / (0.4 * steps))  # clean images first: spoilt from the start it learns 5x slower
-        loss = loss_of(model, torch.lerp(images, spoil(images, g), strength), scenes)
+        loss = lesson.loss(model, torch.lerp(images, spoil(images, g), strength), targets)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 200 == 0:
-            spoilt = accuracy(model, np.random.default_rng(1), heldout=False, spoilt=True, number=500)
+            spoilt = accuracy(lesson, model, np.random.default_rng(1), heldout=False, spoilt=True, number=500)
             print(f"step {step} loss {loss.item():.4f} spoilt {spoilt['true']:.3f}", flush=True)
     return model.eval()
 
 
-def main() -> None:
+def main(lesson: Lesson = SHAPES) -> None:
     """Train, measure, write model.safetensors and config.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=lesson.steps)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--width", type=int, default=32)
@@ -131,21 +167,21 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     start = time.process_time()
-    model = train(args.steps, args.batch, args.lr, args.width, args.seed)
+    model = train(lesson, args.steps, args.batch, args.lr, args.width, args.seed)
     seconds = time.process_time() - start
     measured = {
         f"{'heldout' if heldout else 'train'}{'_spoilt' if spoilt else ''}": accuracy(
-            model, np.random.default_rng(7), heldout, spoilt
+            lesson, model, np.random.default_rng(7), heldout, spoilt
         )
         for heldout in (False, True)
         for spoilt in (False, True)
     }
     args.out.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), args.out / "model.safetensors")
-    command = f"python scripts/train_judge.py --out {args.out} --steps {args.steps} --batch {args.batch}"
+    command = f"python scripts/{lesson.script} --out {args.out} --steps {args.steps} --batch {args.batch}"
     command += f" --lr {args.lr} --width {args.width} --seed {args.seed}"
     made_by = {"command": command, "seed": args.seed, "cpu_seconds": round(seconds), "accuracy": measured}
-    config = {"model": "scene_cnn", "args": {"width": args.width}, "made_by": made_by}
+    config = {"model": lesson.name, "args": {"width": args.width}, "made_by": made_by}
     (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     print(json.dumps(made_by, indent=2), f"{sum(p.numel() for p in model.parameters())} parameters")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import rlflow as rf
 from rlflow import config, recipes, registry
-from rlflow.cli import parse
+from rlflow.cli import main, parse
+from rlflow.train.sweep import plan
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -34,7 +37,7 @@ def blocks(language: str) -> list[pytest.param]:
 @pytest.mark.parametrize(("page", "text"), blocks("python"))
 def test_python_snippets_run(page, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(text, page, "exec"), {"__name__": "snippet"})
+    exec(compile(text, page, "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("yaml"))
@@ -45,9 +48,23 @@ def test_recipe_snippets_are_valid(page, text):
         config.parse(config.merge(recipes.read(base), values))
 
 
-def test_commands_parse_and_name_what_exists(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text("def darkness(images):\n    return 1 - images.mean(dim=(1, 2, 3))\n")
-    monkeypatch.syspath_prepend(tmp_path)
+@pytest.fixture
+def own_code(tmp_path, monkeypatch):
+    """The files that the docs tell a user to write, where the command stands; returns the folder."""
+    for page in PAGES:
+        for language, text in fences(page):
+            if language == "python" and (found := re.match(r"# (my_\w+\.py)\n", text)):
+                (tmp_path / found[1]).write_text(text)
+            if language == "yaml" and "my_model" in text:
+                (tmp_path / "my.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # what the command adds is forgotten
+    yield tmp_path
+    for name in [n for n in sys.modules if n.startswith("my_")]:
+        del sys.modules[name]
+
+
+def test_commands_parse_and_name_what_exists(own_code):
     seen = 0
     for page in PAGES:
         for _, text in fences(page):
@@ -70,6 +87,54 @@ def test_the_reward_of_the_readme_trains(tmp_path):
     said = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert said.returncode == 0, said.stderr
     assert '"reward/darkness/mean"' in (tmp_path / "run/metrics.jsonl").read_text()
+
+
+SMALL = ("train.minutes=", "train.iterations=1", "train.threads=1", "train.tensorboard=false", "env.num_groups=2")
+SMALL += ("env.group_size=2", "eval.num=2", "policy.precision=float32")
+
+
+def trusted(*words):
+    """The command refuses without --trust-code, and does it with."""
+    with pytest.raises(SystemExit):
+        main(words)
+    main([*words, "--trust-code"])
+
+
+def test_an_own_model_and_recipe_work_in_every_command(own_code, monkeypatch, capsys):
+    """The page's steps: save the network, then train, eval and sample by file and folder."""
+    monkeypatch.setattr("rlflow.train.report.write_report", lambda run: Path(run))
+    subprocess.run([sys.executable, "my_models.py"], check=True, timeout=300)
+    assert json.loads((own_code / "my_model/config.json").read_text())["model"] == "my_models:BagOfWords"
+    trusted("train", "my.yaml", *SMALL, "--run", "run", "--quiet")
+    said = capsys.readouterr()
+    assert "model 'my_models:BagOfWords' is code outside rlflow: pass --trust-code" in said.err
+    assert "finished: 1 iterations" in said.out
+    for source in ("run", "run/model"):
+        capsys.readouterr()
+        trusted("eval", source, "--json")
+        assert json.loads(capsys.readouterr().out)["samples"] == 2
+        trusted("sample", source, "--prompt", "two red circles", "--out", "x.png", "--num", "1")
+        with pytest.raises(ValueError, match="--trust-code"):
+            rf.load(source)
+        assert type(rf.load(source, trust_code=True).field).__name__ == "BagOfWords"
+
+
+def test_a_sweep_trusts_as_it_is_told(own_code):
+    table = {"runs": [{"name": "a", "recipe": "my.yaml", "overrides": ["reward.weights={'my_rewards:darkness': 1}"]}]}
+    with pytest.raises(ValueError, match=r"^run 'a': reward\.weights: .*--trust-code"):
+        plan(table)
+    (job,) = plan(table, trust_code=True)
+    assert "--trust-code" in job.command(own_code)
+    assert parse(job.command(own_code)[3:]).trust_code
+
+
+def test_an_own_environment_trains(own_code, monkeypatch, capsys):
+    monkeypatch.setattr("rlflow.train.report.write_report", lambda run: Path(run))
+    page = (ROOT / "docs" / "extending.md").read_text()
+    words = shlex.split(next(line for line in page.splitlines() if "env.name=my_envs" in line))[1:]
+    assert words.pop() == "--trust-code"
+    trusted(*words, *SMALL, "policy.num_steps=4", "--run", "run", "--quiet")
+    assert "finished: 1 iterations" in capsys.readouterr().out
 
 
 def test_the_method_table_lists_every_recipe_and_its_section_exists():
@@ -99,9 +164,8 @@ def test_every_setting_is_documented():
 
 
 def test_every_component_is_listed_by_the_command_line():
-    from rlflow.cli import KINDS, _components
+    from rlflow.cli import KINDS
 
-    for kind in KINDS:
-        if kind != "recipes":
-            assert all(_components(kind).values()), f"a {kind} has no docstring"
+    for kind in KINDS.values():
+        assert all(registry.about(kind).values()), f"a {kind} has no docstring"
     assert set(registry.TABLE["steps"]) <= set(re.findall(r"`(\w+)`", (ROOT / "docs" / "cli.md").read_text()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,14 @@ def read_config(name: str) -> dict[str, Any]:
 def load_field(name: str, trust_code: bool = False) -> VelocityField:
     """The network of an embedded checkpoint or a folder; a model class outside rlflow needs trust."""
     config, folder = read_config(name), folder_of(name)
+    if missing := {"model", "args"} - set(config):
+        raise ValueError(f"{folder / 'config.json'} lacks {sorted(missing)}: save_field writes them")
     model = registry.find("model", config["model"], trust_code)
-    field: VelocityField = model(**config["args"])
-    field.load_state_dict(load_file(folder / "model.safetensors"))
+    try:
+        field: VelocityField = model(**config["args"])
+        field.load_state_dict(load_file(folder / "model.safetensors"))
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"checkpoint {name!r} is not one of {config['model']}: {error}") from error
     return field
 
 
@@ -53,9 +59,15 @@ def save_field(
     """Write a folder that `load_field` reads; `judged_by` are the sections of a config that evaluate it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path = f"{type(field).__module__}:{type(field).__qualname__}"
+    path = f"{_module(type(field))}:{type(field).__qualname__}"
     name = next((n for n, known in registry.TABLE["model"].items() if known == path), path)
     save_file({k: v.contiguous() for k, v in field.state_dict().items()}, folder / "model.safetensors")
     config = {"model": name, "args": field.args, "made_by": made_by or {}, "judged_by": judged_by or {}}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return folder
+
+
+def _module(cls: type) -> str:
+    """Where a class can be imported from: also when its file is the script that runs."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    return Path(file).stem if cls.__module__ == "__main__" and file else cls.__module__

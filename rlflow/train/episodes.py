@@ -103,7 +103,7 @@ class EpisodeEvaluator:
     def _play(self, film: Film) -> dict[str, Tensor]:
         """Scores of this rank's episodes."""
         env = self.env
-        obs = env.reset(SEEDS + self.seed * 2**20 + self.rows)
+        obs = env.reset(SEEDS + self.seed % 2**20 * 2**20 + self.rows)
         alive = torch.ones(len(self.rows), dtype=torch.bool, device=env.device)
         total = torch.zeros(len(self.rows), device=env.device)
         told: dict[str, Tensor] = {}

@@ -77,6 +77,7 @@ class Job:
     overrides: tuple[str, ...]
     seed: int
     config: Config = field(compare=False, repr=False)
+    trust_code: bool = False
 
     @property
     def title(self) -> str:
@@ -91,7 +92,8 @@ class Job:
         """The command that starts or resumes it; one thread, since several run side by side."""
         run = self.folder(root)
         resume = ["--resume", "last"] if (run / "config.yaml").exists() else []
-        arguments = [self.recipe, *self.overrides, "--run", str(run), "--quiet", *resume]
+        trust = ["--trust-code"] if self.trust_code else []
+        arguments = [self.recipe, *self.overrides, "--run", str(run), "--quiet", *trust, *resume]
         return [sys.executable, "-m", "rlflow", "train", *arguments]
 
 
@@ -134,7 +136,7 @@ def _problem(item: Any) -> str:
     return f"{path}: {item['msg']}"
 
 
-def plan(table: dict[str, Any]) -> list[Job]:
+def plan(table: dict[str, Any], trust_code: bool = False) -> list[Job]:
     """Every run of a table, seed by seed, with its config checked; ValueError names the line that is wrong."""
     checked = parse_table(table)
     jobs = []
@@ -142,10 +144,10 @@ def plan(table: dict[str, Any]) -> list[Job]:
         for run in checked.runs:
             overrides = ("train.threads=1", *checked.overrides, *run.overrides, f"train.seed={seed}")
             try:
-                config = recipes.load(run.recipe, overrides)
+                config = recipes.load(run.recipe, overrides, trust_code)
             except ValueError as error:
                 raise ValueError(f"run {run.name!r}: {error}") from error
-            jobs.append(Job(run.name, run.recipe, overrides, seed, config))
+            jobs.append(Job(run.name, run.recipe, overrides, seed, config, trust_code))
     return jobs
 
 
@@ -221,11 +223,13 @@ def _seconds(job: Job, jobs: Sequence[Job], root: Path) -> float | None:
 # -- running --------------------------------------------------------------------------------------
 
 
-def run_sweep(path: Path | str, folder: Path | str, *, dry: bool = False, jobs: int | None = None) -> dict[str, Any]:
+def run_sweep(
+    path: Path | str, folder: Path | str, *, dry: bool = False, jobs: int | None = None, trust_code: bool = False
+) -> dict[str, Any]:
     """Run what is not finished, `jobs` at a time (default: the table's), then write table.json and table.md."""
     path, root = Path(path), Path(folder)
     values = read_table(path)
-    table, todo = parse_table(values), plan(values)
+    table, todo = parse_table(values), plan(values, trust_code)
     side_by_side = jobs or table.jobs
     print(describe_plan(todo, root, side_by_side), flush=True)
     if dry:

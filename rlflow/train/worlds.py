@@ -142,7 +142,7 @@ def judge_words(field: DiT) -> dict[str, float]:
 
 
 SHAPES_METRICS = {"strict": "shapes_strict", "soft": "shapes_soft", "judge": "cnn_judge", "diversity": "diversity"}
-WORDS_METRICS = {"strict": "ocr_exact", "soft": "ocr"}
+WORDS_METRICS = {"strict": "ocr_exact", "soft": "ocr", "judge": "word_judge"}
 IMAGES = {
     "shapes": World("shapes", scenes.VOCAB, draw_scene, judge_scenes, 750, "scenes", SHAPES_METRICS),
     "words": World("words", words.VOCAB, draw_word, judge_words, 500, "words", WORDS_METRICS),

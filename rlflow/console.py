@@ -1,0 +1,43 @@
+"""What a command says: an error as one line, results for machines as JSON in the strict sense."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from typing import Any
+
+RANK_WAITS = 3.0
+"""Seconds: an error that all ranks share ends rank 0, and the launcher the others, before they repeat it."""
+
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """What a user can mend. FloatingPointError: a run that diverged; NotImplementedError: too much asked of a model."""
+    import yaml
+
+    return ValueError, OSError, KeyError, ImportError, FloatingPointError, NotImplementedError, yaml.YAMLError
+
+
+def say_error(error: Exception) -> None:
+    """One line on stderr; of several processes rank 0 speaks, another one only if it is still alive a while later."""
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(RANK_WAITS)
+    print(f"rlflow: error: {'' if rank == '0' else f'process {rank}: '}{message}", file=sys.stderr, flush=True)
+
+
+def finite(value: Any) -> Any:
+    """Nested values with None in place of every number that is not finite, which JSON cannot say."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_json(values: Any) -> None:
+    """Indented JSON on stdout."""
+    print(json.dumps(finite(values), indent=1, allow_nan=False))
