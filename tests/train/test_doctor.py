@@ -58,10 +58,10 @@ def test_a_sound_recipe_passes(tiny: list[str], scenes_field: str) -> None:
 
 def test_cost_is_that_of_the_recipes_size(tiny: list[str], scenes_field: str) -> None:
     """Not of the few rows of the other checks."""
-    config = load(tiny, scenes_field, "env.num_groups=4", "env.group_size=5", "env.rows_per_call=9")
+    config = load(tiny, scenes_field, "env.num_groups=4", "env.group_size=5", "env.rows_per_call=10")
     found = by_name(doctor_module._real_size(config, trust_code=False))
     assert found["network evaluations"].value % 20 == 0
-    assert "one iteration of 20 rows, 9 sampled and 96 scored at a time" in found["peak memory, MiB"].detail
+    assert "one iteration of 20 rows, 10 sampled and 96 scored at a time" in found["peak memory, MiB"].detail
     assert found["seconds per iteration"].detail.startswith("for 20 samples")
 
 
