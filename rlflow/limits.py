@@ -39,7 +39,7 @@ FINITE = (
     *("algorithm.kl.beta", "algorithm.entropy", "algorithm.anchor", "advantage.eps"),
 )
 """Of the others an infinite one means: no limit."""
-LARGEST = 10**30
+LARGEST = 1e30
 """Of a finite number anywhere: its products with a few others still fit float32."""
 RANGES = {
     "must be in (0, 1]": (LEARNING_RATES, lambda v: 0 < v <= 1),

@@ -145,6 +145,10 @@ def test_every_path_with_a_range_is_a_setting() -> None:
             assert key in config_module._field_names(Config, section.split(".")), path
 
 
+def test_the_largest_number_is_allowed() -> None:
+    assert load("policy.max_kappa=1.0e+30").policy.max_kappa == limits.LARGEST
+
+
 def test_a_budget_is_needed() -> None:
     with pytest.raises(ValueError, match=r"train: give a budget, train\.iterations=N or train\.minutes=M"):
         load("train.iterations=", "train.minutes=")

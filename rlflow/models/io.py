@@ -46,7 +46,8 @@ def load_field(name: str, trust_code: bool = False) -> VelocityField:
         field: VelocityField = model(**config["args"])
         field.load_state_dict(load_file(folder / "model.safetensors"))
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f"checkpoint {name!r} is not one of {config['model']}: {error}") from error
+        why = " ".join(" ".join(str(error).splitlines()[:2]).split())  # torch lists every tensor, a line each
+        raise ValueError(f"checkpoint {name!r} is not one of {config['model']}: {why}") from error
     return field
 
 

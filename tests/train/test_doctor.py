@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rlflow import recipes
+from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.grid import Shifted, Uniform
 from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, LearnedNoise
 from rlflow.flow.policy import FlowPolicy
@@ -42,7 +43,8 @@ def test_a_sound_recipe_passes(tiny: list[str], scenes_field: str) -> None:
     assert {c.name for c in checks if c.passed is False} == set()
     found = by_name(checks)
     passed = ("first log-ratio", "log-ratio after one update", "kappa", "gradients not finite", "gradient norm")
-    for name in (*passed, "resume", "network evaluations", "rewards masked"):
+    passed += ("resume", "network evaluations", "rewards masked", "peak memory, MiB")
+    for name in (*passed, "end marginal, training", "end marginal, deployment"):
         assert found[name].verdict == "PASS", name
     assert found["first log-ratio"].value == 0
     assert found["network evaluations"].value == 8 * (6 + 5 + 3 * 5)  # rollout, reference, update
@@ -51,6 +53,48 @@ def test_a_sound_recipe_passes(tiny: list[str], scenes_field: str) -> None:
     rollout, update = found["time share, rollout"].value, found["time share, update"].value
     assert rollout + update == pytest.approx(1)
     assert found["peak memory, MiB"].value > 10
+    assert all(c.limit or "no bound: " in c.detail for c in checks), "held to a bound, or the reason why not"
+
+
+def test_cost_is_that_of_the_recipes_size(tiny: list[str], scenes_field: str) -> None:
+    """Not of the few rows of the other checks."""
+    config = load(tiny, scenes_field, "env.num_groups=4", "env.group_size=5", "env.rows_per_call=10")
+    found = by_name(doctor_module._real_size(config, trust_code=False))
+    assert found["network evaluations"].value % 20 == 0
+    assert "one iteration of 20 rows, 10 sampled and 96 scored at a time" in found["peak memory, MiB"].detail
+    assert found["seconds per iteration"].detail.startswith("for 20 samples")
+
+
+def test_a_batch_that_does_not_fit_fails(tiny: list[str], scenes_field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(tiny, scenes_field)
+
+    def full(*args) -> Probe:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr("rlflow.train.doctor.Probe", full)
+    (check,) = doctor_module._real_size(config, trust_code=False)
+    assert (check.verdict, check.detail) == ("FAIL", "CUDA out of memory.")
+    monkeypatch.undo()
+    monkeypatch.setattr("os.sysconf", lambda name: 1)
+    assert by_name(doctor_module._real_size(config, trust_code=False))["peak memory, MiB"].verdict == "FAIL"
+
+
+class _Uncorrected(FlowSDE):
+    """Noise without the score's correction: the law at t = 1 is too wide."""
+
+    def step(self, x, v, t, t_next, hidden) -> Gaussian:
+        step = super().step(x, v, t, t_next, hidden)
+        return Gaussian(x + v * (t_next - t), step.std)
+
+
+@pytest.mark.parametrize(("kernel", "verdict"), [(FlowSDE, "PASS"), (_Uncorrected, "FAIL"), (CPS, "INFO")])
+def test_the_end_marginal_is_held_to_a_bound(
+    tiny: list[str], scenes_field: str, monkeypatch: pytest.MonkeyPatch, kernel: type, verdict: str
+) -> None:
+    parts = make_parts(load(tiny, scenes_field, "policy.num_steps=8"))
+    monkeypatch.setattr(parts.policy, "kernel", kernel())
+    training, deployment = doctor_module._end_marginal(parts)
+    assert (training.verdict, deployment.verdict) == (verdict, "PASS")
 
 
 def test_the_answer_is_json_and_a_table(capsys: pytest.CaptureFixture[str]) -> None:
