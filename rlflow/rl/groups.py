@@ -70,8 +70,8 @@ class Groups:
                 f"num_minibatches={num} leaves a process without rows: it has {mine} groups at a step; "
                 f"use at most {mine if self.world == 1 else max(1, (mine + 1) // 2)} minibatches"
             )
-        blocks = torch.nn.functional.pad(uniform, (0, -len(uniform) % num), value=2.0).view(-1, num)
-        owner = blocks.argsort(-1).argsort(-1).flatten()[first : first + mine]  # the padding is dealt last
+        filled = torch.cat([uniform, uniform[: -len(uniform) % num]])  # the last block is as random as the others
+        owner = filled.view(-1, num).argsort(-1).argsort(-1).flatten()[first : first + mine]
         unit = torch.arange(mine)
         row = (unit % horizon) * self.num_rows + unit // horizon * self.group_size
         rows = row[:, None] + torch.arange(self.group_size)
