@@ -54,10 +54,12 @@ class Predictor:
         self._half, self._centre = torch.where(bounded, high - low, 2.0) / 2, torch.where(bounded, high + low, 0.0) / 2
 
     @staticmethod
-    def for_spaces(policy: FlowPolicy, observation_space: Any, action_space: Any, **settings: Any) -> Predictor:
+    def for_spaces(
+        policy: FlowPolicy, observation_space: Any, action_space: Any, *, seed: int = 0, weights: str = "live"
+    ) -> Predictor:
         """For Gymnasium spaces of one environment (`single_...` of a vector one)."""
         spec = spec_of(observation_space, "the observation space")
-        return Predictor(policy, spec, *bounds_of(action_space, "the action space"), **settings)
+        return Predictor(policy, spec, *bounds_of(action_space, "the action space"), seed=seed, weights=weights)
 
     @torch.no_grad()
     def predict(
@@ -133,12 +135,12 @@ def export(policy: FlowPolicy, obs_spec: Tree, path: str | Path, weights: str = 
     obs = tree_map(lambda v: torch.zeros(2, *v.shape, dtype=v.dtype, device=policy.device), obs_spec)
     x_0 = torch.zeros(2, *policy.event_shape, dtype=policy.dtype, device=policy.device)
     rows = torch.export.Dim("rows", min=1)
-    shapes = (tree_map_spec(obs, {0: rows}), {0: rows})
+    shapes = (_everywhere(obs, {0: rows}), {0: rows})
     with policy.using(weights), torch.no_grad():
         program = torch.export.export(Deployed(policy).eval(), (obs, x_0), dynamic_shapes=shapes)
         torch.export.save(program, path)
 
 
-def tree_map_spec(tree: Tree, value: Any) -> Any:
+def _everywhere(tree: Tree, value: Any) -> Any:
     """`value` in the place of every tensor of a dict tree."""
-    return {n: tree_map_spec(v, value) for n, v in tree.items()} if isinstance(tree, dict) else value
+    return {n: _everywhere(v, value) for n, v in tree.items()} if isinstance(tree, dict) else value

@@ -139,6 +139,6 @@ class Meter:
         if self.first is None:
             return out
         out["optim/grad_norm"] = float(torch.tensor(self.norms, dtype=torch.float64).nanmean())
-        by_step = dist.all_max(self.first).tolist()
-        out |= {f"policy/first_log_ratio/{k}": worst for k, worst in enumerate(by_step)}
-        return out | {"policy/first_log_ratio_max": max(by_step)}
+        by_step = dist.all_max(self.first)
+        out |= {f"policy/first_log_ratio/{k}": worst for k, worst in enumerate(by_step.tolist())}
+        return out | {"policy/first_log_ratio_max": float(by_step.max())}

@@ -62,16 +62,16 @@ class Groups:
 
         Units are ordered by group and then by step, so that a rank has a run of them; each block of `num`
         neighbours is dealt one to each minibatch, in the order of `uniform` (num_groups * T,). The global
-        minibatches do not depend on the world size, and no rank is left without rows.
+        minibatches do not depend on the world size. ValueError where a rank could be left without rows.
         """
         mine, first = self.local * horizon, self.rank * self.local * horizon
-        if num > mine or (mine % num and mine < 2 * num - 1):
+        if num > mine or (self.world > 1 and mine % num and mine < 2 * num - 1):
             raise ValueError(
                 f"num_minibatches={num} leaves a process without rows: it has {mine} groups at a step; "
-                f"use at most {max(1, (mine + 1) // 2)} minibatches"
+                f"use at most {mine if self.world == 1 else max(1, (mine + 1) // 2)} minibatches"
             )
-        blocks = torch.nn.functional.pad(uniform, (0, -len(uniform) % num), value=2.0).view(-1, num)
-        owner = blocks.argsort(-1).argsort(-1).flatten()[first : first + mine]  # the padding is dealt last
+        filled = torch.cat([uniform, uniform[: -len(uniform) % num]])  # the last block is as random as the others
+        owner = filled.view(-1, num).argsort(-1).argsort(-1).flatten()[first : first + mine]
         unit = torch.arange(mine)
         row = (unit % horizon) * self.num_rows + unit // horizon * self.group_size
         rows = row[:, None] + torch.arange(self.group_size)

@@ -80,14 +80,15 @@ class ChainLikelihood:
         """Leave out actions that were not carried out: those from num_steps (N,) on along the chunk, x's axis 2.
 
         Of the step into t = 1 only: there they have no effect, whereas at earlier ones they still move the
-        mean of the executed actions. The old density is of the stored distribution; no network call.
+        mean of the executed actions. A density that loses entries is of the stored distribution; no network call.
         """
         chunk = evidence.x.shape[2]
         done = torch.arange(chunk, device=num_steps.device) < num_steps[:, None, None]  # (N, 1, H)
         if self.mask == "last":
             done = done | (evidence.t_next < 1).unsqueeze(-1)
         counts = done.expand(*evidence.t.shape, chunk)[(..., *[None] * (evidence.x.ndim - 3))]
-        old = self._log_prob(Gaussian(evidence.old_mean, evidence.old_std), evidence.x_next, counts)
+        cut = self._log_prob(Gaussian(evidence.old_mean, evidence.old_std), evidence.x_next, counts)
+        old = torch.where(counts.flatten(2).all(-1), evidence.old_log_prob, cut)
         return replace(evidence, old_log_prob=old, counts=counts)
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ Clip = float | Tensor
 def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip_low: Clip, clip_high: Clip) -> Tensor:
     """max(-A r, -A clip(r, 1 - low, 1 + high)), elementwise (PPO, Schulman et al. 2017)."""
     ratio = log_ratio.exp()
-    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high))
+    low, high = (cast("Tensor", bound) for bound in (1 - clip_low, 1 + clip_high))  # clamp takes two floats as well
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(low, high))
 
 
 def clip_fraction(log_ratio: Tensor, advantage: Tensor, clip_low: Clip, clip_high: Clip) -> Tensor:

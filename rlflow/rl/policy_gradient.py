@@ -146,7 +146,8 @@ class PolicyGradient:
     def _prepare(self, rollout: Rollout) -> Batch:
         """Advantages, and what the reference says where a term needs it: once per iteration."""
         batch = Batch(self.policy, rollout)
-        values = next_values = None
+        values: Tensor | None = None
+        next_values: Tensor | None = None
         if self.critic is not None:
             values, next_values = self.critic.values(rollout, batch.cond, self.micro_batch)
         batch.set_advantages(self.advantage(rollout, values, next_values))

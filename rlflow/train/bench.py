@@ -120,7 +120,7 @@ class Real:
     def __call__(self, iteration: int) -> None:
         """Rollout, reward, update."""
         metrics = self.parts.algorithm.update(self.parts.collector.collect(iteration))
-        self.first_log_ratio = max(self.first_log_ratio, metrics["policy/first_log_ratio_max"])
+        self.first_log_ratio = max(self.first_log_ratio, metrics.get("policy/first_log_ratio_max", 0.0))
 
     def passes(self, iteration: int) -> list[tuple[int, bool]]:
         """(rows, with a backward) of every network pass of one iteration."""

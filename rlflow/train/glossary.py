@@ -103,6 +103,18 @@ _FIXED: dict[str, Metric] = {
         "Largest |log ratio| before any update: 0 when the recorded and the recomputed probabilities agree.",
     ),
     "policy/entropy": Metric("entropy", "nats", 0, "Entropy of the scored steps."),
+    "policy/std_mean": Metric(
+        "exploration noise",
+        "action",
+        0,
+        "Mean std of the noise added to a denoising step while training.",
+    ),
+    "policy/anchor": Metric(
+        "distance to the reference's action",
+        "action^2",
+        0,
+        "Mean squared difference of the deployed action and the un-tuned policy's, from the same start noise.",
+    ),
     "policy/early_stop": Metric(
         "stopped early",
         "",
@@ -111,6 +123,12 @@ _FIXED: dict[str, Metric] = {
     ),
     "kl/ref": Metric("KL to the reference", "nats", 0, "KL of the policy to the frozen reference, per scored step."),
     "critic/loss": Metric("critic loss", "", -1, "Mean squared error of the critic's value."),
+    "critic/explained_variance": Metric(
+        "explained variance",
+        "",
+        1,
+        "Share of the returns' variance that the critic foretold: 1 is all, 0 no better than their mean.",
+    ),
     "optim/lr": Metric("learning rate", "", 0, "Learning rate of the last optimiser step."),
     "optim/grad_norm": Metric(
         "gradient norm",
