@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import mujoco
@@ -56,8 +57,16 @@ def begin(env: Any, seed: int) -> NDArray[np.float32]:
     return env.compute_observation().astype(np.float32)
 
 
+@cache
+def prototype(env_id: str) -> Any:
+    """The registered environment, compiled, never stepped; to make one takes a second."""
+    env = gymnasium.make(env_id, disable_env_checker=True).unwrapped
+    begin(env, 0)
+    return env
+
+
 def twin(env: Any) -> Any:
-    """Another environment like `env` that shares nothing that changes; to make one anew takes a second."""
+    """Another environment like `env` that shares nothing that changes."""
     other = copy.copy(env)
     other._model, other._ik = copy.copy(env.model), copy.deepcopy(env._ik)
     other._data = mujoco.MjData(other._model)
@@ -73,11 +82,10 @@ class CubeSim(Sim):
     exact_resume = True
 
     def __init__(self, env_id: str, num_envs: int, sparse: bool = False, threads: int = 0):
-        made = gymnasium.make(env_id, disable_env_checker=True)
-        first = begin(made.unwrapped, 0)
-        self.num_envs, self.horizon, self.sparse = num_envs, int(made.spec.max_episode_steps), sparse
-        self.envs = [made.unwrapped, *(twin(made.unwrapped) for _ in range(num_envs - 1))]
-        self._obs = np.tile(first, (num_envs, 1))
+        first = prototype(env_id)
+        self.num_envs, self.horizon, self.sparse = num_envs, int(first.spec.max_episode_steps), sparse
+        self.envs = [twin(first) for _ in range(num_envs)]
+        self._obs = np.tile(begin(self.envs[0], 0), (num_envs, 1))
         self._over = np.zeros(num_envs, bool)
         threads = min(threads or os.cpu_count() or 1, num_envs)
         self._map = map if threads == 1 else ThreadPoolExecutor(threads).map  # physics holds no GIL
@@ -163,9 +171,9 @@ def episodes(env_id: str, num: int, seed: int, noise: float) -> Iterator[tuple[T
 
     `noise` is the std of what is added to each number of the oracle's action before it is clipped to [-1, 1].
     """
-    made = gymnasium.make(env_id, disable_env_checker=True)
+    env = twin(prototype(env_id))
     for episode in range(num):
-        yield demonstration(made.unwrapped, made.spec.max_episode_steps, seed + episode, noise)
+        yield demonstration(env, env.spec.max_episode_steps, seed + episode, noise)
 
 
 def demonstration(env: Any, horizon: int, seed: int, noise: float) -> tuple[Tensor, Tensor, bool]:

@@ -70,12 +70,11 @@ class PixelField(VelocityField):
         obs = obs if isinstance(obs, dict) else {"pixels": obs}
         pixels = obs["pixels"]
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != self.shape:
-            raise ValueError(f"pixels must be uint8 (N, {self.shape}), got {pixels.dtype} {tuple(pixels.shape)}")
+            raise ValueError(f"pixels must be uint8 (N, *{self.shape}), got {pixels.dtype} {tuple(pixels.shape)}")
         pictures = pixels if self.channels_first else pixels.permute(0, 3, 1, 2)
-        dtype = next(self.encoder.parameters()).dtype
-        features = [self.encoder(pictures.to(dtype) / 127.5 - 1)]
-        features += [obs[name].flatten(1).to(dtype) for name in sorted(obs) if name != "pixels"]
-        return Cond({"pooled": torch.cat(features, -1)})
+        features = [self.encoder(pictures.to(next(self.encoder.parameters()).dtype) / 127.5 - 1)]
+        features += [obs[name].flatten(1).to(features[0].dtype) for name in sorted(obs) if name != "pixels"]
+        return self.head.encode(torch.cat(features, -1))
 
     def null(self, cond: Cond) -> Cond:
         """Zeros for what is observed."""
