@@ -28,9 +28,7 @@ from rlflow.types import Tree
 
 try:
     import gymnasium
-
-    with warnings.catch_warnings(action="ignore", category=Warning):  # of having no screen, for which nobody asked
-        import ogbench  # noqa: F401  (registers its ids)
+    import ogbench  # noqa: F401  (registers its ids)
     from ogbench.manipspace.oracles.markov.cube_markov import CubeMarkovOracle
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}: pip install 'rlflow-torch[manipulation]'", name=error.name) from None
@@ -60,9 +58,15 @@ def begin(env: Any, seed: int) -> NDArray[np.float32]:
 @cache
 def prototype(env_id: str) -> Any:
     """The registered environment, compiled, never stepped; to make one takes a second."""
-    env = gymnasium.make(env_id, disable_env_checker=True).unwrapped
+    with warnings.catch_warnings(action="ignore", category=Warning):  # of having no screen, for which nobody asked
+        env = gymnasium.make(env_id, disable_env_checker=True).unwrapped
     begin(env, 0)
     return env
+
+
+def steps_of(env_id: str) -> int:
+    """The registered time limit."""
+    return int(gymnasium.spec(env_id).max_episode_steps)
 
 
 def twin(env: Any) -> Any:
@@ -83,7 +87,7 @@ class CubeSim(Sim):
 
     def __init__(self, env_id: str, num_envs: int, sparse: bool = False, threads: int = 0):
         first = prototype(env_id)
-        self.num_envs, self.horizon, self.sparse = num_envs, int(first.spec.max_episode_steps), sparse
+        self.num_envs, self.horizon, self.sparse = num_envs, steps_of(env_id), sparse
         self.envs = [twin(first) for _ in range(num_envs)]
         self._obs = np.tile(begin(self.envs[0], 0), (num_envs, 1))
         self._over = np.zeros(num_envs, bool)
@@ -173,7 +177,7 @@ def episodes(env_id: str, num: int, seed: int, noise: float) -> Iterator[tuple[T
     """
     env = twin(prototype(env_id))
     for episode in range(num):
-        yield demonstration(env, env.spec.max_episode_steps, seed + episode, noise)
+        yield demonstration(env, steps_of(env_id), seed + episode, noise)
 
 
 def demonstration(env: Any, horizon: int, seed: int, noise: float) -> tuple[Tensor, Tensor, bool]:

@@ -45,7 +45,9 @@ def test_covering_the_outline_is_success_and_the_end():
     env = pusht(1, chunk=1)
     env.reset(torch.zeros(1).long())
     inner = env.sim.envs[0].unwrapped
-    inner._set_state(torch.tensor([40.0, 40.0, 256.0, 256.0, torch.pi / 4]).numpy())
+    inner.agent.position = (40.0, 40.0)
+    inner.block.angle = float(inner.goal_pose[2])  # turns about the centre of mass, hence before the place
+    inner.block.position = inner.goal_pose[:2].tolist()
     stay = torch.tensor([[[40.0, 40.0]]]) / 256 - 1
     step = env.step(stay)
     assert bool(step.terminated[0])
