@@ -113,6 +113,15 @@ class GymSim(Sim):
         info = {} if self.success is None else {"success": torch.from_numpy(success)}
         return Outcome(convert(self._obs, self.obs_spec), torch.from_numpy(reward), terminated, truncated, info=info)
 
+    def render(self, row: int, size: tuple[int, int]) -> Tensor:
+        """The environment's own picture, scaled to `size`."""
+        picture = self.envs[row].render()
+        if not isinstance(picture, np.ndarray):
+            raise ValueError("no picture: make the environment with options={'render_mode': 'rgb_array'}")
+        channels_first = torch.from_numpy(picture.copy()).permute(2, 0, 1).float()
+        scaled = torch.nn.functional.interpolate(channels_first[None], size, mode="area")[0]
+        return scaled.round().byte().permute(1, 2, 0)
+
 
 def gym(
     num_envs: int,

@@ -25,6 +25,7 @@ TABLE: dict[str, dict[str, str]] = {
     "model": {
         "dit": "rlflow.models.dit:DiT",
         "mlp": "rlflow.models.mlp:MLPField",
+        "pixel": "rlflow.models.cnn:PixelField",
     },
     "kernel": {
         "flow_sde": "rlflow.flow.kernels:FlowSDE",
@@ -79,6 +80,10 @@ TABLE: dict[str, dict[str, str]] = {
         "ant": "rlflow.envs.mujoco:ant",
         "humanoid": "rlflow.envs.mujoco:humanoid",
         "gym": "rlflow.envs.gym:gym",
+        "cube_single": "rlflow.envs.ogbench:cube_single",
+        "cube_double": "rlflow.envs.ogbench:cube_double",
+        "pusht": "rlflow.envs.pusht:pusht",
+        "pusht_pixels": "rlflow.envs.pusht:pusht_pixels",
     },
     "reward": {
         "shapes_strict": "rlflow.rewards.shapes:shapes_strict",

@@ -1,0 +1,205 @@
+"""OGBench (Park et al. 2024): a robot arm that moves one cube or two to a place, and an oracle that shows how.
+
+cube_single is the id "cube-single-singletask-v0", cube_double "cube-double-singletask-v0": the package's default
+task 2 of five, 20 actions a second, reward minus the number of cubes not in place, the end when all are (within
+4 cm); both are judged before an action, hence told one step later. Actions: x, y, z, yaw and the gripper, relative.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import mujoco
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlflow.envs.camera import Camera
+from rlflow.envs.sim import Outcome, Sim, SimEnv
+from rlflow.types import Tree
+
+try:
+    import gymnasium
+    import ogbench  # noqa: F401  (registers its ids)
+    from ogbench.manipspace.oracles.markov.cube_markov import CubeMarkovOracle
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error}: pip install 'rlflow-torch[manipulation]'", name=error.name) from None
+
+SINGLE, DOUBLE = "cube-single-singletask-v0", "cube-double-singletask-v0"
+KEPT = ("qpos", "qvel", "ctrl", "mocap_pos", "mocap_quat", "qacc_warmstart", "site_xpos", "site_xmat", "cfrc_ext")
+"""What the next step and its observation depend on; the last three are one substep older than the positions."""
+
+
+def begin(env: Any, seed: int) -> NDArray[np.float32]:
+    """Start an episode; its first observation (D,), a function of the seed alone.
+
+    OGBench's own reset takes two steps with unseeded actions to see the goal, and their forces stay behind.
+    """
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of the dtype of its own action space
+        env.reset(seed=seed)
+    data = env.data
+    kept = {name: getattr(data, name).copy() for name in ("qpos", "qvel", "mocap_pos", "mocap_quat")}
+    mujoco.mj_resetData(env.model, data)
+    for name, value in kept.items():
+        getattr(data, name)[:] = value
+    mujoco.mj_forward(env.model, data)
+    env.pre_step()
+    return env.compute_observation().astype(np.float32)
+
+
+@cache
+def prototype(env_id: str) -> Any:
+    """The registered environment, compiled, never stepped; to make one takes a second."""
+    with warnings.catch_warnings(action="ignore", category=Warning):  # of having no screen, for which nobody asked
+        env = gymnasium.make(env_id, disable_env_checker=True).unwrapped
+    begin(env, 0)
+    return env
+
+
+def steps_of(env_id: str) -> int:
+    """The registered time limit."""
+    return int(gymnasium.spec(env_id).max_episode_steps)
+
+
+def twin(env: Any) -> Any:
+    """Another environment like `env` that shares nothing that changes."""
+    other = copy.copy(env)
+    other._model, other._ik = copy.copy(env.model), copy.deepcopy(env._ik)
+    other._data = mujoco.MjData(other._model)
+    return other
+
+
+class CubeSim(Sim):
+    """`num_envs` copies of an OGBench cube task, stepped by `threads` threads (0: all CPUs); a row rests after its end.
+
+    `sparse` pays 1 for success instead of OGBench's reward.
+    """
+
+    exact_resume = True
+
+    def __init__(self, env_id: str, num_envs: int, sparse: bool = False, threads: int = 0):
+        first = prototype(env_id)
+        self.num_envs, self.horizon, self.sparse = num_envs, steps_of(env_id), sparse
+        self.envs = [twin(first) for _ in range(num_envs)]
+        self._obs = np.tile(begin(self.envs[0], 0), (num_envs, 1))
+        self._over = np.zeros(num_envs, bool)
+        threads = min(threads or os.cpu_count() or 1, num_envs)
+        self._map = map if threads == 1 else ThreadPoolExecutor(threads).map  # physics holds no GIL
+        self._camera: Camera | None = None
+        self.low, self.high = -torch.ones(5), torch.ones(5)
+        self.obs_spec = torch.empty(self._obs.shape[1], device="meta")
+
+    def reset(self, seeds: Tensor, mask: Tensor) -> Tree:
+        """The arm anywhere above the table, the cubes within 1 cm of their start, turned at random."""
+        for row in np.flatnonzero(mask.numpy()):
+            self._obs[row], self._over[row] = begin(self.envs[row], int(seeds[row])), False
+        return torch.from_numpy(self._obs)
+
+    def advance(self, action: Tensor) -> Outcome:
+        """Step the rows that have not ended."""
+        rows, actions = np.flatnonzero(~self._over), action.numpy()
+        reward, success = np.zeros((2, self.num_envs), np.float32)
+        results = self._map(lambda row: self.envs[row].step(actions[row]), rows)
+        for row, (obs, paid, over, _, info) in zip(rows, results, strict=True):
+            self._obs[row], self._over[row], success[row] = obs, over, info["success"]
+            reward[row] = info["success"] if self.sparse else paid
+        found = [torch.from_numpy(v) for v in (self._obs, reward, self._over.copy(), success)]
+        return Outcome(*found[:3], info={"success": found[3]})
+
+    def render(self, row: int, size: tuple[int, int]) -> Tensor:
+        """From the camera in front of the table."""
+        if self._camera is None or self._camera.size != size:
+            self._camera = Camera(self.envs[row].model, size, fixed="front")
+        return torch.from_numpy(self._camera.photo(self.envs[row].data))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Physics as the next step finds it."""
+        kept = {name: np.stack([getattr(env.data, name) for env in self.envs]) for name in KEPT}
+        kept["time"] = np.array([env.data.time for env in self.envs])
+        return {name: torch.from_numpy(value.copy()) for name, value in (kept | {"obs": self._obs}).items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        for row, env in enumerate(self.envs):
+            for name in KEPT:
+                getattr(env.data, name)[:] = state[name][row].numpy()
+            env.data.time = float(state["time"][row])
+            env.post_step()  # success is a function of the positions
+        self._obs[:], self._over[:] = state["obs"].numpy(), False
+
+
+# -- demonstrations -------------------------------------------------------------------------------
+
+
+@contextmanager
+def numpy_seed(seed: int) -> Iterator[None]:
+    """NumPy's global generator from `seed` inside and as before after: the oracle draws from it."""
+    before = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
+
+
+class Oracle:
+    """OGBench's Markov oracle for a task of several cubes: one cube after the other, each to its own place."""
+
+    def __init__(self, env: Any, seed: int):
+        self.env, self.num_cubes, self.cube = env, len(env.cur_task_info["goal_xyzs"]), 0
+        self.oracle = CubeMarkovOracle(env=env)
+        with numpy_seed(seed):
+            self.oracle.reset(None, None)
+
+    def act(self) -> NDArray[np.float64]:
+        """The next action (5,)."""
+        info = self.env.compute_ob_info()
+        goals = [self.env.data.body(f"object_target_{i}") for i in range(self.num_cubes)]
+        gaps = [np.linalg.norm(goals[i].xpos - info[f"privileged/block_{i}_pos"]) for i in range(self.num_cubes)]
+        if gaps[self.cube] < 0.02 and info["proprio/effector_pos"][2] > 0.16:  # let go of, and the arm is above
+            self.cube = int(np.argmax(gaps))
+        target = {"privileged/target_block": self.cube, "privileged/target_block_pos": goals[self.cube].xpos}
+        return self.oracle.select_action(None, info | target | {"privileged/target_block_yaw": np.zeros(1)})
+
+
+def episodes(env_id: str, num: int, seed: int, noise: float) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """`num` demonstrations: (observations (T, D), the actions (T, 5) carried out on them, success).
+
+    `noise` is the std of what is added to each number of the oracle's action before it is clipped to [-1, 1].
+    """
+    env = twin(prototype(env_id))
+    for episode in range(num):
+        yield demonstration(env, steps_of(env_id), seed + episode, noise)
+
+
+def demonstration(env: Any, horizon: int, seed: int, noise: float) -> tuple[Tensor, Tensor, bool]:
+    """One episode of the noisy oracle."""
+    obs, rng = begin(env, seed), np.random.default_rng(seed)
+    oracle, seen, done, success = Oracle(env, seed), [], [], False
+    while len(done) < horizon and not success:
+        action = np.clip(oracle.act() + noise * rng.standard_normal(5), -1, 1).astype(np.float32)
+        seen.append(obs), done.append(action)
+        found, _, _, _, info = env.step(action)
+        obs, success = found.astype(np.float32), bool(info["success"])
+    return torch.from_numpy(np.stack(seen)), torch.from_numpy(np.stack(done)), success
+
+
+# -- environments ---------------------------------------------------------------------------------
+
+
+def cube_single(num_envs: int, chunk: int = 5, gamma: float = 0.99, sparse: bool = False, threads: int = 0) -> SimEnv:
+    """cube-single-singletask-v0: one cube, 28 numbers observed, 200 steps."""
+    return SimEnv(CubeSim(SINGLE, num_envs, sparse, threads), chunk, gamma)
+
+
+def cube_double(num_envs: int, chunk: int = 5, gamma: float = 0.99, sparse: bool = False, threads: int = 0) -> SimEnv:
+    """cube-double-singletask-v0: two cubes, 37 numbers observed, 500 steps."""
+    return SimEnv(CubeSim(DOUBLE, num_envs, sparse, threads), chunk, gamma)

@@ -1,0 +1,113 @@
+"""OGBench's cubes: the registered task step by step, seeds that are all, and an oracle that does the task."""
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("ogbench")
+
+from rlflow.envs import ogbench
+from rlflow.envs.conformance import CHECKS, Subject
+from rlflow.envs.sim import SimEnv
+from rlflow.registry import TABLE, find
+
+
+def limited(limit: int, chunk: int):
+    def make(num_envs: int) -> SimEnv:
+        sim = ogbench.CubeSim(ogbench.SINGLE, num_envs, threads=1)
+        sim.horizon = limit
+        return SimEnv(sim, chunk, 0.9)
+
+    return make
+
+
+SUBJECT = Subject(limited(6, 2), limited(20, 2), limited(6, 1), num_envs=3, num_steps=7, gamma=0.9)
+
+
+@pytest.mark.parametrize("one", CHECKS, ids=lambda f: f.__name__)
+def test_conforms(one):
+    one(SUBJECT)
+
+
+def test_steps_rewards_and_success_are_those_of_the_registered_id():
+    """Ours is fed what the oracle did; theirs starts from our state."""
+    (seen, done, success), *_ = ogbench.episodes(ogbench.SINGLE, 1, seed=5, noise=0.0)
+    env = SimEnv(ogbench.CubeSim(ogbench.SINGLE, 1, threads=1))
+    obs = env.reset(torch.tensor([5]))
+    peer = gymnasium.make(ogbench.SINGLE).unwrapped
+    ogbench.begin(peer, 5)
+    for expected, action in zip(seen, done, strict=True):
+        torch.testing.assert_close(obs[0], expected, rtol=0, atol=0)
+        step = env.step(action.view(1, 1, 5))
+        found, reward, terminated, _, _ = peer.step(action.numpy())
+        np.testing.assert_allclose(step.final_obs[0].numpy(), found.astype(np.float32), rtol=0, atol=0)
+        assert (float(step.reward[0]), bool(step.terminated[0])) == (reward, terminated)
+        obs = step.obs
+    assert success
+    assert bool(step.terminated[0])
+    assert float(step.info["success"][0]) == 1
+    assert float(step.info["episode_return"][0]) == 1 - len(done)  # -1 a step, 0 when all cubes are in place
+
+
+def test_the_first_state_is_a_function_of_the_seed():
+    """OGBench's own reset takes random steps that no seed reaches."""
+    envs = [ogbench.twin(ogbench.prototype(ogbench.SINGLE)) for _ in range(2)]
+    for env in envs:
+        ogbench.begin(env, 3)
+    for name in ogbench.KEPT:
+        assert (getattr(envs[0].data, name) == getattr(envs[1].data, name)).all(), name
+
+
+def test_sparse_pays_one_for_success():
+    *_, actions = [done for _, done, _ in ogbench.episodes(ogbench.SINGLE, 1, seed=2, noise=0.0)]
+    env = ogbench.cube_single(1, chunk=1, sparse=True, threads=1)
+    env.reset(torch.tensor([2]))
+    rewards = [float(env.step(a.view(1, 1, 5)).reward[0]) for a in actions]
+    assert rewards == [0.0] * (len(actions) - 1) + [1.0]
+
+
+def test_threads_change_nothing():
+    actions, found = torch.rand(2, 3, 3, 5, generator=torch.Generator().manual_seed(0)) * 2 - 1, []
+    for threads in (1, 2):
+        env = ogbench.cube_single(3, chunk=3, threads=threads)
+        env.reset(torch.arange(3))
+        found.append(torch.stack([env.step(a).obs for a in actions]))
+    assert torch.equal(*found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("env_id", "least"), [(ogbench.SINGLE, 19), (ogbench.DOUBLE, 18)])
+def test_the_oracle_succeeds(env_id, least):
+    assert sum(success for *_, success in ogbench.episodes(env_id, 20, seed=0, noise=0.0)) >= least
+
+
+def test_noise_and_seed_make_another_episode_and_leave_numpy_alone():
+    before = np.random.get_state()[1].copy()
+    played = [
+        next(iter(ogbench.episodes(ogbench.SINGLE, 1, s, n)))[1] for s, n in ((0, 0.0), (0, 0.0), (0, 0.2), (1, 0.0))
+    ]
+    assert (np.random.get_state()[1] == before).all()
+    assert torch.equal(played[0], played[1])
+    assert not torch.equal(played[0][:20], played[2][:20])
+    assert not torch.equal(played[0][:20], played[3][:20])
+    assert float(played[2].abs().max()) <= 1
+
+
+def test_pictures_show_the_cube_move():
+    env = ogbench.cube_single(2, threads=1)
+    env.reset(torch.arange(2))
+    try:
+        one, other = env.render(0, (96, 96)), env.render(1, (96, 96))
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    assert one.shape == (96, 96, 3)
+    assert not torch.equal(one, other)
+    assert torch.equal(one, env.render(0, (96, 96)))
+
+
+@pytest.mark.parametrize(("name", "numbers", "limit"), [("cube_single", 28, 40), ("cube_double", 37, 100)])
+def test_is_registered_with_its_defaults(name, numbers, limit):
+    assert name in TABLE["env"]
+    env = find("env", name)(1)
+    assert (env.action_shape, env.obs_dim, env.horizon) == ((5, 5), numbers, limit)
