@@ -1,4 +1,4 @@
-"""MuJoCo locomotion: the five v5 tasks of Gymnasium as data, on MuJoCo's threaded batch of simulations.
+"""MuJoCo tasks: six of Gymnasium's v5 environments as data, on MuJoCo's threaded batch of simulations.
 
 Observation, reward, termination and reset noise are those of gymnasium/envs/mujoco/*_v5.py at their defaults
 (the models are the XML files of that package); the reset noise is drawn from the row's seed by our own hash.
@@ -91,6 +91,16 @@ class Task:
     clip_contact: float = math.inf
     max_contact: float = math.inf
 
+    def bounds(self, num: int) -> tuple[Array, Array]:
+        """(low, high) of the healthy state, (nq + nv,) each; open intervals."""
+        first, limit = self.others
+        high = np.full(num, np.inf)
+        high[first:] = limit
+        low = -high
+        for entry, smallest, largest in self.healthy:
+            low[entry], high[entry] = smallest, largest
+        return low, high
+
     def load(self) -> Any:
         """The compiled model."""
         spec = find_spec("gymnasium")
@@ -131,6 +141,16 @@ HALFCHEETAH = Task(
     control=0.1,
     noise=0.1,
     spread=normal_velocities,
+)
+INVERTED_PENDULUM = Task(
+    name="InvertedPendulum-v5",
+    xml="inverted_pendulum.xml",
+    frame_skip=2,
+    control=0.0,
+    noise=0.01,
+    hidden=0,
+    forward=0.0,
+    healthy=((1, np.nextafter(-0.2, -1), np.nextafter(0.2, 1)),),  # a closed interval
 )
 ANT = Task(
     name="Ant-v5",
@@ -176,23 +196,13 @@ class MujocoSim(Sim):
         self._dt, num = model.opt.timestep * task.frame_skip, model.nq + model.nv
         self._qpos, self._qvel, self._ctrl = (self.batch.bind(n) for n in ("qpos", "qvel", "ctrl"))
         self._state = self.batch.state[:, 1 : 1 + num]  # mjSTATE_INTEGRATION: time, qpos, qvel, ...
-        self._low, self._high = self._health_bounds(num)
+        self._low, self._high = task.bounds(num)
         self._position, self._x = task.position(self.batch), np.zeros(num_envs)
         self._over = np.zeros(num_envs, bool)  # rows that have fallen rest until they are reset
         derived = [self.batch.bind(n)[:, first:].reshape(num_envs, -1) for n, first in task.derived]
         self._forces = np.zeros((num_envs, model.nbody if task.contact else 1, 6))
         self._data, self._num_contacts = mujoco.MjData(model), self.batch.bind("ncon")
         self._layout(self._state[:, task.hidden :], *derived, self._forces[:, 1:].reshape(num_envs, -1))
-
-    def _health_bounds(self, num: int) -> tuple[Array, Array]:
-        """(low, high) of the healthy state, (nq + nv,) each."""
-        first, limit = self.task.others
-        high = np.full(num, np.inf)
-        high[first:] = limit
-        low = -high
-        for entry, smallest, largest in self.task.healthy:
-            low[entry], high[entry] = smallest, largest
-        return low, high
 
     def _layout(self, *sources: Array) -> None:
         """The observation, and for each of its parts the simulator's array it is copied from."""
@@ -277,6 +287,11 @@ def walker2d(num_envs: int, chunk: int = 4, gamma: float = 0.99, threads: int = 
 def halfcheetah(num_envs: int, chunk: int = 4, gamma: float = 0.99, threads: int = 0) -> SimEnv:
     """HalfCheetah-v5: a running body in a plane, 6 motors, 17 numbers observed; ends by time only."""
     return SimEnv(MujocoSim(HALFCHEETAH, num_envs, threads), chunk, gamma)
+
+
+def inverted_pendulum(num_envs: int, chunk: int = 4, gamma: float = 0.99, threads: int = 0) -> SimEnv:
+    """InvertedPendulum-v5: a pole on a cart, 1 motor, 4 numbers observed; falls."""
+    return SimEnv(MujocoSim(INVERTED_PENDULUM, num_envs, threads), chunk, gamma)
 
 
 def ant(num_envs: int, chunk: int = 4, gamma: float = 0.99, threads: int = 0) -> SimEnv:

@@ -73,8 +73,13 @@ TABLE: dict[str, dict[str, str]] = {
         "hopper": "rlflow.envs.mujoco:hopper",
         "walker2d": "rlflow.envs.mujoco:walker2d",
         "halfcheetah": "rlflow.envs.mujoco:halfcheetah",
+        "inverted_pendulum": "rlflow.envs.mujoco:inverted_pendulum",
         "ant": "rlflow.envs.mujoco:ant",
         "humanoid": "rlflow.envs.mujoco:humanoid",
+        "warp_hopper": "rlflow.envs.warp:warp_hopper",
+        "warp_walker2d": "rlflow.envs.warp:warp_walker2d",
+        "warp_halfcheetah": "rlflow.envs.warp:warp_halfcheetah",
+        "warp_inverted_pendulum": "rlflow.envs.warp:warp_inverted_pendulum",
         "gym": "rlflow.envs.gym:gym",
     },
     "reward": {
