@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,17 @@ Array = NDArray[Any]
 NO_STAGE = mujoco.mjtStage.mjSTAGE_NONE.value
 ALL = slice(None)
 VELOCITY = 2**40  # added to a seed for the noise of velocities
+
+
+@contextmanager
+def warnings_kept() -> Iterator[None]:
+    """MuJoCo's warnings go to the log; else a deprecation in Gymnasium's files is printed, and written to a file here."""
+    said_to = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(log.debug)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(said_to)
 
 
 def uniform_noise(seeds: Tensor, num_positions: int, num_velocities: int) -> Tensor:
@@ -107,12 +119,8 @@ class Task:
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError("the models come with gymnasium: pip install 'rlflow-torch[robots]'")
         path = Path(spec.origin).parent / "envs" / "mujoco" / "assets" / self.xml
-        said_to = mujoco.get_mju_user_warning()
-        mujoco.set_mju_user_warning(log.debug)  # else a deprecation in Gymnasium's file is written to a file here
-        try:
+        with warnings_kept():
             return mujoco.MjModel.from_xml_path(str(path))
-        finally:
-            mujoco.set_mju_user_warning(said_to)
 
 
 HOPPER = Task(

@@ -25,7 +25,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}: pip install 'rlflow-torch[robots,warp]'", name=error.name) from None
 
-warp.config.quiet = True  # its start-up lines go to stdout, where --json is read from
+warp.config.log_level = warp.LOG_WARNING  # its start-up lines go to stdout, where --json is read from
 warp.init()
 
 MAX_CONSTRAINTS = 128  # rows of one world; the default of 64 is too few for a HalfCheetah on its back

@@ -81,7 +81,7 @@ def rate(step: Player, seconds: float) -> tuple[float, float]:
     """(steps per wall second, steps per CPU second of this process) over at least `seconds` of wall time."""
     int(step())
     wall, cpu = time.perf_counter(), time.process_time()
-    total: int | Tensor = 0
+    total = step()
     while time.perf_counter() - wall < seconds:
         total = total + step()
     count = int(total)  # waits for a GPU
@@ -97,8 +97,8 @@ def compare(players: dict[str, Player], seconds: float, repeats: int) -> dict[st
     median = statistics.median
     rows: dict[str, Any] = {
         name: {
-            "env_steps_per_s": round(median(wall for wall, _ in rates)),
-            "env_steps_per_cpu_s": round(median(cpu for _, cpu in rates)),
+            "env_steps_per_s": round(median(wall for wall, _ in rates), 1),
+            "env_steps_per_cpu_s": round(median(cpu for _, cpu in rates), 1),
         }
         for name, rates in found.items()
     }
@@ -112,8 +112,9 @@ def bench_envs(name: str, num_envs: int, chunk: int, threads: int, seconds: floa
     """One task at one size; AsyncVectorEnv works in other processes, so it has no rate per CPU second."""
     task = TASKS[name]
     makers, mode = [lambda: gymnasium.make(task.name)] * num_envs, gymnasium.vector.AutoresetMode.SAME_STEP
-    sync = gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=mode)
-    parallel = gymnasium.vector.AsyncVectorEnv(makers, autoreset_mode=mode)
+    with mujoco.warnings_kept():
+        sync = gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=mode)
+        parallel = gymnasium.vector.AsyncVectorEnv(makers, autoreset_mode=mode)
     try:
         players = {
             "ours": random_play(SimEnv(mujoco.MujocoSim(task, num_envs, threads), chunk)),

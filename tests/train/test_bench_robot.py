@@ -10,8 +10,8 @@ from rlflow.train.bench import listen
 from rlflow.train.bench_peer import PlainLoop
 from rlflow.train.bench_robot import Phases, ReinFlow, Size, bench_paper, bench_robot
 
-TINY = Size(num_envs=2, num_chunks=3, chunk=2, width=8, depth=1, num_steps=2, num_minibatches=1, epochs=2)
-ROWS = 2 * 3 * 2  # environments, chunks, denoising steps
+TINY = Size(num_envs=4, num_chunks=3, chunk=2, width=8, depth=1, num_steps=2, num_minibatches=1, epochs=2)
+ROWS = 4 * 3 * 2  # environments, chunks, denoising steps
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_result_is_complete() -> None:
     assert set(shares) == {"simulate", "policy", "update", "other"}
     assert min(shares.values()) > 0
     assert sum(shares.values()) == pytest.approx(1)
-    assert result["iteration"]["first_log_ratio_max"] == 0
+    assert result["iteration"]["first_log_ratio_max"] < 1e-5
     assert set(result["latency_ms"]) == {"K=1", "K=2", "K=4"}
     assert all(set(row) == {"batch_1", "batch_64"} for row in result["latency_ms"].values())
 
