@@ -43,7 +43,7 @@ VELOCITY = 2**40  # added to a seed for the noise of velocities
 
 @contextmanager
 def warnings_kept() -> Iterator[None]:
-    """MuJoCo's warnings go to the log; else a deprecation in Gymnasium's files is printed, and written to a file here."""
+    """MuJoCo's warnings to the log; else deprecations in Gymnasium's files are printed, and written to a file here."""
     said_to = mujoco.get_mju_user_warning()
     mujoco.set_mju_user_warning(log.debug)
     try:
