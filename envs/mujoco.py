@@ -1,4 +1,4 @@
-"""MuJoCo locomotion: the five v5 tasks of Gymnasium as data, on MuJoCo's threaded batch of simulations.
+"""MuJoCo tasks: six of Gymnasium's v5 environments as data, on MuJoCo's threaded batch of simulations.
 
 Observation, reward, termination and reset noise are those of gymnasium/envs/mujoco/*_v5.py at their defaults
 (the models are the XML files of that package); the reset noise is drawn from the row's seed by our own hash.
@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +40,17 @@ Array = NDArray[Any]
 NO_STAGE = mujoco.mjtStage.mjSTAGE_NONE.value
 ALL = slice(None)
 VELOCITY = 2**40  # added to a seed for the noise of velocities
+
+
+@contextmanager
+def warnings_kept() -> Iterator[None]:
+    """MuJoCo's warnings to the log; else deprecations in Gymnasium's files are printed, and written to a file here."""
+    said_to = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(log.debug)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(said_to)
 
 
 def uniform_noise(seeds: Tensor, num_positions: int, num_velocities: int) -> Tensor:
@@ -92,18 +104,24 @@ class Task:
     clip_contact: float = math.inf
     max_contact: float = math.inf
 
+    def bounds(self, num: int) -> tuple[Array, Array]:
+        """(low, high) of the healthy state, (nq + nv,) each; open intervals."""
+        first, limit = self.others
+        high = np.full(num, np.inf)
+        high[first:] = limit
+        low = -high
+        for entry, smallest, largest in self.healthy:
+            low[entry], high[entry] = smallest, largest
+        return low, high
+
     def load(self) -> Any:
         """The compiled model."""
         spec = find_spec("gymnasium")
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError("the models come with gymnasium: pip install 'rlflow-torch[robots]'")
         path = Path(spec.origin).parent / "envs" / "mujoco" / "assets" / self.xml
-        said_to = mujoco.get_mju_user_warning()
-        mujoco.set_mju_user_warning(log.debug)  # else a deprecation in Gymnasium's file is written to a file here
-        try:
+        with warnings_kept():
             return mujoco.MjModel.from_xml_path(str(path))
-        finally:
-            mujoco.set_mju_user_warning(said_to)
 
 
 HOPPER = Task(
@@ -132,6 +150,16 @@ HALFCHEETAH = Task(
     control=0.1,
     noise=0.1,
     spread=normal_velocities,
+)
+INVERTED_PENDULUM = Task(
+    name="InvertedPendulum-v5",
+    xml="inverted_pendulum.xml",
+    frame_skip=2,
+    control=0.0,
+    noise=0.01,
+    hidden=0,
+    forward=0.0,
+    healthy=((1, np.nextafter(-0.2, -1), np.nextafter(0.2, 1)),),  # a closed interval
 )
 ANT = Task(
     name="Ant-v5",
@@ -178,7 +206,7 @@ class MujocoSim(Sim):
         num = model.nq + model.nv
         self._qpos, self._qvel, self._ctrl = (self.batch.bind(n) for n in ("qpos", "qvel", "ctrl"))
         self._state = self.batch.state[:, 1 : 1 + num]  # mjSTATE_INTEGRATION: time, qpos, qvel, ...
-        self._low, self._high = self._health_bounds(num)
+        self._low, self._high = task.bounds(num)
         self._position, self._x = task.position(self.batch), np.zeros(num_envs)
         self._over = np.zeros(num_envs, bool)  # rows that have fallen rest until they are reset
         derived = [self.batch.bind(n)[:, first:].reshape(num_envs, -1) for n, first in task.derived]
@@ -186,16 +214,6 @@ class MujocoSim(Sim):
         self._data, self._num_contacts = mujoco.MjData(model), self.batch.bind("ncon")
         self._camera: Camera | None = None
         self._layout(self._state[:, task.hidden :], *derived, self._forces[:, 1:].reshape(num_envs, -1))
-
-    def _health_bounds(self, num: int) -> tuple[Array, Array]:
-        """(low, high) of the healthy state, (nq + nv,) each."""
-        first, limit = self.task.others
-        high = np.full(num, np.inf)
-        high[first:] = limit
-        low = -high
-        for entry, smallest, largest in self.task.healthy:
-            low[entry], high[entry] = smallest, largest
-        return low, high
 
     def _layout(self, *sources: Array) -> None:
         """The observation, and for each of its parts the simulator's array it is copied from."""
@@ -291,6 +309,11 @@ def walker2d(num_envs: int, chunk: int = 4, gamma: float = 0.99, threads: int = 
 def halfcheetah(num_envs: int, chunk: int = 4, gamma: float = 0.99, threads: int = 0) -> SimEnv:
     """HalfCheetah-v5: a running body in a plane, 6 motors, 17 numbers observed; ends by time only."""
     return SimEnv(MujocoSim(HALFCHEETAH, num_envs, threads), chunk, gamma)
+
+
+def inverted_pendulum(num_envs: int, chunk: int = 4, gamma: float = 0.99, threads: int = 0) -> SimEnv:
+    """InvertedPendulum-v5: a pole on a cart, 1 motor, 4 numbers observed; falls."""
+    return SimEnv(MujocoSim(INVERTED_PENDULUM, num_envs, threads), chunk, gamma)
 
 
 def ant(num_envs: int, chunk: int = 4, gamma: float = 0.99, threads: int = 0) -> SimEnv:

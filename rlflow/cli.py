@@ -320,14 +320,20 @@ def _run_report(args: argparse.Namespace) -> None:
 
 def _bench(commands: Any) -> None:
     p = _command(commands, "bench", _run_bench, "Time training iterations against bare network passes.")
-    p.add_argument("what", choices=["t2i"])
+    p.add_argument("what", choices=["t2i", "robot"])
+    p.add_argument("--paper", action="store_true", help="robot: the published size too, and a plain loop as its peer")
     _json_flag(p)
 
 
 def _run_bench(args: argparse.Namespace) -> None:
-    from rlflow.train.bench import bench_t2i
+    if args.what == "robot":
+        from rlflow.train.bench_robot import bench_robot
 
-    result = bench_t2i()
+        result = bench_robot(args.paper)
+    else:
+        from rlflow.train.bench import bench_t2i
+
+        result = bench_t2i()
     if args.json:
         print_json(result)
         return

@@ -1,11 +1,10 @@
-"""Full environment steps per second of our locomotion environments against Gymnasium's SyncVectorEnv, as JSON.
+"""Full environment steps per second as JSON, as in `rlflow bench robot` but at any size; and MuJoCo Warp's.
 
     python scripts/bench_envs.py --task hopper --envs 1 16 64 --seconds 2 --repeats 3
+    python scripts/bench_envs.py --backend warp --task hopper halfcheetah --envs 1024 4096 16384
 
-Both play the same random actions with automatic resets; ours in chunks (default 4), with terminal observations,
-returns and lengths. `physics` steps MuJoCo's batch alone, with the resets that random play needs. The contenders
-take turns in one process; rates are given per second of wall time and of CPU time (all threads), each the median
-of the repeats. On a busy machine only the second can be compared.
+With `--backend warp` three play on one device: `ours`, `with_policy` (a flow policy of 256 x 3 and 4 denoising steps
+in the loop) and `physics` (the substeps alone, without resets).
 """
 
 from __future__ import annotations
@@ -14,97 +13,32 @@ import argparse
 import json
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
-import gymnasium
-import numpy as np
 import torch
 
-from rlflow.envs import mujoco
-from rlflow.envs.sim import SimEnv
-
-TASKS = {
-    t.name.removesuffix("-v5").lower(): t
-    for t in (mujoco.HOPPER, mujoco.WALKER2D, mujoco.HALFCHEETAH, mujoco.ANT, mujoco.HUMANOID)
-}
-RESET_EVERY = 20  # primitive steps a random Hopper stands
+from rlflow.train.bench_envs import TASKS, Player, bench_envs, compare, random_play
+from rlflow.train.bench_robot import acting, flow_policy
 
 
-def ours(task: mujoco.Task, num_envs: int, chunk: int, threads: int) -> Callable[[], int]:
-    """One chunk of every row; environment steps carried out."""
-    env = SimEnv(mujoco.MujocoSim(task, num_envs, threads), chunk)
-    env.reset(torch.arange(num_envs))
-    generator = torch.Generator().manual_seed(0)
+def bench_warp(name: str, num_envs: int, chunk: int, seconds: float, repeats: int) -> dict[str, Any]:
+    """One task at one number of worlds."""
+    from rlflow.envs.sim import SimEnv
+    from rlflow.envs.warp import WarpSim
 
-    def step() -> int:
-        done = env.step(torch.rand(num_envs, *env.action_shape, generator=generator) * 2 - 1)
-        assert done.num_steps is not None
-        return int(done.num_steps.sum())
+    task = TASKS[name]
+    env, acted, alone = (SimEnv(WarpSim(task, num_envs), chunk) for _ in range(3))
 
-    return step
+    def physics() -> torch.Tensor:
+        alone.sim.advance(torch.zeros(num_envs, *alone.sim.low.shape, device=alone.device))
+        return torch.full((), num_envs, device=alone.device)
 
-
-def gymnasium_sync(task: mujoco.Task, num_envs: int) -> Callable[[], int]:
-    """One step of every row, reset in the same step."""
-    makers = [lambda: gymnasium.make(task.name)] * num_envs
-    mode = gymnasium.vector.AutoresetMode.SAME_STEP
-    env = gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=mode)
-    env.reset(seed=0)
-    rng, (low, high) = np.random.default_rng(0), (env.single_action_space.low, env.single_action_space.high)
-
-    def step() -> int:
-        env.step(rng.uniform(low, high, (num_envs, len(low))).astype(np.float32))
-        return num_envs
-
-    return step
-
-
-def physics(task: mujoco.Task, num_envs: int, threads: int) -> Callable[[], int]:
-    """The batch alone: random controls, and every row at rest again after RESET_EVERY steps, in turn."""
-    sim = mujoco.MujocoSim(task, num_envs, threads)
-    batch, control, rng = sim.batch, sim.batch.bind("ctrl"), np.random.default_rng(0)
-    clock = np.arange(num_envs) % RESET_EVERY
-    batch.reset(stage=mujoco.NO_STAGE)
-
-    def step() -> int:
-        control[:] = rng.uniform(-1, 1, control.shape)
-        batch.step(nstep=task.frame_skip)
-        clock[:] = (clock + 1) % RESET_EVERY
-        if task.healthy and not clock.all():
-            batch.reset(np.flatnonzero(clock == 0), stage=mujoco.NO_STAGE)
-        return num_envs
-
-    return step
-
-
-def rate(step: Callable[[], int], seconds: float) -> tuple[float, float]:
-    """(steps per wall second, steps per CPU second) over at least `seconds` of CPU time."""
-    step()
-    wall, cpu, count = time.perf_counter(), time.process_time(), 0
-    while time.process_time() - cpu < seconds:
-        count += step()
-    return count / (time.perf_counter() - wall), count / (time.process_time() - cpu)
-
-
-def bench(task: mujoco.Task, num_envs: int, chunk: int, threads: int, seconds: float, repeats: int) -> dict[str, Any]:
-    """Median rates of the three contenders at one size."""
-    contenders = {
-        "ours": ours(task, num_envs, chunk, threads),
-        "gymnasium_sync": gymnasium_sync(task, num_envs),
-        "physics": physics(task, num_envs, threads),
-    }
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-    for _ in range(repeats):
-        for name, step in contenders.items():
-            found[name].append(rate(step, seconds))
-    rows = {}
-    for name, rates in found.items():
-        wall, cpu = (statistics.median(r) for r in zip(*rates, strict=True))
-        rows[name] = {"env_steps_per_s": round(wall), "env_steps_per_cpu_s": round(cpu)}
-    return {"task": task.name, "num_envs": num_envs, "chunk": chunk} | rows
+    policy = flow_policy(acted, width=256, depth=3, num_steps=4)
+    players: dict[str, Player] = {"ours": random_play(env), "with_policy": acting(acted, policy), "physics": physics}
+    rows = compare(players, seconds, repeats)
+    device = torch.cuda.get_device_name() if env.device.type == "cuda" else "cpu"
+    overflow = [e.sim.overflow for e in (env, acted, alone)]
+    return {"task": task.name, "num_envs": num_envs, "chunk": chunk, "device": device, "overflow": any(overflow)} | rows
 
 
 def main() -> None:
@@ -112,13 +46,16 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, nargs="+", default=["hopper"])
     parser.add_argument("--envs", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--chunk", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=0, help="0: all CPUs")
-    parser.add_argument("--seconds", type=float, default=2.0, help="CPU seconds per measurement")
+    parser.add_argument("--backend", choices=["mujoco", "warp"], default="mujoco")
+    parser.add_argument("--threads", type=int, default=0, help="of mujoco; 0: all CPUs")
+    parser.add_argument("--seconds", type=float, default=2.0, help="wall seconds per measurement")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = [
-        bench(TASKS[name], num_envs, args.chunk, args.threads, args.seconds, args.repeats)
+        bench_warp(name, num_envs, args.chunk, args.seconds, args.repeats)
+        if args.backend == "warp"
+        else bench_envs(name, num_envs, args.chunk, args.threads, args.seconds, args.repeats)
         for name in args.task
         for num_envs in args.envs
     ]

@@ -23,12 +23,14 @@ from torch import Tensor
 
 from rlflow.config import Config, parse
 from rlflow.envs import scenes
+from rlflow.flow.field import VelocityField
 from rlflow.flow.steps import Plan
 from rlflow.models.dit import DiT
 from rlflow.models.io import embedded, save_field
 from rlflow.registry import build
 from rlflow.train.build import PRECISION, make_parts
 from rlflow.train.stopwatch import Times
+from rlflow.types import Tree
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "single_file_flow_grpo.py"
 """Only in a checkout; an installed package is timed without it."""
@@ -122,25 +124,33 @@ class Real:
         metrics = self.parts.algorithm.update(self.parts.collector.collect(iteration))
         self.first_log_ratio = max(self.first_log_ratio, metrics.get("policy/first_log_ratio_max", 0.0))
 
-    def passes(self, iteration: int) -> list[tuple[int, bool]]:
-        """(rows, with a backward) of every network pass of one iteration."""
-        seen: list[tuple[int, bool]] = []
+    def bare(self, iteration: int) -> Bare:
+        """The network passes of one iteration, which it runs."""
+        field = self.parts.policy.field
+        passes = listen(field, lambda: self(iteration))
+        return Bare(field, self.precision, passes, field.tokenize(scenes.train_captions()[:1]))
 
-        def note(_module: Any, inputs: tuple[Tensor, ...]) -> None:
-            seen.append((len(inputs[0]), torch.is_grad_enabled()))
 
-        hook = self.parts.policy.field.register_forward_pre_hook(note)
-        self(iteration)
-        hook.remove()
-        return seen
+def listen(field: VelocityField, run: Callable[[], None]) -> list[tuple[int, bool]]:
+    """(rows, with a backward) of every network pass of `run`."""
+    seen: list[tuple[int, bool]] = []
+
+    def note(_module: Any, inputs: tuple[Tensor, ...]) -> None:
+        seen.append((len(inputs[0]), torch.is_grad_enabled()))
+
+    hook = field.register_forward_pre_hook(note)
+    run()
+    hook.remove()
+    return seen
 
 
 class Bare:
-    """The same network passes, at the same shapes and precision, and nothing else."""
+    """Network passes at given shapes and precision, all of one observation (1, ...), and nothing else."""
 
-    def __init__(self, real: Real, passes: list[tuple[int, bool]]) -> None:
-        self.field, self.precision, self.passes = real.parts.policy.field, real.precision, passes
-        self.tokens = self.field.tokenize(scenes.train_captions()[:1])
+    def __init__(
+        self, field: VelocityField, precision: torch.dtype | None, passes: list[tuple[int, bool]], obs: Tree
+    ) -> None:
+        self.field, self.precision, self.passes, self.obs = field, precision, passes, obs
         sizes = {n for n, _ in passes}
         self.x = {n: torch.randn(n, *self.field.event_shape) for n in sizes}
         self.t = {n: torch.full((n,), 0.3) for n in sizes}
@@ -149,7 +159,7 @@ class Bare:
     def __call__(self, iteration: int) -> None:
         for n, backward in self.passes:
             with torch.set_grad_enabled(backward), torch.autocast("cpu", self.precision, self.precision is not None):
-                cond = self.field.encode(self.tokens).index(self.rows[n])
+                cond = self.field.encode(self.obs).index(self.rows[n])
                 v = self.field(self.x[n], self.t[n], torch.zeros_like(self.t[n]), cond)
             if backward:
                 torch.autograd.backward(v, self.x[n])
@@ -232,7 +242,7 @@ def bench_t2i(
 def _bench(setting: Setting, chosen: list[Method], positions: list[int], repeats: int) -> dict[str, Any]:
     reals = {m.name: Real(setting, m) for m in chosen}
     flow = reals["flow_grpo"]
-    fixed: dict[str, Callable[[int], None]] = {"flow_grpo": flow, "bare": Bare(flow, flow.passes(0))}
+    fixed: dict[str, Callable[[int], None]] = {"flow_grpo": flow, "bare": flow.bare(0)}
     if SCRIPT.is_file():
         fixed["single_file"] = SingleFile(flow, setting)
     fixed |= {m.name: reals[m.name] for m in chosen if not m.slides}

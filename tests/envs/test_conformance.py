@@ -19,13 +19,13 @@ from rlflow.rewards.base import Reward, RewardSet
 from rlflow.types import Step, Tree
 
 
-def locomotion(task: mujoco.Task, chunk: int = 2, num_steps: int = 12) -> Subject:
-    """Episodes of ten primitive steps, unless the robot falls before."""
+def locomotion(task: mujoco.Task, chunk: int = 2, num_steps: int = 12, limit: int = 10) -> Subject:
+    """Episodes of `limit` primitive steps, unless the robot falls before."""
 
     def make(limit: int, size: int) -> Any:
         return lambda num_envs: SimEnv(mujoco.MujocoSim(task, num_envs, 1, limit), size, 0.9)
 
-    return Subject(make(10, chunk), make(24, chunk), make(10, 1), num_envs=3, num_steps=num_steps, gamma=0.9)
+    return Subject(make(limit, chunk), make(24, chunk), make(limit, 1), num_envs=3, num_steps=num_steps, gamma=0.9)
 
 
 def pendulum(chunk: int = 2) -> Subject:
@@ -90,6 +90,7 @@ SUBJECTS = {
     "hopper": locomotion(mujoco.HOPPER),
     "walker2d": locomotion(mujoco.WALKER2D),
     "halfcheetah": locomotion(mujoco.HALFCHEETAH),
+    "inverted_pendulum": locomotion(mujoco.INVERTED_PENDULUM, limit=4),
     "ant": locomotion(mujoco.ANT),
     "humanoid": locomotion(mujoco.HUMANOID),
     "gym": pendulum(),

@@ -11,7 +11,8 @@ from rlflow.envs import mujoco
 from rlflow.envs.sim import SimEnv
 from rlflow.registry import TABLE, find
 
-TASKS = {t.name: t for t in (mujoco.HOPPER, mujoco.WALKER2D, mujoco.HALFCHEETAH, mujoco.ANT, mujoco.HUMANOID)}
+ALL = (mujoco.HOPPER, mujoco.WALKER2D, mujoco.HALFCHEETAH, mujoco.INVERTED_PENDULUM, mujoco.ANT, mujoco.HUMANOID)
+TASKS = {t.name: t for t in ALL}
 ROWS, STEPS, LIMIT = 3, 340, 70
 
 
@@ -57,7 +58,7 @@ class Peers:
 def test_equals_gymnasium_over_a_thousand_random_steps(name):
     both, rng = Peers(TASKS[name]), np.random.default_rng(0)
     terminated, truncated = np.sum([both.compare(rng) for _ in range(STEPS)], axis=0)
-    assert truncated > 0 or name in ("Hopper-v5", "Walker2d-v5", "Humanoid-v5")  # these fall long before
+    assert truncated > 0 or name not in ("HalfCheetah-v5", "Ant-v5")  # the others fall long before
     assert (terminated > 0) == (name != "HalfCheetah-v5")
 
 
@@ -90,7 +91,7 @@ def test_numbers_are_gymnasiums_defaults(name):
         "healthy_state_range": (-ours.others[1], ours.others[1]),
     }
     shared = named.keys() & theirs.keys()
-    assert len(shared) >= 5
+    assert len(shared) >= (3 if name == "InvertedPendulum-v5" else 5)
     assert {n: named[n] for n in shared} == {n: theirs[n] for n in shared}
 
 
@@ -149,10 +150,10 @@ def test_a_restored_state_needs_its_warm_start():
     assert not torch.equal(*physics)
 
 
-@pytest.mark.parametrize("name", ["hopper", "walker2d", "halfcheetah", "ant", "humanoid"])
+@pytest.mark.parametrize("name", ["hopper", "walker2d", "halfcheetah", "inverted_pendulum", "ant", "humanoid"])
 def test_is_registered_with_its_defaults(name):
     env = find("env", name)(2)
     assert env.action_shape[0] == 4
     assert env.gamma == 0.99
     assert name in TABLE["env"]
-    assert f"{env.sim.task.name.removesuffix('-v5').lower()}" == name
+    assert f"{env.sim.task.name.removesuffix('-v5').lower()}" == name.replace("_", "")

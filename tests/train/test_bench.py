@@ -10,13 +10,13 @@ from rlflow.flow.steps import AllButLast, Window
 from rlflow.models.dit import DiT
 from rlflow.models.io import save_field
 from rlflow.train.bench import (
-    Bare,
     Real,
     Setting,
     _even,
     bench_t2i,
     count,
     forward_equivalents,
+    listen,
     methods,
     num_positions,
 )
@@ -87,17 +87,12 @@ def test_bare_passes_are_those_of_an_iteration(tiny: str) -> None:
     """What is run bare has the rows, and the backwards, of the iteration it is compared with."""
     real = Real(Setting(tiny, rows=8, group_size=4, num_steps=5, micro_batch=9), methods(window=2)[0])
     before = real.parts.policy.network_rows, real.parts.policy.graph_rows
-    passes = real.passes(0)
+    bare = real.bare(0)
+    passes = bare.passes
     rows, graph = real.parts.policy.network_rows - before[0], real.parts.policy.graph_rows - before[1]
     assert sum(n for n, _ in passes) == rows == 8 * (5 + 4)
     assert sum(n for n, backward in passes if backward) == graph == 8 * 4
-    seen: list[tuple[int, bool]] = []
-    hook = real.parts.policy.field.register_forward_pre_hook(
-        lambda _m, inputs: seen.append((len(inputs[0]), torch.is_grad_enabled()))
-    )
-    Bare(real, passes)(0)
-    hook.remove()
-    assert seen == passes
+    assert listen(real.parts.policy.field, lambda: bare(0)) == passes
 
 
 def test_result_is_complete() -> None:

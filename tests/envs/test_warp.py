@@ -1,0 +1,123 @@
+"""MuJoCo Warp is MuJoCo to float32, resets rows in place, and on a GPU never makes the program wait.
+
+The first run compiles its kernels, for minutes; they are kept in ~/.cache/warp.
+"""
+
+import mujoco as c_mujoco
+import pytest
+import torch
+
+from rlflow.envs import mujoco
+from rlflow.envs.conformance import CHECKS, Subject
+from rlflow.envs.sim import SimEnv
+from rlflow.types import Step
+
+pytest.importorskip("mujoco_warp")
+from rlflow.envs import warp
+
+TASKS = {t.name: t for t in (mujoco.HOPPER, mujoco.WALKER2D, mujoco.HALFCHEETAH, mujoco.INVERTED_PENDULUM)}
+SEEDS = torch.tensor([3, 11])
+EVERY = torch.ones(2, dtype=torch.bool)
+
+
+def actions(num: int, *shape: int) -> torch.Tensor:
+    """(num, *shape) uniform in [-1, 1)."""
+    return torch.rand(num, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_positions_are_mujocos_over_200_physics_steps(name):
+    """From one start under random controls; also when the robot lies on the ground, and no contact is lost."""
+    sim = warp.WarpSim(TASKS[name], 2, "cpu")
+    sim.reset(SEEDS, EVERY)
+    model = TASKS[name].load()
+    data = c_mujoco.MjData(model)
+    data.qpos[:], data.qvel[:] = sim._qpos[1].double().numpy(), sim._qvel[1].double().numpy()
+    steps = 200 // TASKS[name].frame_skip
+    worst = 0.0
+    for action in actions(steps, *sim.low.shape) * sim.high:
+        sim.advance(action.expand(2, -1))
+        data.ctrl[:] = action.numpy()
+        c_mujoco.mj_step(model, data, TASKS[name].frame_skip)
+        worst = max(worst, float((sim._qpos[1].double() - torch.from_numpy(data.qpos)).abs().max()))
+    assert worst < 1e-3
+    assert not sim.overflow
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_steps_are_those_of_the_mujoco_environment(name):
+    """Observations, rewards and ends over several episodes, from the same seeds; automatic resets included."""
+    pair = [SimEnv(kind(TASKS[name], 2, horizon=24), 2) for kind in (warp.WarpSim, mujoco.MujocoSim)]
+    torch.testing.assert_close(*[env.reset(SEEDS) for env in pair], atol=1e-6, rtol=1e-6)
+    ended = 0
+    for action in actions(30, 2, *pair[0].action_shape):
+        ours, theirs = (env.step(action) for env in pair)
+        torch.testing.assert_close(ours.reward, theirs.reward, atol=1e-3, rtol=1e-3)
+        for part in ("obs", "final_obs"):
+            torch.testing.assert_close(getattr(ours, part), getattr(theirs, part), atol=2e-3, rtol=2e-3)
+        for part in ("terminated", "truncated", "num_steps"):
+            assert torch.equal(getattr(ours, part), getattr(theirs, part))
+        ended += int(ours.ended.sum())
+    assert ended >= 4
+
+
+def subject() -> Subject:
+    """Hoppers, whose episodes last ten primitive steps unless they fall before."""
+
+    def make(limit: int, size: int):
+        return lambda num_envs: SimEnv(warp.WarpSim(mujoco.HOPPER, num_envs, "cpu", limit), size, 0.9)
+
+    return Subject(make(10, 2), make(24, 2), make(10, 1), num_envs=3, num_steps=12, gamma=0.9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_conforms(check):
+    check(subject())
+
+
+@pytest.mark.slow
+def test_a_reset_heals_a_world_that_blew_up_and_no_other_row_notices():
+    """Not-a-number ends the episode; nothing of it is left in the next one, warm start of the solver included."""
+    env, healthy = (SimEnv(warp.WarpSim(mujoco.HOPPER, 2, "cpu"), 1) for _ in range(2))
+    env.reset(SEEDS), healthy.reset(SEEDS)
+    for view in (env.sim._qpos, env.sim._qvel, env.sim._warm, env.sim._time):
+        view[0] = torch.nan
+    first, *rest = actions(6, 2, 1, 3)
+    step, other = env.step(first), healthy.step(first)
+    assert step.terminated.tolist() == [True, False]
+    assert torch.equal(step.obs[1], other.obs[1])
+    fresh = SimEnv(warp.WarpSim(mujoco.HOPPER, 2, "cpu"), 1)
+    fresh.first, fresh.episode = env.first.clone(), env.episode.clone()
+    assert torch.equal(step.obs[0], fresh._begin(EVERY)[0])
+    for action in rest:
+        mine = env.step(action)
+        assert torch.equal(mine.obs[0], fresh.step(action).obs[0])
+        assert torch.equal(mine.obs[1], healthy.step(action).obs[1])
+
+
+@pytest.mark.parametrize("task", [mujoco.ANT, mujoco.HUMANOID], ids=lambda task: task.name)
+def test_models_that_differ_from_mujocos_are_refused(task):
+    with pytest.raises(ValueError, match=r"use the MuJoCo environment"):
+        warp.WarpSim(task, 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", TASKS)
+def test_a_step_never_waits_for_the_gpu(name):
+    """Ends, resets and statistics included; and the graph does what plain launches do."""
+    env, plain = (SimEnv(warp.WarpSim(TASKS[name], 256, "cuda"), 4) for _ in range(2))
+    plain.sim._launch = plain.sim._substeps
+    chunks = actions(50, 256, *env.action_shape).cuda()
+    env.reset(torch.arange(256)), plain.reset(torch.arange(256))
+    with torch.no_grad():
+        torch.testing.assert_close(env.step(chunks[0]).obs, plain.step(chunks[0]).obs, atol=1e-3, rtol=1e-3)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            steps: list[Step] = [env.step(chunk) for chunk in chunks]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(step.obs.isfinite().all() for step in steps)
+    assert not env.sim.overflow
