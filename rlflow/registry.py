@@ -93,6 +93,7 @@ TABLE: dict[str, dict[str, str]] = {
     "policy": {
         "shapes": "rlflow/assets/shapes",
         "words": "rlflow/assets/words",
+        "hopper": "rlflow/assets/hopper",
         "toy": "a small MLP from scratch, for the toy environments",
     },
 }
