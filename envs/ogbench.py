@@ -108,11 +108,12 @@ class CubeSim(Sim):
         rows, actions = np.flatnonzero(~self._over), action.numpy()
         reward, success = np.zeros((2, self.num_envs), np.float32)
         results = self._map(lambda row: self.envs[row].step(actions[row]), rows)
-        for row, (obs, paid, over, _, info) in zip(rows, results, strict=True):
-            self._obs[row], self._over[row], success[row] = obs, over, info["success"]
-            reward[row] = info["success"] if self.sparse else paid
-        found = [torch.from_numpy(v) for v in (self._obs, reward, self._over.copy(), success)]
-        return Outcome(*found[:3], info={"success": found[3]})
+        for row, (obs, paid, ended, _, told) in zip(rows, results, strict=True):
+            self._obs[row], self._over[row], success[row] = obs, ended, told["success"]
+            reward[row] = told["success"] if self.sparse else paid
+        info = {"success": torch.from_numpy(success)}
+        over = torch.from_numpy(self._over.copy())
+        return Outcome(torch.from_numpy(self._obs), torch.from_numpy(reward), over, info=info)
 
     def render(self, row: int, size: tuple[int, int]) -> Tensor:
         """From the camera in front of the table."""
@@ -183,10 +184,13 @@ def episodes(env_id: str, num: int, seed: int, noise: float) -> Iterator[tuple[T
 def demonstration(env: Any, horizon: int, seed: int, noise: float) -> tuple[Tensor, Tensor, bool]:
     """One episode of the noisy oracle."""
     obs, rng = begin(env, seed), np.random.default_rng(seed)
-    oracle, seen, done, success = Oracle(env, seed), [], [], False
+    oracle, success = Oracle(env, seed), False
+    seen: list[Any] = []
+    done: list[Any] = []
     while len(done) < horizon and not success:
         action = np.clip(oracle.act() + noise * rng.standard_normal(5), -1, 1).astype(np.float32)
-        seen.append(obs), done.append(action)
+        seen.append(obs)
+        done.append(action)
         found, _, _, _, info = env.step(action)
         obs, success = found.astype(np.float32), bool(info["success"])
     return torch.from_numpy(np.stack(seen)), torch.from_numpy(np.stack(done)), success

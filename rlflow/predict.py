@@ -114,12 +114,12 @@ class Deployed(nn.Module):
 
     def __init__(self, policy: FlowPolicy):
         super().__init__()
-        self.field, self.normalizer, self.squash = policy.field, policy.normalizer, policy.squash
+        self.field, self.squash = policy.field, policy.squash
         self.solver, self.t = policy.solver, policy.plan().t.tolist()
 
     def forward(self, obs: Tree, x_0: Tensor) -> Tensor:
         """Every step of the solver, unrolled."""
-        cond, x, memory = self.field.encode(self.normalizer(obs)), x_0, None
+        cond, x, memory = self.field.encode(obs), x_0, None
         times = [x_0.new_full((1,), t).expand(x_0.shape[0]) for t in self.t]
         for t, t_next in pairwise(times):
             x, memory = self.solver(self.field, x, t, t_next, cond, memory)

@@ -108,6 +108,7 @@ TABLE: dict[str, dict[str, str]] = {
         "shapes": "rlflow/assets/shapes",
         "words": "rlflow/assets/words",
         "mlp": "a multilayer perceptron from scratch, for simulators",
+        "hopper": "rlflow/assets/hopper",
     },
 }
 

@@ -76,11 +76,6 @@ class MLPField(VelocityField):
         if self.running:
             self.normalizer.update(side_by_side(obs))
 
-    def hidden_matrices(self) -> list[nn.Parameter]:
-        """The weights between hidden layers, which Muon trains."""
-        layers = [m for m in self.net if isinstance(m, nn.Linear)]
-        return [layer.weight for layer in layers[1:-1]]
-
     def null(self, cond: Cond) -> Cond:
         """Zeros for the normalised observation: an average one."""
         return Cond({"pooled": torch.zeros_like(cond["pooled"])})

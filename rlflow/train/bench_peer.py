@@ -35,13 +35,15 @@ class Chunked(gymnasium.Wrapper):
 
     def step(self, action: Any) -> Any:
         """Gymnasium's five, and how many steps were made."""
-        total, made = 0.0, 0
-        for one in action.reshape(self.chunk, -1):
-            obs, reward, terminated, truncated, _ = self.env.step(one)
-            total, made = total + float(reward), made + 1
+        first, *others = action.reshape(self.chunk, -1)
+        obs, total, terminated, truncated, _ = self.env.step(first)
+        made = 1
+        for one in others:
             if terminated or truncated:
                 break
-        return obs, total, terminated, truncated, {"num_steps": made}
+            obs, reward, terminated, truncated, _ = self.env.step(one)
+            total, made = total + float(reward), made + 1
+        return obs, float(total), terminated, truncated, {"num_steps": made}
 
 
 class PlainLoop:

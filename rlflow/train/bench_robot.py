@@ -212,7 +212,8 @@ def bench_paper(size: Size = PAPER, threads: int = 0) -> dict[str, Any]:
     """An iteration of the published size beside the same of a plain loop; minutes, for the loop scores all tenfold."""
     from rlflow.train.bench_peer import PlainLoop
 
-    contenders: dict[str, ReinFlow | PlainLoop] = {"ours": ReinFlow(size, threads), "plain_loop": PlainLoop(size)}
+    peer = PlainLoop(size)
+    contenders: dict[str, ReinFlow | PlainLoop] = {"ours": ReinFlow(size, threads), "plain_loop": peer}
     out: dict[str, Any] = {"size": asdict(size)}
     for name, run in contenders.items():
         begin = time.perf_counter()
@@ -220,7 +221,7 @@ def bench_paper(size: Size = PAPER, threads: int = 0) -> dict[str, Any]:
         seconds = time.perf_counter() - begin
         out[name] = {"s_per_iteration": seconds, "env_steps_per_s": run.env_steps / seconds}
         out[name]["seconds"] = {n: share * seconds for n, share in run.phases.shares(seconds).items()}
-    contenders["plain_loop"].close()
+    peer.close()
     out["ratio"] = out["plain_loop"]["s_per_iteration"] / out["ours"]["s_per_iteration"]
     return out
 

@@ -41,7 +41,7 @@ class Cloning:
     name: str
     env: str
     shortcut: bool = False
-    steps: int = 5000
+    steps: int = 3000
     num_steps: int = 4  # K at which it is judged
 
     @property
@@ -96,9 +96,9 @@ class Cloning:
             field,
             train.chunks(CHUNK).batches(ROWS, torch.Generator().manual_seed(seed)),
             steps=steps,
-            hidden=field.hidden_matrices(),
+            lr=1e-3,
             drop=0.0,
-            average=0.999,
+            average=0.998,
             times=uniform_times,
             coupling=coupling,
             loss=self.loss,

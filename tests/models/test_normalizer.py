@@ -78,6 +78,13 @@ def test_constant_feature_keeps_scale_one(value):
     torch.testing.assert_close(normalizer(torch.tensor([[value + 2]])), torch.tensor([[2.0]]), atol=0.02, rtol=0)
 
 
+def test_rounding_of_float32_is_no_variation():
+    flicker = torch.tensor([1e6, 1e6 + 0.0625]).repeat(50)[:, None]
+    assert flicker.unique().numel() == 2
+    assert scale(fitted(flicker).moments).item() == 1
+    assert scale(fitted(flicker + torch.randn(100, 1) * 10).moments).item() > 5
+
+
 def test_clipped_at_ten():
     out = fitted(draw())(torch.tensor([[1e6, -1e6, 0.0, 1e9]]))
     assert out[0].tolist()[:2] == [10, -10]

@@ -32,10 +32,7 @@ def test_both_modes_are_reproduced(average, num_steps):
     torch.manual_seed(0)
     field = MLPField(1, (2, 1), width=64, depth=2, average=average)
     loss = ShortcutLoss() if average else cfm_loss
-    hidden = field.hidden_matrices()
-    field = pretrain(
-        field, two_modes(), steps=800, hidden=hidden, drop=0.0, times=uniform_times, loss=loss, autocast=False
-    )
+    field = pretrain(field, two_modes(), steps=800, drop=0.0, times=uniform_times, loss=loss, autocast=False)
     policy = FlowPolicy(field, FlowSDE(), num_steps=num_steps)
     with torch.no_grad():
         action = policy.sample(policy.encode(torch.ones(2000, 1))).final.squeeze(-1)
