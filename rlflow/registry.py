@@ -94,6 +94,7 @@ TABLE: dict[str, dict[str, str]] = {
         "shapes": "rlflow/assets/shapes",
         "words": "rlflow/assets/words",
         "hopper": "rlflow/assets/hopper",
+        "hopper_shortcut": "rlflow/assets/hopper_shortcut",
         "toy": "a small MLP from scratch, for the toy environments",
     },
 }
