@@ -95,6 +95,7 @@ TABLE: dict[str, dict[str, str]] = {
         "words": "rlflow/assets/words",
         "hopper": "rlflow/assets/hopper",
         "hopper_shortcut": "rlflow/assets/hopper_shortcut",
+        "halfcheetah": "rlflow/assets/halfcheetah",
         "toy": "a small MLP from scratch, for the toy environments",
     },
 }
