@@ -96,6 +96,7 @@ TABLE: dict[str, dict[str, str]] = {
         "hopper": "rlflow/assets/hopper",
         "hopper_shortcut": "rlflow/assets/hopper_shortcut",
         "halfcheetah": "rlflow/assets/halfcheetah",
+        "walker2d": "rlflow/assets/walker2d",
         "toy": "a small MLP from scratch, for the toy environments",
     },
 }
