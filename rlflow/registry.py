@@ -109,6 +109,9 @@ TABLE: dict[str, dict[str, str]] = {
         "words": "rlflow/assets/words",
         "mlp": "a multilayer perceptron from scratch, for simulators",
         "hopper": "rlflow/assets/hopper",
+        "hopper_shortcut": "rlflow/assets/hopper_shortcut",
+        "halfcheetah": "rlflow/assets/halfcheetah",
+        "walker2d": "rlflow/assets/walker2d",
     },
 }
 
