@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-import mujoco
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -28,6 +27,7 @@ from rlflow.types import Tree
 
 try:
     import gymnasium
+    import mujoco
     import ogbench  # noqa: F401  (registers its ids)
     from ogbench.manipspace.oracles.markov.cube_markov import CubeMarkovOracle
 except ModuleNotFoundError as error:
