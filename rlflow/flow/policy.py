@@ -30,6 +30,14 @@ CPU_ROWS = 4
 another order, and sampling 96 rows but scoring 7 would give a first ratio of 1 + 1e-7 in place of exactly 1."""
 
 
+def _filled_up(x: Tensor) -> Tensor | None:
+    """Row numbers that repeat the last row up to a multiple of CPU_ROWS; None where nothing is to be done."""
+    num = len(x)
+    if x.device.type != "cpu" or num % CPU_ROWS == 0:
+        return None
+    return torch.arange(num + -num % CPU_ROWS).clamp(max=num - 1)
+
+
 class FlowPolicy(nn.Module):
     """Field + kernel + solver + grid + squash; the chain and its densities live before the squash."""
 
@@ -118,11 +126,18 @@ class FlowPolicy(nn.Module):
         self.network_rows += rows
         self.graph_rows += rows * torch.is_grad_enabled()
         num, dtype = len(x), x.dtype
-        if x.device.type == "cpu" and num % CPU_ROWS:
-            fill = torch.arange(num + -num % CPU_ROWS).clamp(max=num - 1)
+        if (fill := _filled_up(x)) is not None:
             x, t, dt, cond = x[fill], t[fill], dt[fill], cond.index(fill)
         with self._precision():
             return self.field(x, t, dt, cond)[:num].to(dtype)
+
+    def _step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, cond: Cond) -> Gaussian:
+        """The kernel's answer; it may hold a network too."""
+        num = len(x)
+        if (fill := _filled_up(x)) is not None:
+            x, v, t, t_next, cond = x[fill], v[fill], t[fill], t_next[fill], cond.index(fill)
+        dist = self.kernel(x, v, t, t_next, cond["pooled"])
+        return Gaussian(dist.mean[:num], dist.std[:num])
 
     def _kernel_dt(self, t: Tensor, t_next: Tensor) -> Tensor:
         return t_next - t if self.kernel.velocity == "step" else torch.zeros_like(t)
@@ -130,7 +145,7 @@ class FlowPolicy(nn.Module):
     def transition(self, x: Tensor, t: Tensor, t_next: Tensor, cond: Cond) -> Gaussian:
         """p(x_next | x, cond) for x (N, *D), t, t_next (N,)."""
         v = self.velocity(x, t, self._kernel_dt(t, t_next), cond)
-        return self.kernel(x, v, t, t_next, cond["pooled"])
+        return self._step(x, v, t, t_next, cond)
 
     def plan(self, num_steps: int | None = None) -> Plan:
         """The deployment plan: no noise."""
@@ -257,7 +272,7 @@ class _Run:
         policy, noisy = self.policy, self.noisy[:, k]
         dt = torch.where(noisy, policy._kernel_dt(t, t_next), t_next - t)
         v = policy.velocity(self.x, t, dt, cond)
-        dist = policy.kernel(self.x, v, t, t_next, cond["pooled"])
+        dist = policy._step(self.x, v, t, t_next, cond)
         x_next = self._stored(dist.sample(self.noise("step", k, self.row_ids)))
         self.pairs.append((self.x, x_next, t, t_next, dist.mean, dist.std))
         self.x = torch.where(expand(noisy, v), x_next, self.x + expand(t_next - t, v) * v)

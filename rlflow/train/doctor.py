@@ -33,6 +33,7 @@ from rlflow.train.probe import GradientWatch, Probe, bare_seconds
 from rlflow.train.trainer import Trainer
 
 ROWS_OF_A_GROUP = 4
+STEPS_OF_AN_EPISODE = 8
 NO_LIMIT = 1e30
 GPU_LOG_RATIO = 1e-2
 """Largest first log-ratio that passes where kernels of different batch sizes round differently."""
@@ -86,13 +87,16 @@ def few_rows(config: Config, trust_code: bool = False) -> Config:
     groups, size = minibatches * -(-2 // minibatches), min(ROWS_OF_A_GROUP, config.env.group_size)
     rows_of_a_score = size - 1 or 2
     micro_batch = min(config.algorithm.micro_batch, rows_of_a_score * _scored_steps(config, trust_code))
+    images = config.env.name == "prompt"
+    horizon = None if images else min(config.env.horizon or STEPS_OF_AN_EPISODE, STEPS_OF_AN_EPISODE)
+    metrics = {"base_distance": "base_distance"} if images else {}
     return replace(
         config,
         policy=replace(config.policy, max_kappa=NO_LIMIT),
-        env=replace(config.env, num_groups=groups, group_size=size, rows_per_call=size),
+        env=replace(config.env, num_groups=groups, group_size=size, rows_per_call=size, horizon=horizon),
         algorithm=replace(config.algorithm, micro_batch=micro_batch, critic_warmup=0),
         train=replace(config.train, iterations=2, minutes=None, tensorboard=False, wandb=False),
-        eval=replace(config.eval, num=4, every=0, metrics={"base_distance": "base_distance"}),
+        eval=replace(config.eval, num=4, every=0, metrics=metrics, video=0),
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.guidance import CFG
-from rlflow.flow.kernels import FlowSDE
+from rlflow.flow.kernels import FlowSDE, LearnedNoise
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Heun
@@ -209,11 +209,15 @@ class TestCost:
             make(steps=NoSteps())
 
 
+@pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 33])
-def test_scoring_a_few_rows_gives_the_first_ratio_exactly(rows):
+def test_scoring_a_few_rows_gives_the_first_ratio_exactly(rows, learned):
     """A pass over few rows adds in another order on the CPU; it is filled up, so 96 sampled rows score alike in any pieces."""
     torch.manual_seed(0)
-    policy = FlowPolicy(MLPField(4, (6,), width=64), FlowSDE(), num_steps=4)
+    kernel = LearnedNoise(4, (6,)) if learned else FlowSDE()
+    for parameter in kernel.parameters():
+        torch.nn.init.normal_(parameter)
+    policy = FlowPolicy(MLPField(4, (6,), width=64), kernel, num_steps=4)
     cond, likelihood = policy.encode(torch.randn(96, 4)), ChainLikelihood("mean")
     with torch.no_grad():
         evidence = likelihood.record(
