@@ -84,12 +84,13 @@ def play(env: VecEnv, act: Callable[[Tree], Tensor], seed: int) -> Iterator[Epis
     columns = [_stack(column) for column in zip(*kept, strict=True)]
     for row in range(env.num_envs):
         length, fell = int(ends[0, row]) + 1, bool(ends[1, row])
-        obs, action, reward = (_row(column, row, length) for column in columns)
+        obs, action, reward = (_episode(column, length, row) for column in columns)
         told = None if bool(success[row].isnan()) else bool(success[row] > 0)
         yield Episode(obs, action, reward, fell, not fell, told)
 
 
-def _row(column: Tree, row: int, length: int) -> Tree:
+def _episode(column: Tree, length: int, row: int) -> Tree:
+    """The first `length` steps of one row of (T, B, ...)."""
     return tree_map(lambda v: v[:length, row], column)
 
 

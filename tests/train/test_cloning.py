@@ -39,7 +39,7 @@ def test_both_modes_are_reproduced(average, num_steps):
     share = (action > 0).all(1).float().mean().item()
     assert share == pytest.approx(0.75, abs=0.08)
     near = ((action.abs() - 1).abs() < 0.35).all(1).float().mean().item()
-    assert near > (0.6 if average else 0.85)  # one step of a field without averages would get none right
+    assert near > (0.4 if average else 0.85)  # one step of a field without averages would get none right
     assert (action[:, 0].sign() == action[:, 1].sign()).float().mean() > 0.97
 
 

@@ -13,7 +13,7 @@ from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.logger import read_metrics
 from rlflow.train.runs import evaluator_of, judging_config
 from rlflow.train.trainer import Trainer
-from rlflow.train.worlds import WORLDS
+from rlflow.train.worlds import IMAGES
 
 TINY = (
     *("env.num_groups=2", "env.group_size=4", "env.rows_per_call=8", "eval.num=6", "train.tensorboard=false"),
@@ -27,11 +27,11 @@ WORDS = ("env.prompts=words", "eval.metrics={strict: brightness}", "eval.num=4")
 # -- what judges it -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", IMAGES)
 def test_an_embedded_checkpoint_is_judged_by_its_own_world(name: str) -> None:
     config = judging_config(name)
-    assert read_config(name)["judged_by"] == WORLDS[name].judged_by, "what pre-training would write"
-    assert (config.env.prompts, config.eval.metrics) == (WORLDS[name].prompts, WORLDS[name].metrics)
+    assert read_config(name)["judged_by"] == IMAGES[name].judged_by, "what pre-training would write"
+    assert (config.env.prompts, config.eval.metrics) == (IMAGES[name].prompts, IMAGES[name].metrics)
     evaluator = evaluator_of(name, num=3)
     evaluator.policy.field.unguided.tokenize(evaluator.columns["prompt"])
 
