@@ -111,8 +111,9 @@ class CubeSim(Sim):
         for row, (obs, paid, over, _, info) in zip(rows, results, strict=True):
             self._obs[row], self._over[row], success[row] = obs, over, info["success"]
             reward[row] = info["success"] if self.sparse else paid
-        found = [torch.from_numpy(v) for v in (self._obs, reward, self._over.copy(), success)]
-        return Outcome(*found[:3], info={"success": found[3]})
+        ended = torch.from_numpy(self._over.copy())
+        info = {"success": torch.from_numpy(success)}
+        return Outcome(torch.from_numpy(self._obs), torch.from_numpy(reward), ended, info=info)
 
     def render(self, row: int, size: tuple[int, int]) -> Tensor:
         """From the camera in front of the table."""
@@ -183,10 +184,13 @@ def episodes(env_id: str, num: int, seed: int, noise: float) -> Iterator[tuple[T
 def demonstration(env: Any, horizon: int, seed: int, noise: float) -> tuple[Tensor, Tensor, bool]:
     """One episode of the noisy oracle."""
     obs, rng = begin(env, seed), np.random.default_rng(seed)
-    oracle, seen, done, success = Oracle(env, seed), [], [], False
+    oracle, success = Oracle(env, seed), False
+    seen: list[NDArray[np.float32]] = []
+    done: list[NDArray[np.float32]] = []
     while len(done) < horizon and not success:
         action = np.clip(oracle.act() + noise * rng.standard_normal(5), -1, 1).astype(np.float32)
-        seen.append(obs), done.append(action)
+        seen.append(obs)
+        done.append(action)
         found, _, _, _, info = env.step(action)
         obs, success = found.astype(np.float32), bool(info["success"])
     return torch.from_numpy(np.stack(seen)), torch.from_numpy(np.stack(done)), success
