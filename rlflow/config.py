@@ -245,8 +245,26 @@ def _explain(error: ValidationError) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
+OF_IMAGES: dict[str, Any] = {
+    "reward": {"weights": {"shapes_soft": 0.5, "shapes_strict": 0.5}},
+    "eval": {
+        "metrics": {
+            "strict": "shapes_strict",
+            "soft": "shapes_soft",
+            "judge": "cnn_judge",
+            "diversity": "diversity",
+            "base_distance": "base_distance",
+        }
+    },
+}
+"""Where a run makes images and names no others; a simulator has a reward of its own."""
+
+
 def parse(values: dict[str, Any], trust_code: bool = False) -> Config:
     """A checked Config; ValueError lists every problem with its full path."""
+    env = values.get("env")
+    if not isinstance(env, dict) or env.get("name", "prompt") == "prompt":
+        values = merge(OF_IMAGES, values)
     try:
         config = TypeAdapter(Config).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
@@ -332,6 +350,8 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
 
 def check(config: Config, trust_code: bool = False) -> None:
     """Everything that can be known without loading a network; ValueError with the path and the fix."""
+    with registry.located("env.name"):
+        registry.find("env", config.env.name, trust_code)
     check_numbers(config)
     check_together(config)
     stand_in = {"num_features": 1, "event_shape": (1,)}
@@ -350,8 +370,6 @@ def check(config: Config, trust_code: bool = False) -> None:
         for name in names:
             with registry.located(section):
                 registry.find("reward", name, trust_code)
-    with registry.located("env.name"):
-        registry.find("env", config.env.name, trust_code)
     if config.env.name != "prompt":
         spec = {**config.env.settings, "name": config.env.name}
         registry.validate("env", "env.settings", spec, ("num_envs", "gamma"), trust_code)

@@ -116,6 +116,8 @@ def check_together(config: Config) -> None:
             f"algorithm.num_minibatches: {config.algorithm.num_minibatches} is more than "
             f"env.num_groups = {config.env.num_groups}, and a minibatch takes whole groups"
         )
+    if isinstance(config.advantage, dict) and name == "gae" and "gamma" in config.advantage:
+        raise ValueError("advantage.gamma: the discount, of a primitive step, is env.gamma: set it there")
     if name == "group" and config.env.mode == "steps":
         raise ValueError("env.mode: group advantages compare whole episodes; set env.mode=episodes, or advantage=gae")
     _check_kind(config)

@@ -29,7 +29,14 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
     return run
 
 
-TOY = ("policy.field=mlp", "policy.num_steps=4", "policy.precision=float32", "env.name=toy_reach", "env.num_groups=2")
+TOY = (
+    "policy.field=mlp",
+    "reward.weights={}",
+    "policy.num_steps=4",
+    "policy.precision=float32",
+    "env.name=toy_reach",
+    "env.num_groups=2",
+)
 TOY_RUN = (
     "t2i_flow_grpo",
     *TOY,

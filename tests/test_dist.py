@@ -91,7 +91,7 @@ def cases(root: Path) -> dict[str, dict]:
             "reward": {"weights": {"brightness": 1.0, "redness": 0.5}, "normalize": "reward"},
             "algorithm": base["algorithm"] | {"num_minibatches": two["num_minibatches"], "target_kl": 1.0},
         },
-        "ppo": base | {"advantage": {"name": "gae", "gamma": 1.0}},
+        "ppo": base | {"advantage": {"name": "gae"}},
         "one rank stopped": base,
         "one rank masked": base
         | {

@@ -255,7 +255,7 @@ def test_a_run_that_evaluates_something_else(tmp_path):
         for i, value in enumerate((100.0, 250.0)):
             log.log(i, "eval", {"eval/heldout/return": value})
             train(log, i + 1, value)
-    assert "held-out return 100 → 250 (+150)" in text(tmp_path / "run")
+    assert "return 100 → 250 (+150)" in text(tmp_path / "run")
 
 
 def test_a_folder_that_is_no_run_is_an_error(tmp_path):

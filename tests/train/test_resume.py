@@ -65,7 +65,7 @@ VARIANTS = {
     "minibatches, epochs": ("t2i_flow_grpo", ["algorithm.num_minibatches=2", "algorithm.epochs=2"]),
     "critic": ("t2i_ppo", ["algorithm.critic_steps=2"]),
     "sliding window": ("t2i_mixgrpo_flash", ["steps={name: window, size: 2, every: 1, skip_last: 1, compress: 0.6}"]),
-    "random steps, shared noise": ("t2i_dance_grpo", ["env.shared_noise=true"]),
+    "random steps, shared noise": ("t2i_dance_grpo", ["env.shared_noise=true", "algorithm.num_minibatches=2"]),
     "control": ("t2i_flow_grpo", ["train.permute_rewards=true"]),
     "noise net": (
         "t2i_flow_grpo_fast",

@@ -369,16 +369,19 @@ def test_every_recipe_runs_two_iterations(
     name: str, tmp_path: Path, scenes_field: str, words_field: str, no_report: None
 ) -> None:
     """At its own settings, with a tiny network and few rows: first ratio exactly 1, finite numbers, weights move."""
-    field = {"shapes": scenes_field, "words": words_field}[recipes.load(name).policy.field]
-    made = Trainer(
-        name,
-        tmp_path / "run",
-        overrides=[
-            *("env.num_groups=2", "env.group_size=4", "eval.num=4", "train.tensorboard=false"),
-            *(f"policy.field={field}", "train.minutes=", "train.iterations=2", "reward.weights.brightness=1"),
-        ],
-        quiet=True,
-    )
+    few = [
+        "env.num_groups=2",
+        "env.group_size=4",
+        "eval.num=4",
+        "train.tensorboard=false",
+        "algorithm.num_minibatches=2",
+    ]
+    if name.startswith("t2i_"):
+        field = {"shapes": scenes_field, "words": words_field}[recipes.load(name).policy.field]
+        few += [f"policy.field={field}", "reward.weights.brightness=1"]
+    else:
+        few += ["env.horizon=6", "eval.video=0"]
+    made = Trainer(name, tmp_path / "run", overrides=[*few, "train.minutes=", "train.iterations=2"], quiet=True)
     before = {k: v.clone() for k, v in made.policy.state_dict().items()}
     made.fit()
     rows = train_rows(tmp_path / "run")
