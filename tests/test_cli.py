@@ -136,10 +136,13 @@ def test_errors_a_user_can_mend_are_one_line(
         cli.main(["--debug", "report", str(tmp_path)])
 
 
-def test_a_toy_has_nothing_to_show(tmp_path: Path, toy: Callable[..., None], fails: Fails) -> None:
+def test_a_toy_is_evaluated_in_episodes_and_makes_no_pictures(
+    tmp_path: Path, toy: Callable[..., None], fails: Fails, capsys: pytest.CaptureFixture[str]
+) -> None:
     toy()
     run = str(tmp_path / "run")
-    assert "no held-out prompts" in fails("eval", run)
+    main(["eval", run, "--num", "3"])
+    assert "3 seeded episodes, deployment sampler" in capsys.readouterr().out
     assert "takes no text" in fails("sample", run, "--prompt", "a red circle", "--out", str(tmp_path / "x.png"))
 
 
