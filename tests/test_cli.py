@@ -141,7 +141,7 @@ def test_a_toy_is_evaluated_in_episodes_and_makes_no_pictures(
 ) -> None:
     toy()
     run = str(tmp_path / "run")
-    main(["eval", run, "--num", "3"])
+    cli.main(["eval", run, "--num", "3"])
     assert "3 seeded episodes, deployment sampler" in capsys.readouterr().out
     assert "takes no text" in fails("sample", run, "--prompt", "a red circle", "--out", str(tmp_path / "x.png"))
 
