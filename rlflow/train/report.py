@@ -160,11 +160,10 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, str]]:
         change = run.change(name)
         if change is not None and run.headline != name:
             yield f"{share(change.before)} \N{RIGHTWARDS ARROW} {share(change.after)}", run.judge_label(name)
-    if (trend := run.trend("reward/mean")) is not None:
-        yield (
-            f"{share(trend.before)} \N{RIGHTWARDS ARROW} {share(trend.after)}",
-            "training reward, first and last tenth",
-        )
+    # a simulator's reward is scaled by its own spread: the return of its episodes says more
+    name, label = ("reward/mean", "training reward") if run.is_images else ("rollout/episode_return", "training return")
+    if (trend := run.trend(name)) is not None:
+        yield f"{share(trend.before)} \N{RIGHTWARDS ARROW} {share(trend.after)}", f"{label}, first and last tenth"
     if run.train:
         yield f"{run.iterations:,}", "iterations"
         yield duration(run.last("cost/train_seconds_total")), "training time"
