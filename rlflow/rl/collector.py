@@ -152,19 +152,18 @@ class Collector:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Observation in hand and the environment's state; {} where the next iteration starts new episodes.
+        """The environment's state, that of its wrappers in any case, and the observation in hand.
 
-        That is so in mode 'episodes', and after a resume with a simulator that cannot be saved.
+        Without the latter the next iteration starts new episodes: in mode 'episodes', and after a resume with a
+        simulator that cannot be saved.
         """
-        if self.mode == "episodes" or not self.env.exact_resume:
-            return {}
-        return {"obs": self.obs, "env": self.env.state_dict()}
+        goes_on = self.mode == "steps" and self.env.exact_resume
+        return {"env": self.env.state_dict()} | ({"obs": self.obs} if goes_on else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        if state:
-            self.obs = state["obs"]
-            self.env.load_state_dict(state["env"])
+        self.obs = state.get("obs")
+        self.env.load_state_dict(state["env"])
 
 
 def fill_final_obs(outs: list[dict[str, Any]]) -> bool:

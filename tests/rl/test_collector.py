@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlflow.envs.base import VecEnv
 from rlflow.envs.toy import ToyReach
+from rlflow.envs.wrappers import RewardScaling
 from rlflow.flow.steps import AllButLast, Fraction, OneRandom, Window
 from rlflow.rl.advantages import GAE
 from rlflow.rl.collector import Collector, permute_rewards
@@ -178,9 +179,26 @@ class TestModes:
 
         first, second = fresh(), fresh()
         first.collect(0)
-        assert first.collector.state_dict() == {}
-        second.collector.load_state_dict({})
+        assert "obs" not in first.collector.state_dict()
+        second.collector.load_state_dict(first.collector.state_dict())
         assert torch.equal(second.collect(1).obs["state"][0], torch.zeros(16, 2))
+
+    @pytest.mark.parametrize("exact", [True, False])
+    @pytest.mark.parametrize("mode", ["episodes", "steps"])
+    def test_the_scale_of_rewards_is_resumed_whatever_begins_anew(self, make, mode, exact):
+        """It is learnt over the whole run, so the next rewards depend on it."""
+
+        def fresh() -> Any:
+            parts = make("reach", collector={"mode": mode, "horizon": 3})
+            parts.env.exact_resume = exact
+            parts.collector.env = RewardScaling(parts.env)
+            return parts
+
+        first, second = fresh(), fresh()
+        first.collect(0)
+        second.collector.load_state_dict(first.collector.state_dict())
+        assert torch.equal(second.collector.env.moments, first.collector.env.moments)
+        assert float(second.collector.env.moments[0]) > 0
 
     def test_the_primitive_steps_of_every_action_are_kept(self, make):
         assert make("reach").collect().num_steps.tolist() == [[2] * 16] * 4
