@@ -224,7 +224,7 @@ def test_two_processes_resume_with_the_episodes_of_each(runs: Path) -> None:
 
 def test_one_process_goes_on_with_the_episodes_of_two(runs: Path, tmp_path: Path) -> None:
     """Their rows are dealt anew in global order: the run is that of one process throughout."""
-    run = shutil.copytree(runs / "two/simulator, resumed", tmp_path / "run")
+    run = shutil.copytree(runs / "two/simulator, resumed", tmp_path / "run", symlinks=True)
     Trainer(cases(tmp_path)["simulator"], run, resume="1", quiet=True).fit()
     one, mixed = saved(runs / "one/simulator"), saved(run)
     assert one.keys() == mixed.keys()

@@ -23,7 +23,7 @@ class Watched(VecEnv):
     def render(self, row, size=(192, 192)):
         if self.error is not None:
             raise self.error
-        return torch.full((2, 2, 3), self.steps, dtype=torch.uint8)
+        return torch.full((2, 2, 3), self.steps % 256, dtype=torch.uint8)
 
     def step_all(self, num: int) -> None:
         for _ in range(num):

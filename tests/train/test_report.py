@@ -278,8 +278,8 @@ def played(folder: Path, *ends: tuple[int, float, float]) -> Path:
 
 def test_films_stand_before_and_after_with_return_and_length(tmp_path):
     said = text(played(tmp_path / "run", (0, 100.0, 40.0), (9, 250.0, 1000.0)))
-    assert "before: return 100, 40 steps → after: return 250, 1,000 steps" in said
-    assert "before: return 101, 40 steps → after: return 251, 1,000 steps" in said
+    assert "before: return 100, 40 steps &rarr; after: return 250, 1,000 steps" in said
+    assert "before: return 101, 40 steps &rarr; after: return 251, 1,000 steps" in said
     once = text(played(tmp_path / "once", (0, 100.0, 40.0)))
     assert "after iteration 0: return 100, 40 steps" in once
     assert "before:" not in once
