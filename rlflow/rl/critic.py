@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.functional import silu
 
 from rlflow import dist
 from rlflow.flow.policy import FlowPolicy
@@ -21,17 +22,21 @@ CondOf = Callable[[Tensor], Cond]
 
 
 class Critic(nn.Module):
-    """V(obs) = MLP(LayerNorm(pooled features)); features are detached, so the critic trains only itself."""
+    """V(obs) = MLP(pooled features); features are detached, so the critic trains only itself.
+
+    The norm stands behind the first layer: over a few raw features it would hide their mean and their length.
+    """
 
     def __init__(self, num_features: int, width: int = 128, depth: int = 2):
         super().__init__()
-        self.norm = nn.LayerNorm(num_features)
-        self.net = mlp([num_features, *[width] * depth, 1])
+        self.first = nn.Linear(num_features, width)
+        self.norm = nn.LayerNorm(width)
+        self.net = mlp([*[width] * depth, 1])
 
     def forward(self, cond: Cond) -> Tensor:
         """(N,)."""
         features = cond["pooled"].detach().to(self.norm.weight.dtype)
-        return self.net(self.norm(features)).squeeze(-1)
+        return self.net(silu(self.norm(self.first(features)))).squeeze(-1)
 
 
 class CriticLearner:

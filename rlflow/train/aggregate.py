@@ -17,7 +17,9 @@ from rlflow.train.glossary import MISSING, describe, duration, share, show, sign
 from rlflow.train.logger import Row
 from rlflow.train.record import HELDOUT, RunRecord
 
-SECONDS, NETWORK_ROWS = "cost/train_seconds_total", "cost/network_rows_total"
+SECONDS, NETWORK_ROWS, SAMPLES = "cost/train_seconds_total", "cost/network_rows_total", "cost/samples_total"
+COSTS = {"seconds": SECONDS, "network_rows": NETWORK_ROWS, "samples": SAMPLES}
+UNITS = {NETWORK_ROWS: "network rows", SAMPLES: "images or env steps"}
 TRAINING = ("kl/ref", "policy/approx_kl", "policy/clip_frac")
 LAST = 10  # iterations over which a training metric is averaged
 
@@ -101,13 +103,17 @@ def _ends(run: RunRecord, metric: str) -> tuple[float, float]:
 
 
 def aggregate(
-    folders: Mapping[str, Sequence[Path]], minutes: Sequence[float] = (), network_rows: Sequence[float] = ()
+    folders: Mapping[str, Sequence[Path]],
+    minutes: Sequence[float] = (),
+    network_rows: Sequence[float] = (),
+    samples: Sequence[float] = (),
 ) -> Aggregate:
-    """Runs by name, each with its seeds. Budgets default to the largest that every run spent."""
+    """Runs by name, each with its seeds. Budgets of time and rows default to the largest that every run spent."""
     lines = _ordered([Line(name, [RunRecord.read(f) for f in runs]) for name, runs in folders.items() if runs])
     metrics = list(dict.fromkeys(k for line in lines for run in line.runs for k in run.names if k.startswith(HELDOUT)))
     budgets = [(SECONDS, 60 * m) for m in minutes] or _common(lines, SECONDS)
     budgets += [(NETWORK_ROWS, float(n)) for n in network_rows] or _common(lines, NETWORK_ROWS)
+    budgets += [(SAMPLES, float(n)) for n in samples]
     values = {
         "runs": {line.name: _whole(line, metrics) for line in lines},
         "at": [
@@ -121,7 +127,7 @@ def aggregate(
     }
     parts = ["# Sweep", "Mean ± sd over seeds.", "## Before and after", _table_whole(lines, metrics)]
     for cost, budget in budgets:
-        said = duration(budget) + " of training" if cost == SECONDS else f"{show(budget)} network rows"
+        said = duration(budget) + " of training" if cost == SECONDS else f"{show(budget)} {UNITS[cost]}"
         parts += [f"## At {said}", _table_at(lines, metrics, cost, budget)]
     return Aggregate(values, "\n\n".join(parts) + "\n")
 
@@ -157,7 +163,7 @@ def _whole(line: Line, metrics: Sequence[str]) -> dict[str, Any]:
         "control": line.control,
         "seeds": [run.setting("train.seed") for run in line.runs],
         "metrics": {m: dict(zip(columns, (s.as_json() for s in line.before_after(m)), strict=True)) for m in metrics},
-        "cost": {"seconds": line.spent(SECONDS).as_json(), "network_rows": line.spent(NETWORK_ROWS).as_json()},
+        "cost": {name: line.spent(cost).as_json() for name, cost in COSTS.items()},
         "iterations": Spread.of(run.iterations for run in line.runs).as_json(),
         "training": {m: line.training(m).as_json() for m in TRAINING},
     }
@@ -187,7 +193,7 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _table_whole(lines: Sequence[Line], metrics: Sequence[str]) -> str:
     shown = [m for m in TRAINING if any(line.training(m).num for line in lines)]
     labels = [describe(m).label for m in [*metrics, *shown]]
-    header = ["run", "seeds", *labels, "iterations", "training time", "network rows"]
+    header = ["run", "seeds", *labels, "iterations", "training time", *UNITS.values()]
     return _markdown(header, (_row_whole(line, metrics, shown) for line in lines))
 
 
@@ -200,8 +206,12 @@ def _row_whole(line: Line, metrics: Sequence[str], shown: Sequence[str]) -> list
         *(line.training(m).words() for m in shown),
         show(iterations.mean),
         duration(line.spent(SECONDS).mean),
-        show(round(line.spent(NETWORK_ROWS).mean) if line.spent(NETWORK_ROWS).num else math.nan),
+        *(_whole_number(line.spent(cost)) for cost in UNITS),
     ]
+
+
+def _whole_number(spent: Spread) -> str:
+    return show(round(spent.mean)) if spent.num else MISSING
 
 
 def _change(before: Spread, after: Spread, difference: Spread) -> str:

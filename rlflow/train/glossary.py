@@ -165,6 +165,9 @@ _FIXED: dict[str, Metric] = {
         0,
         "Network evaluations since the start of the run.",
     ),
+    "cost/samples_total": Metric(
+        "images, or steps of simulators", "", 0, "Images made, or primitive steps taken in simulators, since the start."
+    ),
     "cost/train_seconds_total": Metric(
         "training time",
         "s",

@@ -21,10 +21,10 @@ from rlflow.train.record import HELDOUT, Change, RunRecord
 __all__ = ["compare_report", "write_report"]
 
 PANELS = (
-    "reward/mean",
     Panel("return of held-out episodes", (f"{HELDOUT}return",)),
     Panel("success", (f"{HELDOUT}success", "rollout/success")),
     "rollout/episode_return",
+    "reward/mean",
     Panel("held-out accuracy", (f"{HELDOUT}strict", f"{HELDOUT}soft", f"{HELDOUT}judge")),
     "kl/ref",
     "policy/clip_frac",

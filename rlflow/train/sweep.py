@@ -54,6 +54,7 @@ class At:
     __pydantic_config__ = STRICT
     minutes: list[float] = field(default_factory=list)
     network_rows: list[float] = field(default_factory=list)
+    samples: list[float] = field(default_factory=list)  # images, or environment steps
 
 
 @dataclass
@@ -239,7 +240,7 @@ def run_sweep(
     commands = {job.title: job.command(root) for job in left}
     failed = Workers(commands, done, root / "logs", side_by_side).run()
     runs = {name: _folders(todo, name, root) for name in dict.fromkeys(job.name for job in todo)}
-    result = aggregate(runs, table.at.minutes, table.at.network_rows)
+    result = aggregate(runs, table.at.minutes, table.at.network_rows, table.at.samples)
     for name, text in (("table.json", json.dumps(result.values, indent=1) + "\n"), ("table.md", result.markdown)):
         (root / name).write_text(text, encoding="utf-8")
     print(result.markdown)

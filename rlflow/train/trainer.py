@@ -69,7 +69,7 @@ class Trainer:
         self._check_start()
         self.evaluator = make_evaluator(self.config, self.policy, trust_code)
         self.checkpoints = Checkpoints(self.run, self.config.train.keep)
-        self.iteration, self.seconds, self.network_rows = 0, 0.0, 0
+        self.iteration, self.seconds, self.network_rows, self.samples = 0, 0.0, 0, 0
         self.last_eval: dict[str, float] = {}
         self.interrupted = False
         """True when a signal or a callback ended `fit` before the budget."""
@@ -170,22 +170,31 @@ class Trainer:
         device = self.policy.device
         seconds = float(dist.all_max(torch.tensor(end - start, dtype=torch.float64, device=device)))
         spent = int(dist.all_sum(torch.tensor(self.policy.network_cost - cost, device=device)))
+        samples = self._samples(rollout)
         self.seconds += seconds
         self.network_rows += spent
+        self.samples += samples
         return metrics | {
             "time/rollout": middle - start,
             "time/update": end - middle,
-            **self._speed(rollout, seconds),
+            "perf/samples_per_s" if rollout.num_steps is None else "perf/env_steps_per_s": samples / seconds,
             "perf/network_rows": float(spent),
-            "cost/network_rows_total": float(self.network_rows),
-            "cost/train_seconds_total": self.seconds,
+            **self._cost(),
         }
 
-    def _speed(self, rollout: Rollout, seconds: float) -> dict[str, float]:
-        """Images, or primitive steps of the simulator, per second."""
+    def _samples(self, rollout: Rollout) -> int:
+        """Images, or primitive steps of the simulator, of all ranks."""
         if rollout.num_steps is None:
-            return {"perf/samples_per_s": self.groups.total_rows * len(rollout.reward) / seconds}
-        return {"perf/env_steps_per_s": float(dist.all_sum(rollout.num_steps.sum())) / seconds}
+            return self.groups.total_rows * len(rollout.reward)
+        return int(dist.all_sum(rollout.num_steps.sum()))
+
+    def _cost(self) -> dict[str, float]:
+        """Spent since the start of the run."""
+        return {
+            "cost/network_rows_total": float(self.network_rows),
+            "cost/samples_total": float(self.samples),
+            "cost/train_seconds_total": self.seconds,
+        }
 
     def _warn_of_no_score(self, metrics: dict[str, float]) -> None:
         """Say once that a whole iteration had no score: it teaches nothing, and no error will end the run."""
@@ -229,8 +238,8 @@ class Trainer:
         result = self.evaluator(self.config.eval.weights)
         self.last_eval = {f"eval/heldout/{n}": v for n, v in result.means().items()}
         self._evaluated, self._headline = self.iteration, result.headline
-        cost = {"cost/network_rows_total": float(self.network_rows), "cost/train_seconds_total": self.seconds}
-        self.logger.log(self.iteration, "eval", self.last_eval | cost | {"time/eval": time.perf_counter() - start})
+        told = self.last_eval | self._cost() | {"time/eval": time.perf_counter() - start}
+        self.logger.log(self.iteration, "eval", told)
         if dist.rank() == 0:
             self._keep(result)
         if self._is_best():
@@ -277,6 +286,7 @@ class Trainer:
                 "iteration": self.iteration,
                 "seconds": self.seconds,
                 "network_rows": self.network_rows,
+                "samples": self.samples,
                 "last_eval": {k: v for k, v in self.last_eval.items() if math.isfinite(v)},
                 "evaluated": self._evaluated,
                 "headline": self._headline,
@@ -320,7 +330,8 @@ class Trainer:
         self._take_up(state["collector"])
         set_rng_state(state["rng"])
         mine = state["trainer"]
-        self.iteration, self.seconds, self.network_rows = iteration, mine["seconds"], mine["network_rows"]
+        self.iteration, self.seconds = iteration, mine["seconds"]
+        self.network_rows, self.samples = mine["network_rows"], mine["samples"]
         self.last_eval, self._evaluated, self._headline = mine["last_eval"], mine["evaluated"], mine["headline"]
         self._last_good = iteration
         self.evaluator.load_state_dict(state["evaluator"])

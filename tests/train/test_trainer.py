@@ -75,6 +75,7 @@ def test_costs_add_up(tmp_path: Path, trainer: Make) -> None:
     parts = [row["time/rollout"] + row["time/update"] for row in rows]
     assert seconds[-1] == pytest.approx(sum(parts))
     assert [row["cost/network_rows_total"] for row in evals(run)] == [0, 336, 504]
+    assert [row["cost/samples_total"] for row in evals(run)] == [0, 16, 24]
 
 
 def test_minutes_end_a_run(tmp_path: Path, trainer: Make) -> None:
