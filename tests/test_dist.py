@@ -24,7 +24,7 @@ from rlflow.train.checkpoint import Checkpoints, deal, pack
 from rlflow.train.logger import read_metrics
 from rlflow.train.trainer import Trainer
 
-WALL_CLOCK = ("time/", "perf/samples_per_s", "cost/train_seconds_total")
+WALL_CLOCK = ("time/", "perf/samples_per_s", "perf/env_steps_per_s", "cost/train_seconds_total")
 
 SCRIPT = '''
 """Runs every case in one launch; `masked` is a reward that has no score for the prompts that say so."""
