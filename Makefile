@@ -1,7 +1,8 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer:
-#   make demo    train the demo and say where its report is
+#   make demo    fine-tune a model of images, then a robot, and say where the two reports are
 #   make test    the fast test suite
-# Variables: PYTHON=python3.12   PIP_ARGS="--index-url URL"   RECIPE=t2i_mixgrpo RUN=runs/mine ARGS="train.seed=1"
+# Variables: PYTHON=python3.12   PIP_ARGS="--index-url URL"   RUN=runs/mine   RECIPE=t2i_mixgrpo   ROBOT=robot_dppo
+#   ARGS="train.seed=1"
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -12,6 +13,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 PIP_ARGS ?=
 RECIPE ?= t2i_flow_grpo_fast
+ROBOT ?= robot_reinflow
 RUN ?= runs/demo
 ARGS ?=
 PROCESSES ?= $(if $(shell command -v nvidia-smi),1,2)
@@ -21,10 +23,12 @@ TYPED := build/typed
 # constraints.txt on every install: the tested versions, torch above all (a newer one may bring gigabytes of CUDA)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: help demo test test-all check types format wheel-smoke clean
+.PHONY: help demo demo-images demo-robots test test-all check types format wheel-smoke clean
+.NOTPARALLEL: # the acts of the demo, which take all cores each
 
 help:
-	@echo "make demo         make $(VENV), install, run recipe $(RECIPE), print where the report is"
+	@echo "make demo         make $(VENV), install, run recipes $(RECIPE) and $(ROBOT), print where the reports are"
+	@echo "make demo-images  the first act alone; make demo-robots: the second"
 	@echo "make test         make $(VENV), install with the extras [image,robots,dev], run the fast tests"
 	@echo "make test-all     the slow tests too"
 	@echo "make check        ruff check, ruff format --check, mypy on a normal install"
@@ -46,16 +50,29 @@ $(VENV)/.installed-core: pyproject.toml constraints.txt | $(BIN)/python
 	@$(INSTALL) -e .
 	@touch $@
 
+$(VENV)/.installed-robots: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing rlflow[robots]"
+	@$(INSTALL) -e '.[robots]'
+	@touch $@ $(VENV)/.installed-core
+
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing rlflow[image,robots,dev]"
 	@$(INSTALL) -e '.[image,robots,dev]'
-	@touch $@ $(VENV)/.installed-core
+	@touch $@ $(VENV)/.installed-core $(VENV)/.installed-robots
 
 # --- the two commands ---
 
-demo: $(VENV)/.installed-core
-	$(BIN)/rlflow train $(RECIPE) $(ARGS) --run $(RUN) --processes $(PROCESSES)
-	@echo "Report: $(abspath $(RUN))/report.html"
+demo: $(VENV)/.installed-robots demo-images demo-robots
+	@echo "Images: $(abspath $(RUN))/images/report.html"
+	@echo "Robots: $(abspath $(RUN))/robots/report.html"
+
+demo-images: $(VENV)/.installed-core
+	$(BIN)/rlflow train $(RECIPE) $(ARGS) --run $(RUN)/images --processes $(PROCESSES)
+	@echo "Report: $(abspath $(RUN))/images/report.html"
+
+demo-robots: $(VENV)/.installed-robots
+	$(BIN)/rlflow train $(ROBOT) train.minutes=3 $(ARGS) --run $(RUN)/robots --processes $(PROCESSES)
+	@echo "Report: $(abspath $(RUN))/robots/report.html"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) $(ARGS)

@@ -72,7 +72,10 @@ class VecEnv:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able and tensor state: simulator, RNG, elapsed steps."""
+        """JSON-able and tensor state: simulator, RNG, elapsed steps.
+
+        Tensors that lead with B, and 0-d ones for what all rows share, can be dealt to another number of processes.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

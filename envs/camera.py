@@ -21,6 +21,13 @@ try:
     import mujoco
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}: pip install 'rlflow-torch[robots]'", name=error.name) from None
+except Exception:  # MuJoCo loads what MUJOCO_GL names: that it is missing is said when a picture is wanted
+    chosen = os.environ.pop("MUJOCO_GL", None)
+    if chosen is None:
+        raise
+    import mujoco
+
+    os.environ["MUJOCO_GL"] = chosen
 
 OFF = (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION)
 BACKENDS = {"Darwin": ("cgl",), "Windows": ("glfw",)}

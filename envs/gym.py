@@ -117,7 +117,7 @@ class GymSim(Sim):
         """The environment's own picture, scaled to `size`."""
         picture = self.envs[row].render()
         if not isinstance(picture, np.ndarray):
-            raise ValueError("no picture: make the environment with options={'render_mode': 'rgb_array'}")
+            raise NotImplementedError("no picture: make the environment with options={'render_mode': 'rgb_array'}")
         channels_first = torch.from_numpy(picture.copy()).permute(2, 0, 1).float()
         scaled = torch.nn.functional.interpolate(channels_first[None], size, mode="area")[0]
         return scaled.round().byte().permute(1, 2, 0)

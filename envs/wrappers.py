@@ -69,6 +69,8 @@ class RewardScaling(Wrapper):
     `info` stay in the environment's own units.
     """
 
+    MOMENTS = ("count", "mean", "deviations")  # saved apart: what all rows share is 0-d
+
     def __init__(self, env: VecEnv, gamma: float = 0.99, clip: float = 10.0):
         super().__init__(env)
         self.gamma, self.clip = gamma, clip
@@ -92,10 +94,10 @@ class RewardScaling(Wrapper):
         return replace(step, reward=reward.to(step.reward.dtype))
 
     def own_state(self) -> dict[str, Tensor]:
-        return {"running": self.running, "moments": self.moments}
+        return {"running": self.running} | dict(zip(self.MOMENTS, self.moments, strict=True))
 
     def load_own_state(self, state: dict[str, Tensor]) -> None:
-        self.running, self.moments = state["running"], state["moments"]
+        self.running, self.moments = state["running"], torch.stack([state[name] for name in self.MOMENTS])
 
 
 class FrameStack(Wrapper):

@@ -237,11 +237,11 @@ def _run_eval(args: argparse.Namespace) -> None:
 
 
 def _sample(commands: Any) -> None:
-    p = _command(commands, "sample", _run_sample, "Make images from a run or a checkpoint.")
+    p = _command(commands, "sample", _run_sample, "Images of a run or a checkpoint, or a film of a robot's episodes.")
     p.add_argument("source", metavar="RUN|CHECKPOINT")
-    p.add_argument("--prompt", action="append", required=True, help="may be repeated")
-    p.add_argument("--out", required=True, metavar="x.png")
-    p.add_argument("--num", type=_positive, default=4, help="images per prompt")
+    p.add_argument("--prompt", action="append", default=[], help="of images; may be repeated")
+    p.add_argument("--out", required=True, metavar="x.png|x.mp4")
+    p.add_argument("--num", type=_positive, default=4, help="images per prompt, or episodes")
     p.add_argument("--steps", type=_positive, metavar="K", help="denoising steps")
     p.add_argument("--seed", type=int, default=0)
     _trust(p)
@@ -249,13 +249,32 @@ def _sample(commands: Any) -> None:
 
 def _run_sample(args: argparse.Namespace) -> None:
     from rlflow.train.figures import image_grid
-    from rlflow.train.runs import load, sample
+    from rlflow.train.runs import judging_config, load, sample
 
+    env = judging_config(args.source, args.trust_code).env.name
+    if env != "prompt":
+        if args.prompt:
+            raise ValueError(f"--prompt: {args.source} takes no text, it acts in {env}; leave it out")
+        _film(args)
+        return
+    if not args.prompt:
+        raise ValueError(f"{args.source} makes images: say of what, with --prompt")
     policy = load(args.source, trust_code=args.trust_code)
     prompts = [text for text in args.prompt for _ in range(args.num)]
     images = sample(policy, prompts, seed=args.seed, num_steps=args.steps)
     image_grid(images, prompts, Path(args.out))
     print(f"{len(prompts)} images in {args.out}")
+
+
+def _film(args: argparse.Namespace) -> None:
+    from rlflow.train.runs import film
+
+    episodes = film(
+        args.source, args.out, num=args.num, num_steps=args.steps, seed=args.seed, trust_code=args.trust_code
+    )
+    for row in range(len(episodes)):
+        print(f"episode {row}: " + ", ".join(f"{name} {float(v[row]):,.4g}" for name, v in episodes.scores.items()))
+    print(f"{len(episodes)} episodes in {args.out}")
 
 
 KINDS = {"kernels": "kernel", "solvers": "solver", "steps": "steps", "rewards": "reward", "envs": "env"}

@@ -165,7 +165,7 @@ class EvalConfig:
     seed: int = 0
     rows_per_call: int = 100
     grid: int = 32  # images in the picture
-    video: int = 2  # episodes filmed, where the simulator can be seen; 0: none
+    video: int | None = None  # episodes filmed; default: two where the simulator draws pictures
 
 
 @dataclass

@@ -15,13 +15,13 @@ from torch import Tensor
 
 
 def start() -> None:
-    """Join the process group when launched by torchrun (nccl where there is a GPU per process, else gloo)."""
+    """Join the process group when launched by torchrun (nccl for tensors on a GPU, gloo for others)."""
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
         return
     use_cuda = torch.cuda.is_available()
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("nccl" if use_cuda else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")  # simulators count on the CPU
 
 
 def launch(processes: int, run: Callable[..., None], *args: Any) -> None:
@@ -110,6 +110,15 @@ def all_gather_rows(value: Tensor) -> Tensor:
     parts = [torch.empty_like(value) for _ in range(world())]
     dist.all_gather(parts, value.contiguous())
     return torch.cat(parts)
+
+
+def gather(value: Any) -> list[Any]:
+    """`value` of every process, in their order, on rank 0; [] elsewhere. Tensors in it have to be on the CPU."""
+    if world() == 1:
+        return [value]
+    found = [None] * world() if rank() == 0 else None
+    dist.gather_object(value, found)
+    return found or []
 
 
 def gather_shares(mine: Tensor, total: int) -> Tensor:

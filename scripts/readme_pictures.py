@@ -1,4 +1,4 @@
-"""Draw docs/before_after.png and docs/curve.png from a finished run: python scripts/readme_pictures.py runs/demo."""
+"""Draw docs/before_after.png and docs/curve.png: python scripts/readme_pictures.py runs/demo/images, a finished run."""
 
 import sys
 from pathlib import Path

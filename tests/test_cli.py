@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -143,7 +144,29 @@ def test_a_toy_is_evaluated_in_episodes_and_makes_no_pictures(
     run = str(tmp_path / "run")
     cli.main(["eval", run, "--num", "3"])
     assert "3 seeded episodes, deployment sampler" in capsys.readouterr().out
-    assert "takes no text" in fails("sample", run, "--prompt", "a red circle", "--out", str(tmp_path / "x.png"))
+    png, mp4 = str(tmp_path / "x.png"), str(tmp_path / "x.mp4")
+    assert "takes no text, it acts in toy_reach" in fails("sample", run, "--prompt", "a red circle", "--out", png)
+    assert "name a file that ends in .mp4" in fails("sample", run, "--out", png)
+    with pytest.warns(UserWarning, match="ToyReach|ReachSim"):
+        assert "x.mp4 was not written: there is no picture" in fails("sample", run, "--out", mp4, "--num", "2")
+
+
+def test_a_film_of_an_embedded_robot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exactly the episodes asked for, one after the other, where the machine can draw."""
+    pytest.importorskip("mujoco")
+    ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    try:
+        cli.main(["sample", "hopper", "--out", str(tmp_path / "x.mp4"), "--num", "1", "--seed", "3"])
+    except SystemExit:
+        pytest.skip("this machine draws no pictures")
+    said = capsys.readouterr().out
+    length = float(re.search(r"episode 0: return \S+ length (\S+)", said.replace(",", ""))[1])
+    frames, _ = ffmpeg.count_frames_and_secs(str(tmp_path / "x.mp4"))
+    assert frames == pytest.approx(min(200, length / 5), abs=1)  # 125 steps and 25 frames in a second
+
+
+def test_images_need_a_prompt(fails: Fails) -> None:
+    assert "shapes makes images: say of what, with --prompt" in fails("sample", "shapes", "--out", "x.png")
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "two"])

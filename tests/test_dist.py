@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,10 +19,12 @@ from rlflow import dist
 from rlflow.envs import scenes
 from rlflow.models.dit import DiT
 from rlflow.models.io import save_field
-from rlflow.train.checkpoint import Checkpoints, pack
+from rlflow.rl.groups import Groups
+from rlflow.train.checkpoint import Checkpoints, deal, pack
 from rlflow.train.logger import read_metrics
+from rlflow.train.trainer import Trainer
 
-WALL_CLOCK = ("time/", "perf/samples_per_s", "cost/train_seconds_total")
+WALL_CLOCK = ("time/", "perf/samples_per_s", "perf/env_steps_per_s", "cost/train_seconds_total")
 
 SCRIPT = '''
 """Runs every case in one launch; `masked` is a reward that has no score for the prompts that say so."""
@@ -48,8 +51,11 @@ def masked(images, hide):
 
 def run(root, folder):
     for name, values in json.loads((root / "cases.json").read_text()).items():
-        callbacks = [stop_on_the_last_rank] if name == "one rank stopped" else []
-        Trainer(values, root / folder / name, trust_code=True, quiet=True, callbacks=callbacks).fit()
+        stops = name in ("one rank stopped", "simulator, resumed")
+        path, more = root / folder / name, {"trust_code": True, "quiet": True}
+        Trainer(values, path, callbacks=[stop_on_the_last_rank] if stops else [], **more).fit()
+        if name == "simulator, resumed":
+            Trainer(values, path, resume="last", **more).fit()
 
 
 if __name__ == "__main__":
@@ -84,6 +90,24 @@ def cases(root: Path) -> dict[str, dict]:
         "eval": {"num": 5, "metrics": {"strict": "brightness", "base_distance": "base_distance"}, "grid": 2},
     }
     two = {"num_groups": 4, "num_minibatches": 2}
+    # 3 of the 4 steps of an episode in an iteration: both runs have episodes under way when they stop
+    simulator = {
+        "policy": {
+            "field": {"name": "mlp", "width": 16},
+            "num_steps": 2,
+            "precision": "float64",
+            "kernel": {"name": "learned_noise", "std_min": 0.2, "std_max": 0.3},
+        },
+        "steps": "all",
+        "likelihood": {"reduce": "sum", "joint": True},
+        "advantage": "gae",
+        "algorithm": {"clip_low": 0.2, "micro_batch": 7, "kl": {"beta": 0.1}, "optimizer": {"lr": 1e-3}},
+        "env": {"name": "toy_reach", "settings": {"horizon": 4}, "num_groups": 4, "group_size": 1}
+        | {"horizon": 3, "mode": "steps"},
+        "reward": {"scale": True},
+        "train": base["train"],
+        "eval": {"num": 5, "video": 0},
+    }
     return {
         "grpo": base,
         "two rewards, minibatches": base
@@ -98,6 +122,8 @@ def cases(root: Path) -> dict[str, dict]:
             "env": {"num_groups": 2, "group_size": 4, "prompts": str(prompts)},
             "reward": {"weights": {f"{HELPER}:masked": 1.0}},
         },
+        "simulator": simulator,
+        "simulator, resumed": simulator,
     }
 
 
@@ -137,12 +163,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-CASES = ("grpo", "two rewards, minibatches", "ppo", "one rank stopped", "one rank masked")
+CASES = ("grpo", "two rewards, minibatches", "ppo", "one rank stopped", "one rank masked", "simulator")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_weights_and_optimiser_agree(runs: Path, name: str) -> None:
-    one, two = (pack(Checkpoints(runs / n / name).load("last")[1])[0] for n in ("one", "two"))
+    one, two = (Checkpoints(runs / n / name).load("last")[1] for n in ("one", "two"))
+    two["collector"] = [deal(two["collector"], Groups(4, 1))] if name == "simulator" else one["collector"]
+    one, two = pack(one)[0], pack(two)[0]
     assert one.keys() == two.keys()
     references = [k for k in one if k.startswith("weight_sets/ref/")]
     moved = [k for k in references if not torch.equal(one[k], one[k.replace("ref/", "ema/")])]
@@ -176,6 +204,32 @@ def test_one_rank_that_is_stopped_stops_all(runs: Path) -> None:
     rows = read_metrics(runs / "two" / "one rank stopped")
     assert [(row["iteration"], row["kind"]) for row in rows] == [(0, "eval"), (1, "train")]
     assert Checkpoints(runs / "two" / "one rank stopped").load("last")[0] == 1
+
+
+def saved(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's last checkpoint."""
+    iteration, state = Checkpoints(run).load("last")
+    assert iteration == 2
+    return pack(state)[0]
+
+
+def test_two_processes_resume_with_the_episodes_of_each(runs: Path) -> None:
+    """1 + 1 iterations are 2, bit for bit: weights, optimiser, and the simulators of both."""
+    straight, resumed = saved(runs / "two/simulator"), saved(runs / "two/simulator, resumed")
+    assert straight.keys() == resumed.keys()
+    assert not [name for name in straight if not torch.equal(straight[name], resumed[name])]
+    goals = [resumed[f"collector/{rank}/env/env/sim/goal"] for rank in (0, 1)]
+    assert not torch.equal(*goals), "each process has episodes of its own"
+
+
+def test_one_process_goes_on_with_the_episodes_of_two(runs: Path, tmp_path: Path) -> None:
+    """Their rows are dealt anew in global order: the run is that of one process throughout."""
+    run = shutil.copytree(runs / "two/simulator, resumed", tmp_path / "run", symlinks=True)
+    Trainer(cases(tmp_path)["simulator"], run, resume="1", quiet=True).fit()
+    one, mixed = saved(runs / "one/simulator"), saved(run)
+    assert one.keys() == mixed.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(mixed[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.fixture

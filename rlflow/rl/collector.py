@@ -162,7 +162,8 @@ class Collector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        self.obs = state.get("obs")
+        obs = state.get("obs")
+        self.obs = None if obs is None else tree_map(lambda v: v.to(self.env.device), obs)
         self.env.load_state_dict(state["env"])
 
 

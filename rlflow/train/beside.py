@@ -5,7 +5,10 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from torch import Tensor
+
 from rlflow.train import page
+from rlflow.train.film import Film
 from rlflow.train.glossary import show
 from rlflow.train.record import Pictures, RunRecord
 from rlflow.train.video import html_video
@@ -68,13 +71,26 @@ def _films(run: RunRecord, first: int, last: int) -> tuple[str, str]:
     rows = list(zip(*(run.films(i) for i in at), strict=False))
     if not rows:
         return "", ""
+    scores = [run.scores(i) for i in at]
+    when = ["before", "after"] if len(at) == 2 else [f"after iteration {at[0]}"]
     cells = []
     for row, films in enumerate(rows):
-        shown = "<span>&rarr;</span>".join(f'<div class="tile">{html_video(film)}</div>' for film in films)
-        returns = [float(run.scores(i)["return"][row]) for i in at]
-        words = " \N{RIGHTWARDS ARROW} ".join(show(value) for value in returns)
+        told = [f"{name}: {_episode_words(score, row)}" for name, score in zip(when, scores, strict=True)]
+        shown = [
+            f'<figure><div class="tile">{html_video(film)}</div><figcaption>{words}</figcaption></figure>'
+            for film, words in zip(films, told, strict=True)
+        ]
         kind = "two" if len(films) == 2 else "one"
-        cells.append(f'<figure><div class="{kind}">{shown}</div><figcaption>return {words}</figcaption></figure>')
-    note = "Left before, right after training: the same starts; the first episodes, not chosen by result."
-    note += " Only the first seconds of an episode are shown; a film ends where its episode does."
+        cells.append(f'<div class="{kind}">{"<span>&rarr;</span>".join(shown)}</div>')
+    note = "Left before, right after training: " if len(at) == 2 else ""
+    note += f"the first {len(rows)} of the evaluated episodes, not chosen by result; the starts of both are the same."
+    note += f" At most {Film.SECONDS:g} seconds of an episode are shown; a film ends where its episode does."
     return f'<div class="pairs films">{"".join(cells)}</div>', note
+
+
+def _episode_words(scores: dict[str, Tensor], row: int) -> str:
+    """Of one episode: return, length in primitive steps and, where the simulator knows it, success."""
+    words = [f"return {show(float(scores['return'][row]))}"]
+    words += [f"{float(scores['length'][row]):,.0f} steps"] if "length" in scores else []
+    words += ["success" if float(scores["success"][row]) > 0 else "no success"] if "success" in scores else []
+    return ", ".join(words)

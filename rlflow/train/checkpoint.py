@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from rlflow.rl.groups import Groups
 
 STATE, TENSORS = "state.json", "state.safetensors"
 
@@ -41,6 +44,32 @@ def unpack(tensors: dict[str, Tensor], value: Any) -> Any:
     if "$list" in value:
         return [unpack(tensors, v) for v in value["$list"]]
     return {k: unpack(tensors, v) for k, v in value.items()}
+
+
+def deal(states: Sequence[Any], groups: Groups) -> Any:
+    """This process's part of `states`, the trees that the processes of the run so far saved, in their order.
+
+    For another number of processes, tensors that lead with rows are joined and dealt anew, 0-d ones are what all
+    share. ValueError where a tree holds anything else: rows cannot be told apart in it.
+    """
+    if len(states) == groups.world:
+        return states[groups.rank]
+    rows = groups.total_rows // len(states)
+
+    def share(path: str, parts: Sequence[Any]) -> Any:
+        first = parts[0]
+        if isinstance(first, dict):
+            return {name: share(f"{path}/{name}", [part[name] for part in parts]) for name in first}
+        if isinstance(first, Tensor) and first.ndim and len(first) == rows:
+            return torch.cat(list(parts)).split(groups.num_rows)[groups.rank]
+        if isinstance(first, Tensor) and not first.ndim and all(torch.equal(first, part) for part in parts):
+            return first
+        raise ValueError(
+            f"{path.lstrip('/')} of {len(states)} processes cannot be shared by {groups.world}: save tensors that "
+            "lead with the rows, and 0-d ones for what all rows share; or resume with as many processes as before"
+        )
+
+    return share("", states)
 
 
 def rng_state() -> dict[str, Any]:

@@ -198,7 +198,8 @@ def _resume(config: Config, trust_code: bool) -> Check:
         name for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])
     )
     on_cpu, saved = trainer.policy.device.type == "cpu", trainer.collector.env.exact_resume
-    detail = f"tensors that differ of {len(a)} after 1 + 1 iterations and after 2 {_some(differ)}".rstrip()
+    detail = "exact" if saved else "statistical"
+    detail += f": tensors that differ of {len(a)} after 1 + 1 iterations and after 2 {_some(differ)}".rstrip()
     detail += "; gradient norms " + ", ".join(f"{norm:.2g}" for norm in norms)
     detail += "" if on_cpu else "; no bound: GPU kernels may round differently each time"
     detail += "" if saved else "; no bound: this simulator cannot be saved, a resumed run begins new episodes"

@@ -80,7 +80,7 @@ class EpisodeEvaluator:
         seed: int = 0,
         rows_per_call: int = 100,
         noise: Literal["random", "fixed", "zero"] = "random",
-        video: int = 0,
+        video: int | None = 0,
     ):
         if num < dist.world():
             raise ValueError(f"eval.num: {num} episodes cannot be shared by {dist.world()} processes")

@@ -16,13 +16,15 @@ class Film:
     """Frames of an environment's first `num` rows, each until its first end and at most `SECONDS` long.
 
     Inside `with`, the environment calls back after every primitive step. Without an environment, or where it cannot
-    be seen, a film stays empty: that is said once, and no evaluation fails by it.
+    be seen, a film stays empty: that is said, and no evaluation fails by it. `num` None: `DEFAULT` rows, without a
+    word where the environment draws no pictures at all.
     """
 
-    SECONDS, FPS = 8.0, 25.0
+    SECONDS, FPS, DEFAULT = 8.0, 25.0, 2
 
-    def __init__(self, env: VecEnv | None = None, num: int = 0):
+    def __init__(self, env: VecEnv | None = None, num: int | None = 0):
         self.env = None if env is None else env.unwrapped
+        self.asked, num = num is not None, self.DEFAULT if num is None else num
         self.frames: list[list[Tensor]] = [[] for _ in range(0 if env is None else min(num, env.num_envs))]
         self.ended = [False] * len(self.frames)
         seconds = 1.0 if env is None else env.step_seconds
@@ -46,8 +48,9 @@ class Film:
                 for row, frames in enumerate(self.frames):
                     if not self.ended[row] and len(frames) < self.SECONDS * self.fps:
                         frames.append(self.env.render(row))
-            except RuntimeError as error:
-                warnings.warn(f"no film of the evaluation: {error}", stacklevel=2)
+            except RuntimeError as error:  # NotImplementedError: it never draws
+                if self.asked or not isinstance(error, NotImplementedError):
+                    warnings.warn(f"no film of the evaluation: {error}", stacklevel=2)
                 self.frames, self.env.watch = [], None
         self.steps += 1
 

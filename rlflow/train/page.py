@@ -49,9 +49,9 @@ section { background: #fff; border: 1px solid var(--line); border-radius: 10px; 
   margin-top: 12px; }
 .pairs.single { grid-template-columns: repeat(auto-fill, minmax(116px, 1fr)); }
 figure { margin: 0; }
-figure .two { display: grid; grid-template-columns: 1fr 14px 1fr; gap: 2px; align-items: center; }
+.two { display: grid; grid-template-columns: 1fr 14px 1fr; gap: 2px; align-items: center; }
 .two > span { color: var(--faint); text-align: center; }
-figure .one { display: grid; grid-template-columns: 1fr; }
+.one { display: grid; grid-template-columns: 1fr; }
 figcaption { font-size: 12.5px; line-height: 1.35; color: var(--soft); margin-top: 5px; text-align: center;
   overflow-wrap: anywhere; }
 .tile { position: relative; border: 3px solid var(--line); border-radius: 6px; overflow: hidden; background: #fff; }
@@ -81,7 +81,7 @@ summary { cursor: pointer; font-weight: 600; } details + details { margin-top: 1
 svg.spark { display: block; margin-top: 3px; }
 @media print { body { background: #fff; } section { break-inside: avoid; } }
 """
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
 
 
 def page(title: str, html: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import load_field, read_config, save_field
 from rlflow.train.build import device, heldout_prompts, judged_by, make_evaluator, make_policy
 from rlflow.train.checkpoint import Checkpoints
-from rlflow.train.episodes import EpisodeEvaluator
+from rlflow.train.episodes import EpisodeEvaluator, Episodes
 from rlflow.train.evaluate import Evaluator
+from rlflow.train.video import write_video
 
 
 def is_run(path: str | Path) -> bool:
@@ -84,6 +86,29 @@ def sample(policy: FlowPolicy, prompts: list[str], *, seed: int = 0, num_steps: 
         cond = policy.encode(policy.field.unguided.tokenize(prompts))
         chain = policy.sample(cond, policy.plan(num_steps), key=Key(seed, "sample"))
         return policy.field.decode(policy.squash(chain.final)).float().cpu()
+
+
+def film(
+    name: str | Path,
+    out: str | Path,
+    *,
+    num: int = 4,
+    num_steps: int | None = None,
+    seed: int = 0,
+    trust_code: bool = False,
+) -> Episodes:
+    """Play `num` episodes of a robot's run or checkpoint and write them to `out`, an mp4, one after the other."""
+    if Path(out).suffix != ".mp4":
+        raise ValueError(f"{out}: {name} is filmed, name a file that ends in .mp4")
+    evaluator = evaluator_of(name, num=num, num_steps=num_steps, seed=seed, trust_code=trust_code)
+    assert isinstance(evaluator, EpisodeEvaluator)
+    evaluator.video = num
+    episodes = evaluator()
+    frames = list(itertools.chain(*episodes.film.frames))
+    if not frames:
+        raise ValueError(f"{out} was not written: there is no picture of the {len(episodes)} episodes, see above")
+    write_video(frames, Path(out), episodes.film.fps)
+    return episodes
 
 
 def evaluator_of(

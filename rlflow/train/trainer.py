@@ -22,7 +22,7 @@ from rlflow.rl.advantages import moments
 from rlflow.rl.collector import permute_rewards
 from rlflow.rl.optim import NonFiniteError
 from rlflow.train.build import judged_by, make_evaluator, make_parts
-from rlflow.train.checkpoint import Checkpoints, rng_state, set_rng_state, write_text
+from rlflow.train.checkpoint import Checkpoints, deal, pack, rng_state, set_rng_state, unpack, write_text
 from rlflow.train.episodes import Episodes
 from rlflow.train.evaluate import Evaluation
 from rlflow.train.head import write_head
@@ -242,9 +242,15 @@ class Trainer:
         self.logger.log(self.iteration, "eval", told)
         if dist.rank() == 0:
             self._keep(result)
-            if not self.algorithm.optimizer.bad_in_a_row and self.checkpoints.beats_best(self._score()):
-                self._write_checkpoint()
+        if self._is_best():
+            self._write_checkpoint()
         dist.barrier()
+
+    def _is_best(self) -> bool:
+        """True for a score above all checkpoints'; rank 0 looks, and all hear of it, for all take part in saving."""
+        sound = dist.rank() == 0 and not self.algorithm.optimizer.bad_in_a_row
+        best = sound and self.checkpoints.beats_best(self._score())
+        return bool(dist.all_max(torch.tensor(float(best), device=self.policy.device)))
 
     def _score(self) -> float | None:
         """What `best` goes by; None unless these very weights were evaluated."""
@@ -268,12 +274,13 @@ class Trainer:
         dist.barrier()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything an exact resume needs."""
+        """Everything an exact resume needs; complete on rank 0, and every process has to ask for it at once."""
+        episodes = dist.gather(pack(self.collector.state_dict()))  # packed, it is on the CPU
         return {
             "policy": self.policy.state_dict(),
             "weight_sets": self.policy.weights.state_dict(),
             "algorithm": self.algorithm.state_dict(),
-            "collector": self.collector.state_dict(),
+            "collector": [unpack(*share) for share in episodes],
             "rng": rng_state(),
             "trainer": {
                 "iteration": self.iteration,
@@ -289,13 +296,13 @@ class Trainer:
 
     def _save(self) -> None:
         self._check_weights()
-        if dist.rank() == 0:
-            self._write_checkpoint()
+        self._write_checkpoint()
         dist.barrier()
 
     def _write_checkpoint(self) -> None:
-        sound = not self.algorithm.optimizer.bad_in_a_row
-        self.checkpoints.save(self.iteration, self.state_dict(), self._score() if sound else None, prune=sound)
+        state, sound = self.state_dict(), not self.algorithm.optimizer.bad_in_a_row
+        if dist.rank() == 0:
+            self.checkpoints.save(self.iteration, state, self._score() if sound else None, prune=sound)
 
     def _check_weights(self) -> None:
         """NonFiniteError before such weights become the last checkpoint; the same on every rank."""
@@ -320,7 +327,7 @@ class Trainer:
         self.policy.load_state_dict(state["policy"])
         self.policy.weights.load_state_dict(state["weight_sets"])
         self.algorithm.load_state_dict(state["algorithm"])
-        self.collector.load_state_dict(state["collector"])
+        self._take_up(state["collector"])
         set_rng_state(state["rng"])
         mine = state["trainer"]
         self.iteration, self.seconds = iteration, mine["seconds"]
@@ -330,6 +337,16 @@ class Trainer:
         self.evaluator.load_state_dict(state["evaluator"])
         if dist.rank() == 0:
             self.checkpoints.cut(iteration)
+
+    def _take_up(self, episodes: list[Any]) -> None:
+        """Go on with the episodes under way, of which every process has saved its own."""
+        try:
+            mine = deal(episodes, self.groups)
+        except ValueError as error:
+            if dist.rank() == 0:
+                warnings.warn(f"new episodes are begun: {error}", stacklevel=2)
+            return
+        self.collector.load_state_dict(mine)
 
     def _finish(self) -> None:
         """The tuned network as a checkpoint folder, and the report."""

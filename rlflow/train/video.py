@@ -55,6 +55,6 @@ def _ffmpeg() -> Any:
 
 
 def html_video(path: Path) -> str:
-    """A <video> tag that holds the mp4 itself, so that a page is one file."""
+    """A <video> tag that holds the mp4 itself, so that a page is one file; it plays by itself, which needs `muted`."""
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<video controls loop muted playsinline src="data:video/mp4;base64,{data}"></video>'
+    return f'<video autoplay loop muted playsinline controls src="data:video/mp4;base64,{data}"></video>'

@@ -1,5 +1,6 @@
 """Pictures: of the row asked for, followed, the same twice, and nothing of the simulation moves by it."""
 
+import os
 import subprocess
 import sys
 
@@ -90,6 +91,20 @@ def test_without_any_opengl_the_packages_are_named(monkeypatch):
     camera.context.cache_clear()
     with pytest.raises(RuntimeError, match="nonsense: .*neither: .*libosmesa6.*libegl1"):
         camera.context(11, 13)
+
+
+def test_simulations_run_without_the_opengl_that_was_chosen():
+    """MuJoCo's own import ends where MUJOCO_GL names a library that is missing; a picture is then refused, no more."""
+    code = (
+        "import sys; sys.modules['mujoco.osmesa'] = type('Missing', (), {'__getattr__': lambda *_: 1 / 0})()\n"
+        "from rlflow.envs.mujoco import hopper; import torch\n"
+        "e = hopper(1); e.reset(torch.zeros(1).long()); e.step(torch.zeros(1, 4, 3)); e.render(0)"
+    )
+    environment = os.environ | {"MUJOCO_GL": "osmesa"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("RuntimeError: no picture can be drawn without a screen (osmesa: ")
+    assert "apt-get install libosmesa6" in last
 
 
 def test_the_kind_of_opengl_is_the_users_where_set(monkeypatch):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlflow.rl.groups import Groups
 from rlflow.train import checkpoint
-from rlflow.train.checkpoint import STATE, TENSORS, Checkpoints, pack, rng_state, set_rng_state, unpack
+from rlflow.train.checkpoint import STATE, TENSORS, Checkpoints, deal, pack, rng_state, set_rng_state, unpack
 
 
 def state(number: float = 1.0) -> dict:
@@ -57,6 +58,39 @@ def test_pack_holds_no_objects() -> None:
     assert same(state()["trainer"], unpack(tensors, json.loads(json.dumps(values)))["trainer"])
     with pytest.raises(TypeError):
         json.dumps(pack({"module": torch.nn.Linear(1, 1)})[1])
+
+
+def episodes(first: int, num: int) -> dict:
+    """What a process with the rows `first`, `first` + 1, ... saves."""
+    rows = torch.arange(first, first + num)
+    return {"env": {"env": {"sim": {"x": rows}}, "own": {"count": torch.tensor(7.0)}}, "obs": rows.float().view(-1, 1)}
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (1, 3), (3, 1), (2, 3), (3, 2)])
+def test_episodes_are_dealt_in_global_order(before: int, after: int) -> None:
+    """Whatever the two numbers of processes, row i of the run stays row i; what all share goes to each."""
+    states = [episodes(6 // before * rank, 6 // before) for rank in range(before)]
+    for rank in range(after):
+        mine = deal(states, Groups(3 * 2, 1, rank, after))
+        assert same(mine, episodes(6 // after * rank, 6 // after))
+
+
+@pytest.mark.parametrize("odd", [torch.zeros(5, dtype=torch.uint8), {"of": [1, 2]}, 3, "text"])
+def test_what_has_no_rows_is_not_dealt_but_comes_back_to_as_many_processes(odd: object) -> None:
+    """A generator's state, say: two processes with one of it would draw the same."""
+    states = [episodes(0, 3) | {"rng": odd}, episodes(3, 3) | {"rng": odd}]
+    assert deal(states, Groups(6, 1, 1, 2)) is states[1]
+    with pytest.raises(
+        ValueError, match=r"^rng\S* of 2 processes cannot be shared by 3: .* as many processes as befor"
+    ):
+        deal(states, Groups(6, 1, 1, 3))
+
+
+def test_what_all_share_is_one_number() -> None:
+    states = [episodes(0, 3), episodes(3, 3)]
+    states[1]["env"]["own"]["count"] = torch.tensor(8.0)
+    with pytest.raises(ValueError, match="^env/own/count of 2 processes"):
+        deal(states, Groups(6, 1))
 
 
 def test_rng_state_restores_the_stream() -> None:

@@ -258,6 +258,45 @@ def test_a_run_that_evaluates_something_else(tmp_path):
     assert "return 100 → 250 (+150)" in text(tmp_path / "run")
 
 
+def played(folder: Path, *ends: tuple[int, float, float]) -> Path:
+    """A robot's run with an evaluation of three episodes, two of them filmed, at each (iteration, return, length)."""
+    start(folder, recipe="robot_test")
+    config = CONFIG | {"env": {"name": "hopper"}, "eval": {}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    samples = folder / "samples"
+    samples.mkdir()
+    with logger(folder) as log:
+        for iteration, value, length in ends:
+            scores = {"return": torch.tensor([value, value + 1, value]), "length": torch.full((3,), length)}
+            save_file(scores | {"caption_id": torch.arange(3)}, samples / f"eval_{iteration:06d}.safetensors")
+            for row in (0, 1):
+                (samples / f"film_{iteration:06d}_{row}.mp4").write_bytes(b"film")
+            log.log(iteration, "eval", {"eval/heldout/return": value})
+            train(log, iteration + 1, value)
+    return folder
+
+
+def test_films_stand_before_and_after_with_return_and_length(tmp_path):
+    said = text(played(tmp_path / "run", (0, 100.0, 40.0), (9, 250.0, 1000.0)))
+    assert "before: return 100, 40 steps &rarr; after: return 250, 1,000 steps" in said
+    assert "before: return 101, 40 steps &rarr; after: return 251, 1,000 steps" in said
+    once = text(played(tmp_path / "once", (0, 100.0, 40.0)))
+    assert "after iteration 0: return 100, 40 steps" in once
+    assert "before:" not in once
+
+
+def test_films_play_by_themselves_and_the_page_lets_them(tmp_path):
+    """Browsers start only what is muted, and nothing that the page's own policy forbids to load."""
+    html = write_report(played(tmp_path / "run", (0, 100.0, 40.0), (9, 250.0, 1000.0))).read_text()
+    films = re.findall(r'<video ([^>]*)src="(\w+):', html)
+    assert len(films) == 4
+    assert all({"autoplay", "loop", "muted", "playsinline"} <= set(words.split()) for words, _ in films)
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)
+    assert policy is not None
+    allowed = dict(rule.strip().split(" ", 1) for rule in policy[1].split(";"))
+    assert {scheme for _, scheme in films} == {allowed["media-src"].removesuffix(":")}
+
+
 def test_a_folder_that_is_no_run_is_an_error(tmp_path):
     """Instead of an empty report somewhere."""
     with pytest.raises(FileNotFoundError, match="is not a run folder"):
