@@ -321,13 +321,17 @@ WHOLE = ("reward.weights", "eval.metrics")
 """Tables of names: another recipe's table is replaced, since its rewards would go on being asked for."""
 
 
+NAMED_SECTIONS = ("env",)
+"""Sections with a name inside: another name keeps the section's other keys, which are not that component's own."""
+
+
 def merge(base: dict[str, Any], over: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Deep merge; a component with another name, or a table of names, replaces what was there."""
     out = dict(base)
     for key, value in over.items():
         mine, path = out.get(key), f"{prefix}{key}"
         if isinstance(mine, dict) and isinstance(value, dict) and path not in WHOLE:
-            same = value.get("name") in (None, mine.get("name"))
+            same = path in NAMED_SECTIONS or value.get("name") in (None, mine.get("name"))
             value = merge(mine, value, f"{path}.") if same else value
         out[key] = value
     return out

@@ -242,6 +242,12 @@ def test_merge_replaces_a_component_and_deepens_a_section() -> None:
     assert base["policy"]["kernel"] == {"name": "flow_sde", "a": 0.7}, "the base is not changed"
 
 
+def test_another_simulator_keeps_the_rest_of_the_section() -> None:
+    """A recipe that names only another simulator runs with its base's rows, horizon, chunk and discount."""
+    base, heir = recipes.load("robot_reinflow"), recipes.load("robot_reinflow_walker2d")
+    assert heir.env == dataclasses.replace(base.env, name="walker2d")
+
+
 def test_a_table_of_names_is_replaced_and_a_single_weight_is_added() -> None:
     """An inherited reward would be asked for scores it cannot give, and mask every sample (t2i_ocr once did)."""
     base = {"reward": {"weights": {"shapes_soft": 1.0}, "timeout_s": 5.0}, "eval": {"metrics": {"strict": "a"}}}

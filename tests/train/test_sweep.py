@@ -294,6 +294,7 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
     assert fast["cost"] == {
         "seconds": {"mean": 30, "sd": 0, "num": 2},
         "network_rows": {"mean": 900, "sd": 0, "num": 2},
+        "samples": {"mean": None, "sd": None, "num": 0},
     }
     assert fast["training"]["policy/approx_kl"]["mean"] == pytest.approx(0.2)
     at = {(entry["cost"], entry["budget"]): entry["runs"] for entry in result.values["at"]}
