@@ -161,10 +161,13 @@ class VectorSim(Sim):
                     f"{self.env} resets rows by itself, not on demand: make it with autoreset_mode=DISABLED, "
                     "and with the time limit of the environment itself"
                 )
-            obs, _ = self.env.reset(seed=seeds.tolist())
-            self._obs = convert(obs, self.obs_spec)
+            self._obs = convert(self._start(seeds.tolist()), self.obs_spec)
         self._ended = np.zeros(self.num_envs, bool)
         return self._obs
+
+    def _start(self, seeds: list[int]) -> Any:
+        """First observations of all rows, each from its seed."""
+        return self.env.reset(seed=seeds)[0]
 
     def advance(self, action: Tensor) -> Outcome:
         """One step of all rows."""

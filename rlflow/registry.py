@@ -85,6 +85,7 @@ TABLE: dict[str, dict[str, str]] = {
         "warp_halfcheetah": "rlflow.envs.warp:warp_halfcheetah",
         "warp_inverted_pendulum": "rlflow.envs.warp:warp_inverted_pendulum",
         "gym": "rlflow.envs.gym:gym",
+        "envpool": "rlflow.envs.envpool:envpool",
         "cube_single": "rlflow.envs.ogbench:cube_single",
         "cube_double": "rlflow.envs.ogbench:cube_double",
         "pusht": "rlflow.envs.pusht:pusht",

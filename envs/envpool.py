@@ -1,0 +1,49 @@
+"""EnvPool (Weng et al. 2022, arXiv:2206.10558): MetaWorld, DM control and many more, stepped by a pool of C++ threads.
+
+EnvPool fixes seeds when a pool is made and starts ended episodes at the next step from seeds of its own. So a reset
+of all rows makes a new pool: the first episodes are functions of `seeds`, later ones of them and their number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlflow.envs.gym import NextStepSim
+from rlflow.envs.sim import SimEnv
+
+
+class EnvPoolSim(NextStepSim):
+    """`num_envs` copies of an EnvPool environment; `options` go to envpool.make_gymnasium."""
+
+    def __init__(self, env_id: str, num_envs: int, threads: int, options: dict[str, Any], success: str | None = None):
+        self._id, self._options = env_id, {"num_envs": num_envs, "num_threads": threads, **options}
+        pool = self._pool([0] * num_envs)
+        super().__init__(pool, pool.spec.config.max_episode_steps, success)
+
+    def _pool(self, seeds: list[int]) -> Any:
+        import envpool  # takes a second
+
+        known = envpool.list_all_envs()
+        if self._id not in known:
+            raise ValueError(f"EnvPool has no environment {self._id!r}; envpool.list_all_envs() names {len(known)}")
+        return envpool.make_gymnasium(self._id, seed=[seed % 2**31 for seed in seeds], **self._options)
+
+    def _start(self, seeds: list[int]) -> Any:
+        self.env.close()
+        self.env = self._pool(seeds)
+        return self.env.reset()[0]
+
+
+def envpool(
+    num_envs: int,
+    env_id: str,
+    gamma: float = 0.99,
+    threads: int = 0,
+    options: dict[str, Any] | None = None,
+    success: str | None = None,
+) -> SimEnv:
+    """An environment of EnvPool with Box or Dict observations and Box actions; `threads` 0 takes as many as it likes.
+
+    `success` names the entry of its info that says whether the task is done. No chunks: rows reset by themselves.
+    """
+    return SimEnv(EnvPoolSim(env_id, num_envs, threads, options or {}, success), 1, gamma)
