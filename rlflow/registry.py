@@ -74,6 +74,7 @@ TABLE: dict[str, dict[str, str]] = {
         "toy_bandit": "rlflow.envs.toy:ToyBandit",
         "toy_mdp": "rlflow.envs.toy:ToyMDP",
         "toy_routes": "rlflow.envs.toy:ToyRoutes",
+        "tabletop": "rlflow.envs.tabletop:Tabletop",
         "hopper": "rlflow.envs.mujoco:hopper",
         "walker2d": "rlflow.envs.mujoco:walker2d",
         "halfcheetah": "rlflow.envs.mujoco:halfcheetah",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlflow.envs import gym as gymnasium_envs
-from rlflow.envs import mujoco, toy
+from rlflow.envs import mujoco, tabletop, toy
 from rlflow.envs.conformance import CHECKS, Subject, check
 from rlflow.envs.prompt import PromptEnv
 from rlflow.envs.prompts import Prompts
@@ -86,6 +86,14 @@ SUBJECTS = {
         gamma=0.99,
     ),
     "toy_reach": Subject(reach(), reach(20), lambda n: SimEnv(toy.ReachSim(n, 2, 8))),
+    "tabletop": Subject(
+        lambda n: tabletop.Tabletop(n, chunk=3, horizon=9),
+        lambda n: tabletop.Tabletop(n, chunk=3, horizon=40),
+        lambda n: SimEnv(tabletop.TabletopSim(n, 9)),
+        num_envs=6,
+        num_steps=14,
+        gamma=0.99,
+    ),
     "prompt": Subject(prompts, masked_reset=False, bounded=False),
     "hopper": locomotion(mujoco.HOPPER),
     "walker2d": locomotion(mujoco.WALKER2D),

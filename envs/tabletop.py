@@ -1,0 +1,170 @@
+"""Tabletop: a sentence, a small picture and the finger's place; discs to touch, or to push to a side of the table.
+
+Fifteen tasks, batched tensors on any device: the embedded stand-in for the multi-task manipulation sets on which
+vision-language-action models are tuned. Contact is quasi-static: a disc that the finger overlaps is moved along the
+line of centres until they touch, so a push that is off centre slips. Discs slide past one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlflow.envs.demos import Demos, Episode, write_demos
+from rlflow.envs.experts import play, versions
+from rlflow.envs.seeds import normal, uniform
+from rlflow.envs.sim import Outcome, SimEnv
+from rlflow.envs.toy import ToySim
+from rlflow.types import Tree
+
+COLOURS = {"red": (0.9, 0.15, 0.15), "green": (0.15, 0.75, 0.2), "blue": (0.2, 0.3, 0.95)}
+SIDES = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "bottom": (0.0, -1.0), "top": (0.0, 1.0)}
+TASKS = [f"push {c} to the {s}" for c in COLOURS for s in SIDES] + [f"touch {c}" for c in COLOURS]
+WORDS = ["", *dict.fromkeys(word for task in TASKS for word in task.split())]
+"""Vocabulary; 0 fills short sentences up."""
+LENGTH = max(len(task.split()) for task in TASKS)
+PIXELS = 24
+TABLE = 0.08
+"""Grey of the empty table."""
+DISC, FINGER = 0.13, 0.09
+CONTACT = DISC + FINGER
+SPEED = 0.1
+"""Of a primitive step at full command, on a table [-1, 1]^2."""
+EDGE = 0.75
+"""How far out along its side a pushed disc must be."""
+
+
+def tokens(sentence: str) -> list[int]:
+    """Word numbers of a sentence, filled up to LENGTH; ValueError for a word that is not known."""
+    words = sentence.split()
+    unknown = sorted(set(words) - set(WORDS))
+    if unknown or len(words) > LENGTH:
+        raise ValueError(f"{sentence!r}: at most {LENGTH} words of {WORDS[1:]}, got {unknown or len(words)}")
+    return [WORDS.index(word) for word in words] + [0] * (LENGTH - len(words))
+
+
+class TabletopSim(ToySim):
+    """State: finger (B, 2), discs (B, 3, 2), task (B,) of TASKS; two velocity commands per primitive step."""
+
+    step_seconds = 0.1
+
+    def __init__(self, num_envs: int, horizon: int, device: str = "cpu"):
+        sides = [SIDES.get(task.split()[-1], (0.0, 0.0)) for task in TASKS]
+        colours = [next(i for i, c in enumerate(COLOURS) if c in task.split()) for task in TASKS]
+        self.sentences = torch.tensor([tokens(task) for task in TASKS], device=device)
+        self.directions = torch.tensor(sides, device=device)  # zero where the disc is to be touched
+        self.colours = torch.tensor(colours, device=device)
+        super().__init__(num_envs, 2, horizon, device)
+
+    def start(self, seeds: Tensor) -> dict[str, Tensor]:
+        """Finger and discs in four different cells of nine, a task drawn evenly."""
+        u = uniform(seeds, 9 + 8 + 1)
+        cells = u[:, :9].argsort(1)[:, :4]
+        centres = torch.stack([cells % 3, cells // 3], -1) - 1
+        places = (0.42 * centres + 0.16 * (u[:, 9:17].view(-1, 4, 2) - 0.5)).float()
+        return {"finger": places[:, 0], "discs": places[:, 1:], "task": (u[:, 17] * len(TASKS)).long()}
+
+    def observe(self) -> Tree:
+        pixels = draw(self.state["finger"], self.state["discs"], PIXELS)
+        return {"pixels": pixels, "state": self.state["finger"], "text": self.sentences[self.state["task"]]}
+
+    @property
+    def target(self) -> Tensor:
+        """(B, 2) place of the disc that the sentence names."""
+        rows = torch.arange(self.num_envs, device=self.device)
+        return self.state["discs"][rows, self.colours[self.state["task"]]]
+
+    def advance(self, action: Tensor) -> Outcome:
+        """Move the finger, then every disc out of its way; 1 and the end where the task is done."""
+        finger = (self.state["finger"] + SPEED * action).clamp(-1, 1)
+        offset = self.state["discs"] - finger.unsqueeze(1)
+        distance = offset.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+        pushed = finger.unsqueeze(1) + offset / distance * CONTACT
+        self.state["finger"] = finger
+        self.state["discs"] = torch.where(distance < CONTACT, pushed, self.state["discs"]).clamp(-1, 1)
+        direction = self.directions[self.state["task"]]
+        touched = (self.target - finger).norm(dim=-1) < CONTACT + 1e-3
+        there = (self.target * direction).sum(-1) > EDGE
+        done = torch.where(direction.any(-1), there, touched)
+        return Outcome(self.observe(), done.float(), done, info={"success": done.float()})
+
+    def render(self, row: int, size: tuple[int, int]) -> Tensor:
+        """The table from above."""
+        finger, discs = (self.state[name][row : row + 1] for name in ("finger", "discs"))
+        return draw(finger, discs, min(size))[0].cpu()
+
+
+def draw(finger: Tensor, discs: Tensor, size: int) -> Tensor:
+    """Pictures (B, size, size, 3) uint8 with smooth edges of discs (B, 3, 2) and, white, of the finger (B, 2)."""
+    line = (torch.arange(size, device=finger.device) + 0.5) * 2 / size - 1
+    places = torch.cat([discs, finger.unsqueeze(1)], 1)
+    across = (line - places[..., :1]).square().unsqueeze(2)
+    down = (-line - places[..., 1:]).square().unsqueeze(3)  # the top of the table is the first row
+    radii = torch.tensor([DISC] * len(COLOURS) + [FINGER], device=finger.device).view(-1, 1, 1)
+    cover = (across + down).sqrt_().sub_(radii).mul_(-size / 2).add_(0.5).clamp_(0, 1)
+    bare = torch.ones_like(cover[:, 0])
+    for i in reversed(range(len(radii))):  # what lies above hides what lies below
+        cover[:, i] *= bare
+        bare = bare - cover[:, i]
+    paint = torch.tensor([*COLOURS.values(), (1.0, 1.0, 1.0)], device=finger.device)
+    picture = torch.einsum("bnij,nc->bijc", cover, 255 * (paint - TABLE))
+    return picture.add_(255 * TABLE + 0.5).to(torch.uint8)
+
+
+class Tabletop(SimEnv):
+    """Fifteen tasks with three coloured discs by sentence: push one to a side (12) or touch one (3); 1 on success.
+
+    Observation: {"pixels": (24, 24, 3) uint8, "text": (5,) word numbers, "state": the finger's place}. Action: a
+    chunk of velocities of at most .1 on each axis. `horizon` primitive steps, then a truncation.
+    """
+
+    sim: TabletopSim
+
+    def __init__(self, num_envs: int = 64, chunk: int = 4, horizon: int = 40, gamma: float = 0.99, device: str = "cpu"):
+        super().__init__(TabletopSim(num_envs, horizon, device), chunk, gamma)
+
+
+# -- the expert -----------------------------------------------------------------------------------
+
+
+def expert(sim: TabletopSim) -> Tensor:
+    """Actions (B, 2): round the disc to the side opposite of its goal, then push; straight at a disc to touch."""
+    direction, offset = sim.directions[sim.state["task"]], sim.state["finger"] - sim.target
+    normal_ = torch.stack([-direction[:, 1], direction[:, 0]], -1)
+    along, aside = (offset * direction).sum(-1, keepdim=True), (offset * normal_).sum(-1, keepdim=True)
+    side = torch.where(aside < 0, -1.0, 1.0)
+    clear = CONTACT + 0.06
+    behind, centred, beside = along < 0.02 - CONTACT, aside.abs() < 0.03, aside.abs() > clear - 0.04
+    push = direction * SPEED - aside * normal_
+    centre = -aside * normal_ - (along + clear) * direction
+    back = -(along + clear + 0.02) * direction + (side * clear - aside) * normal_
+    out = (side * clear - aside) * normal_
+    move = torch.where(behind, torch.where(centred, push, centre), torch.where(beside, back, out))
+    move = torch.where(direction.any(-1, keepdim=True), move, -offset)
+    return move / move.abs().amax(-1, keepdim=True).clamp(min=SPEED)
+
+
+def make_demos(folder: Path | str, num: int = 100, seed: int = 0, noise: float = 0.3) -> Demos:
+    """`num` successful episodes of the expert, whose commands are disturbed by Gaussian noise of that std."""
+    env = Tabletop(2 * num, chunk=1)
+    env_seeds = seed + torch.arange(env.num_envs)
+    calls = iter(range(env.sim.horizon))
+
+    def act(obs: Tree) -> Tensor:
+        eps = normal(env_seeds * env.sim.horizon + next(calls), 2).float()
+        return (expert(env.sim) + noise * eps).clamp(-1, 1).unsqueeze(1)
+
+    command = f"python scripts/make_demos.py tabletop --episodes {num} --seed {seed}"
+    made_by = {"command": command, "seed": seed, "noise": noise, "versions": versions("torch")}
+    return write_demos(folder, _successes(play(env, act, seed), num), {"name": "tabletop"}, made_by)
+
+
+def _successes(episodes: Iterator[Episode], num: int) -> Iterator[Episode]:
+    """The first `num` that reach the goal; ValueError where there are not so many."""
+    good = [episode for episode in episodes if episode.success]
+    if len(good) < num:
+        raise ValueError(f"{len(good)} of {2 * num} episodes succeed, {num} are needed: lower the noise")
+    yield from good[:num]
