@@ -11,7 +11,6 @@ which normalises every column and calls `RewardSet.combine`.
 from __future__ import annotations
 
 import difflib
-import inspect
 import logging
 import math
 import re
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlflow.rewards.calls import Deadline
+from rlflow.rewards.component import column_names
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +40,6 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     """(N, 3, H, W) in [0, 1] to (N, H, W, 3) uint8 on the host; nan becomes 0 (RewardSet masks such rows)."""
     images = images.detach().float().nan_to_num(0.0).clamp(0, 1)
     return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
-def column_names(fn: Callable[..., Any]) -> tuple[str, ...]:
-    """The columns `fn` reads: its parameters without a default; those with one are options, never filled."""
-    columns = []
-    for name, p in inspect.signature(fn).parameters.items():
-        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY):
-            raise ValueError(f"reward function {fn!r}: parameter {p} names no column; write plain parameters")
-        if p.default is p.empty:
-            columns.append(name)
-    return tuple(columns)
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from rlflow import registry
-from rlflow.limits import check_numbers, check_together
+from rlflow.limits import check
 from rlflow.registry import nearest
 
 Spec = str | dict[str, Any]
@@ -128,6 +128,7 @@ class RewardConfig:
 
     __pydantic_config__ = STRICT
     weights: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # by reward: model, device, url, ...
     normalize: Literal["none", "reward", "advantage"] = "none"
     scale: bool = False  # divided by the running std of the discounted return (simulators)
     timeout_s: float = 60.0
@@ -210,6 +211,10 @@ MAY_CHANGE_ON_RESUME = (
     "env.rows_per_call",
     "env.settings.threads",
     "eval.video",
+    "reward.settings.*.url",  # a server or a model may have moved
+    "reward.settings.*.model",
+    "reward.settings.*.device",
+    "reward.settings.*.offload",
 )
 
 
@@ -317,7 +322,7 @@ def read_yaml(text: str) -> dict[str, Any]:
     return values
 
 
-WHOLE = ("reward.weights", "eval.metrics")
+WHOLE = ("reward.weights", "reward.settings", "eval.metrics")
 """Tables of names: another recipe's table is replaced, since its rewards would go on being asked for."""
 
 
@@ -342,7 +347,7 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
     found = []
     for key in {**old, **new}:
         path = f"{prefix}{key}"
-        if path in MAY_CHANGE_ON_RESUME:
+        if any(fnmatchcase(path, pattern) for pattern in MAY_CHANGE_ON_RESUME):
             continue
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
@@ -350,33 +355,3 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
         elif a != b:
             found.append(f"{path}: {a!r} -> {b!r}")
     return found
-
-
-def check(config: Config, trust_code: bool = False) -> None:
-    """Everything that can be known without loading a network; ValueError with the path and the fix."""
-    with registry.located("env.name"):
-        registry.find("env", config.env.name, trust_code)
-    check_numbers(config)
-    check_together(config)
-    stand_in = {"num_features": 1, "event_shape": (1,)}
-    for kind, path, spec, supplied in (
-        ("kernel", "policy.kernel", config.policy.kernel, stand_in),
-        ("solver", "policy.solver", config.policy.solver, {}),
-        ("grid", "policy.grid", config.policy.grid, {}),
-        ("advantage", "advantage", config.advantage, {"gamma": config.env.gamma}),
-        ("solver", "eval.solver", config.eval.solver, {}),
-    ):
-        if spec is not None:
-            registry.build(kind, path, spec, supplied, trust_code)
-    if config.policy.guidance is not None:
-        registry.validate("guidance", "policy.guidance", config.policy.guidance, ("field",), trust_code)
-    for section, names in (("reward.weights", config.reward.weights), ("eval.metrics", config.eval.metrics.values())):
-        for name in names:
-            with registry.located(section):
-                registry.find("reward", name, trust_code)
-    if config.env.name != "prompt":
-        spec = {**config.env.settings, "name": config.env.name}
-        registry.validate("env", "env.settings", spec, ("num_envs", "gamma"), trust_code)
-    steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
-    with registry.located("steps"):
-        steps.possible(config.policy.num_steps)

@@ -141,3 +141,41 @@ def _check_kind(config: Config) -> None:
                 raise ValueError(f"{path}: is of simulators, and env.name is prompt; leave it at {usual!r}")
     elif config.eval.metrics:
         raise ValueError("eval.metrics: judges images; episodes have return, length and success: leave it {}")
+
+
+def check(config: Config, trust_code: bool = False) -> None:
+    """Everything that can be known without loading a network; ValueError with the path and the fix."""
+    with registry.located("env.name"):
+        registry.find("env", config.env.name, trust_code)
+    check_numbers(config)
+    check_together(config)
+    stand_in = {"num_features": 1, "event_shape": (1,)}
+    for kind, path, spec, supplied in (
+        ("kernel", "policy.kernel", config.policy.kernel, stand_in),
+        ("solver", "policy.solver", config.policy.solver, {}),
+        ("grid", "policy.grid", config.policy.grid, {}),
+        ("advantage", "advantage", config.advantage, {"gamma": config.env.gamma}),
+        ("solver", "eval.solver", config.eval.solver, {}),
+    ):
+        if spec is not None:
+            registry.build(kind, path, spec, supplied, trust_code)
+    if config.policy.guidance is not None:
+        registry.validate("guidance", "policy.guidance", config.policy.guidance, ("field",), trust_code)
+    _check_rewards(config, trust_code)
+    if config.env.name != "prompt":
+        spec = {**config.env.settings, "name": config.env.name}
+        registry.validate("env", "env.settings", spec, ("num_envs", "gamma"), trust_code)
+    steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
+    with registry.located("steps"):
+        steps.possible(config.policy.num_steps)
+
+
+def _check_rewards(config: Config, trust_code: bool) -> None:
+    """Every reward asked for exists, with settings it has; no settings lie about."""
+    from rlflow.rewards.component import check_reward, check_unused
+
+    weights, metrics = list(config.reward.weights), list(config.eval.metrics.values())
+    for section, names in (("reward.weights", weights), ("eval.metrics", metrics)):
+        for name in names:
+            check_reward(section, name, config.reward.settings, trust_code)
+    check_unused(config.reward.settings, weights + metrics)

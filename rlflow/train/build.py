@@ -19,6 +19,7 @@ from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import embedded, load_field
 from rlflow.rewards.base import Reward, RewardSet
+from rlflow.rewards.component import make_reward
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihood import ChainLikelihood
@@ -103,13 +104,14 @@ def _make_field(config: Config, trust_code: bool) -> VelocityField:
 def make_rewards(config: Config, trust_code: bool = False) -> RewardSet:
     """The training rewards."""
     c = config.reward
-    found = [Reward(_short(n), registry.find("reward", n, trust_code), w, c.timeout_s) for n, w in c.weights.items()]
+    found = [Reward(_short(n), make_reward(n, c.settings, trust_code), w, c.timeout_s) for n, w in c.weights.items()]
     return RewardSet(found, c.normalize)
 
 
 def make_judges(config: Config, trust_code: bool = False) -> RewardSet:
     """The evaluation metrics under their display names."""
-    found = [Reward(n, registry.find("reward", r, trust_code), 1.0, 600.0) for n, r in config.eval.metrics.items()]
+    settings = config.reward.settings
+    found = [Reward(n, make_reward(r, settings, trust_code), 1.0, 600.0) for n, r in config.eval.metrics.items()]
     return RewardSet(found)
 
 
@@ -159,7 +161,8 @@ def judged_by(config: Config) -> dict[str, Any]:
     judged = {"prompts": c.prompts, "metrics": c.metrics, "num": c.num, "noise": c.noise, **deployed}
     policy = {"guidance": config.policy.guidance, "precision": config.policy.precision}
     env = {name: getattr(config.env, name) for name in ("name", "settings", "prompts", "gamma", "frame_stack")}
-    return {"policy": policy, "env": env, "eval": judged}
+    settings = {name: value for name, value in config.reward.settings.items() if name in c.metrics.values()}
+    return {"policy": policy, "env": env, "eval": judged} | ({"reward": {"settings": settings}} if settings else {})
 
 
 @dataclass

@@ -1,0 +1,130 @@
+"""CLIP's two encoders behind one object: unit vectors of images and of texts (Radford et al., arXiv:2103.00020).
+
+    e(image) = W_i f(image) / |W_i f(image)|        e(text) likewise        cosine = e(image) . e(text)
+
+Images are judged as the 8-bit pictures that would be saved: resized with Pillow's bicubic, centre-cropped and
+normalised as the checkpoint's own preprocessor says. Rewards that name the same checkpoint share one network and one
+pass over the images of a batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlflow.rewards.hub import OnDevice, Precision, check_source, need_transformers
+from rlflow.rewards.memory import BatchMemory
+
+log = logging.getLogger(__name__)
+
+ROWS = 32
+"""Images or texts in one pass."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How a checkpoint wants its images: side in pixels, mean and std by channel."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Pixels:
+        """From a preprocessor_config.json, in which sizes are numbers or tables."""
+        crop = values.get("crop_size", values.get("size"))
+        if isinstance(crop, Mapping):
+            crop = crop.get("height", crop.get("shortest_edge"))
+        if not isinstance(crop, int):
+            raise ValueError(f"the preprocessor names no size of images: {dict(values)}")
+        return cls(crop, tuple(values["image_mean"]), tuple(values["image_std"]))
+
+    def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """(N, H, W, 3) uint8 to (N, 3, size, size) float32, normalised; what is not square is centre-cropped."""
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        height, width = images.shape[-2:]
+        scale = self.size / min(height, width)
+        shape = (max(self.size, int(height * scale)), max(self.size, int(width * scale)))
+        if shape != (height, width):
+            # on 8 bits it rounds as Pillow does
+            images = F.interpolate(images, shape, mode="bicubic", antialias=True)
+        top, left = ((side - self.size) // 2 for side in shape)
+        images = images[..., top : top + self.size, left : left + self.size].float() / 255
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
+        return (images - mean) / std
+
+
+def vector(output: Any) -> Tensor:
+    """The projected vector (N, F): transformers 4 returns it, transformers 5 an object that holds it."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+class Clip:
+    """A CLIP model with its tokenizer and its preprocessor."""
+
+    def __init__(self, network: OnDevice[Any], tokenizer: Any, pixels: Pixels):
+        self.network, self.tokenizer, self.pixels = network, tokenizer, pixels
+        self.max_tokens = int(network.network.config.text_config.max_position_embeddings)
+        self.images = BatchMemory(self._images)
+        """images (N, 3, H, W) in [0, 1] -> (N, F) unit vectors, float32 on the host"""
+
+    @property
+    def scale(self) -> float:
+        """The learned temperature, exp(logit_scale)."""
+        return float(self.network.network.logit_scale.float().exp())
+
+    def _images(self, pixels: NDArray[np.uint8]) -> Tensor:
+        parts = []
+        with self.network.use() as network:
+            for start in range(0, len(pixels), ROWS):
+                values = self.pixels(pixels[start : start + ROWS]).to(self.network.device, self.network.dtype)
+                parts.append(vector(network.get_image_features(pixel_values=values)).float().cpu())
+        return F.normalize(torch.cat(parts), dim=-1)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """(N, F) unit vectors, float32 on the host; equal texts are encoded once, long ones are cut off."""
+        known = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        parts = []
+        with self.network.use() as network:
+            for start in range(0, len(known), ROWS):
+                tokens = self.tokenize(list(known)[start : start + ROWS])
+                parts.append(vector(network.get_text_features(**tokens)).float().cpu())
+        return F.normalize(torch.cat(parts), dim=-1)[[known[text] for text in texts]]
+
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Token numbers and their mask, padded to the model's length, on its device."""
+        found = self.tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        )
+        return {name: found[name].to(self.network.device) for name in ("input_ids", "attention_mask")}
+
+    def cosine(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """(N,) cosine of each image and its text."""
+        return (self.images(images) * self.texts(texts)).sum(-1)
+
+
+def read_processor(source: str) -> tuple[Any, Pixels]:
+    """Tokenizer and preprocessor of a folder or a name on the hub."""
+    transformers = need_transformers()
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    values, _ = ImageProcessingMixin.get_image_processor_dict(source)
+    return transformers.AutoTokenizer.from_pretrained(source), Pixels.read(values)
+
+
+@functools.cache
+def load_clip(model: str, processor: str, device: str, offload: bool, precision: Precision) -> Clip:
+    """The CLIP model of a folder or a name on the hub; the same one for every reward that asks alike."""
+    transformers = need_transformers()
+    network = transformers.CLIPModel.from_pretrained(check_source(model, "model"))
+    tokenizer, pixels = read_processor(check_source(processor, "processor"))
+    return Clip(OnDevice(network, device, offload, precision), tokenizer, pixels)
