@@ -15,21 +15,20 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from gymnasium.spaces import Box
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
 from rlflow import registry
 from rlflow.envs import tabletop
 from rlflow.envs.demos import Demos
 from rlflow.envs.experts import EXPERTS, NUM_EPISODES, GaussianExpert, embedded_expert, make_demos, versions
+from rlflow.envs.sb3 import Vectorised
 
+NUM_ENVS = 32
 WINDOW = 40
 """Episodes whose mean return is judged."""
 
@@ -48,52 +47,6 @@ RECIPES = {
     "walker2d": Recipe(stop=1500),
     "halfcheetah": Recipe(stop=2900, gamma=0.98, log_std=-1.0),
 }
-
-
-class Vectorised(VecEnv):
-    """Our environment as stable-baselines3 sees one: four times the steps per second of its own loop."""
-
-    def __init__(self, name: str, num_envs: int, seed: int):
-        self.env, self.first = registry.find("env", name)(num_envs, chunk=1, threads=1), seed * num_envs
-        bound = np.ones(self.env.action_shape[1:], np.float32)
-        wide = np.full(self.env.obs_dim, np.inf, np.float32)
-        super().__init__(num_envs, Box(-wide, wide), Box(-bound, bound))
-
-    def reset(self) -> Any:
-        """Row b's first episode from seed + b."""
-        return self.env.reset(self.first + torch.arange(self.num_envs)).numpy()
-
-    def step_async(self, actions: Any) -> None:
-        """Actions (B, A)."""
-        self.env.send(torch.from_numpy(actions).unsqueeze(1), slice(0, self.num_envs))
-
-    def step_wait(self) -> Any:
-        """(obs, reward, ended, infos), with the last observation of ended rows in their info."""
-        step = self.env.recv()
-        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
-        for row in step.ended.nonzero()[:, 0].tolist():
-            told = {k: step.info[f"episode_{n}"][row].item() for k, n in (("r", "return"), ("l", "length"))}
-            infos[row] = {"episode": told, "terminal_observation": step.reached[row].numpy()}
-            infos[row]["TimeLimit.truncated"] = bool(step.truncated[row])
-        return step.obs.numpy(), step.reward.numpy(), step.ended.numpy(), infos
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """No attributes: none are needed."""
-        return [None] * self.num_envs
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """No attributes."""
-
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        """No methods."""
-        return []
-
-    def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        """Never."""
-        return [False] * self.num_envs
 
 
 class UntilMedium(BaseCallback):
@@ -126,7 +79,8 @@ def expert_weights(policy: dict[str, Tensor], env: VecNormalize) -> dict[str, Te
 def train_expert(name: str, path: Path, seed: int) -> None:
     """PPO until "medium", saved in `path`."""
     recipe, begin = RECIPES[name], time.perf_counter()
-    env = VecNormalize(Vectorised(name, 32, seed), gamma=recipe.gamma)
+    sim = registry.find("env", name)(NUM_ENVS, chunk=1, threads=1)
+    env = VecNormalize(Vectorised(sim, seed * NUM_ENVS), gamma=recipe.gamma)
     callback = UntilMedium(recipe.stop, env)
     model = PPO(
         "MlpPolicy",
