@@ -44,17 +44,6 @@ class PolicyConfig:
 
 
 @dataclass
-class LikelihoodConfig:
-    """How chains are scored."""
-
-    __pydantic_config__ = STRICT
-    reduce: Literal["mean", "sum"] = "mean"
-    joint: bool = False
-    published: bool = False  # ReinFlow's geometric mean, with a clip of .01; needs reduce mean and joint
-    mask: Literal["last", "all"] = "last"  # denoising steps at which actions an episode's end left undone do not count
-
-
-@dataclass
 class KLConfig:
     """Distance to the reference (the un-tuned policy)."""
 
@@ -86,6 +75,7 @@ class AlgorithmConfig:
     __pydantic_config__ = STRICT
     clip_low: float = 2e-3
     clip_high: float | None = None
+    trust_region: Literal["clip", "spo", "aspo"] = "clip"  # what holds the ratio near 1
     epochs: int = 1
     num_minibatches: int = 1
     micro_batch: int = 96
@@ -177,7 +167,7 @@ class Config:
     about: str = ""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     steps: Spec = "all_but_last"
-    likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
+    likelihood: Spec = "chain"
     advantage: Spec = "group"
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -264,9 +254,13 @@ OF_IMAGES: dict[str, Any] = {
 }
 """Where a run makes images and names no others; a simulator has a reward of its own."""
 
+UNNAMED: dict[str, Any] = {"likelihood": {"name": "chain"}}
+"""Components that a section without a name is of."""
+
 
 def parse(values: dict[str, Any], trust_code: bool = False) -> Config:
     """A checked Config; ValueError lists every problem with its full path."""
+    values = merge(UNNAMED, values)
     env = values.get("env")
     if not isinstance(env, dict) or env.get("name", "prompt") == "prompt":
         values = merge(OF_IMAGES, values)

@@ -89,7 +89,7 @@ def _find(config: Config, path: str) -> Any:
     return node
 
 
-def check_together(config: Config) -> None:
+def check_together(config: Config, trust_code: bool = False) -> None:
     """ValueError for settings that exclude each other."""
     name, _ = registry.split_spec("advantage", config.advantage)
     if name == "group" and config.env.group_size < 2:
@@ -101,15 +101,14 @@ def check_together(config: Config) -> None:
         )
     if name == "group" and config.algorithm.critic_warmup:
         raise ValueError("algorithm.critic_warmup: group advantages have no critic; set it to 0, or advantage=gae")
-    c, likelihood = config.algorithm, config.likelihood
+    c = config.algorithm
+    likelihood = registry.build("likelihood", "likelihood", config.likelihood, trust_code=trust_code)
     if likelihood.joint and (c.clip_base is not None or c.denoising_gamma != 1):
         raise ValueError(
             "algorithm.denoising_gamma, algorithm.clip_base: a joint ratio has no single steps; "
             "set likelihood.joint=false"
         )
-    if likelihood.published and not (likelihood.joint and likelihood.reduce == "mean"):
-        raise ValueError("likelihood.published: set likelihood.joint=true and likelihood.reduce=mean with it")
-    if config.algorithm.guard and config.likelihood.joint:
+    if c.guard and likelihood.joint:
         raise ValueError("algorithm.guard: GRPO-Guard re-scales each step's ratio; set likelihood.joint=false")
     if config.env.name == "prompt" and config.algorithm.num_minibatches > config.env.num_groups:
         raise ValueError(
@@ -148,7 +147,7 @@ def check(config: Config, trust_code: bool = False) -> None:
     with registry.located("env.name"):
         registry.find("env", config.env.name, trust_code)
     check_numbers(config)
-    check_together(config)
+    check_together(config, trust_code)
     stand_in = {"num_features": 1, "event_shape": (1,)}
     for kind, path, spec, supplied in (
         ("kernel", "policy.kernel", config.policy.kernel, stand_in),

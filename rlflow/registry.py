@@ -61,7 +61,10 @@ TABLE: dict[str, dict[str, str]] = {
         "cfg": "rlflow.flow.guidance:CFG",
         "cfg_zero": "rlflow.flow.guidance:CFGZero",
     },
-    "likelihood": {"chain": "rlflow.rl.likelihood:ChainLikelihood"},
+    "likelihood": {
+        "chain": "rlflow.rl.likelihood:ChainLikelihood",
+        "cfm": "rlflow.rl.cfm:CFMLikelihood",
+    },
     "advantage": {
         "group": "rlflow.rl.advantages:GroupAdvantage",
         "gae": "rlflow.rl.advantages:GAE",

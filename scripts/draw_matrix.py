@@ -3,7 +3,8 @@
     python scripts/draw_matrix.py [--jobs N] [--out DIR]
 
 One panel per algorithm and likelihood; in it kernels down, step plans across; in each cell the three advantages across
-and the two environments down. About 90 s of one core. Exits with 1 where a combination does not do what RULES says.
+and the two environments down. About two minutes of one core. Exits with 1 where a combination does not do what
+RULES says.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 
 ROOT = Path(__file__).parents[1]
 INK, FAINT, RAN, RAN_DEEP, WRONG = "#262a30", "#6e757e", "#cfeee3", "#009e73", "#e60049"
-REFUSED = {1: "#b9bec6", 2: "#e8a33d", 3: "#a78bd0", 4: "#d97f9f", 5: "#6fa8dc"}
+REFUSED = {1: "#b9bec6", 2: "#e8a33d", 3: "#a78bd0", 4: "#6fa8dc"}
 """Colour of a rule by its number; the rules beside the axes never show."""
 
 
@@ -132,7 +133,7 @@ def legend(figure: Figure, outcomes: dict[tuple[str, ...], int], top: float) -> 
 def draw(outcomes: dict[tuple[str, ...], int], path: Path) -> None:
     """The picture: algorithms down, likelihoods across."""
     m = matrix()
-    figure, grid = plt.subplots(len(m.ALGORITHMS), len(m.LIKELIHOODS), figsize=(12.6, 14.0), sharex=True, sharey=True)
+    figure, grid = plt.subplots(len(m.ALGORITHMS), len(m.LIKELIHOODS), figsize=(16.0, 14.0), sharex=True, sharey=True)
     for i, algorithm in enumerate(m.ALGORITHMS):
         for j, likelihood in enumerate(m.LIKELIHOODS):
             panel(grid[i, j], outcomes, algorithm, likelihood)

@@ -67,7 +67,7 @@ REFUSED = {
     "algorithm.critic_warmup=1": r"^algorithm\.critic_warmup: group advantages have no critic; set it to 0",
     "algorithm.denoising_gamma=1.1": r"^algorithm\.denoising_gamma: must be in \[0, 1\], got 1.1",
     "algorithm.anchor=-1": r"^algorithm\.anchor: must not be negative, got -1",
-    "likelihood.published=true": r"^likelihood\.published: set likelihood\.joint=true and likelihood\.reduce=mean",
+    "likelihood.published=true": r"^likelihood: the published ratio is a joint mean: set joint=true and reduce=mean",
     "algorithm.clip_low=0": r"^algorithm\.clip_low: must be positive, got 0",
     "algorithm.kl.beta=-1": r"^algorithm\.kl\.beta: must not be negative, got -1",
     "algorithm.ema_decay=1": r"^algorithm\.ema_decay: must be in \[0, 1\), got 1",

@@ -1,7 +1,7 @@
 """The distribution of one denoising step, with exact log-density, KL and entropy.
 
 `reduce` over event dims is always explicit: image papers take the mean (a clip of 1e-4 means nothing
-under a sum), robot papers the sum.
+under a sum), robot papers the sum, FPO++ the sum over the root of their number.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from torch import Tensor
 
 from rlflow.flow.path import at_least_float
 
-Reduce = Literal["mean", "sum"]
+Reduce = Literal["mean", "sum", "sqrt"]
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 def reduce_events(value: Tensor, reduce: Reduce, batch_dims: int = 1) -> Tensor:
-    """Mean or sum over all axes after the first `batch_dims`."""
+    """Mean, sum, or sum / sqrt(number), over all axes after the first `batch_dims`."""
     flat = value.flatten(batch_dims) if value.ndim > batch_dims else value.unsqueeze(-1)
+    if reduce == "sqrt":
+        return flat.sum(-1) / math.sqrt(flat.shape[-1])
     return flat.mean(-1) if reduce == "mean" else flat.sum(-1)
 
 
@@ -42,7 +44,7 @@ class Gaussian:
         return self.mean + self.std * noise
 
     def log_prob(self, x: Tensor, reduce: Reduce, batch_dims: int = 1, mask: Tensor | None = None) -> Tensor:
-        """Exact log-density of x in nats: the mean per event dimension, or the sum.
+        """Exact log-density of x in nats, reduced over the event.
 
         Entries where `mask` (broadcastable to x) is False are left out; a mean still divides by all of them.
         """

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rlflow.flow.field import VelocityField
 from rlflow.flow.path import at_least_float, expand, interpolate
+from rlflow.flow.solvers import Velocity
 from rlflow.types import Cond
 
 MatchingLoss = Callable[[VelocityField, Tensor, Cond, Tensor, Tensor], Tensor]
@@ -33,11 +34,16 @@ Coupling = Callable[[Tensor, Tensor], Tensor]
 """(x_0 (N, *D), x_1 (N, *D)) -> x_0 with its rows reordered to meet the rows of x_1."""
 
 
+def on_path(velocity: Velocity, x_1: Tensor, cond: Cond, x_0: Tensor, t: Tensor) -> Tensor:
+    """The velocity (N, *D) where data x_1 and noise x_0 (N, *D) meet at times t (N,); its target is x_1 - x_0."""
+    x_1, x_0 = at_least_float(x_1), at_least_float(x_0)
+    return at_least_float(velocity(interpolate(x_0, x_1, t), t, torch.zeros_like(t), cond))
+
+
 def cfm_loss(field: VelocityField, x_1: Tensor, cond: Cond, x_0: Tensor, t: Tensor) -> Tensor:
     """Squared velocity error (N,), a mean over the event, at data x_1, noise x_0 (N, *D) and times t (N,)."""
-    x_1, x_0 = at_least_float(x_1), at_least_float(x_0)
-    v = field(interpolate(x_0, x_1, t), t, torch.zeros_like(t), cond)
-    return (at_least_float(v) - (x_1 - x_0)).square().flatten(1).mean(1)
+    error = on_path(field, x_1, cond, x_0, t) - (at_least_float(x_1) - at_least_float(x_0))
+    return error.square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)

@@ -120,16 +120,17 @@ class FlowPolicy(nn.Module):
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
-    def velocity(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
-        """The field's velocity (N, *D) in the chain's dtype; counts network rows."""
-        rows = len(x) * self.field.calls
+    def velocity(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond, *, guided: bool = True) -> Tensor:
+        """The field's velocity (N, *D) in the chain's dtype, for matching losses without guidance; counts rows."""
+        field = self.field if guided else self.field.unguided
+        rows = len(x) * field.calls
         self.network_rows += rows
         self.graph_rows += rows * torch.is_grad_enabled()
         num, dtype = len(x), x.dtype
         if (fill := _filled_up(x)) is not None:
             x, t, dt, cond = x[fill], t[fill], dt[fill], cond.index(fill)
         with self._precision():
-            return self.field(x, t, dt, cond)[:num].to(dtype)
+            return field(x, t, dt, cond)[:num].to(dtype)
 
     def _step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, cond: Cond) -> Gaussian:
         """The kernel's answer; it may hold a network too."""

@@ -11,7 +11,7 @@ from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import Plan, Steps
 from rlflow.rl.groups import Groups
-from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.likelihood import Likelihood
 from rlflow.types import Chain, Cond, Evidence, Rollout, Step, Tree, tree_map, tree_stack
 
 
@@ -26,7 +26,7 @@ class Collector:
         self,
         env: Any,
         policy: FlowPolicy,
-        likelihood: ChainLikelihood | None,
+        likelihood: Likelihood | None,
         steps: Steps,
         groups: Groups,
         *,
@@ -41,13 +41,18 @@ class Collector:
             raise ValueError(f"the environment has {env.num_envs} rows, the groups of this process {groups.num_rows}")
         if tuple(env.action_shape) != tuple(policy.event_shape):
             raise ValueError(f"the policy makes {policy.event_shape}, the environment takes {env.action_shape}")
-        if likelihood is not None and not steps.possible(policy.num_steps):
-            raise ValueError(f"{type(steps).__name__} scores no step: use steps=all_but_last or another plan with it")
+        if likelihood is not None:
+            likelihood.check(policy, steps)
         if mode == "steps" and env.horizon == 1:
             raise ValueError("episodes of one step have nothing to carry over between iterations: use mode=episodes")
         if shared_noise and (horizon > 1 or mode == "steps"):
             raise ValueError(
                 "only rows of one observation can share their noise: use shared_noise=false beyond one step"
+            )
+        if shared_noise and not steps.possible(policy.num_steps):
+            raise ValueError(
+                f"rows that share their start differ in nothing where {type(steps).__name__} adds no noise: "
+                "use shared_noise=false"
             )
         self.env, self.policy, self.likelihood, self.steps, self.groups = (
             env,
@@ -104,7 +109,7 @@ class Collector:
             chains.append(chain)
             cond = cond.repeat(self.copies)
             if self.likelihood is not None:
-                evidence.append(self.likelihood.record(self.policy, cond, chain))
+                evidence.append(self.likelihood.record(self.policy, cond, chain, key, ids))
             conds.append(cond)
         return chains, evidence, conds
 

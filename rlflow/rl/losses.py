@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -32,8 +33,35 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip_low: Clip, clip
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(low, high))
 
 
+def simple_surrogate(log_ratio: Tensor, advantage: Tensor, clip_low: Clip, clip_high: Clip) -> Tensor:
+    """-(A r - |A| (r - 1)^2 / (2 eps)), eps = high for A > 0, else low; least at r = 1 + sign(A) eps (SPO, Xie 2024).
+
+    The gradient never vanishes: a ratio that went too far is pulled back, where PPO's clip lets it be.
+    """
+    ratio, up = log_ratio.exp(), (advantage > 0).to(advantage)
+    eps = clip_high * up + clip_low * (1 - up)
+    return -advantage * ratio + advantage.abs() * (ratio - 1).square() / (2 * eps)
+
+
+def asymmetric_surrogate(log_ratio: Tensor, advantage: Tensor, clip_low: Clip, clip_high: Clip) -> Tensor:
+    """PPO's clip where A >= 0, SPO where A < 0 (ASPO of FPO++): what became less likely is not driven off for good."""
+    args = (log_ratio, advantage, clip_low, clip_high)
+    return torch.where(advantage >= 0, clipped_surrogate(*args), simple_surrogate(*args))
+
+
+Surrogate = Callable[[Tensor, Tensor, Clip, Clip], Tensor]
+"""(log-ratio (M, R), advantage broadcastable to it, clip_low, clip_high) -> losses (M, R)."""
+
+TRUST_REGIONS: dict[str, Surrogate] = {
+    "clip": clipped_surrogate,
+    "spo": simple_surrogate,
+    "aspo": asymmetric_surrogate,
+}
+"""By the names of `algorithm.trust_region`."""
+
+
 def clip_fraction(log_ratio: Tensor, advantage: Tensor, clip_low: Clip, clip_high: Clip) -> Tensor:
-    """1 where the surrogate's gradient is cut, elementwise."""
+    """1 where the ratio is beyond the trust region (there PPO's gradient is cut, SPO's turns back), elementwise."""
     ratio = log_ratio.exp()
     return ((advantage > 0) & (ratio > 1 + clip_high) | (advantage < 0) & (ratio < 1 - clip_low)).float()
 

@@ -1,10 +1,11 @@
-"""PolicyGradient: Flow-GRPO, MixGRPO, DanceGRPO, CPS, ReinFlow, pi_RL and PPO are this class with other arguments.
+"""PolicyGradient: Flow-GRPO, MixGRPO, DanceGRPO, CPS, ReinFlow, pi_RL, FPO and PPO are this class with other arguments.
 
     L = E[ max(-A r, -A clip(r, 1 - low, 1 + high)) ] + beta KL(policy || reference) - entropy H
         + anchor E[ |action - reference's action|^2 ],                                    critic: (V - R)^2
 
-over (row, column) pairs, r = exp(score - old). Every expectation is a weighted mean whose denominator
-is summed over micro-batches and ranks first, so neither changes the gradient.
+over (row, column) pairs, r = exp(score - old); SPO and ASPO (losses.py) hold r back in another way. Every
+expectation is a weighted mean whose denominator is summed over micro-batches and ranks first, so neither changes
+the gradient.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rlflow.rl.anchor import Anchor
 from rlflow.rl.batch import Batch, Meter, Pairs
 from rlflow.rl.critic import CriticLearner, explained_variance
 from rlflow.rl.groups import Groups
-from rlflow.rl.likelihood import ChainLikelihood, Score
+from rlflow.rl.likelihood import Likelihood, Score
 from rlflow.rl.losses import PerStep, weighted_sum
 from rlflow.rl.optim import AdamW, Optimizer
 from rlflow.types import Evidence, Rollout
@@ -45,7 +46,12 @@ def _check_groups(groups: Groups, advantage: GroupAdvantage | GAE) -> None:
         raise ValueError("a group of 1 has no group advantage: set group_size >= 2, or use advantage=gae (a critic)")
 
 
-def _check_steps(likelihood: ChainLikelihood, per_step: PerStep) -> None:
+def _check_steps(likelihood: Likelihood, per_step: PerStep) -> None:
+    if per_step.active and not likelihood.scores_steps:
+        raise ValueError(
+            f"{type(likelihood).__name__} has no denoising steps to discount or clip: leave out denoising_gamma "
+            "and clip_base"
+        )
     if likelihood.joint and per_step.active:
         raise ValueError(
             "a joint ratio has no single steps to discount or clip: use likelihood.joint=false with "
@@ -53,13 +59,16 @@ def _check_steps(likelihood: ChainLikelihood, per_step: PerStep) -> None:
         )
 
 
-def _learns_std(policy: FlowPolicy) -> bool:
-    return any(p.requires_grad for p in policy.kernel.parameters())
+def _learns_std(policy: FlowPolicy, likelihood: Likelihood) -> bool:
+    return likelihood.scores_steps and any(p.requires_grad for p in policy.kernel.parameters())
 
 
-def _check_terms(policy: FlowPolicy, likelihood: ChainLikelihood, kl: KL, guard: bool, entropy: float) -> None:
+def _check_terms(policy: FlowPolicy, likelihood: Likelihood, kl: KL, guard: bool, entropy: float) -> None:
     """ValueError for terms of the loss whose formula does not hold, or that have no gradient."""
-    learns_std = _learns_std(policy)
+    if not likelihood.scores_steps:
+        _check_without_steps(type(likelihood).__name__, kl, guard, entropy)
+        return
+    learns_std = _learns_std(policy, likelihood)
     name = type(policy.kernel).__name__
     if guard and likelihood.joint:
         raise ValueError("GRPO-Guard re-scales each denoising step's ratio: use likelihood.joint=false with it")
@@ -77,19 +86,30 @@ def _check_terms(policy: FlowPolicy, likelihood: ChainLikelihood, kl: KL, guard:
         )
 
 
+def _check_without_steps(name: str, kl: KL, guard: bool, entropy: float) -> None:
+    """ValueError for terms that are of denoising steps and their std."""
+    if guard:
+        raise ValueError(f"GRPO-Guard re-scales each denoising step's ratio, and {name} has none: use guard=false")
+    if kl.beta and kl.kind == "released":
+        raise ValueError(f"the released KL is of denoising steps, and {name} has none: use kl.kind=exact")
+    if entropy:
+        raise ValueError(f"{name} knows no density, so there is no entropy to reward: use entropy=0")
+
+
 class PolicyGradient:
     """Clipped policy gradient over any likelihood; `update(rollout)` is one iteration."""
 
     def __init__(
         self,
         policy: FlowPolicy,
-        likelihood: ChainLikelihood,
+        likelihood: Likelihood,
         advantage: GroupAdvantage | GAE,
         groups: Groups,
         *,
         optimizer: AdamW | None = None,
         clip_low: float = 2e-3,
         clip_high: float | None = None,
+        surrogate: losses.Surrogate = losses.clipped_surrogate,
         epochs: int = 1,
         num_minibatches: int = 1,
         micro_batch: int = 256,
@@ -115,6 +135,7 @@ class PolicyGradient:
         _check_terms(policy, likelihood, kl or KL(), guard, entropy)
         self.policy, self.likelihood, self.advantage, self.groups = policy, likelihood, advantage, groups
         self.clip_low, self.clip_high = clip_low, clip_low if clip_high is None else clip_high
+        self.surrogate = surrogate
         self.epochs, self.num_minibatches, self.micro_batch = epochs, num_minibatches, micro_batch
         self.kl, self.guard, self.entropy, self.target_kl = kl or KL(), guard, entropy, target_kl
         self.anchor, self.per_step = anchor, per_step or PerStep()
@@ -154,7 +175,7 @@ class PolicyGradient:
         if values is not None:
             explained = explained_variance(values.flatten(), batch.returns, batch.row_alive)
             batch.metrics["critic/explained_variance"] = explained
-        if _learns_std(self.policy):
+        if _learns_std(self.policy, self.likelihood):
             std = batch.evidence.old_std.flatten(1).mean(1)
             batch.metrics["policy/std_mean"] = float(moments(std, batch.row_alive)[0])
         if rollout.num_steps is not None:
@@ -260,7 +281,7 @@ class PolicyGradient:
         joint, advantage = self.likelihood.joint, batch.advantage[pairs.rows]
         weight, total = batch.pair_weight(pairs, joint), log.denominator(joint)
         advantage, low, high = self._of_steps(advantage, evidence)
-        surrogate = losses.clipped_surrogate(log_ratio, advantage, low, high)
+        surrogate = self.surrogate(log_ratio, advantage, low, high)
         if self.guard:
             surrogate = surrogate / (evidence.t_next - evidence.t)
         loss = weighted_sum(surrogate, weight) / total
@@ -289,7 +310,7 @@ class PolicyGradient:
         """beta KL to the reference less the entropy bonus, over their global denominators; logged apart."""
         loss, reduce = score.log_prob.new_zeros(()), self.likelihood.reduce
         if self.kl.beta:
-            gain = self._gain(evidence) if self.kl.kind == "velocity" else None
+            gain = self.likelihood.gain(self.policy, evidence) if self.kl.kind == "velocity" else None
             kl = losses.reference_kl(self.kl.kind, score.dist, evidence, reduce, gain)
             kl_mean = weighted_sum(kl, batch.alive(pairs)) / log.alive
             log.add("kl/ref", kl_mean)
@@ -300,10 +321,6 @@ class PolicyGradient:
             log.add("policy/entropy", entropy)
             loss = loss - self.entropy * entropy
         return loss
-
-    def _gain(self, evidence: Evidence) -> Tensor:
-        t, t_next = evidence.t.flatten(), evidence.t_next.flatten()
-        return self.policy.kernel.gain(t, t_next).view_as(evidence.t)
 
     # -- state ------------------------------------------------------------------------------------
 

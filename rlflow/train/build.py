@@ -22,8 +22,8 @@ from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rewards.component import make_reward
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
-from rlflow.rl.likelihood import ChainLikelihood
-from rlflow.rl.losses import PerStep
+from rlflow.rl.likelihood import Likelihood
+from rlflow.rl.losses import TRUST_REGIONS, PerStep
 from rlflow.rl.optim import AdamW
 from rlflow.rl.policy_gradient import KL, PolicyGradient
 from rlflow.train.episodes import EpisodeEvaluator
@@ -180,7 +180,7 @@ def make_parts(config: Config, trust_code: bool = False) -> Parts:
     policy = make_policy(config, trust_code)
     groups = Groups(config.env.num_groups, config.env.group_size, dist.rank(), dist.world())
     env = _make_env(config, policy, groups, trust_code)
-    likelihood = ChainLikelihood(**dataclasses.asdict(config.likelihood))
+    likelihood = registry.build("likelihood", "likelihood", config.likelihood, trust_code=trust_code)
     steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
     collector = Collector(
         env,
@@ -238,7 +238,7 @@ def _make_prompts(config: Config, policy: FlowPolicy, groups: Groups, trust_code
 
 
 def _make_algorithm(
-    config: Config, policy: FlowPolicy, likelihood: ChainLikelihood, groups: Groups, trust_code: bool
+    config: Config, policy: FlowPolicy, likelihood: Likelihood, groups: Groups, trust_code: bool
 ) -> PolicyGradient:
     c = config.algorithm
     torch.manual_seed(config.train.seed)  # the critic's first weights
@@ -250,6 +250,7 @@ def _make_algorithm(
         optimizer=AdamW(**dataclasses.asdict(c.optimizer)),
         clip_low=c.clip_low,
         clip_high=c.clip_high,
+        surrogate=TRUST_REGIONS[c.trust_region],
         epochs=c.epochs,
         num_minibatches=c.num_minibatches,
         micro_batch=c.micro_batch,

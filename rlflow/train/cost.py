@@ -2,6 +2,7 @@
 
 rollout   N x calls of the K' steps (a noisy step is 1, a run of ODE steps what the solver needs; with
           shared noise the steps before the first noisy one run on N / G rows)
+          and the S passes in which a CFM likelihood records its losses
 reference N x R when a KL term is on
 update    3 N x R per epoch (+ N x R for a joint ratio that does not fit in one micro-batch)
 """
@@ -52,12 +53,14 @@ def iteration_cost(parts: Parts, iteration: int = 0) -> Cost:
     split = plan.first_noisy() if shared else 0
     rollout = rows // collector.copies * solver_calls(plan, policy.solver, 0, split)
     rollout += rows * solver_calls(plan, policy.solver, split)
-    pairs = rows * plan.num_scored
-    twice = algorithm.likelihood.joint and plan.num_scored > algorithm.micro_batch
+    likelihood, calls = algorithm.likelihood, policy.field.calls
+    columns = likelihood.num_columns(plan)
+    scored_by = calls if likelihood.scores_steps else policy.field.unguided.calls
+    pairs = rows * columns * scored_by
+    twice = likelihood.joint and columns > algorithm.micro_batch
     update = algorithm.epochs * pairs * (4 if twice else 3)
     reference = pairs if algorithm.kl.beta else 0
     if algorithm.anchor:
-        deployed = rows * solver_calls(policy.plan(), policy.solver)
+        deployed = rows * solver_calls(policy.plan(), policy.solver) * calls
         reference, update = reference + deployed, update + 3 * algorithm.epochs * deployed
-    calls = policy.field.calls
-    return Cost(rollout * calls, reference * calls, update * calls)
+    return Cost(rollout * calls + rows * likelihood.record_rows(policy), reference, update)

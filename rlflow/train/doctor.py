@@ -86,7 +86,7 @@ def few_rows(config: Config, trust_code: bool = False) -> Config:
     minibatches = config.algorithm.num_minibatches
     groups, size = minibatches * -(-2 // minibatches), min(ROWS_OF_A_GROUP, config.env.group_size)
     rows_of_a_score = size - 1 or 2
-    micro_batch = min(config.algorithm.micro_batch, rows_of_a_score * _scored_steps(config, trust_code))
+    micro_batch = min(config.algorithm.micro_batch, rows_of_a_score * _columns(config, trust_code))
     images = config.env.name == "prompt"
     horizon = None if images else min(config.env.horizon or STEPS_OF_AN_EPISODE, STEPS_OF_AN_EPISODE)
     metrics = {"base_distance": "base_distance"} if images else {}
@@ -100,11 +100,12 @@ def few_rows(config: Config, trust_code: bool = False) -> Config:
     )
 
 
-def _scored_steps(config: Config, trust_code: bool) -> int:
-    """R, the steps of a chain that are scored."""
+def _columns(config: Config, trust_code: bool) -> int:
+    """R, the columns of a sample's evidence."""
+    likelihood = registry.build("likelihood", "likelihood", config.likelihood, trust_code=trust_code)
     steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
     grid = torch.linspace(0, 1, config.policy.num_steps + 1, dtype=torch.float64)
-    return max(1, steps(0, grid, torch.zeros(1, dtype=torch.long)).num_scored)
+    return max(1, likelihood.num_columns(steps(0, grid, torch.zeros(1, dtype=torch.long))))
 
 
 # -- rewards and ratios ---------------------------------------------------------------------------
@@ -150,6 +151,8 @@ def _kappa(config: Config, parts: Parts) -> Check:
     with torch.no_grad():
         kappa = kernel.kappa(grid[:-1], grid[1:])
     steps = list(parts.collector.steps.possible(policy.num_steps))
+    if not steps:
+        return Check("kappa", 0.0, detail="no step is scored, so no noise of the network is divided by a std")
     value = max(float(kappa[k]) for k in steps)
     detail = "|dmean/dv| / std by step that can be scored: " + " ".join(f"{k}:{float(kappa[k]):.2g}" for k in steps)
     return Check("kappa", value, f"<= {config.policy.max_kappa:g}", value <= config.policy.max_kappa, detail)

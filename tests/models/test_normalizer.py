@@ -6,6 +6,7 @@ import torch
 from rlflow import dist
 from rlflow.flow.guidance import CFG
 from rlflow.flow.kernels import LearnedNoise
+from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import All
 from rlflow.models.io import load_field, save_field
@@ -140,7 +141,8 @@ class TestInsideTheField:
         plan = All()(0, policy.grid(4), torch.arange(96))
         with torch.no_grad():
             cond = policy.encode(obs)
-            evidence = likelihood.record(policy, cond, policy.sample(cond, plan))
+            chain = policy.sample(cond, plan)
+            evidence = likelihood.record(policy, cond, chain, Key(0, "test"), torch.arange(96))
             again = likelihood.score(policy, policy.encode(obs), evidence).log_prob
             assert torch.equal(again, evidence.old_log_prob)
             field.observe(draw(50, 6) + 2)

@@ -1,6 +1,6 @@
 """The combination matrix: everything runs with everything, or is refused at construction by one of at most 12 rules.
 
-    kernel x steps x likelihood x advantage x algorithm x environment        5 x 9 x 3 x 3 x 5 x 2 = 4050
+    kernel x steps x likelihood x advantage x algorithm x environment        5 x 9 x 4 x 3 x 5 x 2 = 5400
 
 A combination that runs makes two optimiser steps from one rollout: the first ratio is 1, the second step's is not, all
 metrics are finite and the weights change. The fast suite covers every pair of choices; `-m slow` runs the whole
@@ -19,15 +19,17 @@ import pytest
 import torch
 
 from rlflow.envs.toy import ToyImage, ToyReach
+from rlflow.flow.guidance import CFG
 from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, LearnedNoise
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Euler, Heun, Solver
 from rlflow.flow.steps import All, AllButLast, Fraction, LastN, NoSteps, OneRandom, RandomWindow, Window
 from rlflow.models.mlp import MLPField
 from rlflow.rl.advantages import GAE, GroupAdvantage
+from rlflow.rl.cfm import CFMLikelihood
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
-from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.likelihood import ChainLikelihood, Likelihood
 from rlflow.rl.optim import AdamW
 from rlflow.rl.policy_gradient import KL, PolicyGradient
 
@@ -49,10 +51,11 @@ STEPS = {
     "one_random": OneRandom(),
     "fraction": Fraction(0.6),
 }
-LIKELIHOODS = {
+LIKELIHOODS: dict[str, Likelihood] = {
     "mean": ChainLikelihood("mean"),
     "sum": ChainLikelihood("sum"),
     "joint": ChainLikelihood("sum", joint=True),
+    "cfm": CFMLikelihood(2, joint=False),
 }
 ADVANTAGES = {"group": GroupAdvantage("group"), "epoch": GroupAdvantage("epoch"), "gae": GAE()}
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -79,11 +82,12 @@ class Combination(NamedTuple):
 
 @dataclass(frozen=True)
 class Extra:
-    """Settings beside the six axes, which rules 6 to 12 are about."""
+    """Settings beside the six axes, which rules 5 to 12 are about."""
 
     solver: Solver | None = None
     num_steps: int = 4
     flow_map: bool = False
+    guidance: float | None = None
     group_size: int = 4
     entropy: float = 0.0
     mode: str = "episodes"
@@ -105,10 +109,10 @@ USUAL = Combination("flow_sde", "all_but_last", "mean", "group", "plain", "image
 
 RULES = (
     Rule(
-        "a ratio without scored steps (`steps: none`)",
+        "the density of a chain without scored steps (`steps: none`)",
         "NoSteps scores no step: use steps=all_but_last",
-        "with nothing scored there is no density and no ratio",
-        lambda c: c.steps == "none",
+        "with nothing scored there is no density and no ratio; `cfm` needs none",
+        lambda c: c.steps == "none" and c.likelihood != "cfm",
     ),
     Rule(
         "CPS or Ancestral with the last step scored (`all`, `last_n` without `skip_last`)",
@@ -117,23 +121,25 @@ RULES = (
         lambda c: c.kernel in ("cps", "ancestral") and c.steps in ("all", "last_n"),
     ),
     Rule(
-        "GRPO-Guard with a joint ratio",
-        "use likelihood.joint=false",
-        "Guard re-scales the ratio of each step by that step's std and dt; a sum over steps has neither",
-        lambda c: c.algorithm == "guard" and c.likelihood == "joint",
+        "GRPO-Guard with a joint ratio, learned noise or `cfm`",
+        "GRPO-Guard",
+        "Guard re-scales the ratio of each step by that step's std and dt, which a sum over steps and a matching loss "
+        "have not; E[log r] = -|dmu|²/(2 S²), which it adds back, holds for one fixed S, and a noise net would be "
+        "trained on the bias",
+        lambda c: c.algorithm == "guard" and (c.likelihood in ("joint", "cfm") or c.kernel == "learned_noise"),
     ),
     Rule(
-        "GRPO-Guard with learned noise",
-        "GRPO-Guard centres log-ratios of a fixed std, which LearnedNoise learns",
-        "E[log r] = -|dmu|²/(2 S²), which Guard adds back, holds for one fixed S; with a changing S the centred ratio "
-        "is biased, and the noise net would be trained on the bias",
-        lambda c: c.algorithm == "guard" and c.kernel == "learned_noise",
-    ),
-    Rule(
-        "the released KL with learned noise",
+        "the released KL with learned noise or `cfm`",
         "use kl.kind=exact",
-        "Flow-GRPO's |dmu|²/(2 g²) has one fixed g and no term for the std",
-        lambda c: c.algorithm == "kl released" and c.kernel == "learned_noise",
+        "Flow-GRPO's |dmu|²/(2 g²) has one fixed g and no term for the std; a matching loss has no g",
+        lambda c: c.algorithm == "kl released" and (c.kernel == "learned_noise" or c.likelihood == "cfm"),
+    ),
+    Rule(
+        "`cfm` with guidance",
+        "use guidance=null, or likelihood.allow_guided=true",
+        "a guided field is not E[x_1 - x_0 | x_t] of its own samples: the loss would pull where all advantages are "
+        "equal; the override samples with guidance and trains the field inside",
+        example=(USUAL._replace(likelihood="cfm"), Extra(guidance=3.0)),
     ),
     Rule(
         "a scored step with kappa = |dmean/dv| / std above 5",
@@ -148,8 +154,8 @@ RULES = (
         example=(USUAL._replace(steps="one_random"), Extra(solver=Heun())),
     ),
     Rule(
-        "FlowSDE, ConstantSDE, CPS or a second-order solver on a flow map",
-        "use kernel=ancestral or kernel=learned_noise",
+        "FlowSDE, ConstantSDE, CPS, a second-order solver or `cfm` on a flow map",
+        "dt = 0 branch",
         "they need the velocity of an instant, and a network trained on averages alone does not know it",
         example=(USUAL, Extra(flow_map=True)),
     ),
@@ -160,15 +166,15 @@ RULES = (
         example=(USUAL, Extra(group_size=1)),
     ),
     Rule(
-        "an entropy bonus for a kernel of fixed std",
-        "use entropy=0 or kernel=learned_noise",
-        "the entropy of a step is that of its std; without a noise net it has no gradient",
+        "an entropy bonus for a kernel of fixed std, or with `cfm`",
+        "use entropy=0",
+        "the entropy of a step is that of its std; without a noise net it has no gradient, without steps there is none",
         example=(USUAL, Extra(entropy=0.1)),
     ),
     Rule(
-        "`shared_noise` beyond one step",
+        "`shared_noise` beyond one step, or without any noise after the start",
         "use shared_noise=false",
-        "after the first step the rows of a group are in different states",
+        "after the first step the rows of a group are in different states; without noise they would be the same sample",
         example=(USUAL._replace(env="reach"), Extra(shared_noise=True)),
     ),
     Rule(
@@ -198,6 +204,8 @@ def build(c: Combination, extra: Extra | None = None) -> tuple[Collector, Policy
     env = ENVS[c.env](groups.num_rows)
     field = MLPField(4, env.action_shape, width=8, depth=1, average=extra.flow_map)
     field.has_instantaneous = not extra.flow_map
+    if extra.guidance is not None:
+        field = CFG(field, extra.guidance)
     kernel, steps, likelihood = KERNELS[c.kernel](env.action_shape), STEPS[c.steps], LIKELIHOODS[c.likelihood]
     policy = FlowPolicy(field, kernel, extra.solver or Euler(), num_steps=extra.num_steps).double()
     policy.check_steps(steps)
@@ -283,7 +291,7 @@ def test_every_refused_pair_of_choices_is_refused_at_construction(c):
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_whole_product(kernel):
-    """About 90 s of one core in all."""
+    """About two minutes of one core in all."""
     wrong = {c: found for c in ALL if c.kernel == kernel and (found := check(c))}
     assert wrong == {}
 
@@ -307,8 +315,8 @@ class TestRules:
 
     def test_leave_most_combinations_alone(self):
         """A matrix that refuses everything would pass all of the above."""
-        assert len(ALL) == 4050
-        assert len(RUNS) > 2400
+        assert len(ALL) == 5400
+        assert len(RUNS) > 3300
 
     def test_the_page_lists_them(self):
         page = (Path(__file__).parents[2] / "docs" / "matrix.md").read_text(encoding="utf-8")
@@ -349,17 +357,19 @@ fix. The list of refusals is closed, and a test holds it to twelve rules.
 |---|---|---|
 {rules}
 
-Rules 1 to 5 show in the picture; the others are about settings beside these six axes. Arithmetic that does not work
+Rules 1 to 4 show in the picture; the others are about settings beside these six axes. Arithmetic that does not work
 out (a window longer than the grid, groups that do not divide among processes or minibatches) is an error too, and no
 rule.
 
-Three combinations that look odd and are right:
+Four combinations that look odd and are right:
 
 - **The velocity KL with learned noise** is |v - v_ref|², whatever the noise net does: it holds the velocity, as an
   anchor to the pre-trained policy does, and leaves exploration free. The exact KL holds both.
 - **A joint ratio over some of the steps** (`one_random`, `fraction`, windows) is the ratio of those steps given the
   rest. At the weights of the rollout its gradient is that of the chain's density for the steps scored, exactly as it is
   step by step.
+- **`cfm` with a noisy plan** trains on the samples that the plan makes; its score is the matching loss of the sample,
+  whatever path led to it, and the noise of the path is not scored.
 - **A group advantage on the robot** compares whole episodes from one start; a row whose reward failed at any step has
   no return and is masked, and never counts as zero.
 

@@ -39,7 +39,7 @@ def recorded(policy: FlowPolicy, steps: Steps, likelihood: ChainLikelihood) -> t
     plan = steps(1, policy.grid(policy.num_steps), torch.arange(N))
     with torch.no_grad():
         chain = policy.sample(cond, plan, key=Key(0, "sample", 1))
-    return likelihood.record(policy, cond, chain), cond
+    return likelihood.record(policy, cond, chain, Key(0, "sample", 1), torch.arange(N)), cond
 
 
 def moved(policy: FlowPolicy) -> FlowPolicy:
@@ -101,7 +101,7 @@ class TestScore:
         cond = policy.encode(torch.zeros(N, 4))
         chain = policy.sample(cond, AllButLast()(0, policy.grid(5), torch.arange(N)))
         rows = policy.network_rows
-        ChainLikelihood().record(policy, cond, chain)
+        ChainLikelihood().record(policy, cond, chain, Key(0, "test"), torch.arange(N))
         assert policy.network_rows == rows
 
     def test_every_row_meets_its_own_condition(self, make):
@@ -128,7 +128,7 @@ class TestScore:
         cond = policy.encode(torch.zeros(N, 4))
         chain = policy.sample(cond, NoSteps()(0, policy.grid(5), torch.arange(N)))
         with pytest.raises(ValueError, match=r"needs scored steps.*all_but_last"):
-            ChainLikelihood().record(policy, cond, chain)
+            ChainLikelihood().record(policy, cond, chain, Key(0, "test"), torch.arange(N))
 
 
 class TestReference:
@@ -220,9 +220,8 @@ def test_scoring_a_few_rows_gives_the_first_ratio_exactly(rows, learned):
     policy = FlowPolicy(MLPField(4, (6,), width=64), kernel, num_steps=4)
     cond, likelihood = policy.encode(torch.randn(96, 4)), ChainLikelihood("mean")
     with torch.no_grad():
-        evidence = likelihood.record(
-            policy, cond, policy.sample(cond, AllButLast()(0, policy.grid(4), torch.arange(96)))
-        )
+        chain = policy.sample(cond, AllButLast()(0, policy.grid(4), torch.arange(96)))
+        evidence = likelihood.record(policy, cond, chain, Key(0, "test"), torch.arange(96))
         part = torch.arange(rows)
         score = likelihood.score(policy, cond.index(part), evidence.index(part))
     assert torch.equal(score.log_prob, evidence.old_log_prob[:rows])

@@ -216,7 +216,7 @@ class TestMidChunkEnds:
         eps = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 4).reshape(16, 2, 2, 1)
         cond = Cond({"pooled": torch.zeros(16, 1, dtype=torch.float64)})
         likelihood = ChainLikelihood("sum", joint=True, mask=mask or "last")
-        evidence = likelihood.record(policy, cond, every_chain(policy, cond, eps))
+        evidence = likelihood.record(policy, cond, every_chain(policy, cond, eps), Key(0, "test"), torch.arange(16))
         reward = evidence.x_next[:, -1, 0, 0]
         evidence = likelihood.executed(evidence, torch.full((16,), 1 if mask else 2))
         ratio = likelihood.log_ratio(likelihood.score(policy, cond, evidence).log_prob, evidence)

@@ -1,0 +1,139 @@
+"""FPO's surrogate likelihood: minus the flow-matching loss at S stored draws (McAllister et al. 2025; FPO++ 2026).
+
+    score_s = -w(t)^2 |v(x_t, t) - (x_1 - x_0)|^2,   x_t = (1 - t) x_0 + t x_1,   x_0 ~ N(0, I),  t ~ U(0, 1)
+
+for the sample x_1 and S draws (x_0, t) that are made once, during the rollout, and stored. No density and no noisy step
+is needed: samples come from the ODE. At unchanged weights the ratio is 1 and the gradient of the objective is -A grad
+loss; further away the log-ratio is some multiple of the exact one, which depends on the policy's width (`calibration`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from rlflow.flow.gaussian import Gaussian, Reduce, reduce_events
+from rlflow.flow.matching import on_path
+from rlflow.flow.noise import Key, noise
+from rlflow.flow.policy import FlowPolicy
+from rlflow.flow.steps import Plan, Steps
+from rlflow.rl.likelihood import Likelihood, Score, carried_out, only
+from rlflow.types import Chain, Cond, Evidence
+
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {"velocity": torch.ones_like, "eps": lambda t: t}
+"""w(t) by what the loss supervises: the noise that v predicts is x_t - t v, whose error is t times that of v."""
+
+
+@dataclass(frozen=True)
+class CFMLikelihood(Likelihood):
+    """Minus the matching loss of the sample at `draws` stored (noise, time) draws (FPO, FPO++).
+
+    `supervise` eps weighs the velocity's squared error by t^2. `joint` means the draws before the exponential, one
+    ratio per sample (FPO); otherwise each draw has its own ratio (FPO++). `on_grid` draws times among the starts of the
+    policy's denoising steps, as released. The loss reads the field without guidance; samples made with guidance
+    are not its own, and refused unless `allow_guided`.
+    """
+
+    draws: int = 8
+    supervise: Literal["velocity", "eps"] = "velocity"
+    reduce: Reduce = "mean"
+    joint: bool = True
+    on_grid: bool = False
+    allow_guided: bool = False
+    scores_steps: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ValueError(f"draws must be at least 1, got {self.draws}")
+
+    def check(self, policy: FlowPolicy, steps: Steps) -> None:
+        """ValueError for guidance, and for a field without an instantaneous velocity."""
+        if policy.field is not policy.field.unguided and not self.allow_guided:
+            raise ValueError(
+                "a guided field is not the expectation of its own samples' velocity, so a matching loss pulls even "
+                "where all advantages are equal: use guidance=null, or likelihood.allow_guided=true"
+            )
+        if not policy.field.has_instantaneous:
+            raise ValueError("a matching loss needs a dt = 0 branch, which this field lacks: use likelihood=chain")
+
+    def num_columns(self, plan: Plan) -> int:
+        """S, whatever the plan scores."""
+        return self.draws
+
+    def record_rows(self, policy: FlowPolicy) -> int:
+        """S passes without guidance: the losses before the update."""
+        return self.draws * policy.field.unguided.calls
+
+    def record(self, policy: FlowPolicy, cond: Cond, chain: Chain, key: Key, row_ids: Tensor) -> Evidence:
+        """x holds the noise draws, x_next the sample, t the times; one network pass over N * S rows."""
+        x_0 = self._draw(policy, key, "noise", row_ids, (self.draws, *policy.event_shape))
+        t = self._times(policy, self._draw(policy, key, "time", row_ids, (self.draws,)))
+        x_1 = chain.final.unsqueeze(1).expand_as(x_0)
+        v = self._velocity(policy, cond, x_0, x_1, t)
+        valid = torch.ones_like(t, dtype=torch.bool)
+        std = torch.full_like(t, 0.5**0.5)[(..., *[None] * (v.ndim - 2))]
+        return Evidence(x_0, x_1, t, torch.ones_like(t), self._minus_loss(v, x_0, x_1, t), v, std, valid)
+
+    @staticmethod
+    def _draw(policy: FlowPolicy, key: Key, what: str, row_ids: Tensor, shape: tuple[int, ...]) -> Tensor:
+        key = key._replace(purpose=f"{key.purpose}/cfm/{what}")
+        return noise(key, row_ids.cpu(), shape, policy.dtype, policy.device)
+
+    def _times(self, policy: FlowPolicy, normal: Tensor) -> Tensor:
+        """Standard normal (N, S) to times: uniform, or uniform among the grid's starts."""
+        t = torch.special.ndtr(normal)
+        if not self.on_grid:
+            return t
+        k = (t * policy.num_steps).long().clamp(max=policy.num_steps - 1)
+        return policy.grid(policy.num_steps).to(t)[k]
+
+    @staticmethod
+    def _velocity(policy: FlowPolicy, cond: Cond, x_0: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
+        """(N, S, *D) at the draws."""
+        n, s = t.shape
+        rows = torch.arange(n, device=t.device).repeat_interleave(s)
+
+        def unguided(x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
+            return policy.velocity(x, t, dt, cond, guided=False)
+
+        flat = on_path(unguided, x_1.flatten(0, 1), cond.index(rows), x_0.flatten(0, 1), t.flatten())
+        return flat.unflatten(0, (n, s))
+
+    def _minus_loss(self, v: Tensor, x_0: Tensor, x_1: Tensor, t: Tensor, counts: Tensor | None = None) -> Tensor:
+        """(N, S) minus the loss; entries where `counts` is False are left out, a mean still divides by all."""
+        square = (v - (x_1 - x_0)).square()
+        square = square if counts is None else torch.where(counts, square, 0.0)
+        return -WEIGHTS[self.supervise](t).square() * reduce_events(square, self.reduce, batch_dims=2)
+
+    def score(self, policy: FlowPolicy, cond: Cond, evidence: Evidence) -> Score:
+        """Minus the losses, and the velocities as means of N(v, 1/2), whose KL is |v - v_ref|^2."""
+        v = self._velocity(policy, cond, evidence.x, evidence.x_next, evidence.t)
+        log_prob = self._minus_loss(v, evidence.x, evidence.x_next, evidence.t, evidence.counts)
+        return Score(log_prob, Gaussian(v, evidence.old_std))
+
+    def log_ratio(self, log_prob: Tensor, evidence: Evidence) -> Tensor:
+        """(N, S), or the mean of the draws (N, 1) when joint."""
+        diff = torch.where(evidence.valid, log_prob - evidence.old_log_prob, 0.0)
+        return diff.mean(1, keepdim=True) if self.joint else diff
+
+    def gain(self, policy: FlowPolicy, evidence: Evidence) -> Tensor:
+        """1: the distributions are over velocities."""
+        return torch.ones_like(evidence.t)
+
+    def executed(self, evidence: Evidence, num_steps: Tensor) -> Evidence:
+        """The losses of the executed actions alone; the others still stand beside them in x_t."""
+
+        def old(counts: Tensor) -> Tensor:
+            return self._minus_loss(evidence.old_mean, evidence.x, evidence.x_next, evidence.t, counts)
+
+        return only(evidence, carried_out(evidence, num_steps), old)
+
+
+def calibration(log_ratio: Tensor, exact: Tensor) -> tuple[float, float]:
+    """(slope of the surrogate's log-ratio against the exact one through 0, their correlation), both (N,)."""
+    slope = (log_ratio * exact).sum() / exact.square().sum()
+    return float(slope), float(torch.corrcoef(torch.stack([log_ratio, exact]))[0, 1])
