@@ -155,6 +155,23 @@ class Demos:
         """Mean undiscounted return of the episodes."""
         return sum(e["return"] for e in self.episodes) / len(self.episodes)
 
+    @property
+    def success(self) -> float | None:
+        """Share of successful episodes, of those that tell; None where none does."""
+        told = [e["success"] for e in self.episodes if e["success"] is not None]
+        return sum(told) / len(told) if told else None
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """How many episodes, their mean return, and the share of success where it is told."""
+        told = {} if self.success is None else {"success": round(self.success, 3)}
+        return {"mean_return": round(self.mean_return, 1), "episodes": len(self.episodes), **told}
+
+    @property
+    def summary(self) -> str:
+        """The figures in words."""
+        return ", ".join(f"{name} {value}" for name, value in self.figures.items())
+
     def split(self, every: int = 10) -> tuple[Demos, Demos]:
         """(training, held out): every `every`-th episode is held out, and at least one."""
         if len(self.episodes) < 2:

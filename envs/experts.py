@@ -1,4 +1,4 @@
-"""Experts that make demonstrations: small Gaussian policies, and one episode per seed of their play.
+"""Trained experts for demonstrations: small Gaussian policies, and one episode per seed of their play.
 
 The embedded ones were trained by scripts/make_demos.py with stable-baselines3 and stopped at "medium".
 """
@@ -18,13 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlflow import registry
 from rlflow.envs.base import VecEnv
-from rlflow.envs.demos import Demos, Episode, write_demos
+from rlflow.envs.demos import Episode
 from rlflow.types import Tree, tree_map
-
-EXPERTS = ("hopper", "walker2d", "halfcheetah")
-NUM_EPISODES = 100
 
 
 class GaussianExpert(nn.Module):
@@ -99,25 +95,6 @@ def _stack(steps: tuple[Tree, ...]) -> Tree:
     if isinstance(steps[0], dict):
         return {name: torch.stack([s[name] for s in steps]) for name in steps[0]}
     return torch.stack(steps)
-
-
-def make_demos(
-    name: str, folder: Path | str, *, expert: Path | None = None, num_episodes: int = NUM_EPISODES, seed: int = 0
-) -> Demos:
-    """Write demonstrations of a locomotion task by its embedded expert, or by the one of a file; deterministic."""
-    path = expert or embedded_expert(name)
-    if not path.is_file():
-        raise ValueError(f"no expert {path}: python scripts/make_demos.py {name} --train makes one")
-    policy, trained = GaussianExpert.load(path)
-    env = registry.find("env", name)(num_episodes, chunk=1)
-    rng = torch.Generator().manual_seed(seed)
-    made_by = {
-        "command": f"python scripts/make_demos.py {name} --episodes {num_episodes} --seed {seed}",
-        "seed": seed,
-        "expert": trained,
-        "versions": versions("torch", "gymnasium", "mujoco"),
-    }
-    return write_demos(folder, play(env, lambda obs: policy(obs, rng).unsqueeze(1), seed), {"name": name}, made_by)
 
 
 def versions(*packages: str) -> dict[str, str]:

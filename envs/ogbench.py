@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlflow.envs.camera import Camera
+from rlflow.envs.demos import Episode
 from rlflow.envs.sim import Outcome, Sim, SimEnv
 from rlflow.types import Tree
 
@@ -70,10 +71,10 @@ def steps_of(env_id: str) -> int:
 
 
 def twin(env: Any) -> Any:
-    """Another environment like `env` that shares nothing that changes."""
-    other = copy.copy(env)
-    other._model, other._ik = copy.copy(env.model), copy.deepcopy(env._ik)
-    other._data = mujoco.MjData(other._model)
+    """Another environment like `env`: one megabyte, for it shares the models (120), of which only colours change."""
+    other, ik = copy.copy(env), env._ik
+    other._data = mujoco.MjData(env.model)
+    other._ik = copy.deepcopy(ik, {id(ik._model): ik._model, id(ik._data): mujoco.MjData(ik._model)})
     return other
 
 
@@ -171,8 +172,8 @@ class Oracle:
         return self.oracle.select_action(None, info | target | {"privileged/target_block_yaw": np.zeros(1)})
 
 
-def episodes(env_id: str, num: int, seed: int, noise: float) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """`num` demonstrations: (observations (T, D), the actions (T, 5) carried out on them, success).
+def episodes(env_id: str, num: int, seed: int, noise: float) -> Iterator[Episode]:
+    """`num` demonstrations by the oracle, with the rewards that its actions earned, from `seed` on.
 
     `noise` is the std of what is added to each number of the oracle's action before it is clipped to [-1, 1].
     """
@@ -181,19 +182,28 @@ def episodes(env_id: str, num: int, seed: int, noise: float) -> Iterator[tuple[T
         yield demonstration(env, steps_of(env_id), seed + episode, noise)
 
 
-def demonstration(env: Any, horizon: int, seed: int, noise: float) -> tuple[Tensor, Tensor, bool]:
+def single_episodes(num: int, seed: int, noise: float) -> Iterator[Episode]:
+    """Those of cube_single."""
+    return episodes(SINGLE, num, seed, noise)
+
+
+def double_episodes(num: int, seed: int, noise: float) -> Iterator[Episode]:
+    """Those of cube_double."""
+    return episodes(DOUBLE, num, seed, noise)
+
+
+def demonstration(env: Any, horizon: int, seed: int, noise: float) -> Episode:
     """One episode of the noisy oracle."""
     obs, rng = begin(env, seed), np.random.default_rng(seed)
-    oracle, success = Oracle(env, seed), False
-    seen: list[Any] = []
-    done: list[Any] = []
-    while len(done) < horizon and not success:
+    oracle, over, success = Oracle(env, seed), False, False
+    rows: list[tuple[Any, Any, float]] = []
+    while len(rows) < horizon and not over:
         action = np.clip(oracle.act() + noise * rng.standard_normal(5), -1, 1).astype(np.float32)
-        seen.append(obs)
-        done.append(action)
-        found, _, _, _, info = env.step(action)
-        obs, success = found.astype(np.float32), bool(info["success"])
-    return torch.from_numpy(np.stack(seen)), torch.from_numpy(np.stack(done)), success
+        found, reward, over, _, info = env.step(action)
+        rows.append((obs, action, reward))
+        obs, success = found.astype(np.float32), success or bool(info["success"])
+    seen, done, paid = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
+    return Episode(seen, done, paid, terminated=bool(over), truncated=not over, success=success)
 
 
 # -- environments ---------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlflow.envs.demos import Demos, Episode, write_demos
-from rlflow.envs.experts import play, versions
+from rlflow.envs import demonstrators
+from rlflow.envs.demos import Demos, Episode
+from rlflow.envs.experts import play
 from rlflow.envs.seeds import normal, uniform
 from rlflow.envs.sim import Outcome, SimEnv
 from rlflow.envs.toy import ToySim
@@ -147,7 +148,7 @@ def expert(sim: TabletopSim) -> Tensor:
     return move / move.abs().amax(-1, keepdim=True).clamp(min=SPEED)
 
 
-def make_demos(folder: Path | str, num: int = 100, seed: int = 0, noise: float = 0.3) -> Demos:
+def episodes(num: int, seed: int, noise: float) -> Iterator[Episode]:
     """`num` successful episodes of the expert, whose commands are disturbed by Gaussian noise of that std."""
     env = Tabletop(2 * num, chunk=1)
     env_seeds = seed + torch.arange(env.num_envs)
@@ -157,9 +158,12 @@ def make_demos(folder: Path | str, num: int = 100, seed: int = 0, noise: float =
         eps = normal(env_seeds * env.sim.horizon + next(calls), 2).float()
         return (expert(env.sim) + noise * eps).clamp(-1, 1).unsqueeze(1)
 
-    command = f"python scripts/make_demos.py tabletop --episodes {num} --seed {seed}"
-    made_by = {"command": command, "seed": seed, "noise": noise, "versions": versions("torch")}
-    return write_demos(folder, _successes(play(env, act, seed), num), {"name": "tabletop"}, made_by)
+    return _successes(play(env, act, seed), num)
+
+
+def make_demos(folder: Path | str, num: int = 100, seed: int = 0, noise: float = 0.3) -> Demos:
+    """Write those episodes."""
+    return demonstrators.make_demos("tabletop", folder, noise=noise, num_episodes=num, seed=seed)
 
 
 def _successes(episodes: Iterator[Episode], num: int) -> Iterator[Episode]:

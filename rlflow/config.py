@@ -30,7 +30,7 @@ class PolicyConfig:
     """Which network, and the chain around it."""
 
     __pydantic_config__ = STRICT
-    field: Spec = "shapes"  # an embedded checkpoint, a checkpoint folder, or a model from scratch (mlp)
+    field: Spec = "shapes"  # an embedded checkpoint, a checkpoint folder, or a model from scratch
     frozen: str | None = None  # regular expression; parameters of the field in whose names it is found do not train
     kernel: Spec = "flow_sde"
     solver: Spec = "euler"

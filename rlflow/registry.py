@@ -26,6 +26,7 @@ TABLE: dict[str, dict[str, str]] = {
         "dit": "rlflow.models.dit:DiT",
         "mlp": "rlflow.models.mlp:MLPField",
         "pixel": "rlflow.models.cnn:PixelField",
+        "scratch": "rlflow.models.scratch:scratch",
     },
     "kernel": {
         "flow_sde": "rlflow.flow.kernels:FlowSDE",
@@ -118,6 +119,7 @@ TABLE: dict[str, dict[str, str]] = {
         "shapes": "rlflow/assets/shapes",
         "words": "rlflow/assets/words",
         "mlp": "a multilayer perceptron from scratch, for simulators",
+        "scratch": "from scratch by what the simulator shows: numbers, or a picture",
         "hopper": "rlflow/assets/hopper",
         "hopper_shortcut": "rlflow/assets/hopper_shortcut",
         "halfcheetah": "rlflow/assets/halfcheetah",

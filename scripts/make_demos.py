@@ -1,8 +1,9 @@
-"""Demonstrations of a task by its expert; one of locomotion is made anew with stable-baselines3 by --train.
+"""Demonstrations of a task by its expert, which --train makes anew with stable-baselines3, or by its scripted oracle.
 
     python scripts/make_demos.py hopper                      100 episodes of the shipped expert into demos/hopper
     python scripts/make_demos.py hopper --train --seed 1     a new expert first, into rlflow/assets/experts
-    python scripts/make_demos.py tabletop                    100 episodes of the scripted expert of the tabletop
+    python scripts/make_demos.py cube_single --noise 0.2     OGBench's oracle, with noise on its actions
+    python scripts/make_demos.py tabletop                    the scripted expert of the tabletop
 
 Training stops as soon as the mean return is "medium": Hopper 1,000 to 1,600, Walker2d 1,000 to 2,000, HalfCheetah
 2,500 to 4,500. The same seed gives the same data on one machine.
@@ -23,9 +24,8 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
 from rlflow import registry
-from rlflow.envs import tabletop
-from rlflow.envs.demos import Demos
-from rlflow.envs.experts import EXPERTS, NUM_EPISODES, GaussianExpert, embedded_expert, make_demos, versions
+from rlflow.envs.demonstrators import DEMONSTRATORS, make_demos
+from rlflow.envs.experts import GaussianExpert, embedded_expert, versions
 from rlflow.envs.sb3 import Vectorised
 
 NUM_ENVS = 32
@@ -110,26 +110,23 @@ def train_expert(name: str, path: Path, seed: int) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=(*EXPERTS, "tabletop"))
+    parser.add_argument("name", choices=DEMONSTRATORS)
     parser.add_argument("--out", type=Path, help="default: demos/NAME")
-    parser.add_argument("--episodes", type=int, default=NUM_EPISODES)
+    parser.add_argument("--episodes", type=int, help="default: of each demonstrator's own, 100 or more")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", action="store_true", help="train the expert anew")
     parser.add_argument("--expert", type=Path, help="file of the expert; default: the shipped one")
+    parser.add_argument("--noise", type=float, help="std of what is added to an oracle's actions")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    out = args.out or Path("demos") / args.name
-    demos = tabletop.make_demos(out, args.episodes, args.seed) if args.name == "tabletop" else locomotion(args, out)
-    print(f"{out}: {len(demos.episodes)} episodes, mean return {demos.mean_return:.0f}")
-
-
-def locomotion(args: argparse.Namespace, out: Path) -> Demos:
-    """By a trained expert, old or new."""
-    path = args.expert or embedded_expert(args.name)
     if args.train:
-        train_expert(args.name, path, args.seed)
-    return make_demos(args.name, out, expert=path, num_episodes=args.episodes, seed=args.seed)
+        if args.name not in RECIPES:
+            parser.error(f"{args.name} is demonstrated by a script, there is nothing to train")
+        train_expert(args.name, args.expert or embedded_expert(args.name), args.seed)
+    out = args.out or Path("demos") / args.name
+    demos = make_demos(args.name, out, expert=args.expert, noise=args.noise, num_episodes=args.episodes, seed=args.seed)
+    print(f"{out}: {demos.summary}")
 
 
 if __name__ == "__main__":

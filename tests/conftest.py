@@ -20,10 +20,31 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from rlflow import recipes
+
 torch.set_num_threads(1)
 
 settings.register_profile("rlflow", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("rlflow")
+
+
+OF_EXTRAS = {"cube_": "ogbench", "pusht": "gym_pusht", "warp_": "mujoco_warp"}
+"""Beginnings of the names of environments that need more than the extra [robots], and the package they need."""
+
+
+def missing_package(name: str) -> str | None:
+    """The package that an environment, or the environment of a recipe, needs and that is not installed."""
+    env = recipes.read(name).get("env", {}).get("name", "") if name in recipes.names() else name
+    needed = next((package for start, package in OF_EXTRAS.items() if env.startswith(start)), None)
+    return None if needed is None or importlib.util.find_spec(needed) else needed
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is parametrised by the name of an environment, or of a recipe, whose package is not installed."""
+    for item in items:
+        params = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        for package in {missing_package(value) for value in params if isinstance(value, str)} - {None}:
+            item.add_marker(pytest.mark.skip(reason=f"{package} is not installed"))
 
 
 @pytest.fixture(autouse=True)

@@ -14,12 +14,6 @@ MODULES = [(kind, name) for kind, table in TABLE.items() if kind != "policy" for
 
 @pytest.mark.parametrize(("kind", "name"), MODULES)
 def test_every_registered_name_is_a_documented_typed_component(kind: str, name: str) -> None:
-    if name.startswith("warp_"):
-        pytest.importorskip("mujoco_warp")
-    if name.startswith("cube_"):
-        pytest.importorskip("ogbench")
-    if name.startswith("pusht"):
-        pytest.importorskip("gym_pusht")
     component = find(kind, name)
     assert inspect.getdoc(component)
     module, _, attribute = TABLE[kind][name].partition(":")

@@ -12,7 +12,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from rlflow.flow.field import VelocityField
-from rlflow.models.mlp import MLPField
+from rlflow.models.mlp import MLPField, side_by_side
+from rlflow.models.normalizer import Normalizer
 from rlflow.types import Cond, Tree
 
 
@@ -30,11 +31,12 @@ class Encoder(nn.Sequential):
 
 
 class PixelField(VelocityField):
-    """v(x, t, dt | pixels, state): observations are uint8 pixels, or a dict with those under "pixels" and vectors.
+    """v(x, t, dt | pixels, state): observations are uint8 pixels, or a dict of those and vectors.
 
-    `pixels` is the picture's shape, (H, W, C) unless `channels_first`; `state_dim` counts the numbers of the other
-    entries, taken in the order of their sorted names. With `frozen` the encoder does not train and its features
-    are kept for the updates.
+    `pixels` is the shape of the picture under the name `camera`, (H, W, C) unless `channels_first`; `state_dim`
+    counts the numbers of the other entries, normalised and taken in the order of their sorted names; `running` lets
+    `observe` update their normaliser. With `frozen` the encoder does not train and its features are kept for the
+    updates.
     """
 
     def __init__(
@@ -48,15 +50,18 @@ class PixelField(VelocityField):
         depth: int = 2,
         average: bool = False,
         frozen: bool = False,
+        camera: str = "pixels",
+        running: bool = False,
     ):
         super().__init__()
         self.args = {"event_shape": list(event_shape), "pixels": list(pixels), "state_dim": state_dim}
         self.args |= {"channels_first": channels_first, "encoding": encoding, "width": width, "depth": depth}
-        self.args |= {"average": average, "frozen": frozen}
+        self.args |= {"average": average, "frozen": frozen, "camera": camera, "running": running}
         channels, height, across = pixels if channels_first else (pixels[2], *pixels[:2])
         if height != across:
             raise ValueError(f"PixelField reads square pictures, got {height} x {across}: crop or pad them")
         self.channels_first, self.shape, self.state_dim = channels_first, tuple(pixels), state_dim
+        self.camera, self.running, self.normalizer = camera, running, Normalizer(state_dim)
         self.encoder = Encoder(channels, height, encoding).requires_grad_(not frozen)
         self.head = MLPField(encoding + state_dim, event_shape, width, depth, average)
         self.event_shape, self.num_features, self.uses_dt = tuple(event_shape), encoding + state_dim, average
@@ -65,16 +70,25 @@ class PixelField(VelocityField):
         """The convolutions."""
         return list(self.encoder.parameters())
 
+    def observe(self, obs: Tree) -> None:
+        """Let the normaliser of the state, if it is running, see raw observations (N, ...); between iterations only."""
+        if self.running and self.state_dim:
+            self.normalizer.update(self._state(obs))
+
     def encode(self, obs: Tree) -> Cond:
         """Features of the pixels beside the state, as "pooled" (N, F)."""
-        obs = obs if isinstance(obs, dict) else {"pixels": obs}
-        pixels = obs["pixels"]
+        pixels = obs[self.camera] if isinstance(obs, dict) else obs
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != self.shape:
             raise ValueError(f"pixels must be uint8 (N, *{self.shape}), got {pixels.dtype} {tuple(pixels.shape)}")
         pictures = pixels if self.channels_first else pixels.permute(0, 3, 1, 2)
-        features = [self.encoder(pictures.to(next(self.encoder.parameters()).dtype) / 127.5 - 1)]
-        features += [obs[name].flatten(1).to(features[0].dtype) for name in sorted(obs) if name != "pixels"]
-        return self.head.encode(torch.cat(features, -1))
+        features = self.encoder(pictures.to(next(self.encoder.parameters()).dtype) / 127.5 - 1)
+        if not self.state_dim:
+            return self.head.encode(features)
+        return self.head.encode(torch.cat([features, self.normalizer(self._state(obs)).to(features.dtype)], -1))
+
+    def _state(self, obs: Tree) -> Tensor:
+        """Numbers beside the picture (N, state_dim)."""
+        return side_by_side({name: value for name, value in obs.items() if name != self.camera})
 
     def null(self, cond: Cond) -> Cond:
         """Zeros for what is observed."""

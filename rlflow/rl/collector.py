@@ -87,9 +87,12 @@ class Collector:
         return self._rollout(outs, obs, self.policy.network_rows - rows_before)
 
     def _start(self, iteration: int) -> Tree:
-        if self.obs is None or self.mode == "episodes":
-            return self.env.reset(self.groups.seeds(iteration))
-        return self.obs
+        if self.obs is not None and self.mode == "steps":
+            return self.obs
+        obs = self.env.reset(self.groups.seeds(iteration))
+        if iteration == 0:  # a running normaliser knows the scale before the first action is taken
+            self.policy.field.unguided.observe(obs)
+        return obs
 
     def _act(self, obs: Tree, iteration: int, outer: int) -> tuple[list[Chain], list[Evidence], list[Cond]]:
         """Sample every micro-batch of one outer step and send its actions."""

@@ -18,6 +18,7 @@ from rlflow.envs.wrappers import FrameStack, RewardScaling, RewardWrapper
 from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import embedded, load_field
+from rlflow.models.scratch import make_field
 from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rewards.component import make_reward
 from rlflow.rl.collector import Collector
@@ -97,8 +98,7 @@ def _make_field(config: Config, trust_code: bool) -> VelocityField:
             f"a network from scratch makes no images: name one of {embedded()} or a checkpoint folder, or a simulator"
         )
     env = make_simulator(config, 1, trust_code)
-    shapes = {"obs_dim": env.obs_dim, "obs_spec": env.obs_spec, "event_shape": tuple(env.action_shape)}
-    return registry.build("model", "policy.field", spec, shapes, trust_code)
+    return make_field(spec, env.obs_spec, env.action_shape, trust_code)
 
 
 def make_rewards(config: Config, trust_code: bool = False) -> RewardSet:

@@ -29,9 +29,10 @@ from rlflow.models.mlp import MLPField
 from rlflow.train.pretrain import pretrain, report
 
 COUPLINGS: dict[str, Coupling] = {"independent": independent, "ot": minibatch_ot}
-CHUNK = 4
 ROWS = 512
 JUDGED_EPISODES = 64
+DIGITS = {"return": 1, "success": 3}
+"""Of the scores that are kept."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Cloning:
     shortcut: bool = False
     steps: int = 3000
     num_steps: int = 4  # K at which it is judged
+    chunk: int = 4
 
     @property
     def asset(self) -> str:
@@ -65,7 +67,7 @@ class Cloning:
         begin, begin_cpu = time.perf_counter(), time.process_time()
         field, validation = self.clone(demos, args.steps, args.seed, COUPLINGS[args.coupling])
         seconds = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - begin_cpu}
-        env = registry.find("env", demos.env["name"])(JUDGED_EPISODES, chunk=CHUNK)
+        env = registry.find("env", demos.env["name"])(JUDGED_EPISODES, chunk=self.chunk)
         made_by = {
             "command": f"rlflow pretrain {self.name} --steps {args.steps} --seed {args.seed}"
             f" --coupling {args.coupling}",
@@ -74,12 +76,8 @@ class Cloning:
             **{name: round(value) for name, value in seconds.items()},
             "threads": torch.get_num_threads(),
             "validation_loss": round(validation, 4),
-            **self.returns(field, env),
-            "demonstrations": {
-                "mean_return": round(demos.mean_return, 1),
-                "episodes": len(demos.episodes),
-                **demos.about["made_by"],
-            },
+            **self.judge(field, env),
+            "demonstrations": {**demos.figures, **demos.about["made_by"]},
         }
         judged_by = {"policy": {"num_steps": self.num_steps}, "env": demos.env}
         save_field(field, out, made_by, judged_by)
@@ -89,12 +87,12 @@ class Cloning:
         """(policy, its flow-matching loss on held-out episodes)."""
         train, held_out = demos.split()
         torch.manual_seed(seed)
-        shape = (CHUNK, *demos.action_shape)
+        shape = (self.chunk, *demos.action_shape)
         field = MLPField(demos.moments.shape[1], shape, width=256, depth=3, average=self.shortcut)
         field.normalizer.moments.copy_(demos.moments)
         averaged = pretrain(
             field,
-            train.chunks(CHUNK).batches(ROWS, torch.Generator().manual_seed(seed)),
+            train.chunks(self.chunk).batches(ROWS, torch.Generator().manual_seed(seed)),
             steps=steps,
             lr=1e-3,
             drop=0.0,
@@ -106,29 +104,35 @@ class Cloning:
             autocast=False,
             progress=report(steps, every=500),
         )
-        return averaged, validation_loss(averaged, held_out.chunks(CHUNK))
+        return averaged, validation_loss(averaged, held_out.chunks(self.chunk))
 
-    def returns(self, field: VelocityField, env: VecEnv) -> dict[str, float]:
-        """Mean return with K denoising steps, and with fewer where the field was made for it."""
-        fewer = {f"return_k{k}": k for k in (1, 2) if self.shortcut}
-        asked = {"return": self.num_steps} | fewer
-        return {name: round(episode_returns(field, env, k).mean().item(), 1) for name, k in asked.items()}
+    def judge(self, field: VelocityField, env: VecEnv) -> dict[str, float]:
+        """Mean return, and success where it is told, with K denoising steps; with fewer where made for it."""
+        fewer = {f"_k{k}": k for k in (1, 2) if self.shortcut}
+        found = {}
+        for suffix, k in ({"": self.num_steps} | fewer).items():
+            scores = play_once(field, env, k)
+            found |= {f"{name}{suffix}": round(score.mean().item(), DIGITS[name]) for name, score in scores.items()}
+        return found
 
 
 CLONINGS = {
     c.name: c
-    for env in ("hopper", "walker2d", "halfcheetah")
-    for c in (Cloning(f"robot_bc_{env}", env), Cloning(f"robot_bc_{env}_shortcut", env, shortcut=True))
+    for c in (
+        *(Cloning(f"robot_bc_{env}", env) for env in ("hopper", "walker2d", "halfcheetah")),
+        *(Cloning(f"robot_bc_{env}_shortcut", env, shortcut=True) for env in ("hopper", "walker2d", "halfcheetah")),
+        Cloning("robot_bc_cube", "cube_single", chunk=5),
+    )
 }
 
 
 def demos_of(env: str, folder: Path) -> Demos:
-    """Those of a folder; made first, by the expert that ships, if it does not exist."""
-    from rlflow.envs.experts import make_demos
+    """Those of a folder; made first, by whoever demonstrates this environment, if it does not exist."""
+    from rlflow.envs.demonstrators import make_demos
 
     if not folder.exists():
-        print(f"{folder} does not exist: the embedded expert of {env} plays", flush=True)
-        make_demos(env, folder)
+        print(f"{folder} does not exist: demonstrations of {env} are made", flush=True)
+        print(make_demos(env, folder).summary, flush=True)
     demos = Demos.open(folder)
     if demos.env["name"] != env:
         raise ValueError(f"{folder} holds demonstrations of {demos.env['name']}, not of {env}")
@@ -145,16 +149,21 @@ def validation_loss(field: VelocityField, chunks: Chunks, seed: int = 0, most: i
 
 
 @torch.no_grad()
-def episode_returns(field: VelocityField, env: VecEnv, num_steps: int, seed: int = 10_000) -> Tensor:
-    """(B,) undiscounted return of each row's episode from seed + b, by K Euler steps from random noise."""
+def play_once(field: VelocityField, env: VecEnv, num_steps: int, seed: int = 10_000) -> dict[str, Tensor]:
+    """(B,) undiscounted "return", and "success" where it is told, of each row's episode from seed + b.
+
+    Actions are made by K Euler steps from random noise.
+    """
     policy = FlowPolicy(field, FlowSDE(), num_steps=num_steps)
     obs = env.reset(seed + torch.arange(env.num_envs))
-    returns = torch.full((env.num_envs,), torch.nan)
+    scores = dict.fromkeys(DIGITS, torch.full((env.num_envs,), torch.nan))
     for step in range(env.horizon):
         action = policy.sample(policy.encode(obs), key=Key(seed, "judge", outer=step)).final
         reached = env.step(action)
-        returns = torch.where(returns.isnan() & reached.ended, reached.info["episode_return"], returns)
-        if not bool(returns.isnan().any()):
+        told = {"return": reached.info["episode_return"], "success": reached.info.get("success", scores["success"])}
+        now = scores["return"].isnan() & reached.ended
+        scores = {name: torch.where(now, told[name], score) for name, score in scores.items()}
+        if not bool(scores["return"].isnan().any()):
             break
         obs = reached.obs
-    return returns
+    return {name: score for name, score in scores.items() if not bool(score.isnan().any())}

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlflow.envs.demonstrators import DEMONSTRATORS, demonstrator, make_demos
 from rlflow.envs.demos import Demos, Episode, write_demos
-from rlflow.envs.experts import GaussianExpert, make_demos, play
+from rlflow.envs.experts import GaussianExpert, play
 from rlflow.envs.toy import ToyReach
 from rlflow.moments import scale
 
@@ -194,3 +195,26 @@ class TestPlay:
     def test_missing_expert_names_the_command(self, tmp_path):
         with pytest.raises(ValueError, match="make_demos.py hopper --train"):
             make_demos("hopper", tmp_path, expert=tmp_path / "none")
+
+    def test_an_oracle_takes_noise_and_an_expert_a_file(self, tmp_path):
+        assert demonstrator("cube_single", noise=0.1).options == " --noise 0.1"
+        assert demonstrator("hopper", expert=tmp_path).file == tmp_path
+        with pytest.raises(ValueError, match="expert of hopper has its own; leave it out"):
+            demonstrator("hopper", noise=0.1)
+        with pytest.raises(ValueError, match="cube_single is demonstrated by a script; leave it out"):
+            demonstrator("cube_single", expert=tmp_path)
+        with pytest.raises(ValueError, match="nobody demonstrates 'cube_singel'; did you mean 'cube_single'"):
+            demonstrator("cube_singel")
+        assert all(name == who.env for name, who in DEMONSTRATORS.items())
+
+    def test_an_oracles_demonstrations_have_rewards_and_success(self, tmp_path):
+        """-1 a step until the cube is in place, in the table and in the shard."""
+        pytest.importorskip("ogbench")
+        demos = make_demos("cube_single", tmp_path, noise=0.0, num_episodes=2, seed=3)
+        assert demos.success == 1
+        for row in demos.episodes:
+            assert row["return"] == 1 - row["length"]
+            assert (row["terminated"], row["truncated"]) == (True, False)
+        assert demos.about["made_by"]["command"].endswith("cube_single --episodes 2 --seed 3 --noise 0")
+        assert demos.moments.shape == (3, 28)
+        assert "success 1.0" in demos.summary

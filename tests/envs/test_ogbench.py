@@ -32,22 +32,25 @@ def test_conforms(one):
 
 def test_steps_rewards_and_success_are_those_of_the_registered_id():
     """Ours is fed what the oracle did; theirs starts from our state."""
-    (seen, done, success), *_ = ogbench.episodes(ogbench.SINGLE, 1, seed=5, noise=0.0)
+    (episode,) = ogbench.episodes(ogbench.SINGLE, 1, seed=5, noise=0.0)
     env = SimEnv(ogbench.CubeSim(ogbench.SINGLE, 1, threads=1))
     obs = env.reset(torch.tensor([5]))
     peer = gymnasium.make(ogbench.SINGLE).unwrapped
     ogbench.begin(peer, 5)
-    for expected, action in zip(seen, done, strict=True):
+    for expected, action, paid in zip(episode.obs, episode.action, episode.reward, strict=True):
         torch.testing.assert_close(obs[0], expected, rtol=0, atol=0)
         step = env.step(action.view(1, 1, 5))
         found, reward, terminated, _, _ = peer.step(action.numpy())
         np.testing.assert_allclose(step.final_obs[0].numpy(), found.astype(np.float32), rtol=0, atol=0)
         assert (float(step.reward[0]), bool(step.terminated[0])) == (reward, terminated)
+        assert float(paid) == reward
         obs = step.obs
-    assert success
+    assert episode.success
+    assert episode.terminated
+    assert not episode.truncated
     assert bool(step.terminated[0])
     assert float(step.info["success"][0]) == 1
-    assert float(step.info["episode_return"][0]) == 1 - len(done)  # -1 a step, 0 when all cubes are in place
+    assert float(step.info["episode_return"][0]) == 1 - len(episode.action)  # -1 a step, 0 when all cubes are in place
 
 
 def test_the_first_state_is_a_function_of_the_seed():
@@ -59,8 +62,29 @@ def test_the_first_state_is_a_function_of_the_seed():
         assert (getattr(envs[0].data, name) == getattr(envs[1].data, name)).all(), name
 
 
+def test_an_episode_that_runs_out_of_time_is_cut_off_not_ended():
+    env = ogbench.twin(ogbench.prototype(ogbench.SINGLE))
+    episode = ogbench.demonstration(env, 3, seed=0, noise=0.0)
+    assert (len(episode.action), episode.terminated, episode.truncated, episode.success) == (3, False, True, False)
+    assert episode.reward.tolist() == [-1.0] * 3
+
+
+def test_copies_share_what_never_changes_and_move_alone():
+    """A model is 60 MB and each environment has two: a hundred rows would fill the memory."""
+    one, other = (ogbench.twin(ogbench.prototype(ogbench.SINGLE)) for _ in range(2))
+    assert one.model is other.model
+    assert one._ik._model is other._ik._model
+    assert one._ik._data is not other._ik._data
+    assert one._ik._jac is not other._ik._jac
+    before = [ogbench.begin(env, 3) for env in (one, other)]
+    frozen = {name: getattr(other.data, name).copy() for name in ogbench.KEPT}
+    moved = one.step(np.ones(5))[0]
+    assert not np.allclose(moved, before[0])
+    assert all((getattr(other.data, name) == value).all() for name, value in frozen.items())
+
+
 def test_sparse_pays_one_for_success():
-    *_, actions = [done for _, done, _ in ogbench.episodes(ogbench.SINGLE, 1, seed=2, noise=0.0)]
+    actions = next(ogbench.episodes(ogbench.SINGLE, 1, seed=2, noise=0.0)).action
     env = ogbench.cube_single(1, chunk=1, sparse=True, threads=1)
     env.reset(torch.tensor([2]))
     rewards = [float(env.step(a.view(1, 1, 5)).reward[0]) for a in actions]
@@ -79,13 +103,13 @@ def test_threads_change_nothing():
 @pytest.mark.slow
 @pytest.mark.parametrize(("env_id", "least"), [(ogbench.SINGLE, 19), (ogbench.DOUBLE, 18)])
 def test_the_oracle_succeeds(env_id, least):
-    assert sum(success for *_, success in ogbench.episodes(env_id, 20, seed=0, noise=0.0)) >= least
+    assert sum(e.success for e in ogbench.episodes(env_id, 20, seed=0, noise=0.0)) >= least
 
 
 def test_noise_and_seed_make_another_episode_and_leave_numpy_alone():
     before = np.random.get_state()[1].copy()
     played = [
-        next(iter(ogbench.episodes(ogbench.SINGLE, 1, s, n)))[1] for s, n in ((0, 0.0), (0, 0.0), (0, 0.2), (1, 0.0))
+        next(ogbench.episodes(ogbench.SINGLE, 1, s, n)).action for s, n in ((0, 0.0), (0, 0.0), (0, 0.2), (1, 0.0))
     ]
     assert (np.random.get_state()[1] == before).all()
     assert torch.equal(played[0], played[1])

@@ -11,6 +11,7 @@ from rlflow.envs.base import VecEnv
 from rlflow.envs.toy import ToyReach
 from rlflow.envs.wrappers import RewardScaling
 from rlflow.flow.steps import AllButLast, Fraction, OneRandom, Window
+from rlflow.models.mlp import MLPField, side_by_side
 from rlflow.rl.advantages import GAE
 from rlflow.rl.collector import Collector, permute_rewards
 from rlflow.rl.groups import Groups
@@ -70,6 +71,21 @@ def test_a_step_of_ones_own_for_every_row_and_outer_step(make):
     t = make("reach", steps=OneRandom()).collect().evidence.t.reshape(4, 16)
     assert not torch.equal(t[0], t[1])
     assert len(t[0].unique()) > 1
+
+
+def test_a_running_normaliser_sees_the_first_observations_before_the_first_action(make):
+    """And nothing else while a rollout is made: it would change the ratio of what was sampled."""
+    field = MLPField(4, ToyReach.action_shape, width=12, running=True)
+    parts = make("reach", field=field)
+    first = parts.env.reset(parts.groups.seeds(0))
+    rollout = parts.collect(0)
+    fitted = MLPField(4, ToyReach.action_shape, width=12)
+    first = side_by_side(first)
+    fitted.normalizer.fit(first)
+    assert torch.equal(field.normalizer.moments, fitted.normalizer.moments)
+    close(rollout.cond["pooled"][: len(first)], fitted.normalizer(first.double()), 1e-6)
+    parts.collect(1)
+    assert torch.equal(field.normalizer.moments, fitted.normalizer.moments)
 
 
 class TestEvidence:

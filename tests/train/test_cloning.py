@@ -83,6 +83,23 @@ def test_command_makes_a_checkpoint_with_its_return(name, tiny, tmp_path, capsys
         main(WORLDS[name], ["--out", str(out)])
 
 
+def test_where_success_is_told_it_is_kept(tmp_path, monkeypatch):
+    """A cube policy of no training: chunks of five actions, its success beside that of the demonstrations."""
+    pytest.importorskip("ogbench")
+    monkeypatch.setattr("rlflow.train.cloning.JUDGED_EPISODES", 2)
+    episodes = [
+        Episode(torch.randn(20, 28), torch.randn(20, 5).clamp(-1, 1), -torch.ones(20), won, not won, won)
+        for won in (True, True, False, True)
+    ]
+    write_demos(tmp_path / "demos", episodes, {"name": "cube_single"}, {"command": "by hand"})
+    main(WORLDS["robot_bc_cube"], ["--steps", "2", "--demos", str(tmp_path / "demos"), "--out", str(tmp_path / "a")])
+    made_by = json.loads((tmp_path / "a/config.json").read_text())["made_by"]
+    assert made_by["success"] in (0, 0.5, 1)
+    assert -200 <= made_by["return"] < 0
+    assert made_by["demonstrations"]["success"] == 0.75
+    assert load_field(str(tmp_path / "a")).event_shape == (5, 5)
+
+
 def test_demonstrations_of_another_environment_are_refused(tiny):
     with pytest.raises(ValueError, match="of hopper, not of walker2d"):
         demos_of("walker2d", tiny.folder)

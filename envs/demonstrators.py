@@ -1,0 +1,105 @@
+"""Who demonstrates: a trained expert, or a scripted oracle with noise, plays whole episodes that are written to disk.
+
+The same name, number, seed and noise give the same data on one machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from rlflow import registry
+from rlflow.envs.demos import Demos, Episode, write_demos
+from rlflow.envs.experts import GaussianExpert, embedded_expert, play, versions
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A policy trained by scripts/make_demos.py plays with its own noise; the shipped one unless a file is named."""
+
+    env: str
+    file: Path | None = None
+    num_episodes: int = 100
+    options: ClassVar[str] = ""
+    packages: ClassVar[tuple[str, ...]] = ("torch", "gymnasium", "mujoco")
+
+    def episodes(self, num: int, seed: int) -> tuple[Iterator[Episode], dict[str, Any]]:
+        """(one whole episode from each of `num` seeds, what is told of the expert)."""
+        path = self.file or embedded_expert(self.env)
+        if not path.is_file():
+            raise ValueError(f"no expert {path}: python scripts/make_demos.py {self.env} --train makes one")
+        policy, trained = GaussianExpert.load(path)
+        env = registry.find("env", self.env)(num, chunk=1)
+        rng = torch.Generator().manual_seed(seed)
+        return play(env, lambda obs: policy(obs, rng).unsqueeze(1), seed), {"expert": trained}
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """A scripted oracle plays, with noise of std `noise` on every number of its actions.
+
+    `script` is the path of a function `(num, seed, noise) -> episodes`; it is imported when the oracle plays.
+    """
+
+    env: str
+    script: str
+    noise: float
+    packages: tuple[str, ...]
+    num_episodes: int = 100
+
+    @property
+    def options(self) -> str:
+        """Of the command that makes the same data."""
+        return f" --noise {self.noise:g}"
+
+    def episodes(self, num: int, seed: int) -> tuple[Iterator[Episode], dict[str, Any]]:
+        """(one whole episode from each of `num` seeds, what is told of the oracle)."""
+        module, _, function = self.script.partition(":")
+        played = getattr(importlib.import_module(module), function)(num, seed, self.noise)
+        return played, {"oracle": self.script, "noise": self.noise}
+
+
+OGBENCH = ("torch", "gymnasium", "mujoco", "ogbench")
+DEMONSTRATORS: dict[str, Expert | Oracle] = {
+    **{name: Expert(name) for name in ("hopper", "walker2d", "halfcheetah")},
+    "cube_single": Oracle("cube_single", "rlflow.envs.ogbench:single_episodes", 0.4, OGBENCH),
+    "cube_double": Oracle("cube_double", "rlflow.envs.ogbench:double_episodes", 0.4, OGBENCH),
+    "tabletop": Oracle("tabletop", "rlflow.envs.tabletop:episodes", 0.3, ("torch",)),
+}
+
+
+def demonstrator(name: str, *, expert: Path | None = None, noise: float | None = None) -> Expert | Oracle:
+    """The one of an environment, with another expert or another noise; ValueError where it has no such thing."""
+    if name not in DEMONSTRATORS:
+        raise ValueError(f"nobody demonstrates {name!r}{registry.nearest(name, DEMONSTRATORS)}")
+    found = DEMONSTRATORS[name]
+    if isinstance(found, Expert):
+        if noise is not None:
+            raise ValueError(f"noise: the expert of {name} has its own; leave it out")
+        return found if expert is None else replace(found, file=expert)
+    if expert is not None:
+        raise ValueError(f"expert: {name} is demonstrated by a script; leave it out")
+    return found if noise is None else replace(found, noise=noise)
+
+
+def make_demos(
+    name: str,
+    folder: Path | str,
+    *,
+    expert: Path | None = None,
+    noise: float | None = None,
+    num_episodes: int | None = None,
+    seed: int = 0,
+) -> Demos:
+    """Write demonstrations of an environment; the number of episodes and the noise have defaults of their own."""
+    who = demonstrator(name, expert=expert, noise=noise)
+    num = num_episodes or who.num_episodes
+    episodes, told = who.episodes(num, seed)
+    command = f"python scripts/make_demos.py {name} --episodes {num} --seed {seed}{who.options}"
+    made_by = {"command": command, "seed": seed, **told, "versions": versions(*who.packages)}
+    return write_demos(folder, episodes, {"name": name}, made_by)

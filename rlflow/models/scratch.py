@@ -1,0 +1,90 @@
+"""A network from scratch for what a simulator shows: numbers go to an MLP, a picture through an encoder first.
+
+A picture is a uint8 array of three axes, (H, W, C) or (C, H, W); everything else observed counts as numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlflow import registry
+from rlflow.flow.field import VelocityField
+from rlflow.models.cnn import PixelField
+from rlflow.models.mlp import MLPField
+from rlflow.types import Tree
+
+ALONE = "pixels"
+"""Name of a picture that is not an entry of a dictionary."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one row observes: how many numbers, and the name and shape of the picture if there is one."""
+
+    numbers: int
+    camera: str | None = None
+    pixels: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, obs_spec: Tree) -> Seen:
+        """From meta tensors; ValueError for what no network of ours reads."""
+        if obs_spec is None:
+            raise ValueError("the environment does not tell what it shows: give it an obs_spec of meta tensors")
+        entries = obs_spec if isinstance(obs_spec, dict) else {ALONE: obs_spec}
+        if nested := [name for name, entry in entries.items() if isinstance(entry, dict)]:
+            raise ValueError(f"the observation nests dictionaries under {nested}: flatten them in the environment")
+        cameras = [name for name, entry in entries.items() if _is_picture(entry)]
+        if len(cameras) > 1:
+            raise ValueError(f"the observation has pictures {cameras}, and one can be read: stack them into channels")
+        numbers = sum(math.prod(entry.shape) for name, entry in entries.items() if name not in cameras)
+        return cls(numbers, cameras[0], tuple(entries[cameras[0]].shape)) if cameras else cls(numbers)
+
+    @property
+    def channels_first(self) -> bool:
+        """True for (C, H, W)."""
+        return bool(self.pixels) and self.pixels[1] == self.pixels[2] != self.pixels[0]
+
+    @property
+    def shapes(self) -> dict[str, Any]:
+        """Constructor arguments that follow from it: of an MLPField, or of a PixelField."""
+        if self.camera is None:
+            return {"obs_dim": self.numbers}
+        picture = {"pixels": self.pixels, "camera": self.camera, "channels_first": self.channels_first}
+        return picture | {"state_dim": self.numbers}
+
+
+def _is_picture(entry: Tensor) -> bool:
+    return entry.dtype == torch.uint8 and entry.ndim == 3
+
+
+def scratch(
+    event_shape: Sequence[int],
+    obs_spec: Tree,
+    width: int = 256,
+    depth: int = 2,
+    average: bool = False,
+    running: bool = True,
+) -> VelocityField:
+    """An MLP over numbers, or a convolutional encoder and an MLP where there is a picture; numbers are normalised."""
+    seen = Seen.of(obs_spec)
+    model = MLPField if seen.camera is None else PixelField
+    return model(event_shape=event_shape, width=width, depth=depth, average=average, running=running, **seen.shapes)
+
+
+def make_field(spec: Any, obs_spec: Tree, event_shape: Sequence[int], trust_code: bool = False) -> VelocityField:
+    """The model of a config's `policy.field`, told what is observed and what an action is."""
+    seen = Seen.of(obs_spec)
+    name, _ = registry.split_spec("policy.field", spec)
+    asked = registry.settings(registry.find("model", name, trust_code))
+    if "pixels" in asked and seen.camera is None:
+        raise ValueError(f"{name} reads a picture and the simulator shows {seen.numbers} numbers: use scratch, or mlp")
+    if "obs_dim" in asked and seen.camera is not None:
+        raise ValueError(f"{name} reads numbers and the simulator shows a picture {seen.pixels}: use scratch, or pixel")
+    supplied = {"obs_spec": obs_spec, "event_shape": tuple(event_shape), **seen.shapes}
+    return registry.build("model", "policy.field", spec, supplied, trust_code)
