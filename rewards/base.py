@@ -67,6 +67,14 @@ class Reward:
         return column_names(self.fn)
 
 
+class SomeRows(Exception):
+    """Raised by a reward that could score only some rows: carries their scores, nan elsewhere, and says why."""
+
+    def __init__(self, scores: Scores, reason: str):
+        super().__init__(reason)
+        self.scores = scores
+
+
 def as_scores(value: Scores | None, num_rows: int) -> Tensor:
     """(N,) float32 on the host, nan for None, nan and inf; ValueError on a wrong length or shape."""
     if value is None:
@@ -193,6 +201,9 @@ class RewardSet:
         num_rows, start = len(finite), time.perf_counter()
         try:
             scores = as_scores(self._call[r.name]({c: columns[c] for c in r.columns}), num_rows)
+        except SomeRows as error:
+            scores = as_scores(error.scores, num_rows)
+            self._failed(r.name, str(error), int(scores.isnan().sum()))
         except Exception as error:  # whatever user code raises: the batch has no score, training goes on
             scores = torch.full((num_rows,), torch.nan)
             self._failed(r.name, f"{type(error).__name__}: {error}", num_rows)

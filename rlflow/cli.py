@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rlflow {__version__}")
     parser.add_argument("--debug", action="store_true", help="full traceback of errors")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_train, _sweep, _compare, _pretrain, _eval, _sample, _list, _doctor, _report, _bench):
+    for add in (_train, _sweep, _compare, _pretrain, _eval, _sample, _list, _doctor, _report, _bench, _serve_reward):
         add(commands)
     return parser
 
@@ -358,3 +358,30 @@ def _run_bench(args: argparse.Namespace) -> None:
         return
     for name, value in result.items():
         print(f"{name}: {value}")
+
+
+# -- serve ----------------------------------------------------------------------------------------
+
+
+def _serve_reward(commands: Any) -> None:
+    p = _command(commands, "serve-reward", _run_serve_reward, "Serve one reward to runs elsewhere (reward remote).")
+    p.add_argument("name", metavar="NAME", help="a name of `rlflow list rewards`")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="its settings, e.g. model=FOLDER")
+    p.add_argument("--port", type=int, required=True, metavar="P", help="0 takes a free one")
+    p.add_argument("--host", default="127.0.0.1", help="default: this machine alone; others need a token")
+    p.add_argument("--token-env", default="RLFLOW_REWARD_TOKEN", metavar="NAME", help="variable that holds the token")
+    p.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for one batch")
+    _trust(p)
+
+
+def _run_serve_reward(args: argparse.Namespace) -> None:
+    from rlflow.config import set_value
+    from rlflow.rewards.component import check_reward, make_reward
+    from rlflow.rewards.serve import serve
+
+    settings: dict[str, Any] = {}
+    for assignment in args.overrides:
+        set_value(settings, assignment)
+    check_reward("reward", args.name, {args.name: settings}, args.trust_code)
+    fn = make_reward(args.name, {args.name: settings}, args.trust_code)
+    serve(args.name, fn, args.host, args.port, args.token_env, args.timeout)
