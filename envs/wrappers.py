@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -134,6 +135,37 @@ class FrameStack(Wrapper):
 
     def load_own_state(self, state: dict[str, Tensor]) -> None:
         self.frames = [state[str(i)] for i in range(self.num)]
+
+
+class Processed(Wrapper):
+    """An environment as a policy with processors of its own sees it: observations go through `before`, actions
+    (rows, *action_shape) through `after`, which gives what the environment takes.
+
+    Of a padded chunk `after` may drop what is never carried out: a shorter chunk tells so by `num_steps`.
+    """
+
+    def __init__(
+        self,
+        env: VecEnv,
+        before: Callable[[Tree], Tree],
+        after: Callable[[Tensor], Tensor],
+        action_shape: Sequence[int],
+    ):
+        super().__init__(env)
+        self.before, self.after, self.action_shape = before, after, tuple(action_shape)
+        self.obs_spec = None
+
+    def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
+        return self.before(self.env.reset(seeds, mask))
+
+    def send(self, action: Tensor, rows: slice) -> None:
+        self.env.send(self.after(action), rows)
+
+    def recv(self) -> Step:
+        """The step with both its observations processed."""
+        step = self.env.recv()
+        final = None if step.final_obs is None else self.before(step.final_obs)
+        return replace(step, obs=self.before(step.obs), final_obs=final)
 
 
 class RewardWrapper(Wrapper):

@@ -149,6 +149,7 @@ class EvalConfig:
     metrics: dict[str, str] = field(default_factory=dict)  # of images: rewards by display name
     num: int = 500  # images, or episodes
     noise: Literal["random", "fixed", "zero"] = "random"  # the chains' starts in episodes; fixed: one for all steps
+    train_mode: bool = False  # episodes: all of them again with the noise of training, as train_success, ...
     every: int = 0  # iterations; 0 evaluates at the start and at the end only
     num_steps: int | None = None  # default: policy.num_steps
     solver: Spec | None = None  # default: policy.solver

@@ -135,6 +135,7 @@ def _check_kind(config: Config) -> None:
             ("env.mode", config.env.mode, "episodes"),
             ("env.frame_stack", config.env.frame_stack, 1),
             ("reward.scale", config.reward.scale, False),
+            ("eval.train_mode", config.eval.train_mode, False),
         ):
             if value != usual:
                 raise ValueError(f"{path}: is of simulators, and env.name is prompt; leave it at {usual!r}")

@@ -26,6 +26,7 @@ TABLE: dict[str, dict[str, str]] = {
         "dit": "rlflow.models.dit:DiT",
         "mlp": "rlflow.models.mlp:MLPField",
         "pixel": "rlflow.models.cnn:PixelField",
+        "vla": "rlflow.models.vla:VLA",
         "scratch": "rlflow.models.scratch:scratch",
     },
     "kernel": {

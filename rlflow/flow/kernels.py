@@ -59,6 +59,17 @@ class Kernel(nn.Module):
         return self.gain(t, t_next).abs() / self.min_std(t, t_next)
 
 
+def annealed(progress: float, hold: float, final: float) -> float:
+    """Share of the noise at `progress`: 1 up to `hold` of the run, then a half cosine down to `final` at its end."""
+    done = max(0.0, progress - hold) / max(1 - hold, 1e-9)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _check_schedule(name: str, hold: float, final: float) -> None:
+    if not 0 <= hold <= 1 or not 0 < final <= 1:
+        raise ValueError(f"{name} needs hold in [0, 1] and final in (0, 1], got {hold} and {final}")
+
+
 class MarginalSDE(Kernel):
     """The family above; any g >= 0 keeps the marginals as dt -> 0, but g must vanish at point-like data."""
 
@@ -75,16 +86,26 @@ class MarginalSDE(Kernel):
 
 
 class FlowSDE(MarginalSDE):
-    """g = a sqrt((1 - t) / t), with t_next for t in the denominator at t = 0 (Flow-GRPO, Liu et al. 2025)."""
+    """g = a sqrt((1 - t) / t), with t_next for t in the denominator at t = 0 (Flow-GRPO, Liu et al. 2025).
 
-    def __init__(self, a: float = 0.7):
+    With `hold` < 1 the noise is annealed (pi_RL, Chen et al. 2025): a for that share of the run, then down to
+    `final` a at its end.
+    """
+
+    def __init__(self, a: float = 0.7, hold: float = 1.0, final: float = 0.5):
         super().__init__()
         if a <= 0:
             raise ValueError(f"FlowSDE needs a > 0, got {a}; without noise there is nothing to score")
-        self.a = a
+        _check_schedule("FlowSDE", hold, final)
+        self.start, self.hold, self.final = a, hold, final
+        self.set_progress(0.0)
 
     def g(self, t: Tensor, t_next: Tensor) -> Tensor:
         return self.a * ((1 - t) / torch.where(t > 0, t, t_next)).sqrt()
+
+    def set_progress(self, progress: float) -> None:
+        """Move a; hold = 1 never does."""
+        self.a = self.start * annealed(progress, self.hold, self.final)
 
 
 class ConstantSDE(MarginalSDE):
@@ -172,8 +193,7 @@ class LearnedNoise(Kernel):
         super().__init__()
         if not 0 < std_min < std_max:
             raise ValueError(f"LearnedNoise needs 0 < std_min < std_max, got {std_min} and {std_max}")
-        if not 0 <= hold <= 1 or not 0 < final <= 1:
-            raise ValueError(f"LearnedNoise needs hold in [0, 1] and final in (0, 1], got {hold} and {final}")
+        _check_schedule("LearnedNoise", hold, final)
         self.num_features, self.event_shape = num_features, tuple(event_shape)
         self.std_min, self.std_max, self.hold, self.final = std_min, std_max, hold, final
         self.lo = math.log(std_min)
@@ -192,8 +212,7 @@ class LearnedNoise(Kernel):
 
     def set_progress(self, progress: float) -> None:
         """Move the upper bound; hold = 1 never does."""
-        done = max(0.0, progress - self.hold) / max(1 - self.hold, 1e-9)
-        share = self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
+        share = annealed(progress, self.hold, self.final)
         self.hi = math.log(self.std_min + share * (self.std_max - self.std_min))
 
     def gain(self, t: Tensor, t_next: Tensor) -> Tensor:

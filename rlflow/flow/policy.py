@@ -193,6 +193,13 @@ class FlowPolicy(nn.Module):
         if plan.noisy.ndim == 2 and not isinstance(self.solver, Euler):
             raise ValueError("a plan whose rows differ in noise needs one network call per step: use solver=euler")
 
+    @torch.no_grad()
+    def kappa(self, t: Tensor, t_next: Tensor) -> Tensor:
+        """|dmean/dv| / std (K,) of steps, in float64 on the CPU, with the noise at the end of the kernel's schedule."""
+        kernel = copy.deepcopy(self.kernel).to("cpu", torch.float64)
+        kernel.set_progress(1.0)
+        return kernel.kappa(t, t_next)
+
     def check_steps(self, steps: Steps, max_kappa: float = 5.0) -> None:
         """ValueError unless every step that `steps` can score has a usable density on this policy's grid."""
         name = type(self.kernel).__name__
@@ -203,8 +210,7 @@ class FlowPolicy(nn.Module):
             )
         grid = self.grid(self.num_steps)
         t, t_next = grid[:-1], grid[1:]
-        with torch.no_grad():  # on a copy: the grid is float64 on the CPU
-            kappa = copy.deepcopy(self.kernel).to("cpu", torch.float64).kappa(t, t_next)
+        kappa = self.kappa(t, t_next)
         possible = list(steps.possible(self.num_steps))
         silent = [k for k in possible if torch.isinf(kappa[k])]
         if silent:

@@ -151,6 +151,7 @@ def make_evaluator(config: Config, policy: FlowPolicy, trust_code: bool = False)
         rows_per_call=c.rows_per_call,
         noise=c.noise,
         video=c.video,
+        noisy=registry.build("steps", "steps", config.steps, trust_code=trust_code) if c.train_mode else None,
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from rlflow import registry
 from rlflow.envs.base import VecEnv
 from rlflow.envs.demos import Chunks, Demos
+from rlflow.envs.tabletop import LENGTH, PIXELS, WORDS
 from rlflow.flow.field import VelocityField
 from rlflow.flow.grid import uniform_times
 from rlflow.flow.kernels import FlowSDE
@@ -26,11 +27,10 @@ from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import save_field
 from rlflow.models.mlp import MLPField
+from rlflow.models.vla import VLA
 from rlflow.train.pretrain import pretrain, report
 
 COUPLINGS: dict[str, Coupling] = {"independent": independent, "ot": minibatch_ot}
-ROWS = 512
-JUDGED_EPISODES = 64
 DIGITS = {"return": 1, "success": 3}
 """Of the scores that are kept."""
 
@@ -45,6 +45,9 @@ class Cloning:
     steps: int = 3000
     num_steps: int = 4  # K at which it is judged
     chunk: int = 4
+    rows: int = 512  # of a batch
+    judged: int = 64  # episodes
+    num_demos: int | None = None  # episodes, where they have to be made; default: the demonstrator's
 
     @property
     def asset(self) -> str:
@@ -63,11 +66,11 @@ class Cloning:
 
     def make(self, out: Path, args: argparse.Namespace) -> dict[str, Any]:
         """Clone the demonstrations, judge the policy and save it in `out`; returns config.json's "made_by"."""
-        demos = demos_of(self.env, args.demos)
+        demos = demos_of(self.env, args.demos, self.num_demos)
         begin, begin_cpu = time.perf_counter(), time.process_time()
         field, validation = self.clone(demos, args.steps, args.seed, COUPLINGS[args.coupling])
         seconds = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - begin_cpu}
-        env = registry.find("env", demos.env["name"])(JUDGED_EPISODES, chunk=self.chunk)
+        env = registry.find("env", demos.env["name"])(self.judged, chunk=self.chunk)
         made_by = {
             "command": f"rlflow pretrain {self.name} --steps {args.steps} --seed {args.seed}"
             f" --coupling {args.coupling}",
@@ -83,16 +86,20 @@ class Cloning:
         save_field(field, out, made_by, judged_by)
         return made_by
 
-    def clone(self, demos: Demos, steps: int, seed: int, coupling: Coupling) -> tuple[MLPField, float]:
-        """(policy, its flow-matching loss on held-out episodes)."""
-        train, held_out = demos.split()
-        torch.manual_seed(seed)
+    def network(self, demos: Demos) -> VelocityField:
+        """What will be trained."""
         shape = (self.chunk, *demos.action_shape)
         field = MLPField(demos.moments.shape[1], shape, width=256, depth=3, average=self.shortcut)
         field.normalizer.moments.copy_(demos.moments)
+        return field
+
+    def clone(self, demos: Demos, steps: int, seed: int, coupling: Coupling) -> tuple[VelocityField, float]:
+        """(policy, its flow-matching loss on held-out episodes)."""
+        train, held_out = demos.split()
+        torch.manual_seed(seed)
         averaged = pretrain(
-            field,
-            train.chunks(self.chunk).batches(ROWS, torch.Generator().manual_seed(seed)),
+            self.network(demos),
+            train.chunks(self.chunk).batches(self.rows, torch.Generator().manual_seed(seed)),
             steps=steps,
             lr=1e-3,
             drop=0.0,
@@ -116,23 +123,32 @@ class Cloning:
         return found
 
 
+class TabletopCloning(Cloning):
+    """A vision-language-action model of the tabletop's fifteen tasks."""
+
+    def network(self, demos: Demos) -> VelocityField:
+        """A prefix and an action expert."""
+        return VLA((self.chunk, *demos.action_shape), vocab=len(WORDS), context=LENGTH, pixels=PIXELS)
+
+
 CLONINGS = {
     c.name: c
     for c in (
         *(Cloning(f"robot_bc_{env}", env) for env in ("hopper", "walker2d", "halfcheetah")),
         *(Cloning(f"robot_bc_{env}_shortcut", env, shortcut=True) for env in ("hopper", "walker2d", "halfcheetah")),
         Cloning("robot_bc_cube", "cube_single", chunk=5),
+        TabletopCloning("robot_bc_tabletop", "tabletop", steps=1500, rows=256, judged=512, num_demos=300),
     )
 }
 
 
-def demos_of(env: str, folder: Path) -> Demos:
+def demos_of(env: str, folder: Path, num: int | None = None) -> Demos:
     """Those of a folder; made first, by whoever demonstrates this environment, if it does not exist."""
     from rlflow.envs.demonstrators import make_demos
 
     if not folder.exists():
         print(f"{folder} does not exist: demonstrations of {env} are made", flush=True)
-        print(make_demos(env, folder).summary, flush=True)
+        print(make_demos(env, folder, num_episodes=num).summary, flush=True)
     demos = Demos.open(folder)
     if demos.env["name"] != env:
         raise ValueError(f"{folder} holds demonstrations of {demos.env['name']}, not of {env}")

@@ -147,9 +147,7 @@ def _ratio_moves(probe: Probe) -> Check:
 def _kappa(config: Config, parts: Parts) -> Check:
     policy = parts.policy
     grid = policy.grid(policy.num_steps)
-    kernel = copy.deepcopy(policy.kernel).to("cpu", torch.float64)
-    with torch.no_grad():
-        kappa = kernel.kappa(grid[:-1], grid[1:])
+    kappa = policy.kappa(grid[:-1], grid[1:])
     steps = list(parts.collector.steps.possible(policy.num_steps))
     if not steps:
         return Check("kappa", 0.0, detail="no step is scored, so no noise of the network is divided by a std")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,7 @@ from rlflow.envs.base import VecEnv
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Solver
+from rlflow.flow.steps import Steps
 from rlflow.registry import located
 from rlflow.train.evaluate import deployed
 from rlflow.train.film import Film
@@ -29,9 +31,16 @@ SEEDS = 2**40
 """Of evaluation, beyond those of any training run (a serial number of its groups)."""
 
 
+Act = Callable[[Tree, Tensor, int], Tensor]
+"""(observations of M episodes, their numbers (M,), step) -> actions."""
+
+
 @dataclass(frozen=True)
 class Episodes:
-    """Of N episodes by name (N,): success where the simulator knows it, return (undiscounted), length (steps)."""
+    """Of N episodes by name (N,): success where the simulator knows it, return (undiscounted), length (steps).
+
+    Those of the same starts played with the noise of training, where they were asked for, are named train_success, ...
+    """
 
     scores: dict[str, Tensor]
     film: Film = field(default_factory=Film)
@@ -66,7 +75,8 @@ class EpisodeEvaluator:
     """Plays the same `num` episodes each time it is called; the ranks share them.
 
     `noise` is the start of every denoising chain: 'random' as in training; 'fixed', one draw per episode for all of
-    its steps; 'zero'. `make(num_envs)` gives an environment without reward wrappers.
+    its steps; 'zero'. `make(num_envs)` gives an environment without reward wrappers. With `noisy`, the plan of
+    training, all episodes are played a second time as training samples them: the gap between the two is told.
     """
 
     def __init__(
@@ -81,13 +91,14 @@ class EpisodeEvaluator:
         rows_per_call: int = 100,
         noise: Literal["random", "fixed", "zero"] = "random",
         video: int | None = 0,
+        noisy: Steps | None = None,
     ):
         if num < dist.world():
             raise ValueError(f"eval.num: {num} episodes cannot be shared by {dist.world()} processes")
         with located("eval.num_steps"):
             policy.plan(num_steps)
         self.policy, self.num, self.num_steps, self.solver, self.seed = policy, num, num_steps, solver, seed
-        self.rows_per_call, self.noise, self.video = rows_per_call, noise, video
+        self.rows_per_call, self.noise, self.video, self.noisy = rows_per_call, noise, video, noisy
         self.rows = torch.arange(num).tensor_split(dist.world())[dist.rank()]
         self.env = make(len(self.rows))
 
@@ -95,12 +106,16 @@ class EpisodeEvaluator:
     def __call__(self, weights: str = "live") -> Episodes:
         """Evaluate one weight set."""
         film = Film(self.env, self.video if dist.rank() == 0 else 0)
-        with self.policy.using(weights), film:
-            mine = self._play(film)
+        with self.policy.using(weights):
+            with film:
+                mine = self._play(self._deployed, film)
+            if self.noisy is not None:
+                train = self._play(partial(self._trained, self.noisy), Film())
+                mine |= {f"train_{name}": value for name, value in train.items()}
         scores = {name: dist.gather_shares(value, self.num) for name, value in mine.items()}
         return Episodes(scores, film)
 
-    def _play(self, film: Film) -> dict[str, Tensor]:
+    def _play(self, act: Act, film: Film) -> dict[str, Tensor]:
         """Scores of this rank's episodes."""
         env = self.env
         obs = env.reset(SEEDS + self.seed % 2**20 * 2**20 + self.rows)
@@ -110,7 +125,7 @@ class EpisodeEvaluator:
         for step in range(env.horizon):
             for part in torch.arange(len(self.rows)).split(self.rows_per_call):
                 rows = slice(int(part[0]), int(part[-1]) + 1)
-                env.send(self._act(tree_map(lambda v: v[rows], obs), self.rows[rows], step), rows)  # noqa: B023
+                env.send(act(tree_map(lambda v: v[rows], obs), self.rows[rows], step), rows)  # noqa: B023
             out = env.recv()
             total = total + torch.where(alive, out.reward.nan_to_num(), 0.0)
             told = _tell(told, out, alive)
@@ -124,8 +139,8 @@ class EpisodeEvaluator:
         scores |= {"length": told["episode_length"]} if "episode_length" in told else {}
         return {name: value.float().cpu() for name, value in scores.items()}
 
-    def _act(self, obs: Tree, ids: Tensor, step: int) -> Tensor:
-        """Actions of the episodes `ids` (M,) at one step."""
+    def _deployed(self, obs: Tree, ids: Tensor, step: int) -> Tensor:
+        """Actions of the episodes `ids` (M,) at one step, without noise but that of the start."""
         policy = self.policy
         zero = torch.zeros(len(ids), *policy.event_shape, dtype=policy.dtype, device=policy.device)
         key = Key(self.seed, "evaluate", outer=0 if self.noise == "fixed" else step)
@@ -133,6 +148,12 @@ class EpisodeEvaluator:
             x_0 = zero if self.noise == "zero" else None
             chain = policy.sample(policy.encode(obs), policy.plan(self.num_steps), key=key, row_ids=ids, x_0=x_0)
         return policy.squash(chain.final)
+
+    def _trained(self, steps: Steps, obs: Tree, ids: Tensor, step: int) -> Tensor:
+        """The same with the noise and the number of steps of training."""
+        policy, key = self.policy, Key(self.seed, "evaluate", outer=step)
+        plan = steps(0, policy.grid(policy.num_steps), ids + step * self.num)
+        return policy.squash(policy.sample(policy.encode(obs), plan, key=key, row_ids=ids).final)
 
     def compare_with(self, policy: FlowPolicy) -> None:
         """Episodes are judged alone."""

@@ -48,6 +48,11 @@ _FIXED: dict[str, Metric] = {
         "return", "reward", 1, "Undiscounted return of held-out episodes, by the simulator's own reward, noise off."
     ),
     "eval/heldout/success": Metric("success", "share", 1, "Share of held-out episodes that reached their goal."),
+    "eval/heldout/train_success": Metric(
+        "success with training noise", "share", 1, "The same episodes and weights, played with the noise of training."
+    ),
+    "eval/heldout/train_return": Metric("return with training noise", "", 1, "Of those episodes."),
+    "eval/heldout/train_length": Metric("length with training noise", "steps", 0, "Of those episodes."),
     "eval/heldout/length": Metric("length of episodes", "steps", 0, "Primitive steps of a held-out episode."),
     "rollout/episode_return": Metric(
         "return while training", "reward", 1, "Return of the episodes that ended in this iteration, noise on."

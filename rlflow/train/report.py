@@ -22,7 +22,7 @@ __all__ = ["compare_report", "write_report"]
 
 PANELS = (
     Panel("return of held-out episodes", (f"{HELDOUT}return",)),
-    Panel("success", (f"{HELDOUT}success", "rollout/success")),
+    Panel("success", (f"{HELDOUT}success", f"{HELDOUT}train_success", "rollout/success")),
     "rollout/episode_return",
     "reward/mean",
     Panel("held-out accuracy", (f"{HELDOUT}strict", f"{HELDOUT}soft", f"{HELDOUT}judge")),

@@ -29,7 +29,7 @@ SHOWN = {  # while training, in this order
 }
 ONLY_WHERE_ABOVE_0 = ("reward/masked_frac", "optim/skipped_steps")
 HEADLINES = {"strict": "held-out strict", "success": "success", "return": "return of episodes"}
-JUDGED = ("strict", "soft", "judge", "diversity", "base_distance", "success", "return", "length")
+JUDGED = ("strict", "soft", "judge", "diversity", "base_distance", "success", "train_success", "return", "length")
 PLAIN_SECONDS = 10.0
 
 

@@ -419,6 +419,25 @@ class TestLearnedNoise:
             learned()(*draw(6), *steps())
 
 
+class TestAnnealing:
+    def test_the_noise_of_flow_sde_holds_and_then_falls_and_the_law_stays_that_of_its_a(self):
+        kernel = FlowSDE(0.8, hold=0.5, final=0.25)
+        for progress, a in {0.0: 0.8, 0.5: 0.8, 0.75: 0.8 * 0.625, 1.0: 0.2}.items():
+            kernel.set_progress(progress)
+            (x, v), expected = draw(6), FlowSDE(a)
+            close(kernel(x, v, *steps()), *(getattr(expected(x, v, *steps()), n) for n in ("mean", "std")))
+
+    def test_without_a_hold_shorter_than_the_run_it_never_moves(self):
+        kernel = FlowSDE(0.7)
+        kernel.set_progress(1.0)
+        assert kernel.a == 0.7
+
+    @pytest.mark.parametrize("wrong", [{"hold": 1.5}, {"final": 0.0}])
+    def test_a_schedule_that_makes_no_sense(self, wrong):
+        with pytest.raises(ValueError, match="FlowSDE needs hold in"):
+            FlowSDE(0.7, **wrong)
+
+
 class TestExtension:
     def test_a_new_sde_overrides_g_only(self):
         class Sine(MarginalSDE):

@@ -562,6 +562,14 @@ class TestCheckSteps:
         with pytest.raises(ValueError, match=r"kappa.* \[1\.6\] at steps \[8\], above 1\.5"):
             policy.check_steps(AllButLast(), max_kappa=1.5)
 
+    def test_a_schedule_is_judged_by_the_noise_it_comes_to(self):
+        """kappa of FlowSDE goes like 1 / a where a is small: a tenth of the noise at the end is refused at the start."""
+        policy = self.policy(FlowSDE(0.5, hold=0.5, final=0.1), num_steps=4)
+        with pytest.raises(ValueError, match="kappa"):
+            policy.check_steps(All())
+        assert policy.kernel.a == 0.5
+        self.policy(FlowSDE(0.5, hold=0.5, final=0.5), num_steps=4).check_steps(All())
+
     def test_kernels_with_noise_at_the_end_may_score_it(self):
         self.policy(FlowSDE(0.7)).check_steps(All())
         self.policy(FlowSDE(0.7), grid=sd3_grid()).check_steps(All())

@@ -1,0 +1,140 @@
+"""VLA: everything observed matters, rows are apart, and a frozen prefix runs once for every decision."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlflow.envs.tabletop import LENGTH, PIXELS, WORDS, Tabletop
+from rlflow.flow.kernels import FlowSDE
+from rlflow.flow.policy import FlowPolicy
+from rlflow.flow.steps import OneRandom
+from rlflow.models.io import load_field, save_field
+from rlflow.models.vla import VLA
+from rlflow.rl.advantages import GAE, GroupAdvantage
+from rlflow.rl.collector import Collector
+from rlflow.rl.groups import Groups
+from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.policy_gradient import PolicyGradient
+from rlflow.types import Tree
+
+ROWS = 8
+
+
+def field(seed: int = 0) -> VLA:
+    torch.manual_seed(seed)
+    made = VLA((4, 2), vocab=len(WORDS), context=LENGTH, pixels=PIXELS, width=16)
+    torch.nn.init.normal_(made.leave[1].weight)  # as after training
+    return made
+
+
+def observed() -> Tree:
+    return Tabletop(ROWS).reset(torch.arange(ROWS))
+
+
+def velocity(field: VLA, obs: Tree, t: float = 0.3) -> Tensor:
+    x = torch.randn(1, 4, 2, generator=torch.Generator().manual_seed(1)).expand(ROWS, 4, 2)
+    with torch.no_grad():
+        return field(x, torch.full((ROWS,), t), torch.zeros(ROWS), field.encode(obs))
+
+
+CHANGES: dict[str, Callable[[Tree], Tree]] = {
+    "pixels": lambda v: v.flip(2),
+    "text": lambda v: torch.where(v == WORDS.index("red"), WORDS.index("blue"), v.roll(1, 0)),
+    "state": lambda v: v + 0.1,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_observation_matters(name):
+    obs = observed()
+    before, after = velocity(field(), obs), velocity(field(), {**obs, name: CHANGES[name](obs[name])})
+    assert float((after - before).abs().amax((1, 2)).min()) > 1e-4
+
+
+def test_time_and_every_noisy_action_matter_for_every_action():
+    made, obs = field(), observed()
+    assert not torch.equal(velocity(made, obs, 0.3), velocity(made, obs, 0.6))
+    x = torch.zeros(ROWS, 4, 2, requires_grad=True)
+    v = made(x, torch.full((ROWS,), 0.3), torch.zeros(ROWS), made.encode(obs))
+    for i in range(4):
+        (grad,) = torch.autograd.grad(v[:, i].square().sum(), x, retain_graph=True)
+        assert float(grad.abs().amax((0, 2)).min()) > 0
+
+
+def test_the_order_of_words_and_pixels_is_seen():
+    """Without positions a bag of tokens would remain."""
+    obs = observed()
+    swapped = {**obs, "text": obs["text"].flip(1), "pixels": obs["pixels"].transpose(1, 2)}
+    for name in ("text", "pixels"):
+        assert not torch.allclose(velocity(field(), obs), velocity(field(), {**obs, name: swapped[name]}), atol=1e-5)
+
+
+def test_a_row_does_not_depend_on_the_others():
+    obs = observed()
+    alone = {name: v[2:3].expand_as(v) for name, v in obs.items()}
+    torch.testing.assert_close(velocity(field(), alone)[2], velocity(field(), obs)[2])
+
+
+def test_another_observation_is_refused():
+    obs = observed()
+    with pytest.raises(ValueError, match="the model reads"):
+        field().encode({"pixels": obs["pixels"], "state": obs["state"]})
+    with pytest.raises(ValueError, match="the model reads"):
+        field().encode(obs["state"])
+
+
+def test_it_comes_back_from_disk(tmp_path):
+    made = field()
+    save_field(made, tmp_path)
+    assert torch.equal(velocity(load_field(str(tmp_path)), observed()), velocity(made, observed()))
+
+
+class Counter:
+    """Rows that went through the prefix."""
+
+    def __init__(self, field: VLA):
+        self.rows: list[int] = []
+        field.prefix.register_forward_hook(lambda module, args, out: self.rows.append(len(args[0])))
+
+
+@pytest.mark.parametrize("advantage", [GroupAdvantage(), GAE()], ids=["group", "gae"])
+def test_a_frozen_prefix_runs_once_per_decision_and_an_update_only_asks_for_states_never_decided_in(advantage):
+    """Rollout: T x B rows. Update: none with groups; a critic values the states after the last decision of each row."""
+    made, horizon = field(), 3
+    made.prefix.requires_grad_(False)
+    policy = FlowPolicy(made, FlowSDE(0.5), num_steps=4)
+    likelihood, groups = ChainLikelihood("sum"), Groups(ROWS // 4, 4)
+    env = Tabletop(ROWS, chunk=4, horizon=8)  # an episode ends inside
+    count = Counter(made)
+    walker = Collector(
+        env, policy, likelihood, OneRandom(skip_last=0), groups, horizon=horizon, mode="steps", rows_per_call=4
+    )
+    rollout = walker.collect(0)
+    rollout.reward += torch.randn(rollout.reward.shape, generator=torch.Generator().manual_seed(0))
+    assert count.rows == [4] * (horizon * ROWS // 4)
+    count.rows.clear()
+    learner = PolicyGradient(policy, likelihood, advantage, groups, epochs=3, num_minibatches=2, micro_batch=8)
+    before = made.leave[1].weight.clone()
+    metrics = learner.update(rollout)
+    ended = int((rollout.terminated | rollout.truncated).sum())
+    assert ended > 0
+    assert sum(count.rows) == (ROWS + ended if learner.critic is not None else 0)
+    assert metrics["policy/first_log_ratio_max"] == 0
+    assert not torch.equal(made.leave[1].weight, before)
+
+
+def test_a_prefix_that_trains_is_run_again():
+    """Its encodings would be stale, and without a graph."""
+    made = field()
+    policy = FlowPolicy(made, FlowSDE(0.5), num_steps=4)
+    groups, likelihood = Groups(2, 4), ChainLikelihood("sum")
+    walker = Collector(Tabletop(8), policy, likelihood, OneRandom(skip_last=0), groups, horizon=2, mode="steps")
+    rollout = walker.collect(0)
+    rollout.reward += torch.randn(rollout.reward.shape, generator=torch.Generator().manual_seed(0))
+    count = Counter(made)
+    before = made.prefix.word.weight.clone()
+    PolicyGradient(policy, likelihood, GroupAdvantage(), groups, micro_batch=8).update(rollout)
+    assert sum(count.rows) == rollout.num_rows
+    assert not torch.equal(made.prefix.word.weight, before)

@@ -1,0 +1,52 @@
+"""Episodes with and without the noise of training: the same starts, the same weights, and the gap between the two."""
+
+import torch
+
+from rlflow.envs.toy import ToyBandit, ToyReach
+from rlflow.flow.field import VelocityField
+from rlflow.flow.kernels import FlowSDE
+from rlflow.flow.policy import FlowPolicy
+from rlflow.flow.steps import NoSteps, OneRandom
+from rlflow.models.mlp import MLPField
+from rlflow.train.episodes import EpisodeEvaluator
+from rlflow.types import Cond
+
+
+class ToThePeak(VelocityField):
+    """Its ODE ends in the best action from every start."""
+
+    def __init__(self):
+        super().__init__()
+        self.event_shape, self.num_features = (1, 2), 1
+        self.peak = torch.nn.Parameter(torch.tensor([0.5, 0.5]))
+
+    def encode(self, obs):
+        return Cond({"pooled": obs})
+
+    def forward(self, x, t, dt, cond):
+        return (self.peak - x) / (1 - t)[:, None, None]
+
+
+def test_noise_costs_what_it_costs_and_leaves_the_other_score_alone():
+    policy = FlowPolicy(ToThePeak(), FlowSDE(0.5), num_steps=4)
+    both = EpisodeEvaluator(policy, ToyBandit, num=200, noisy=OneRandom(skip_last=0))().means()
+    plain = EpisodeEvaluator(policy, ToyBandit, num=200)().means()
+    assert plain["return"] > 0.9999
+    assert {name: both[name] for name in plain} == plain
+    # a quarter of the rows end with noise of std .144 on each axis: E[exp(-|e|^2 / (2 .15^2))] = 1 / (1 + (.144/.15)^2)
+    assert abs(both["train_return"] - (0.75 + 0.25 / (1 + (0.144 / 0.15) ** 2))) < 0.06
+
+
+def test_without_noisy_steps_the_two_are_the_same_episodes():
+    torch.manual_seed(0)
+    policy = FlowPolicy(MLPField(4, (2, 2), width=16), FlowSDE(0.5), num_steps=4)
+    scores = EpisodeEvaluator(policy, ToyReach, num=6, noisy=NoSteps())().scores
+    for name in ("return", "length"):
+        assert torch.equal(scores[name], scores[f"train_{name}"])
+    noisy = EpisodeEvaluator(policy, ToyReach, num=6, noisy=OneRandom())().scores
+    assert not torch.equal(noisy["return"], noisy["train_return"])
+
+
+def test_the_headline_stays_the_deployed_score():
+    policy = FlowPolicy(ToThePeak(), FlowSDE(0.5), num_steps=4)
+    assert EpisodeEvaluator(policy, ToyBandit, num=4, noisy=OneRandom())().headline == "return"
