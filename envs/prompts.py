@@ -1,26 +1,26 @@
-"""Prompt tables: rows of columns, one of them "prompt"; from the embedded worlds or the user's txt / jsonl."""
+"""Prompt tables: rows of columns, one of them "prompt"; from worlds of captions or from a file of the user."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
-from rlflow.envs import scenes, words
+from rlflow.envs import geneval, scenes, signs, words
+from rlflow.envs.prompt_files import READERS, read_rows
 from rlflow.flow.noise import generator
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Split = Literal["train", "heldout"]
 HELD_OUT = 5  # one in so many distinct prompts of a file
 FEWEST = 10  # distinct prompts of a file that is split
-WORLDS = {"scenes": "captioned shapes, or scenes:count,pair,relation", "words": "three-letter words to write"}
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ class Prompts:
         return {name: [self.rows[i][name] for i in index] for name in self.columns}
 
 
-def _equal_shares(pools: Sequence[Sequence[str]]) -> list[str]:
+def _equal_shares(pools: Sequence[Sequence[T]]) -> list[T]:
     """One list in which every pool has about the same share, by repeating the short ones."""
     longest = max(len(p) for p in pools)
-    return [text for pool in pools for text in list(pool) * max(1, round(longest / len(pool)))]
+    return [item for pool in pools for item in list(pool) * max(1, round(longest / len(pool)))]
 
 
 def _scenes(kinds: str, split: Split) -> Prompts:
@@ -97,28 +97,39 @@ def _scenes(kinds: str, split: Split) -> Prompts:
     return Prompts(tuple({"prompt": text} for text in _equal_shares(pools)))
 
 
-def _words(split: Split) -> Prompts:
+def _words(kinds: str, split: Split) -> Prompts:
     texts = words.heldout_texts() if split == "heldout" else words.train_texts()
     return Prompts(tuple({"prompt": words.caption(t), "text": t} for t in texts))
 
 
+def _geneval(kinds: str, split: Split) -> Prompts:
+    if kinds.endswith(".jsonl"):  # GenEval's own file, in which only counting has what is excluded
+        found = {place: {"exclude": []} | row for place, row in read_rows(Path(kinds)).items()}
+        return Prompts(tuple(found.values()), tuple(found))
+    chosen = kinds.split(",") if kinds else list(geneval.KINDS)
+    if unknown := [k for k in chosen if k not in geneval.KINDS]:
+        raise ValueError(f"unknown category {unknown}: choose from {list(geneval.KINDS)}, or give a .jsonl file")
+    pools = [geneval.rows(kind, split == "heldout") for kind in chosen]
+    return Prompts(tuple(_equal_shares(pools)))
+
+
+def _signs(kinds: str, split: Split) -> Prompts:
+    return Prompts(tuple(signs.rows(split == "heldout")))
+
+
+WORLDS: dict[str, Callable[[str, Split], Prompts]] = {
+    "scenes": _scenes,
+    "words": _words,
+    "geneval": _geneval,
+    "signs": _signs,
+}
+"""Prompts by name, as in scenes, scenes:pair, geneval:counting,colors, geneval:FILE.jsonl."""
+WITH_KINDS = ("scenes", "geneval")
+
+
 def _file(path: Path) -> Prompts:
-    text = path.read_text(encoding="utf-8")
-    lines = {f"{path}:{i}": line.strip() for i, line in enumerate(text.splitlines(), 1) if line.strip()}
-    if path.suffix == ".jsonl":
-        return Prompts(tuple(_object(line, place) for place, line in lines.items()), tuple(lines))
-    return Prompts(tuple({"prompt": line} for line in lines.values()), tuple(lines))
-
-
-def _object(line: str, place: str) -> dict[str, Any]:
-    """One line of a .jsonl file."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error.msg} at column {error.colno}): {line[:60]!r}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f'{place}: write one object a line, {{"prompt": "...", ...}}, got {line[:60]!r}')
-    return row
+    found = read_rows(path)
+    return Prompts(tuple(found.values()), tuple(found))
 
 
 def _part(prompts: Prompts, source: str, split: Split) -> Prompts:
@@ -138,20 +149,16 @@ def _part(prompts: Prompts, source: str, split: Split) -> Prompts:
 
 
 def load_prompts(source: str, split: Split = "train", *, whole: bool = False) -> Prompts:
-    """'scenes', 'scenes:pair', 'words', or a .txt (one prompt a line) / .jsonl (one object a line) file.
+    """'scenes', 'scenes:pair', 'words', 'geneval', 'signs', or a .txt, .jsonl, .csv or .parquet file.
 
-    The embedded worlds know which captions are held out. Of a file with 10 distinct prompts or more a fifth is,
-    unless it is used `whole`, as where eval.prompts names another one.
+    The worlds know which captions are held out. Of a file with 10 distinct prompts or more a fifth is, unless it is
+    used `whole`, as where eval.prompts names another one.
     """
-    world, _, kinds = source.partition(":")
-    if world == "scenes":
-        return _scenes(kinds, split)
-    if source == "words":
-        return _words(split)
-    path = Path(source)
-    if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"prompts {source!r}: give a .txt or .jsonl file, or one of {sorted(WORLDS)}")
-    if not path.is_file():
-        raise FileNotFoundError(f"no prompt file {source!r}")
-    prompts = _file(path)
-    return prompts if whole else _part(prompts, source, split)
+    world, colon, kinds = source.partition(":")
+    if world in WORLDS and (not colon or world in WITH_KINDS):
+        prompts, is_file = WORLDS[world](kinds, split), kinds.endswith(".jsonl")
+    elif Path(source).suffix in READERS:
+        prompts, is_file = _file(Path(source)), True
+    else:
+        raise ValueError(f"prompts {source!r}: give a file ({', '.join(READERS)}), or one of {sorted(WORLDS)}")
+    return _part(prompts, source, split) if is_file and not whole else prompts

@@ -72,18 +72,21 @@ def _part(columns: Mapping[str, Any], start: int, stop: int) -> Batch:
 
 def _columns(asker: Asker, wait_s: float) -> list[str]:
     """What the server's reward reads; ValueError if none answers within `wait_s`."""
+    said = _health(asker, wait_s)
+    columns = said.get("columns") if isinstance(said, dict) and said.get("protocol") == PROTOCOL else None
+    if not isinstance(columns, list) or not columns or not all(str(name).isidentifier() for name in columns):
+        raise ValueError(f"what answers at {asker.url} is no reward server of this version")
+    return columns
+
+
+def _health(asker: Asker, wait_s: float) -> Any:
     end = time.monotonic() + wait_s
     while True:
         try:
-            said = asker.get("/health", max(1.0, min(wait_s, 10.0)))
-            break
+            return asker.get("/health", max(1.0, min(wait_s, 10.0)))
         except NoAnswer as error:
             if time.monotonic() > end:
                 raise ValueError(
                     f"no reward server at {asker.url} ({error}): start `rlflow serve-reward NAME --port P`"
                 ) from None
             time.sleep(0.2)
-    columns = said.get("columns") if isinstance(said, dict) and said.get("protocol") == PROTOCOL else None
-    if not isinstance(columns, list) or not columns or not all(str(name).isidentifier() for name in columns):
-        raise ValueError(f"what answers at {asker.url} is no reward server of this version")
-    return columns

@@ -101,7 +101,7 @@ class EnvConfig:
     __pydantic_config__ = STRICT
     name: str = "prompt"
     settings: dict[str, Any] = field(default_factory=dict)  # of a simulator: chunk, threads, id, ...
-    prompts: str = "scenes"  # PromptEnv: scenes, scenes:pair, words, or a .txt / .jsonl file
+    prompts: str = "scenes"  # PromptEnv: scenes, scenes:pair, words, geneval, signs, or a file
     num_groups: int = 6
     group_size: int = 16
     rows_per_call: int = 96

@@ -129,8 +129,8 @@ class TestLoad:
         ("source", "message"),
         [
             ("scenes:triple", r"unknown kind of scene \['triple'\]: choose from"),
-            ("prompts.csv", "give a .txt or .jsonl file, or one of"),
-            ("scene", "give a .txt or .jsonl file, or one of"),
+            ("prompts.tsv", "give a file .*csv.*, or one of"),
+            ("scene", "give a file .*geneval.*scenes"),
         ],
     )
     def test_a_source_that_cannot_be_is_refused(self, source, message):
