@@ -8,8 +8,7 @@ import torch
 pytest.importorskip("stable_baselines3")
 pytest.importorskip("mujoco")
 
-from rlflow.envs.demonstrators import make_demos
-from rlflow.envs.demos import Demos, Episode, write_demos
+from rlflow.envs.demos import Episode, write_demos
 from rlflow.envs.experts import GaussianExpert, embedded_expert, play
 from rlflow.train.episodes import SEEDS
 from rlflow.train.logger import METRICS, encode_row
@@ -92,10 +91,3 @@ def test_steps_are_those_of_a_run(script, tmp_path):
         encode_row(1, "train", {"cost/samples_total": 5}) + encode_row(2, "eval", {"a": 1})
     )
     assert script.steps_of(tmp_path) == 5
-
-
-def test_demonstrations_are_made_by_the_expert_where_there_are_none(script, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("rlflow.envs.demonstrators.make_demos", lambda env, out: make_demos(env, out, num_episodes=2))
-    script.cloned(script.Settings("hopper", clone_steps=1))
-    assert len(Demos.open(tmp_path / "demos/hopper").episodes) == 2
