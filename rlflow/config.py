@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
 
+from rlflow import registry
 from rlflow.limits import check
 from rlflow.registry import nearest
+from rlflow.values import merge, read_yaml, set_value
 
+__all__ = ["merge", "read_yaml", "set_value"]
 Spec = str | dict[str, Any]
 STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -73,6 +76,7 @@ class AlgorithmConfig:
     """The clipped policy gradient."""
 
     __pydantic_config__ = STRICT
+    name: Literal["policy_gradient"] = "policy_gradient"
     clip_low: float = 2e-3
     clip_high: float | None = None
     trust_region: Literal["clip", "spo", "aspo"] = "clip"  # what holds the ratio near 1
@@ -92,6 +96,45 @@ class AlgorithmConfig:
     critic_warmup: int = 0  # first iterations, in which the critic learns alone
     ema_decay: float = 0.9
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass
+class SACConfig:
+    """Off-policy, with gradients through the whole chain; a replay of its own."""
+
+    __pydantic_config__ = STRICT
+    name: Literal["sac"]
+    batch_size: int = 256
+    capacity: int = 1_000_000  # decisions kept
+    start: int = 5000  # decisions seen before the first optimiser step
+    updates_per_step: float = 1.0  # optimiser steps per decision after that
+    n_step: int = 1  # decisions ahead of which the target is made
+    actor_every: int = 1  # optimiser steps of the critic per one of the actor
+    alpha: float = 0.2  # first temperature
+    alpha_lr: float = 1e-3  # 0 keeps the temperature
+    target_entropy: float | None = None  # of a path, nats per number; default: that of the noise's middle less 1/2
+    anchor: float = 0.0  # weight of the squared distance to the action in the replay
+    num_critics: int = 2
+    critic_lr: float = 3e-4
+    critic_width: int = 256
+    critic_depth: int = 2
+    critic_norm: bool = True  # LayerNorm
+    pessimism: Literal["min", "mean"] = "min"  # over the critics
+    tau: float = 0.005
+    lr: float = 3e-4
+    max_grad_norm: float = 0.0  # 0: no limit
+    ema_decay: float = 0.9
+
+
+def _algorithm_name(values: Any) -> str:
+    name = values.get("name", "policy_gradient") if isinstance(values, dict) else getattr(values, "name", "")
+    return str(name)
+
+
+AnyAlgorithm = Annotated[
+    Annotated[AlgorithmConfig, Tag("policy_gradient")] | Annotated[SACConfig, Tag("sac")],
+    Discriminator(_algorithm_name),
+]
 
 
 @dataclass
@@ -170,7 +213,7 @@ class Config:
     steps: Spec = "all_but_last"
     likelihood: Spec = "chain"
     advantage: Spec = "group"
-    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    algorithm: AnyAlgorithm = field(default_factory=AlgorithmConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -211,14 +254,12 @@ MAY_CHANGE_ON_RESUME = (
 
 def _field_names(cls: type, path: Sequence[Any]) -> list[str]:
     """Valid keys of the section at `path`."""
-    import typing
-
+    found = [cls]
     for part in path:
-        hints = typing.get_type_hints(cls)
-        if part not in hints or not dataclasses.is_dataclass(hints[part]):
-            return []
-        cls = hints[part]
-    return [f.name for f in dataclasses.fields(cls)]
+        hints = [hint for c in found if (hint := typing.get_type_hints(c).get(part)) is not None]
+        members = [m for hint in hints for m in typing.get_args(hint) or (hint,)]
+        found = [m for m in members if dataclasses.is_dataclass(m)]
+    return list(dict.fromkeys(f.name for c in found for f in dataclasses.fields(c)))
 
 
 def _elsewhere(name: str) -> str:
@@ -231,9 +272,14 @@ def _explain(error: ValidationError) -> str:
     lines = []
     for item in error.errors():
         loc = [part for part in item["loc"] if not str(part).endswith("]")]  # less the member of a union
+        if loc[0] == "algorithm" and len(loc) > 2:
+            loc.pop(1)  # less the algorithm's name
         loc = loc[:-1] if len(loc) > 1 and loc[-1] == "str" else loc
         path = ".".join(str(p) for p in loc)
-        if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        if item["type"] == "union_tag_invalid" and isinstance(item["input"], dict):
+            name = _algorithm_name(item["input"])
+            lines.append(f"{path}.name: unknown algorithm {name!r}{nearest(name, registry.TABLE['algorithm'])}")
+        elif item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             known = _elsewhere(str(loc[0])) if len(loc) == 1 else ""
             lines.append(f"{path}: no such setting{known or nearest(str(loc[-1]), _field_names(Config, loc[:-1]))}")
         else:
@@ -271,70 +317,6 @@ def parse(values: dict[str, Any], trust_code: bool = False) -> Config:
         raise ValueError(_explain(error)) from None
     check(config, trust_code)
     return config
-
-
-def set_value(values: dict[str, Any], assignment: str) -> None:
-    """Apply one 'a.b.c=value' override in place; the value is YAML. A component name may be deepened."""
-    path, sep, text = assignment.partition("=")
-    if not sep or not path:
-        raise ValueError(f"override {assignment!r}: write section.key=value")
-    *parents, last = path.split(".")
-    node = values
-    for part in parents:
-        child = node.get(part)
-        if isinstance(child, str):  # steps: window  ->  steps: {name: window, ...}
-            child = {"name": child}
-        elif child is None:
-            child = {}
-        elif not isinstance(child, dict):
-            raise ValueError(f"override {assignment!r}: {part!r} is a value, not a section")
-        node[part] = child
-        node = child
-    value = yaml.safe_load(text) if text else None
-    node[last] = _number(value)
-
-
-SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as text; a number is meant (1e3 is a whole one)."""
-    if isinstance(value, str):
-        if not SCIENTIFIC.fullmatch(value):
-            return value
-        number = float(value)
-        return int(number) if number.is_integer() else number
-    if isinstance(value, list):
-        return [_number(v) for v in value]
-    return {k: _number(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def read_yaml(text: str) -> dict[str, Any]:
-    """A YAML mapping with scientific numbers read as numbers."""
-    values = _number(yaml.safe_load(text) or {})
-    if not isinstance(values, dict):
-        raise ValueError("a recipe is a YAML mapping of sections")
-    return values
-
-
-WHOLE = ("reward.weights", "reward.settings", "eval.metrics")
-"""Tables of names: another recipe's table is replaced, since its rewards would go on being asked for."""
-
-
-NAMED_SECTIONS = ("env",)
-"""Sections with a name inside: another name keeps the section's other keys, which are not that component's own."""
-
-
-def merge(base: dict[str, Any], over: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Deep merge; a component with another name, or a table of names, replaces what was there."""
-    out = dict(base)
-    for key, value in over.items():
-        mine, path = out.get(key), f"{prefix}{key}"
-        if isinstance(mine, dict) and isinstance(value, dict) and path not in WHOLE:
-            same = path in NAMED_SECTIONS or value.get("name") in (None, mine.get("name"))
-            value = merge(mine, value, f"{path}.") if same else value
-        out[key] = value
-    return out
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -20,17 +20,20 @@ POSITIVE = (
     *("train.iterations", "train.minutes", "train.threads", "train.checkpoint_every", "train.keep"),
     *("eval.num", "eval.num_steps", "eval.rows_per_call", "eval.grid", "advantage.clip"),
     *("env.gamma", "env.horizon", "env.frame_stack"),
+    *("algorithm.batch_size", "algorithm.capacity", "algorithm.updates_per_step", "algorithm.n_step"),
+    *("algorithm.actor_every", "algorithm.alpha", "algorithm.num_critics", "algorithm.critic_depth", "algorithm.tau"),
 )
 NOT_NEGATIVE = (
     *("eval.every", "eval.video", "algorithm.kl.beta", "algorithm.entropy", "algorithm.optimizer.warmup"),
     *("algorithm.optimizer.weight_decay", "algorithm.optimizer.max_grad_norm", "advantage.eps"),
-    *("algorithm.anchor", "algorithm.critic_warmup"),
+    *("algorithm.anchor", "algorithm.critic_warmup", "algorithm.start", "algorithm.alpha_lr"),
+    "algorithm.max_grad_norm",
 )
 UNIT = (
-    *("algorithm.denoising_gamma", "algorithm.optimizer.final", "env.gamma", "advantage.lam"),
+    *("algorithm.denoising_gamma", "algorithm.optimizer.final", "env.gamma", "advantage.lam", "algorithm.tau"),
     "policy.guidance.zero_until",
 )
-LEARNING_RATES = ("algorithm.optimizer.lr", "algorithm.critic_lr")
+LEARNING_RATES = ("algorithm.optimizer.lr", "algorithm.critic_lr", "algorithm.lr")
 """Adam's first step is lr long in every weight: above 1 nothing of the network is left."""
 SEEDS = ("train.seed", "eval.seed")
 BELOW_ONE = ("algorithm.ema_decay", "algorithm.optimizer.betas")
@@ -91,6 +94,28 @@ def _find(config: Config, path: str) -> Any:
 
 def check_together(config: Config, trust_code: bool = False) -> None:
     """ValueError for settings that exclude each other."""
+    OF_LEARNERS[config.algorithm.name](config, trust_code)
+    _check_kind(config)
+    if config.train.iterations is None and config.train.minutes is None:
+        raise ValueError("train: give a budget, train.iterations=N or train.minutes=M")
+
+
+def _check_sac(config: Config, trust_code: bool) -> None:
+    """ValueError for settings that off-policy learning does not read."""
+    for path, usual, why in (("likelihood", "chain", "it has no ratio"), ("advantage", "group", "it has critics")):
+        if registry.split_spec(path, getattr(config, path)) != (usual, {}):
+            raise ValueError(f"{path}: algorithm=sac does not read it ({why}); leave it out")
+    if registry.split_spec("steps", config.steps)[0] != "all":
+        raise ValueError("steps: algorithm=sac differentiates through every denoising step; set steps=all")
+    if config.env.name == "prompt":
+        raise ValueError("env.name: algorithm=sac learns in simulators, and env.name is prompt")
+    if config.reward.normalize == "advantage":
+        raise ValueError("reward.normalize: algorithm=sac has no advantages; set it to none or reward")
+
+
+def _check_policy_gradient(config: Config, trust_code: bool) -> None:
+    """ValueError for settings of the clipped policy gradient that exclude each other."""
+    c: Any = config.algorithm
     name, _ = registry.split_spec("advantage", config.advantage)
     if name == "group" and config.env.group_size < 2:
         raise ValueError("env.group_size: a group of 1 has no group advantage; set it to 2 or more, or advantage=gae")
@@ -99,9 +124,8 @@ def check_together(config: Config, trust_code: bool = False) -> None:
             "reward.normalize: gae has one critic for the sum of the rewards and cannot normalise each one's "
             "advantage; set reward.normalize=reward, or advantage=group"
         )
-    if name == "group" and config.algorithm.critic_warmup:
+    if name == "group" and c.critic_warmup:
         raise ValueError("algorithm.critic_warmup: group advantages have no critic; set it to 0, or advantage=gae")
-    c = config.algorithm
     likelihood = registry.build("likelihood", "likelihood", config.likelihood, trust_code=trust_code)
     if likelihood.joint and (c.clip_base is not None or c.denoising_gamma != 1):
         raise ValueError(
@@ -110,18 +134,18 @@ def check_together(config: Config, trust_code: bool = False) -> None:
         )
     if c.guard and likelihood.joint:
         raise ValueError("algorithm.guard: GRPO-Guard re-scales each step's ratio; set likelihood.joint=false")
-    if config.env.name == "prompt" and config.algorithm.num_minibatches > config.env.num_groups:
+    if config.env.name == "prompt" and c.num_minibatches > config.env.num_groups:
         raise ValueError(
-            f"algorithm.num_minibatches: {config.algorithm.num_minibatches} is more than "
+            f"algorithm.num_minibatches: {c.num_minibatches} is more than "
             f"env.num_groups = {config.env.num_groups}, and a minibatch takes whole groups"
         )
     if isinstance(config.advantage, dict) and name == "gae" and "gamma" in config.advantage:
         raise ValueError("advantage.gamma: the discount, of a primitive step, is env.gamma: set it there")
     if name == "group" and config.env.mode == "steps":
         raise ValueError("env.mode: group advantages compare whole episodes; set env.mode=episodes, or advantage=gae")
-    _check_kind(config)
-    if config.train.iterations is None and config.train.minutes is None:
-        raise ValueError("train: give a budget, train.iterations=N or train.minutes=M")
+
+
+OF_LEARNERS = {"policy_gradient": _check_policy_gradient, "sac": _check_sac}
 
 
 def _check_kind(config: Config) -> None:

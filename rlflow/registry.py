@@ -28,6 +28,9 @@ TABLE: dict[str, dict[str, str]] = {
         "pixel": "rlflow.models.cnn:PixelField",
         "vla": "rlflow.models.vla:VLA",
         "scratch": "rlflow.models.scratch:scratch",
+        "gated": "rlflow.models.gated:GatedField",
+        "decoder": "rlflow.models.decoder:DecoderField",
+        "gaussian": "rlflow.models.gaussian:GaussianField",
     },
     "kernel": {
         "flow_sde": "rlflow.flow.kernels:FlowSDE",
@@ -71,7 +74,10 @@ TABLE: dict[str, dict[str, str]] = {
         "group": "rlflow.rl.advantages:GroupAdvantage",
         "gae": "rlflow.rl.advantages:GAE",
     },
-    "algorithm": {"policy_gradient": "rlflow.rl.policy_gradient:PolicyGradient"},
+    "algorithm": {
+        "policy_gradient": "rlflow.rl.policy_gradient:PolicyGradient",
+        "sac": "rlflow.rl.sac:SAC",
+    },
     "env": {
         "prompt": "rlflow.envs.prompt:PromptEnv",
         "toy_image": "rlflow.envs.toy:ToyImage",

@@ -104,6 +104,13 @@ REFUSED = {
     "advantage={name: group, eps: -1}": r"^advantage\.eps: must not be negative, got -1",
     "policy.guidance={name: cfg_zero, scale: 2.0, zero_until: 3}": r"^policy\.guidance\.zero_until: must be in \[0, 1\]",
     "seed=3": r"^seed: no such setting; did you mean train\.seed or eval\.seed\?$",
+    # another learner
+    "algorithm.name=sacc": r"^algorithm\.name: unknown algorithm 'sacc'; did you mean 'sac'\?$",
+    "algorithm=sac": r"^algorithm: .*got 'sac'$",
+    "algorithm={name: sac, tua: 1}": r"^algorithm\.tua: no such setting; did you mean 'tau'\?$",
+    "algorithm={name: sac, clip_low: 1}": r"^algorithm\.clip_low: no such setting",
+    "algorithm={name: sac, tau: 2.0}": r"^algorithm\.tau: must be in \[0, 1\], got 2",
+    "algorithm={name: sac}": r"^advantage: algorithm=sac does not read it",
     # not an assignment
     "train": r"^override 'train': write section\.key=value$",
     "=5": r"^override '=5': write section\.key=value$",
@@ -343,6 +350,8 @@ def test_every_key_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         watch(cls)
     torch.set_num_threads(1)
     Trainer(config, tmp_path / "run", quiet=True).fit()
+    few = ["train.iterations=1", "eval.num=2", "env.num_groups=4", "algorithm.start=8", "algorithm.batch_size=4"]
+    Trainer(recipes.load("robot_reach_sac", few), tmp_path / "off_policy", quiet=True).fit()
     keys = {(cls.__name__, f.name) for cls in sections() for f in dataclasses.fields(cls)}
     dead = sorted(key for key in keys - seen if key[1] not in READ_ELSEWHERE)
     assert not dead

@@ -173,6 +173,8 @@ def test_every_setting_is_documented():
         if dataclasses.is_dataclass(value):
             for f in dataclasses.fields(value):
                 assert f"`{f.name}" in text, f"{section.name}.{f.name} is not in docs/cli.md"
+    for f in dataclasses.fields(config.SACConfig):
+        assert f"`{f.name}`" in text, f"algorithm.{f.name} of sac is not in docs/cli.md"
 
 
 def test_every_component_is_listed_by_the_command_line():

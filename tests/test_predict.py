@@ -12,6 +12,7 @@ import torch
 from rlflow.flow.kernels import LearnedNoise
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Heun
+from rlflow.flow.squash import Tanh
 from rlflow.models.mlp import MLPField
 from rlflow.predict import Predictor, export
 
@@ -159,7 +160,7 @@ def test_an_export_runs_without_rlflow_for_any_number_of_rows(tmp_path: Path, ki
     if kind == "tensor":
         policy, spec = make_policy(), SPEC
     else:
-        policy = make_policy(solver=Heun(), squash=torch.nn.Tanh())
+        policy = make_policy(solver=Heun(), squash=Tanh())
         spec = {"goal": torch.empty(1, device="meta"), "state": torch.empty(3, device="meta")}
     policy.weights.snapshot("ema")
     with torch.no_grad():

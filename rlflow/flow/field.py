@@ -28,6 +28,8 @@ class VelocityField(nn.Module):
     """True when `forward` reads dt (an average-velocity field)."""
     has_instantaneous: bool = True
     """False for a flow map that has no dt = 0 branch."""
+    forgets_start: bool = False
+    """True when the first step does not depend on x_0 (a Gaussian actor): its density is no part of the action's."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass, where the network supports it."""
     calls: int = 1

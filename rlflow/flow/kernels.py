@@ -51,6 +51,10 @@ class Kernel(nn.Module):
         zero = torch.zeros_like(t).unsqueeze(-1)
         return self(zero, zero, t, t_next, None).std.reshape(len(t), -1)[:, 0]
 
+    def max_std(self, t: Tensor, t_next: Tensor) -> Tensor:
+        """The largest std (N,) the kernel can give at these times throughout the run; here the std is fixed."""
+        return self.min_std(t, t_next)
+
     def set_progress(self, progress: float) -> None:
         """Share of the run that is done, in [0, 1], for a kernel with a schedule; fixed within an iteration."""
 
@@ -220,3 +224,7 @@ class LearnedNoise(Kernel):
 
     def min_std(self, t: Tensor, t_next: Tensor) -> Tensor:
         return torch.full_like(t, math.exp(self.lo))
+
+    def max_std(self, t: Tensor, t_next: Tensor) -> Tensor:
+        share = 1.0 if self.hold >= 1 else self.final
+        return torch.full_like(t, self.std_min + share * (self.std_max - self.std_min))

@@ -21,6 +21,7 @@ from rlflow.flow.kernels import Kernel
 from rlflow.flow.noise import Key, noise
 from rlflow.flow.path import expand
 from rlflow.flow.solvers import Euler, Solver
+from rlflow.flow.squash import Squash
 from rlflow.flow.steps import Plan, Steps, deterministic
 from rlflow.flow.weights import WeightSets
 from rlflow.types import Chain, Cond, Tree, tree_map
@@ -48,14 +49,14 @@ class FlowPolicy(nn.Module):
         solver: Solver | None = None,
         grid: TimeGrid | None = None,
         num_steps: int = 10,
-        squash: nn.Module | None = None,
+        squash: Squash | None = None,
         autocast: torch.dtype | None = None,
         storage_dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.field, self.kernel = field, kernel
         self.solver, self.grid, self.num_steps = solver or Euler(), grid or Uniform(), num_steps
-        self.squash = squash or nn.Identity()
+        self.squash = squash or Squash()
         self.autocast, self.storage_dtype = autocast, storage_dtype
         self.network_rows, self.graph_rows = 0, 0  # rows evaluated; those of them with a graph
         self.encoder_rows = 0

@@ -23,6 +23,14 @@ class Pairs:
     columns: Tensor | None
 
 
+def cond_of(policy: FlowPolicy, rollout: Rollout, rows: Tensor) -> Cond:
+    """Cond of rows (M,): kept from the rollout when the encoder is frozen, else encoded now."""
+    if rollout.cond is not None:
+        return rollout.cond.index(rows)
+    unique, inverse = torch.unique(rows, return_inverse=True) if rows.numel() > 1 else (rows, rows * 0)
+    return policy.encode(tree_map(lambda v: v[unique], rollout.flat(rollout.obs))).index(inverse)
+
+
 class Batch:
     """One rollout, flattened to N rows, with its advantages and (if asked for) reference means."""
 
@@ -31,7 +39,6 @@ class Batch:
     def __init__(self, policy: FlowPolicy, rollout: Rollout):
         assert rollout.evidence is not None
         self.policy, self.rollout, self.evidence = policy, rollout, rollout.evidence
-        self.obs = None if rollout.cond is not None else rollout.flat(rollout.obs)
         self.num_columns = self.evidence.t.shape[1]
         self.row_alive = rollout.weight.reshape(-1)
 
@@ -45,10 +52,7 @@ class Batch:
 
     def cond(self, rows: Tensor) -> Cond:
         """Cond of rows (M,): kept from the rollout when the encoder is frozen, else encoded now."""
-        if self.rollout.cond is not None:
-            return self.rollout.cond.index(rows)
-        unique, inverse = torch.unique(rows, return_inverse=True) if rows.numel() > 1 else (rows, rows * 0)
-        return self.policy.encode(tree_map(lambda v: v[unique], self.obs)).index(inverse)
+        return cond_of(self.policy, self.rollout, rows)
 
     def evidence_of(self, pairs: Pairs) -> Evidence:
         """(M, R, ...) of whole rows or (M, 1, ...) of single pairs."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 from rlflow import dist
 
@@ -39,14 +40,14 @@ class Optimizer:
         if not parameters:
             raise ValueError("nothing to train: no parameter has requires_grad")
         self.config, self.parameters = config, list(parameters)
-        self.adam = torch.optim.AdamW(
-            self.parameters,
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            eps=config.eps,
-        )
+        self.adam = self._adam()
         self.steps, self.skipped, self.bad_in_a_row, self.progress = 0, 0, 0, 0.0
+
+    def _adam(self, fused: bool | None = None) -> torch.optim.AdamW:
+        c = self.config
+        return torch.optim.AdamW(
+            self.parameters, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, eps=c.eps, fused=fused
+        )
 
     def learning_rate(self) -> float:
         """Warm-up by optimiser steps times cosine by progress in [0, 1]."""
@@ -105,3 +106,47 @@ class Optimizer:
         self.adam.load_state_dict(full)
         for name, value in state["counters"].items():
             setattr(self, name, int(value))
+
+
+class Deferred(Optimizer):
+    """The same steps for learners that make thousands: bad ones are skipped and counted on the device, unseen.
+
+    `settle` reads the counters, once per iteration; `setting` is what its error says to lower.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], config: AdamW, setting: str = "algorithm.optimizer.lr"):
+        super().__init__(parameters, config)
+        self.adam, self.setting = self._adam(fused=True), setting
+        self._total, self._row = torch.zeros(2, dtype=torch.long, device=self.parameters[0].device)
+
+    def advance(self) -> Tensor:
+        """Clip, step; returns the gradient norm, a tensor, which nobody waits for."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        bad = ~norm.isfinite()
+        if self.config.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
+        for group in self.adam.param_groups:
+            group["lr"] = self.learning_rate()
+        self.adam.found_inf = bad.float()  # fused kernels leave everything as it was where this is 1
+        self.adam.step()
+        self.steps += 1
+        self._total += bad
+        self._row = torch.where(bad, self._row + 1, 0)
+        return norm
+
+    def settle(self) -> None:
+        """Read what was skipped since the last time; NonFiniteError after `max_bad_steps` in a row."""
+        self.bad_in_a_row, new = int(self._row), int(self._total)
+        self._total.zero_()
+        self.skipped += new
+        self.steps -= new
+        if self.bad_in_a_row >= self.config.max_bad_steps:
+            raise NonFiniteError(
+                f"{self.bad_in_a_row} optimiser steps in a row had a non-finite loss or gradient: "
+                f"lower {self.setting} or look for a reward that explodes"
+            )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        super().load_state_dict(state)
+        self._row.fill_(self.bad_in_a_row)

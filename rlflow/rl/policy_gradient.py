@@ -150,6 +150,9 @@ class PolicyGradient:
 
     # -- one iteration ----------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """Nothing to do before the first iteration."""
+
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Improve the policy on one rollout; returns metrics."""
         batch = self._prepare(rollout)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -17,18 +16,17 @@ from rlflow.envs.prompts import Prompts, load_prompts
 from rlflow.envs.wrappers import FrameStack, RewardScaling, RewardWrapper
 from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
+from rlflow.flow.squash import SQUASHES
 from rlflow.models.io import embedded, load_field
 from rlflow.models.scratch import make_field
 from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rewards.component import make_reward
+from rlflow.rl.algorithm import Algorithm
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
-from rlflow.rl.likelihood import Likelihood
-from rlflow.rl.losses import TRUST_REGIONS, PerStep
-from rlflow.rl.optim import AdamW
-from rlflow.rl.policy_gradient import KL, PolicyGradient
 from rlflow.train.episodes import EpisodeEvaluator
 from rlflow.train.evaluate import Evaluator
+from rlflow.train.learners import make_algorithm, make_likelihood
 
 PRECISION = {"float32": None, "float64": None, "bfloat16": torch.bfloat16}
 
@@ -63,7 +61,7 @@ def make_policy(config: Config, trust_code: bool = False) -> FlowPolicy:
         solver=registry.build("solver", "policy.solver", c.solver, trust_code=trust_code),
         grid=registry.build("grid", "policy.grid", c.grid, trust_code=trust_code),
         num_steps=c.num_steps,
-        squash=torch.nn.Tanh() if c.squash == "tanh" else None,
+        squash=SQUASHES[c.squash](),
         autocast=PRECISION[c.precision],
     )
     steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
@@ -160,7 +158,7 @@ def judged_by(config: Config) -> dict[str, Any]:
     c = config.eval
     deployed = {"num_steps": c.num_steps or config.policy.num_steps, "solver": c.solver or config.policy.solver}
     judged = {"prompts": c.prompts, "metrics": c.metrics, "num": c.num, "noise": c.noise, **deployed}
-    policy = {"guidance": config.policy.guidance, "precision": config.policy.precision}
+    policy = {name: getattr(config.policy, name) for name in ("guidance", "precision", "squash")}
     env = {name: getattr(config.env, name) for name in ("name", "settings", "prompts", "gamma", "frame_stack")}
     settings = {name: value for name, value in config.reward.settings.items() if name in c.metrics.values()}
     return {"policy": policy, "env": env, "eval": judged} | ({"reward": {"settings": settings}} if settings else {})
@@ -172,7 +170,7 @@ class Parts:
 
     policy: FlowPolicy
     collector: Collector
-    algorithm: PolicyGradient
+    algorithm: Algorithm
     groups: Groups
 
 
@@ -181,7 +179,7 @@ def make_parts(config: Config, trust_code: bool = False) -> Parts:
     policy = make_policy(config, trust_code)
     groups = Groups(config.env.num_groups, config.env.group_size, dist.rank(), dist.world())
     env = _make_env(config, policy, groups, trust_code)
-    likelihood = registry.build("likelihood", "likelihood", config.likelihood, trust_code=trust_code)
+    likelihood = make_likelihood(config, trust_code)
     steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
     collector = Collector(
         env,
@@ -195,7 +193,7 @@ def make_parts(config: Config, trust_code: bool = False) -> Parts:
         rows_per_call=config.env.rows_per_call,
         shared_noise=config.env.shared_noise,
     )
-    return Parts(policy, collector, _make_algorithm(config, policy, likelihood, groups, trust_code), groups)
+    return Parts(policy, collector, make_algorithm(config, policy, likelihood, groups, trust_code), groups)
 
 
 def _make_env(config: Config, policy: FlowPolicy, groups: Groups, trust_code: bool) -> VecEnv:
@@ -235,36 +233,4 @@ def _make_prompts(config: Config, policy: FlowPolicy, groups: Groups, trust_code
         field.tokenize,
         field.decode,
         config.train.seed,
-    )
-
-
-def _make_algorithm(
-    config: Config, policy: FlowPolicy, likelihood: Likelihood, groups: Groups, trust_code: bool
-) -> PolicyGradient:
-    c = config.algorithm
-    torch.manual_seed(config.train.seed)  # the critic's first weights
-    return PolicyGradient(
-        policy,
-        likelihood,
-        registry.build("advantage", "advantage", config.advantage, {"gamma": config.env.gamma}, trust_code),
-        groups,
-        optimizer=AdamW(**dataclasses.asdict(c.optimizer)),
-        clip_low=c.clip_low,
-        clip_high=c.clip_high,
-        surrogate=TRUST_REGIONS[c.trust_region],
-        epochs=c.epochs,
-        num_minibatches=c.num_minibatches,
-        micro_batch=c.micro_batch,
-        kl=KL(c.kl.beta, c.kl.kind),
-        guard=c.guard,
-        entropy=c.entropy,
-        target_kl=c.target_kl,
-        anchor=c.anchor,
-        per_step=PerStep(c.denoising_gamma, c.clip_base),
-        critic_steps=c.critic_steps,
-        critic_lr=c.critic_lr,
-        critic_width=c.critic_width,
-        critic_warmup=c.critic_warmup,
-        ema_decay=c.ema_decay,
-        seed=config.train.seed,
     )

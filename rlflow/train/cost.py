@@ -4,17 +4,21 @@ rollout   N x calls of the K' steps (a noisy step is 1, a run of ODE steps what 
           shared noise the steps before the first noisy one run on N / G rows)
           and the S passes in which a CFM likelihood records its losses
 reference N x R when a KL term is on
-update    3 N x R per epoch (+ N x R for a joint ratio that does not fit in one micro-batch)
+update    3 N x R per epoch (+ N x R for a joint ratio that does not fit in one micro-batch);
+          off-policy, a step on a batch of n rows is n K for the target and 3 n K for the actor
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from rlflow.flow.solvers import Solver
 from rlflow.flow.steps import Plan
+from rlflow.rl.policy_gradient import PolicyGradient
+from rlflow.rl.sac import SAC
 from rlflow.train.build import Parts
 
 
@@ -53,6 +57,15 @@ def iteration_cost(parts: Parts, iteration: int = 0) -> Cost:
     split = plan.first_noisy() if shared else 0
     rollout = rows // collector.copies * solver_calls(plan, policy.solver, 0, split)
     rollout += rows * solver_calls(plan, policy.solver, split)
+    reference, update = UPDATES[type(algorithm)](parts, rows, plan)
+    recorded = 0 if collector.likelihood is None else rows * collector.likelihood.record_rows(policy)
+    return Cost(rollout * policy.field.calls + recorded, reference, update)
+
+
+def _with_ratios(parts: Parts, rows: int, plan: Plan) -> tuple[int, int]:
+    """(reference, update) of PolicyGradient."""
+    policy, algorithm = parts.policy, parts.algorithm
+    assert isinstance(algorithm, PolicyGradient)
     likelihood, calls = algorithm.likelihood, policy.field.calls
     columns = likelihood.num_columns(plan)
     scored_by = calls if likelihood.scores_steps else policy.field.unguided.calls
@@ -63,4 +76,17 @@ def iteration_cost(parts: Parts, iteration: int = 0) -> Cost:
     if algorithm.anchor:
         deployed = rows * solver_calls(policy.plan(), policy.solver) * calls
         reference, update = reference + deployed, update + 3 * algorithm.epochs * deployed
-    return Cost(rollout * calls + rows * likelihood.record_rows(policy), reference, update)
+    return reference, update
+
+
+def _off_policy(parts: Parts, rows: int, plan: Plan) -> tuple[int, int]:
+    """(reference, update) of SAC, whose next update stores `rows` decisions."""
+    algorithm = parts.algorithm
+    assert isinstance(algorithm, SAC)
+    steps = range(algorithm.updates, algorithm.updates + algorithm.due(rows))
+    actor = sum(step % algorithm.actor_every == 0 for step in steps)
+    passes = algorithm.batch_size * plan.num_steps * parts.policy.field.calls
+    return 0, passes * (len(steps) + 3 * actor)
+
+
+UPDATES: dict[type, Callable[[Parts, int, Plan], tuple[int, int]]] = {PolicyGradient: _with_ratios, SAC: _off_policy}

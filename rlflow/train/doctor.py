@@ -12,21 +12,21 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlflow import registry
 from rlflow.config import Config
 from rlflow.console import finite
 from rlflow.flow.steps import Plan
-from rlflow.rl.batch import Batch
 from rlflow.train.build import Parts, make_parts
+from rlflow.train.check import Check
 from rlflow.train.checkpoint import Checkpoints, pack
 from rlflow.train.cost import iteration_cost
+from rlflow.train.examine import at_work, few_updates, of_the_learner
 from rlflow.train.logger import read_metrics
 from rlflow.train.marginal import STD, end_error
 from rlflow.train.probe import GradientWatch, Probe, bare_seconds
@@ -35,28 +35,10 @@ from rlflow.train.trainer import Trainer
 ROWS_OF_A_GROUP = 4
 STEPS_OF_AN_EPISODE = 8
 NO_LIMIT = 1e30
-GPU_LOG_RATIO = 1e-2
-"""Largest first log-ratio that passes where kernels of different batch sizes round differently."""
 ONE_STEP = STD
 """Error of a single straight step, which ends in the target's mean: more steps must not be worse."""
 TRAINING_AWAY = 0.3 * STD
 """How much farther than deployment's a marginal-preserving sampler may end (without its correction: 0.45 at K = 8)."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One figure; `passed` is None where there is nothing to pass."""
-
-    name: str
-    value: float
-    limit: str = ""
-    passed: bool | None = None
-    detail: str = ""
-
-    @property
-    def verdict(self) -> str:
-        """PASS, FAIL or INFO."""
-        return "INFO" if self.passed is None else "PASS" if self.passed else "FAIL"
 
 
 def doctor(config: Config, trust_code: bool = False) -> list[Check]:
@@ -68,9 +50,7 @@ def doctor(config: Config, trust_code: bool = False) -> list[Check]:
     gradients.close()
     return [
         _rewards(probe),
-        _first_log_ratio(probe),
-        _ratio_moves(probe),
-        _kappa(config, parts),
+        *of_the_learner(config, parts, probe),
         *_gradients(gradients, probe),
         _resume(small, trust_code),
         *_end_marginal(parts),
@@ -83,10 +63,8 @@ def few_rows(config: Config, trust_code: bool = False) -> Config:
 
     It samples a group at a time and scores other numbers of rows, as a run of many rows does.
     """
-    minibatches = config.algorithm.num_minibatches
-    groups, size = minibatches * -(-2 // minibatches), min(ROWS_OF_A_GROUP, config.env.group_size)
-    rows_of_a_score = size - 1 or 2
-    micro_batch = min(config.algorithm.micro_batch, rows_of_a_score * _columns(config, trust_code))
+    size = min(ROWS_OF_A_GROUP, config.env.group_size)
+    groups, algorithm = few_updates(config, size, trust_code)
     images = config.env.name == "prompt"
     horizon = None if images else min(config.env.horizon or STEPS_OF_AN_EPISODE, STEPS_OF_AN_EPISODE)
     metrics = {"base_distance": "base_distance"} if images else {}
@@ -94,21 +72,13 @@ def few_rows(config: Config, trust_code: bool = False) -> Config:
         config,
         policy=replace(config.policy, max_kappa=NO_LIMIT),
         env=replace(config.env, num_groups=groups, group_size=size, rows_per_call=size, horizon=horizon),
-        algorithm=replace(config.algorithm, micro_batch=micro_batch, critic_warmup=0),
+        algorithm=algorithm,
         train=replace(config.train, iterations=2, minutes=None, tensorboard=False, wandb=False),
         eval=replace(config.eval, num=4, every=0, metrics=metrics, video=0),
     )
 
 
-def _columns(config: Config, trust_code: bool) -> int:
-    """R, the columns of a sample's evidence."""
-    likelihood = registry.build("likelihood", "likelihood", config.likelihood, trust_code=trust_code)
-    steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
-    grid = torch.linspace(0, 1, config.policy.num_steps + 1, dtype=torch.float64)
-    return max(1, likelihood.num_columns(steps(0, grid, torch.zeros(1, dtype=torch.long))))
-
-
-# -- rewards and ratios ---------------------------------------------------------------------------
+# -- rewards and gradients -------------------------------------------------------------------------
 
 
 def _rewards(probe: Probe) -> Check:
@@ -116,44 +86,6 @@ def _rewards(probe: Probe) -> Check:
     if probe.replaced:
         detail += "; no group of these few rows differs, so random rewards stood in for the update"
     return Check("rewards masked", probe.masked, "< 1", probe.masked < 1, detail)
-
-
-def _first_log_ratio(probe: Probe) -> Check:
-    worst = probe.metrics["policy/first_log_ratio_max"]
-    prefix = "policy/first_log_ratio/"
-    found = {int(k.removeprefix(prefix)): v for k, v in probe.metrics.items() if k.startswith(prefix)}
-    by_step = [found[k] for k in sorted(found)]
-    gpu = probe.parts.policy.device.type != "cpu"
-    passed = worst <= GPU_LOG_RATIO if gpu else worst == 0
-    detail = "largest |log ratio| before any update, by scored step: " + " ".join(f"{v:.2g}" for v in by_step)
-    return Check("first log-ratio", worst, f"<= {GPU_LOG_RATIO:g}" if gpu else "0", passed, detail)
-
-
-@torch.no_grad()
-def _ratio_moves(probe: Probe) -> Check:
-    algorithm, policy = probe.parts.algorithm, probe.parts.policy
-    batch = Batch(policy, probe.rollout)
-    rows = torch.arange(probe.rollout.num_rows, device=policy.device)
-    worst: list[Tensor] = []
-    for part in rows.split(max(1, algorithm.micro_batch // batch.num_columns)):
-        evidence = batch.evidence.index(part)
-        score = algorithm.likelihood.score(policy, batch.cond(part), evidence)
-        worst.append((score.log_prob - evidence.old_log_prob).abs().amax())
-    value = float(torch.stack(worst).max())
-    detail = "largest |log ratio| of the same samples after one update: 0 would mean that nothing is learnt from"
-    return Check("log-ratio after one update", value, "> 0", math.isfinite(value) and value > 0, detail)
-
-
-def _kappa(config: Config, parts: Parts) -> Check:
-    policy = parts.policy
-    grid = policy.grid(policy.num_steps)
-    kappa = policy.kappa(grid[:-1], grid[1:])
-    steps = list(parts.collector.steps.possible(policy.num_steps))
-    if not steps:
-        return Check("kappa", 0.0, detail="no step is scored, so no noise of the network is divided by a std")
-    value = max(float(kappa[k]) for k in steps)
-    detail = "|dmean/dv| / std by step that can be scored: " + " ".join(f"{k}:{float(kappa[k]):.2g}" for k in steps)
-    return Check("kappa", value, f"<= {config.policy.max_kappa:g}", value <= config.policy.max_kappa, detail)
 
 
 def _gradients(watch: GradientWatch, probe: Probe) -> list[Check]:
@@ -244,7 +176,7 @@ def _end_marginal(parts: Parts) -> list[Check]:
 
 def _real_size(config: Config, trust_code: bool) -> list[Check]:
     """One whole iteration: network rows, seconds, memory."""
-    config = replace(config, policy=replace(config.policy, max_kappa=NO_LIMIT))
+    config = replace(config, policy=replace(config.policy, max_kappa=NO_LIMIT), algorithm=at_work(config))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -257,7 +189,7 @@ def _real_size(config: Config, trust_code: bool) -> list[Check]:
 
 def _count(parts: Parts, probe: Probe) -> Check:
     cost = iteration_cost(parts, 0)
-    early = probe.metrics["policy/early_stop"] > 0
+    early = probe.metrics.get("policy/early_stop", 0) > 0
     return Check(
         "network evaluations",
         probe.network_rows,

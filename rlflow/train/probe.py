@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rlflow.flow.noise import generator
 from rlflow.flow.policy import FlowPolicy
-from rlflow.rl.batch import Batch
+from rlflow.rl.batch import cond_of
+from rlflow.rl.policy_gradient import PolicyGradient
 from rlflow.train.build import Parts
 from rlflow.train.cost import Cost
 from rlflow.types import Rollout
@@ -33,10 +34,10 @@ class Probe:
         self.network_rows = parts.policy.network_cost - cost
 
     def _teaches(self) -> bool:
-        advantage = self.parts.algorithm.advantage
-        if advantage.needs_critic:
+        algorithm = self.parts.algorithm
+        if not isinstance(algorithm, PolicyGradient) or algorithm.advantage.needs_critic:
             return True
-        return bool((advantage(self.rollout, None, None).weight > 0).any())
+        return bool((algorithm.advantage(self.rollout, None, None).weight > 0).any())
 
 
 def _random_rewards(rollout: Rollout, iteration: int) -> None:
@@ -69,25 +70,32 @@ class GradientWatch:
             handle.remove()
 
 
+def _states(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Where the network was asked, x (N, R, *D) and t (N, R); of a rollout without evidence, the chains' ends."""
+    if rollout.evidence is not None:
+        return rollout.evidence.x, rollout.evidence.t
+    x = rollout.flat(rollout.action).unsqueeze(1)
+    return x, x.new_zeros(x.shape[:2])
+
+
 def bare_seconds(parts: Parts, probe: Probe, cost: Cost) -> float:
     """Seconds of the network alone, at the shapes of the rollout and of the update."""
-    policy, evidence = parts.policy, probe.rollout.evidence
-    assert evidence is not None
-    batch = Batch(policy, probe.rollout)
+    policy, rollout = parts.policy, probe.rollout
+    x_of, t_of = _states(rollout)
 
     def seconds_per_row(rows: Tensor, train: bool) -> float:
-        x, t = (v[rows].flatten(0, 1) for v in (evidence.x, evidence.t))
-        each = torch.arange(len(rows), device=rows.device).repeat_interleave(evidence.t.shape[1])
+        x, t = (v[rows].flatten(0, 1) for v in (x_of, t_of))
+        each = torch.arange(len(rows), device=rows.device).repeat_interleave(t_of.shape[1])
         start = time.perf_counter()
         with torch.set_grad_enabled(train):
-            v = policy.velocity(x, t, torch.zeros_like(t), batch.cond(rows).index(each))
+            v = policy.velocity(x, t, torch.zeros_like(t), cond_of(policy, rollout, rows).index(each))
             if train:
                 v.float().square().mean().backward()
         return (time.perf_counter() - start) / (len(x) * policy.field.calls)
 
     rows = torch.arange(probe.rollout.num_rows, device=policy.device)
     sizes = {False: parts.collector.rows_per_call, True: parts.algorithm.micro_batch}
-    parts_of = {train: rows[: max(1, size // evidence.t.shape[1])] for train, size in sizes.items()}
+    parts_of = {train: rows[: max(1, size // t_of.shape[1])] for train, size in sizes.items()}
     forward, both = (min(seconds_per_row(part, train) for _ in range(3)) for train, part in parts_of.items())
     parts.algorithm.optimizer.zero_grad()
     return (cost.rollout + cost.reference) * forward + cost.update / 3 * both

@@ -129,6 +129,7 @@ class Trainer:
         ):
             self.logger.cut(self.iteration, self._evaluated)
             if self.iteration == 0 and self._evaluated < 0:
+                self.algorithm.begin()
                 self._evaluate()
             try:
                 self._loop()

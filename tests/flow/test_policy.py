@@ -16,6 +16,7 @@ from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, Le
 from rlflow.flow.noise import Key, noise
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import DPMSolver2M, Euler, FireFlow, Heun, Midpoint, Solver
+from rlflow.flow.squash import Tanh
 from rlflow.flow.steps import (
     All,
     AllButLast,
@@ -240,7 +241,7 @@ class TestDeployment:
         assert torch.equal(a.x[:, 0], x_0)
 
     def test_squash_stays_outside_the_chain(self):
-        plain, policy = build(), build(squash=nn.Tanh())
+        plain, policy = build(), build(squash=Tanh())
         policy.load_state_dict(plain.state_dict())
         obs = torch.randn(N, 4)
         a, b = (p.sample(plain.encode(obs), key=KEY).final for p in (plain, policy))

@@ -10,6 +10,7 @@ from torch import Tensor
 from rlflow.envs.base import VecEnv
 from rlflow.envs.toy import ToyReach
 from rlflow.envs.wrappers import RewardScaling
+from rlflow.flow.squash import Tanh
 from rlflow.flow.steps import AllButLast, Fraction, OneRandom, Window
 from rlflow.models.mlp import MLPField, side_by_side
 from rlflow.rl.advantages import GAE
@@ -100,7 +101,7 @@ class TestEvidence:
 
     def test_the_action_is_where_the_chain_ended_before_the_squash(self, make):
         parts = make()
-        parts.policy.squash = torch.nn.Tanh()
+        parts.policy.squash = Tanh()
         rollout = parts.collect()
         close(parts.env.action, rollout.action[0].tanh().float(), 1e-7)
 

@@ -18,6 +18,7 @@ from rlflow.flow.solvers import DPMSolver2M, Euler, FireFlow, Heun, Midpoint, So
 from rlflow.flow.steps import AllButLast, Fraction, OneRandom, Plan, Window, deterministic
 from rlflow.rl.likelihood import ChainLikelihood, Score
 from rlflow.train import doctor as doctor_module
+from rlflow.train import examine
 from rlflow.train.build import make_parts
 from rlflow.train.cost import iteration_cost, solver_calls
 from rlflow.train.doctor import Check, checks_as_json, doctor, few_rows, print_checks
@@ -146,7 +147,7 @@ def test_log_ratios_stand_in_the_order_of_their_steps() -> None:
     """Step 10 after step 9."""
     metrics = {f"policy/first_log_ratio/{k}": float(k) for k in (10, 2, 1, 0)} | {"policy/first_log_ratio_max": 0.0}
     policy = SimpleNamespace(device=torch.device("cpu"))
-    check = doctor_module._first_log_ratio(SimpleNamespace(metrics=metrics, parts=SimpleNamespace(policy=policy)))
+    check = examine._first_log_ratio(SimpleNamespace(metrics=metrics, parts=SimpleNamespace(policy=policy)))
     assert check.detail.endswith(": 0 1 2 10")
 
 
@@ -172,7 +173,7 @@ class _Detached(ChainLikelihood):
 def test_a_wrong_ratio_fails(
     tiny: list[str], scenes_field: str, monkeypatch: pytest.MonkeyPatch, broken: type, fails: str
 ) -> None:
-    monkeypatch.setattr("rlflow.train.build.ChainLikelihood", broken)
+    monkeypatch.setattr("rlflow.train.learners.ChainLikelihood", broken)
     monkeypatch.setattr(doctor_module, "_resume", lambda *a: Check("resume", 0))
     found = by_name(doctor(load(tiny, scenes_field, "algorithm.kl.beta=0")))
     assert found[fails].verdict == "FAIL"
@@ -218,6 +219,29 @@ def test_kappa_and_masked_rewards_fail_instead_of_raising(
     assert found["kappa"].value > 5
     assert found["rewards masked"].value == 1
     assert found["rewards masked"].verdict == "FAIL"
+
+
+OFF_POLICY = [*("env.num_groups=4", "env.group_size=1", "algorithm.batch_size=32", "eval.num=4", "eval.every=0")]
+OFF_POLICY += ["train.tensorboard=false", "algorithm.start=0", "algorithm.updates_per_step=0.25"]
+
+
+def test_an_off_policy_recipe_passes() -> None:
+    """It has no ratios; its entropy target, resume with the replay, and cost are looked at."""
+    checks = by_name(doctor(recipes.load("robot_reach_sac", OFF_POLICY)))
+    assert {name for name, check in checks.items() if check.passed is False} == set()
+    for name in ("entropy target", "critic loss", "gradient norm", "resume", "network evaluations"):
+        assert checks[name].verdict == "PASS", name
+    assert "first log-ratio" not in checks
+
+
+@pytest.mark.parametrize("overrides", [[], ["algorithm.actor_every=3"], ["algorithm.start=20"]])
+def test_the_closed_form_of_an_off_policy_learner(overrides: list[str]) -> None:
+    """Target and actor, the actor's backward counted twice, at the steps where there is one."""
+    parts = make_parts(recipes.load("robot_reach_sac", [*OFF_POLICY, *overrides]))
+    for iteration in range(3):
+        before, cost = parts.policy.network_cost, iteration_cost(parts, iteration)
+        parts.algorithm.update(parts.collector.collect(iteration))
+        assert parts.policy.network_cost - before == cost.total
 
 
 # -- cost in closed form --------------------------------------------------------------------------

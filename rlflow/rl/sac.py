@@ -1,0 +1,201 @@
+"""SAC: off-policy learning with the gradient through every denoising step (SAC Flow, 2025; Haarnoja et al. 2018).
+
+    critic   1/2 (Q_e(s, a) - y)^2,   y = R_n + discount (min_e Q'_e(s', a') - alpha log p(path'))
+    actor    E[ alpha log p(path) - min_e Q_e(s, a) ] + anchor E|a - a_data|^2,   a = squash(x_K), x_K from `sample`
+    alpha    -log alpha E[ log p(path) + H_target ]
+
+Reparameterised, log N(x_{k+1}; mean_k, std_k) is a function of std_k and of the noise: it gives no gradient to the
+velocity. Only Q and the squash move that; the entropy term proper trains the noise. A Gaussian actor is the case K = 1
+of a field that forgets x_0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlflow import dist
+from rlflow.flow.noise import Key, generator
+from rlflow.flow.policy import FlowPolicy
+from rlflow.flow.steps import Steps
+from rlflow.rl.losses import weighted_sum
+from rlflow.rl.optim import AdamW, Deferred
+from rlflow.rl.path_entropy import entropy_target, path_log_prob
+from rlflow.rl.replay import Replay, Transitions
+from rlflow.rl.temperature import Temperature
+from rlflow.rl.twin import Twin, TwinSettings
+from rlflow.types import Cond, Rollout
+
+
+@dataclass(frozen=True)
+class Acted:
+    """What the policy did at N observations: actions (N, *D) after the squash, log p(path) (N,), noise std."""
+
+    action: Tensor
+    log_prob: Tensor
+    std: Tensor
+
+
+class SAC:
+    """`update(rollout)` stores the rollout and makes the optimiser steps that are due."""
+
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        steps: Steps,
+        replay: Replay,
+        *,
+        optimizer: AdamW | None = None,
+        twin: TwinSettings | None = None,
+        batch_size: int = 256,
+        start: int = 5000,
+        updates_per_step: float = 1.0,
+        actor_every: int = 1,
+        alpha: float = 0.2,
+        alpha_lr: float = 3e-4,
+        target_entropy: float | None = None,
+        anchor: float = 0.0,
+        ema_decay: float = 0.9,
+        seed: int = 0,
+    ):
+        if dist.world() > 1:
+            raise ValueError("SAC keeps one replay in one process: start it with --processes 1")
+        grid = policy.grid(policy.num_steps)
+        self.plan = steps(0, grid, torch.zeros(1, dtype=torch.long))
+        if self.plan.scored.ndim > 1 or not bool(self.plan.scored.all()):
+            raise ValueError("SAC differentiates through, and scores, every denoising step: use steps=all")
+        self.policy, self.replay, self.seed = policy, replay, seed
+        self.batch_size, self.start, self.updates_per_step = batch_size, start, updates_per_step
+        self.actor_every, self.anchor, self.ema_decay = actor_every, anchor, ema_decay
+        target = entropy_target(policy, target_entropy)
+        num_inputs = policy.field.num_features + torch.Size(policy.event_shape).numel()
+        self.twin = Twin(num_inputs, twin or TwinSettings(), policy.device, policy.dtype)
+        self.temperature = Temperature(target, alpha, alpha_lr, policy.device)
+        settings = optimizer or AdamW(lr=3e-4, betas=(0.9, 0.999), max_grad_norm=0.0)
+        self.optimizer = Deferred([p for p in policy.parameters() if p.requires_grad], settings)
+        policy.weights.snapshot("ema")
+        self.iteration, self.seen, self.updates = 0, 0, 0
+
+    # -- one iteration ----------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Nothing to do before the first iteration."""
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        """Store a rollout and learn; returns metrics, nan where no step was due yet."""
+        self.replay.add(rollout, self.policy.squash(rollout.action))
+        due = self.due(rollout.num_rows)
+        self.seen += rollout.num_rows
+        history = [self._learn() for _ in range(due)]
+        for optimizer in (self.optimizer, self.twin.optimizer, self.temperature.optimizer):
+            optimizer.settle()
+        self.policy.field.unguided.observe(rollout.flat(rollout.obs))
+        self.policy.weights.blend("ema", self.ema_decay)
+        self.iteration += 1
+        return _means(history) | self._counters()
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows of one network pass."""
+        return self.batch_size
+
+    def due(self, rows: int) -> int:
+        """Optimiser steps after `rows` more decisions: those beyond the first `start` call for them."""
+        return max(0, int(self.updates_per_step * (self.seen + rows - self.start)) - self.updates)
+
+    def _learn(self) -> dict[str, Tensor]:
+        batch = self._batch()
+        cond = self.policy.encode(batch.obs)
+        target = self._target(batch)
+        critic_loss = self.twin.fit(cond, batch.action, target, batch.weight)
+        out = {"critic/loss": critic_loss, "critic/target_mean": target.mean()}
+        if self.updates % self.actor_every == 0:
+            out |= self._actor_step(cond, batch)
+        self.updates += 1
+        return out
+
+    def _batch(self) -> Transitions:
+        index = self.replay.draw(self.batch_size, generator("sac/replay", self.seed, self.updates))
+        return self.replay.at(index.to(self.policy.device))
+
+    def act(self, cond: Cond, purpose: str) -> Acted:
+        """Sample at `cond` (N) with the noise of this update and `purpose`; gradients are the caller's choice."""
+        key = Key(self.seed, f"sac/{purpose}", self.updates)
+        chain = self.policy.sample(cond, self.plan, key=key, row_ids=torch.arange(len(cond)))
+        return Acted(self.policy.squash(chain.final), path_log_prob(self.policy, chain), chain.std)
+
+    @torch.no_grad()
+    def _target(self, batch: Transitions) -> Tensor:
+        """y (N,)."""
+        cond = self.policy.encode(batch.next_obs)
+        acted = self.act(cond, "target")
+        value = self.twin.target_value(cond, acted.action) - self.temperature.value * acted.log_prob
+        return batch.reward + torch.where(batch.discount > 0, batch.discount * value, 0.0)
+
+    def actor_loss(self, cond: Cond, batch: Transitions) -> tuple[Tensor, Acted, Tensor]:
+        """(loss, what was done, squared distance to the data's actions)."""
+        acted = self.act(cond, "actor")
+        per_row = self.temperature.value * acted.log_prob - self.twin.value(cond, acted.action)
+        distance = (acted.action - batch.action).square().flatten(1).mean(1)
+        if self.anchor:
+            per_row = per_row + self.anchor * distance
+        return weighted_sum(per_row, batch.weight) / batch.weight.sum().clamp(min=1e-12), acted, distance
+
+    def _actor_step(self, cond: Cond, batch: Transitions) -> dict[str, Tensor]:
+        self.optimizer.zero_grad()
+        loss, acted, distance = self.actor_loss(cond, batch)
+        loss.backward(inputs=self.optimizer.parameters)  # of the critic, nothing but the way to the action
+        norm = self.optimizer.advance()
+        self.temperature.fit(acted.log_prob)
+        return {
+            "policy/loss": loss.detach(),
+            "policy/entropy": -acted.log_prob.detach().mean(),
+            "policy/anchor": distance.detach().mean(),
+            "policy/std_mean": acted.std.detach().mean(),
+            "optim/grad_norm": norm,
+        }
+
+    def _counters(self) -> dict[str, float]:
+        return {
+            "policy/alpha": float(self.temperature.value),
+            "optim/lr": self.optimizer.learning_rate(),
+            "optim/steps": float(self.optimizer.steps),
+            "optim/skipped_steps": float(self.optimizer.skipped + self.twin.optimizer.skipped),
+            "replay/size": float(len(self.replay)),
+        }
+
+    # -- state ------------------------------------------------------------------------------------
+
+    def set_progress(self, progress: float) -> None:
+        """Share of the run that is done, for schedules."""
+        self.optimizer.progress = progress
+        self.policy.kernel.set_progress(progress)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything an exact resume needs besides the policy and its weight sets; the replay with it."""
+        return {
+            "counters": {"iteration": self.iteration, "seen": self.seen, "updates": self.updates},
+            "optimizer": self.optimizer.state_dict(),
+            "twin": self.twin.state_dict(),
+            "temperature": self.temperature.state_dict(),
+            "replay": self.replay.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        for name, value in state["counters"].items():
+            setattr(self, name, int(value))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.twin.load_state_dict(state["twin"])
+        self.temperature.load_state_dict(state["temperature"])
+        self.replay.load_state_dict(state["replay"], self.policy.device)
+
+
+def _means(history: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Mean of each number over the steps that have it, read from the device at once."""
+    names = sorted({name for row in history for name in row})
+    columns = [torch.stack([row[n] for row in history if n in row]).double().mean() for n in names]
+    return dict(zip(names, torch.stack(columns).tolist(), strict=True)) if names else {}

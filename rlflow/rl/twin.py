@@ -1,0 +1,112 @@
+"""Q-learner of SAC: E critics in one batched network, their slow copies, and the step towards a target.
+
+    L = 1/2 sum_e E[ w (Q_e(s, a) - y)^2 ],    target <- target + tau (live - target)
+
+The critics are one network whose matrices lead with E: a batched product in place of E small ones. LayerNorm keeps Q
+bounded on actions that were never tried (Ball et al. 2023).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.functional import layer_norm, relu
+
+from rlflow.rl.losses import weighted_sum
+from rlflow.rl.optim import AdamW, Deferred
+from rlflow.types import Cond
+
+
+@dataclass(frozen=True)
+class TwinSettings:
+    """`pessimism` says which of the critics' values counts, in targets and for the actor."""
+
+    num: int = 2
+    width: int = 256
+    depth: int = 2
+    norm: bool = True
+    tau: float = 0.005
+    lr: float = 3e-4
+    pessimism: Literal["min", "mean"] = "min"
+
+
+class Ensemble(nn.Module):
+    """Q_e(features, action) of E critics: ReLU layers of one width, with LayerNorm if asked for."""
+
+    def __init__(self, num_inputs: int, num: int = 2, width: int = 256, depth: int = 2, norm: bool = True):
+        super().__init__()
+        sizes = [num_inputs, *[width] * depth, 1]
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for a, b in pairwise(sizes):
+            bound = 1 / math.sqrt(a)  # as nn.Linear
+            self.weights.append(nn.Parameter(torch.empty(num, a, b).uniform_(-bound, bound)))
+            self.biases.append(nn.Parameter(torch.empty(num, 1, b).uniform_(-bound, bound)))
+        shapes = [(num, 1, width)] * depth if norm else []
+        self.gains = nn.ParameterList(nn.Parameter(torch.ones(s)) for s in shapes)
+        self.shifts = nn.ParameterList(nn.Parameter(torch.zeros(s)) for s in shapes)
+
+    def forward(self, features: Tensor, action: Tensor) -> Tensor:
+        """(E, N) from features (N, F), which get no gradient, and actions (N, *D)."""
+        x = torch.cat([features.detach(), action.flatten(1)], -1).to(self.weights[0].dtype)
+        x = x.expand(len(self.weights[0]), *x.shape)
+        for i, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(b, x, w)
+            if i + 1 < len(self.weights):
+                x = relu(torch.addcmul(self.shifts[i], layer_norm(x, x.shape[-1:]), self.gains[i]) if self.gains else x)
+        return x.squeeze(-1)
+
+
+class Twin:
+    """Ensemble, target and optimiser. Features are the policy's "pooled" ones, detached."""
+
+    def __init__(self, num_inputs: int, settings: TwinSettings, device: torch.device, dtype: torch.dtype):
+        c = self.settings = settings
+        self.net = Ensemble(num_inputs, c.num, c.width, c.depth, c.norm).to(device, dtype)
+        self.target = copy.deepcopy(self.net).requires_grad_(False)
+        self.optimizer = Deferred(
+            list(self.net.parameters()), AdamW(lr=c.lr, betas=(0.9, 0.999), max_grad_norm=0.0), "algorithm.critic_lr"
+        )
+
+    def value(self, cond: Cond, action: Tensor) -> Tensor:
+        """(N,) what the actor is judged by; gradients flow to the action."""
+        return self._one(self.net(cond["pooled"], action))
+
+    @torch.no_grad()
+    def target_value(self, cond: Cond, action: Tensor) -> Tensor:
+        """(N,) of the slow copies."""
+        return self._one(self.target(cond["pooled"], action))
+
+    def _one(self, values: Tensor) -> Tensor:
+        return values.amin(0) if self.settings.pessimism == "min" else values.mean(0)
+
+    def loss(self, cond: Cond, action: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        """1/2 sum_e of the mean squared error over rows of weight (N,)."""
+        error = (self.net(cond["pooled"], action) - target).square().sum(0)
+        return 0.5 * weighted_sum(error, weight) / weight.sum().clamp(min=1e-12)
+
+    def fit(self, cond: Cond, action: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        """One optimiser step and one of the slow copies; the loss before it, on the device."""
+        self.optimizer.zero_grad()
+        loss = self.loss(cond, action, target, weight)
+        loss.backward()
+        self.optimizer.advance()
+        torch._foreach_lerp_(list(self.target.parameters()), list(self.net.parameters()), self.settings.tau)
+        return loss.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, slow copies, optimiser."""
+        nets = {"net": self.net.state_dict(), "target": self.target.state_dict()}
+        return nets | {"optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.net.load_state_dict(state["net"])
+        self.target.load_state_dict(state["target"])
+        self.optimizer.load_state_dict(state["optimizer"])

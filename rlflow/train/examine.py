@@ -1,0 +1,140 @@
+"""What doctor asks of one learner and not of another, chosen by the type of the `algorithm` section."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlflow import registry
+from rlflow.config import AlgorithmConfig, Config, SACConfig
+from rlflow.rl.batch import Batch
+from rlflow.rl.path_entropy import highest_entropy
+from rlflow.rl.policy_gradient import PolicyGradient
+from rlflow.rl.sac import SAC
+from rlflow.train.build import Parts
+from rlflow.train.check import Check
+from rlflow.train.probe import Probe
+
+GPU_LOG_RATIO = 1e-2
+"""Largest first log-ratio that passes where kernels of different batch sizes round differently."""
+FEW_DECISIONS = 16
+"""Batch of an off-policy learner's optimiser step."""
+
+
+def of_the_learner(config: Config, parts: Parts, probe: Probe) -> list[Check]:
+    """Checks of this learner only."""
+    return CHECKS[type(config.algorithm)](config, parts, probe)
+
+
+def few_updates(config: Config, group_size: int, trust_code: bool) -> tuple[int, Any]:
+    """(number of groups, `algorithm` section) of an iteration on a few rows."""
+    return FEW[type(config.algorithm)](config, group_size, trust_code)
+
+
+def at_work(config: Config) -> Any:
+    """The `algorithm` section with its first iteration like all others: nothing is waited for."""
+    c = config.algorithm
+    return replace(c, start=0) if isinstance(c, SACConfig) else c
+
+
+# -- ratios ---------------------------------------------------------------------------------------
+
+
+def _ratio_checks(config: Config, parts: Parts, probe: Probe) -> list[Check]:
+    return [_first_log_ratio(probe), _ratio_moves(probe), _kappa(config, parts)]
+
+
+def _few_with_ratios(config: Config, group_size: int, trust_code: bool) -> tuple[int, AlgorithmConfig]:
+    c = config.algorithm
+    assert isinstance(c, AlgorithmConfig)
+    rows_of_a_score = group_size - 1 or 2
+    micro_batch = min(c.micro_batch, rows_of_a_score * _columns(config, trust_code))
+    groups = c.num_minibatches * -(-2 // c.num_minibatches)
+    return groups, replace(c, micro_batch=micro_batch, critic_warmup=0)
+
+
+def _columns(config: Config, trust_code: bool) -> int:
+    """R, the columns of a sample's evidence."""
+    likelihood = registry.build("likelihood", "likelihood", config.likelihood, trust_code=trust_code)
+    steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
+    grid = torch.linspace(0, 1, config.policy.num_steps + 1, dtype=torch.float64)
+    return max(1, likelihood.num_columns(steps(0, grid, torch.zeros(1, dtype=torch.long))))
+
+
+def _first_log_ratio(probe: Probe) -> Check:
+    worst = probe.metrics["policy/first_log_ratio_max"]
+    prefix = "policy/first_log_ratio/"
+    found = {int(k.removeprefix(prefix)): v for k, v in probe.metrics.items() if k.startswith(prefix)}
+    by_step = [found[k] for k in sorted(found)]
+    gpu = probe.parts.policy.device.type != "cpu"
+    passed = worst <= GPU_LOG_RATIO if gpu else worst == 0
+    detail = "largest |log ratio| before any update, by scored step: " + " ".join(f"{v:.2g}" for v in by_step)
+    return Check("first log-ratio", worst, f"<= {GPU_LOG_RATIO:g}" if gpu else "0", passed, detail)
+
+
+@torch.no_grad()
+def _ratio_moves(probe: Probe) -> Check:
+    algorithm, policy = probe.parts.algorithm, probe.parts.policy
+    assert isinstance(algorithm, PolicyGradient)
+    batch = Batch(policy, probe.rollout)
+    rows = torch.arange(probe.rollout.num_rows, device=policy.device)
+    worst: list[Tensor] = []
+    for part in rows.split(max(1, algorithm.micro_batch // batch.num_columns)):
+        evidence = batch.evidence.index(part)
+        score = algorithm.likelihood.score(policy, batch.cond(part), evidence)
+        worst.append((score.log_prob - evidence.old_log_prob).abs().amax())
+    value = float(torch.stack(worst).max())
+    detail = "largest |log ratio| of the same samples after one update: 0 would mean that nothing is learnt from"
+    return Check("log-ratio after one update", value, "> 0", math.isfinite(value) and value > 0, detail)
+
+
+def _kappa(config: Config, parts: Parts) -> Check:
+    policy = parts.policy
+    grid = policy.grid(policy.num_steps)
+    kappa = policy.kappa(grid[:-1], grid[1:])
+    steps = list(parts.collector.steps.possible(policy.num_steps))
+    if not steps:
+        return Check("kappa", 0.0, detail="no step is scored, so no noise of the network is divided by a std")
+    value = max(float(kappa[k]) for k in steps)
+    detail = "|dmean/dv| / std by step that can be scored: " + " ".join(f"{k}:{float(kappa[k]):.2g}" for k in steps)
+    return Check("kappa", value, f"<= {config.policy.max_kappa:g}", value <= config.policy.max_kappa, detail)
+
+
+# -- off-policy -----------------------------------------------------------------------------------
+
+
+def _off_policy_checks(config: Config, parts: Parts, probe: Probe) -> list[Check]:
+    algorithm, num = parts.algorithm, math.prod(parts.policy.event_shape)
+    assert isinstance(algorithm, SAC)
+    target, highest = algorithm.temperature.target / num, highest_entropy(parts.policy) / num
+    found = probe.metrics["policy/entropy"] / num
+    detail = (
+        f"nats per number that the path's entropy is to have; now {found:.3g}. The bound is what the noise can give"
+    )
+    loss = probe.metrics["critic/loss"]
+    steps = f"mean squared error of the critics over {algorithm.updates} optimiser steps"
+    return [
+        Check("entropy target", target, f"< {highest:.3g}", target < highest, detail),
+        Check("critic loss", loss, "finite", math.isfinite(loss), steps),
+    ]
+
+
+def _few_off_policy(config: Config, group_size: int, trust_code: bool) -> tuple[int, SACConfig]:
+    c = config.algorithm
+    assert isinstance(c, SACConfig)
+    return 2, replace(c, start=0, capacity=10_000, batch_size=FEW_DECISIONS, updates_per_step=0.5, actor_every=1)
+
+
+CHECKS: dict[type, Callable[[Config, Parts, Probe], list[Check]]] = {
+    AlgorithmConfig: _ratio_checks,
+    SACConfig: _off_policy_checks,
+}
+FEW: dict[type, Callable[[Config, int, bool], tuple[int, Any]]] = {
+    AlgorithmConfig: _few_with_ratios,
+    SACConfig: _few_off_policy,
+}

@@ -1,0 +1,98 @@
+"""From the `algorithm` section of a config to a learner: one maker per learner, chosen by the section's type."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rlflow import registry
+from rlflow.config import AlgorithmConfig, Config, SACConfig
+from rlflow.flow.policy import FlowPolicy
+from rlflow.rl.algorithm import Algorithm
+from rlflow.rl.groups import Groups
+from rlflow.rl.likelihood import Likelihood
+from rlflow.rl.losses import TRUST_REGIONS, PerStep
+from rlflow.rl.optim import AdamW
+from rlflow.rl.policy_gradient import KL, PolicyGradient
+from rlflow.rl.replay import Replay
+from rlflow.rl.sac import SAC
+from rlflow.rl.twin import TwinSettings
+
+
+def make_likelihood(config: Config, trust_code: bool = False) -> Likelihood | None:
+    """How the rollout's samples are scored; None for a learner without ratios."""
+    if isinstance(config.algorithm, SACConfig):
+        return None
+    found: Likelihood = registry.build("likelihood", "likelihood", config.likelihood, trust_code=trust_code)
+    return found
+
+
+def make_algorithm(
+    config: Config, policy: FlowPolicy, likelihood: Likelihood | None, groups: Groups, trust_code: bool = False
+) -> Algorithm:
+    """The learner of a config, with weights of its own from the run's seed."""
+    torch.manual_seed(config.train.seed)
+    return MAKERS[type(config.algorithm)](config, policy, likelihood, groups, trust_code)
+
+
+def _policy_gradient(
+    config: Config, policy: FlowPolicy, likelihood: Likelihood | None, groups: Groups, trust_code: bool
+) -> PolicyGradient:
+    c = config.algorithm
+    assert isinstance(c, AlgorithmConfig)
+    assert likelihood is not None
+    return PolicyGradient(
+        policy,
+        likelihood,
+        registry.build("advantage", "advantage", config.advantage, {"gamma": config.env.gamma}, trust_code),
+        groups,
+        optimizer=AdamW(**dataclasses.asdict(c.optimizer)),
+        clip_low=c.clip_low,
+        clip_high=c.clip_high,
+        surrogate=TRUST_REGIONS[c.trust_region],
+        epochs=c.epochs,
+        num_minibatches=c.num_minibatches,
+        micro_batch=c.micro_batch,
+        kl=KL(c.kl.beta, c.kl.kind),
+        guard=c.guard,
+        entropy=c.entropy,
+        target_kl=c.target_kl,
+        anchor=c.anchor,
+        per_step=PerStep(c.denoising_gamma, c.clip_base),
+        critic_steps=c.critic_steps,
+        critic_lr=c.critic_lr,
+        critic_width=c.critic_width,
+        critic_warmup=c.critic_warmup,
+        ema_decay=c.ema_decay,
+        seed=config.train.seed,
+    )
+
+
+def _sac(config: Config, policy: FlowPolicy, likelihood: Likelihood | None, groups: Groups, trust_code: bool) -> SAC:
+    c = config.algorithm
+    assert isinstance(c, SACConfig)
+    twin = TwinSettings(c.num_critics, c.critic_width, c.critic_depth, c.critic_norm, c.tau, c.critic_lr, c.pessimism)
+    with registry.located("algorithm"):
+        return SAC(
+            policy,
+            registry.build("steps", "steps", config.steps, trust_code=trust_code),
+            Replay(c.capacity, config.env.gamma, c.n_step),
+            optimizer=AdamW(lr=c.lr, betas=(0.9, 0.999), max_grad_norm=c.max_grad_norm),
+            twin=twin,
+            batch_size=c.batch_size,
+            start=c.start,
+            updates_per_step=c.updates_per_step,
+            actor_every=c.actor_every,
+            alpha=c.alpha,
+            alpha_lr=c.alpha_lr,
+            target_entropy=c.target_entropy,
+            anchor=c.anchor,
+            ema_decay=c.ema_decay,
+            seed=config.train.seed,
+        )
+
+
+MAKERS: dict[type, Callable[..., Any]] = {AlgorithmConfig: _policy_gradient, SACConfig: _sac}
