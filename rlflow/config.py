@@ -254,7 +254,7 @@ MAY_CHANGE_ON_RESUME = (
 
 def _field_names(cls: type, path: Sequence[Any]) -> list[str]:
     """Valid keys of the section at `path`."""
-    found = [cls]
+    found: list[Any] = [cls]
     for part in path:
         hints = [hint for c in found if (hint := typing.get_type_hints(c).get(part)) is not None]
         members = [m for hint in hints for m in typing.get_args(hint) or (hint,)]
@@ -301,7 +301,7 @@ OF_IMAGES: dict[str, Any] = {
 }
 """Where a run makes images and names no others; a simulator has a reward of its own."""
 
-UNNAMED: dict[str, Any] = {"likelihood": {"name": "chain"}}
+UNNAMED: dict[str, Any] = {"likelihood": {"name": "chain"}, "algorithm": {"name": "policy_gradient"}}
 """Components that a section without a name is of."""
 
 

@@ -11,8 +11,13 @@ from rlflow.types import Rollout
 class Algorithm(Protocol):
     """PolicyGradient, SAC, or a learner of your own."""
 
-    optimizer: Optimizer
-    """Of the policy: its counters tell whether the weights can be trusted."""
+    @property
+    def optimizer(self) -> Optimizer:
+        """Of the policy: its counters tell whether the weights can be trusted."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Most rows of one network pass."""
 
     def begin(self) -> None:
         """Once, before the first iteration of a run and its first evaluation; not after a resume."""

@@ -127,7 +127,7 @@ class Deferred(Optimizer):
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
         for group in self.adam.param_groups:
             group["lr"] = self.learning_rate()
-        self.adam.found_inf = bad.float()  # fused kernels leave everything as it was where this is 1
+        self.adam.found_inf = bad.float()  # type: ignore[attr-defined]  # fused kernels leave everything as it was where this is 1
         self.adam.step()
         self.steps += 1
         self._total += bad
