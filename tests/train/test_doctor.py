@@ -173,7 +173,7 @@ class _Detached(ChainLikelihood):
 def test_a_wrong_ratio_fails(
     tiny: list[str], scenes_field: str, monkeypatch: pytest.MonkeyPatch, broken: type, fails: str
 ) -> None:
-    monkeypatch.setattr("rlflow.train.learners.ChainLikelihood", broken)
+    monkeypatch.setattr("rlflow.rl.likelihood.ChainLikelihood", broken)
     monkeypatch.setattr(doctor_module, "_resume", lambda *a: Check("resume", 0))
     found = by_name(doctor(load(tiny, scenes_field, "algorithm.kl.beta=0")))
     assert found[fails].verdict == "FAIL"
