@@ -123,7 +123,8 @@ def is_heldout(row: Row) -> bool:
 
 def rows(kind: str, heldout: bool) -> list[Row]:
     """The rows of a category on one side of the split, in a fixed order."""
-    rng, drawn = random.Random(kind), {}
+    rng = random.Random(kind)
+    drawn: dict[str, Row] = {}
     for _ in range(4 * PER_KIND):  # enough to meet nearly every row of the small categories
         row = KINDS[kind](rng)
         drawn.setdefault(row["prompt"], row)

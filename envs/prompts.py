@@ -104,7 +104,8 @@ def _words(kinds: str, split: Split) -> Prompts:
 
 def _geneval(kinds: str, split: Split) -> Prompts:
     if kinds.endswith(".jsonl"):  # GenEval's own file, in which only counting has what is excluded
-        found = {place: {"exclude": []} | row for place, row in read_rows(Path(kinds)).items()}
+        nothing: dict[str, Any] = {"exclude": []}
+        found = {place: nothing | row for place, row in read_rows(Path(kinds)).items()}
         return Prompts(tuple(found.values()), tuple(found))
     chosen = kinds.split(",") if kinds else list(geneval.KINDS)
     if unknown := [k for k in chosen if k not in geneval.KINDS]:

@@ -83,10 +83,18 @@ class Clip:
         return float(self.network.network.logit_scale.float().exp())
 
     def _images(self, pixels: NDArray[np.uint8]) -> Tensor:
+        return self._vectors([self.pixels(pixels[i : i + ROWS]) for i in range(0, len(pixels), ROWS)])
+
+    def pictures(self, pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """(N, F) unit vectors of pictures (H, W, 3) uint8 of any sizes, float32 on the host."""
+        small = [self.pixels(pixels[None]) for pixels in pictures]
+        return self._vectors([torch.cat(small[i : i + ROWS]) for i in range(0, len(small), ROWS)])
+
+    def _vectors(self, batches: Sequence[Tensor]) -> Tensor:
         parts = []
         with self.network.use() as network:
-            for start in range(0, len(pixels), ROWS):
-                values = self.pixels(pixels[start : start + ROWS]).to(self.network.device, self.network.dtype)
+            for values in batches:
+                values = values.to(self.network.device, self.network.dtype)
                 parts.append(vector(network.get_image_features(pixel_values=values)).float().cpu())
         return F.normalize(torch.cat(parts), dim=-1)
 

@@ -119,6 +119,7 @@ TABLE: dict[str, dict[str, str]] = {
         "aesthetic": "rlflow.rewards.aesthetic:Aesthetic",
         "hps": "rlflow.rewards.hps:HPS",
         "image_similarity": "rlflow.rewards.similarity:ImageSimilarity",
+        "geneval": "rlflow.rewards.geneval:GenEval",
         "remote": "rlflow.rewards.remote:Remote",
         "diversity": "rlflow.rewards.judges:diversity",
         "base_distance": "rlflow.rewards.judges:base_distance",

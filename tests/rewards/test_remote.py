@@ -15,10 +15,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 import torch
 from torch import Tensor
+
+pytest.importorskip("uvicorn")
+pytest.importorskip("starlette")
+import httpx2
 
 from rlflow import cli
 from rlflow.rewards.ask import Asker, NoAnswer, Patience, Request, check_url, parse_json
