@@ -43,6 +43,7 @@ class PolicyConfig:
     squash: Literal["identity", "tanh"] = "identity"
     precision: Literal["float32", "bfloat16", "float64"] = "bfloat16"  # of the network; the chain is at least float32
     grad_checkpointing: bool = False
+    offload_reference: bool = False  # the reference weights stay in host memory between their passes
     max_kappa: float = 5.0
 
 
@@ -195,6 +196,7 @@ class EvalConfig:
     train_mode: bool = False  # episodes: all of them again with the noise of training, as train_success, ...
     every: int = 0  # iterations; 0 evaluates at the start and at the end only
     num_steps: int | None = None  # default: policy.num_steps
+    resolution: int | None = None  # of a pretrained model's pictures; default: the one it trains at
     solver: Spec | None = None  # default: policy.solver
     weights: Literal["live", "ema"] = "ema"
     seed: int = 0

@@ -18,7 +18,7 @@ POSITIVE = (
     *("algorithm.clip_base", "algorithm.critic_width", "algorithm.denoising_gamma"),
     *("algorithm.optimizer.eps", "algorithm.optimizer.max_bad_steps"),
     *("train.iterations", "train.minutes", "train.threads", "train.checkpoint_every", "train.keep"),
-    *("eval.num", "eval.num_steps", "eval.rows_per_call", "eval.grid", "advantage.clip"),
+    *("eval.num", "eval.num_steps", "eval.resolution", "eval.rows_per_call", "eval.grid", "advantage.clip"),
     *("env.gamma", "env.horizon", "env.frame_stack"),
     *("algorithm.batch_size", "algorithm.capacity", "algorithm.updates_per_step", "algorithm.n_step"),
     *("algorithm.actor_every", "algorithm.alpha", "algorithm.num_critics", "algorithm.critic_depth", "algorithm.tau"),
@@ -177,7 +177,7 @@ def check(config: Config, trust_code: bool = False) -> None:
     for kind, path, spec, supplied in (
         ("kernel", "policy.kernel", config.policy.kernel, stand_in),
         ("solver", "policy.solver", config.policy.solver, {}),
-        ("grid", "policy.grid", config.policy.grid, {}),
+        ("grid", "policy.grid", config.policy.grid, {"field": None}),
         ("advantage", "advantage", config.advantage, {"gamma": config.env.gamma}),
         ("solver", "eval.solver", config.eval.solver, {}),
     ):

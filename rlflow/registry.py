@@ -31,6 +31,7 @@ TABLE: dict[str, dict[str, str]] = {
         "gated": "rlflow.models.gated:GatedField",
         "decoder": "rlflow.models.decoder:DecoderField",
         "gaussian": "rlflow.models.gaussian:GaussianField",
+        "pretrained": "rlflow.models.pretrained:pretrained",
     },
     "kernel": {
         "flow_sde": "rlflow.flow.kernels:FlowSDE",
@@ -51,6 +52,7 @@ TABLE: dict[str, dict[str, str]] = {
         "shifted": "rlflow.flow.grid:Shifted",
         "sigmoid": "rlflow.flow.grid:Sigmoid",
         "from_sigmas": "rlflow.flow.grid:FromSigmas",
+        "scheduler": "rlflow.flow.grid:FromScheduler",
     },
     "steps": {
         "none": "rlflow.flow.steps:NoSteps",

@@ -147,3 +147,19 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[int], Any
             return world.run(fn)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """tiny_pipeline("sd3" | "flux", **scheduler) -> the folder of a random checkpoint in the real format, made once."""
+    from rlflow.models.tiny import make_tiny
+
+    made: dict[tuple[Any, ...], Any] = {}
+
+    def make(kind: str, **scheduler: Any) -> Any:
+        key = (kind, *sorted(scheduler.items()))
+        if key not in made:
+            made[key] = make_tiny(kind, tmp_path_factory.mktemp(kind) / "pipeline", **scheduler)
+        return made[key]
+
+    return make

@@ -7,6 +7,7 @@ step (MeanFlow, Shortcut); a field that only knows the instantaneous one ignores
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
@@ -20,6 +21,10 @@ class VelocityField(nn.Module):
 
     args: dict[str, Any]
     """Constructor arguments as JSON values: a checkpoint rebuilds the network from them."""
+    builder: str | None = None
+    """module:function that takes `args`, where that is not the class."""
+    own_format: bool = False
+    """True where `save_weights` and `load_weights` say how the network is stored."""
     event_shape: tuple[int, ...]
     """Shape *D of one sample, without the row axis."""
     num_features: int
@@ -34,10 +39,17 @@ class VelocityField(nn.Module):
     """Recompute activations in the backward pass, where the network supports it."""
     calls: int = 1
     """Network rows evaluated per row of one `forward` (2 under guidance)."""
+    resolution: int | None = None
+    """Pixels a side of the pictures, where `resize` can change it."""
+    graph_calls: int = 1
+    """Those of them that keep a graph where gradients are on."""
 
     def tokenize(self, captions: list[str]) -> Tree:
         """Text to the tensors `encode` takes; only text-conditional fields have it."""
         raise NotImplementedError(f"{type(self).__name__} takes no text")
+
+    def settle(self) -> None:
+        """Every text of the run has been tokenised: do what is done once for all of them."""
 
     def encode(self, obs: Tree) -> Cond:
         """Raw observations (N, ...) to a Cond with at least "pooled" (N, F)."""
@@ -58,6 +70,18 @@ class VelocityField(nn.Module):
         """Sample (N, *D) to what an environment receives: an image in [0, 1] or the action itself."""
         return x
 
+    def times(self, num_steps: int) -> Tensor:
+        """(K + 1,) float64 times the model's own sampler uses; what the grid `scheduler` asks for."""
+        raise NotImplementedError(f"{type(self).__name__} has no time grid of its own: use policy.grid=uniform")
+
+    def unscored(self, grid: Tensor) -> int:
+        """Steps at the data end of a grid (K + 1,) that are too short to be scored on this model."""
+        return 0
+
+    def resize(self, resolution: int) -> None:
+        """Make square pictures of another size from now on; ValueError where the model cannot."""
+        raise ValueError(f"{type(self).__name__} makes pictures of one size: leave eval.resolution out")
+
     @property
     def unguided(self) -> VelocityField:
         """The field without any guidance wrapper."""
@@ -66,3 +90,11 @@ class VelocityField(nn.Module):
     def encoder_parameters(self) -> list[nn.Parameter]:
         """Parameters that `encode` reads; when none of them trains, encodings are kept and reused."""
         return []
+
+    def save_weights(self, folder: Path) -> None:
+        """Write the weights into a folder, with `own_format`."""
+        raise NotImplementedError
+
+    def load_weights(self, folder: Path) -> None:
+        """Inverse of `save_weights`; RuntimeError where names or shapes differ."""
+        raise NotImplementedError

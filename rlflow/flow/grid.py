@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rlflow.flow.field import VelocityField
+
 
 class TimeGrid(Protocol):
     """num_steps K -> strictly increasing times (K + 1,) with ends 0 and 1."""
@@ -91,6 +93,16 @@ class FromSigmas:
                 "scheduler again for another number of steps"
             )
         return 1 - torch.as_tensor(self.sigmas, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class FromScheduler:
+    """The grid that the model's own pipeline sets, of a pretrained checkpoint, at the resolution in place."""
+
+    field: VelocityField
+
+    def __call__(self, num_steps: int) -> Tensor:
+        return check_grid(self.field.times(num_steps))
 
 
 def logit_normal(num: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:

@@ -20,14 +20,24 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 class CFG(VelocityField):
-    """Classifier-free guidance v_u + w (v_c - v_u), both branches in one network call (Ho & Salimans 2022)."""
+    """Classifier-free guidance v_u + w (v_c - v_u) (Ho & Salimans 2022), both branches in one network call.
 
-    def __init__(self, field: VelocityField, scale: float):
+    `detach` takes the unconditional branch as a constant, without a graph: a call of its own, and no backward pass
+    (as the first Flow-GRPO release; the gradient is another one than with both).
+    """
+
+    def __init__(self, field: VelocityField, scale: float, detach: bool = False):
         super().__init__()
-        self.field, self.scale = field, scale
-        self.event_shape, self.num_features = field.event_shape, field.num_features
+        self.field, self.scale, self.detach = field, scale, detach
+        self.num_features = field.num_features
         self.uses_dt, self.has_instantaneous = field.uses_dt, field.has_instantaneous
         self.calls = 2 * field.calls
+        self.graph_calls = field.graph_calls * (1 if detach else 2)
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """As the inner field's."""
+        return self.field.event_shape
 
     def encode(self, obs: Tree) -> Cond:
         """As the inner field."""
@@ -40,6 +50,14 @@ class CFG(VelocityField):
     def null(self, cond: Cond) -> Cond:
         """As the inner field."""
         return self.field.null(cond)
+
+    def times(self, num_steps: int) -> Tensor:
+        """As the inner field."""
+        return self.field.times(num_steps)
+
+    def unscored(self, grid: Tensor) -> int:
+        """As the inner field."""
+        return self.field.unscored(grid)
 
     def decode(self, x: Tensor) -> Tensor:
         """As the inner field."""
@@ -56,6 +74,10 @@ class CFG(VelocityField):
 
     def forward(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
         """Guided velocity (N, *D)."""
+        if self.detach:
+            with torch.no_grad():
+                v_null = at_least_float(self.field(x, t, dt, self.field.null(cond)))
+            return self.combine(at_least_float(self.field(x, t, dt, cond)), v_null, t)
         both = Cond.cat([cond, self.field.null(cond)])
         twice = [torch.cat([z, z]) for z in (x, t, dt)]
         v_cond, v_null = at_least_float(self.field(*twice, both)).chunk(2)  # w amplifies half-precision rounding
@@ -69,8 +91,8 @@ class CFG(VelocityField):
 class CFGZero(CFG):
     """CFG-Zero*: v_u scaled by its projection on v_c, and a zero velocity for t < `zero_until` (Fan et al. 2025)."""
 
-    def __init__(self, field: VelocityField, scale: float, zero_until: float = 0.04):
-        super().__init__(field, scale)
+    def __init__(self, field: VelocityField, scale: float, zero_until: float = 0.04, detach: bool = False):
+        super().__init__(field, scale, detach)
         self.zero_until = zero_until
 
     def combine(self, v_cond: Tensor, v_null: Tensor, t: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ class FlowPolicy(nn.Module):
         field = self.field if guided else self.field.unguided
         rows = len(x) * field.calls
         self.network_rows += rows
-        self.graph_rows += rows * torch.is_grad_enabled()
+        self.graph_rows += len(x) * self.field.graph_calls * torch.is_grad_enabled()
         num, dtype = len(x), x.dtype
         if (fill := _filled_up(x)) is not None:
             x, t, dt, cond = x[fill], t[fill], dt[fill], cond.index(fill)
@@ -213,6 +213,11 @@ class FlowPolicy(nn.Module):
         t, t_next = grid[:-1], grid[1:]
         kappa = self.kappa(t, t_next)
         possible = list(steps.possible(self.num_steps))
+        if late := [k for k in possible if k >= self.num_steps - self.field.unscored(grid)]:
+            raise ValueError(
+                f"steps {late} of {self.num_steps} end too near the data to be scored on this model's grid: set "
+                f"steps.skip_last={self.field.unscored(grid)}"
+            )
         silent = [k for k in possible if torch.isinf(kappa[k])]
         if silent:
             raise ValueError(f"{name} has zero std at step {silent} of {self.num_steps}: use steps=all_but_last")

@@ -24,6 +24,8 @@ class WeightSets:
         self._module = [module]  # in a list, so that nn.Module does not register a cycle
         self.sets: dict[str, dict[str, Tensor]] = {}
         self.active = "live"
+        self.places: dict[str, torch.device] = {}
+        """Where a set is stored, if not beside the parameters: a reference of the whole network on the host."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name."""
@@ -32,7 +34,8 @@ class WeightSets:
     def snapshot(self, name: str) -> None:
         """Store the live weights under `name`."""
         self._only_live(name)
-        self.sets[name] = {n: p.detach().clone() for n, p in self.parameters().items()}
+        found = {n: p.detach() for n, p in self.parameters().items()}
+        self.sets[name] = {n: p.to(self.places.get(name, p.device), copy=True) for n, p in found.items()}
 
     @torch.no_grad()
     def blend(self, name: str, decay: float) -> None:
@@ -89,7 +92,8 @@ class WeightSets:
             name, _, parameter = key.partition("/")
             if parameter not in named or named[parameter].shape != value.shape:
                 raise ValueError(f"stored weight {key!r} of shape {tuple(value.shape)} matches no parameter")
-            sets.setdefault(name, {})[parameter] = value.detach().to(named[parameter].device, copy=True)
+            place = self.places.get(name, named[parameter].device)
+            sets.setdefault(name, {})[parameter] = value.detach().to(place, copy=True)
         for name, stored in sets.items():
             self._check_complete(name, stored)
         self.sets = sets

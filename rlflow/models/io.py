@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from rlflow import registry
 from rlflow.flow.field import VelocityField
 
+WEIGHTS = "model.safetensors"
+
 
 def embedded() -> list[str]:
     """Names of the checkpoints shipped inside the package."""
@@ -44,7 +46,7 @@ def load_field(name: str, trust_code: bool = False) -> VelocityField:
     model = registry.find("model", config["model"], trust_code)
     try:
         field: VelocityField = model(**config["args"])
-        field.load_state_dict(load_file(folder / "model.safetensors"))
+        _load_weights(field, folder)
     except (TypeError, RuntimeError) as error:
         why = " ".join(" ".join(str(error).splitlines()[:2]).split())  # torch lists every tensor, a line each
         raise ValueError(f"checkpoint {name!r} is not one of {config['model']}: {why}") from error
@@ -60,12 +62,26 @@ def save_field(
     """Write a folder that `load_field` reads; `judged_by` are the sections of a config that evaluate it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path = f"{_module(type(field))}:{type(field).__qualname__}"
+    path = field.builder or f"{_module(type(field))}:{type(field).__qualname__}"
     name = next((n for n, known in registry.TABLE["model"].items() if known == path), path)
-    save_file({k: v.contiguous() for k, v in field.state_dict().items()}, folder / "model.safetensors")
+    _save_weights(field, folder)
     config = {"model": name, "args": field.args, "made_by": made_by or {}, "judged_by": judged_by or {}}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return folder
+
+
+def _save_weights(field: VelocityField, folder: Path) -> None:
+    if field.own_format:
+        field.save_weights(folder)
+    else:
+        save_file({k: v.contiguous() for k, v in field.state_dict().items()}, folder / WEIGHTS)
+
+
+def _load_weights(field: VelocityField, folder: Path) -> None:
+    if field.own_format:
+        field.load_weights(folder)
+    else:
+        field.load_state_dict(load_file(folder / WEIGHTS))
 
 
 def _module(cls: type) -> str:

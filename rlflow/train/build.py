@@ -18,6 +18,7 @@ from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.squash import SQUASHES
 from rlflow.models.io import embedded, load_field
+from rlflow.models.pretrained import is_hub_id, is_pipeline, pretrained
 from rlflow.models.scratch import make_field
 from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rewards.component import make_reward
@@ -59,11 +60,13 @@ def make_policy(config: Config, trust_code: bool = False) -> FlowPolicy:
         field,
         kernel,
         solver=registry.build("solver", "policy.solver", c.solver, trust_code=trust_code),
-        grid=registry.build("grid", "policy.grid", c.grid, trust_code=trust_code),
+        grid=registry.build("grid", "policy.grid", c.grid, {"field": field.unguided}, trust_code),
         num_steps=c.num_steps,
         squash=SQUASHES[c.squash](),
         autocast=PRECISION[c.precision],
     )
+    if c.offload_reference:
+        policy.weights.places["ref"] = torch.device("cpu")
     steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
     with registry.located("steps"):
         policy.check_steps(steps, c.max_kappa)
@@ -83,14 +86,18 @@ def freeze(field: VelocityField, pattern: str) -> None:
             f"{pattern!r} is found in {'all' if found else 'no'} parameters: set it to null, or name {parts}"
         )
     for name, parameter in field.named_parameters():
-        parameter.requires_grad_(name not in found)
+        parameter.requires_grad_(parameter.requires_grad and name not in found)
 
 
 def _make_field(config: Config, trust_code: bool) -> VelocityField:
     """From a checkpoint, or from scratch to fit the simulator."""
     spec = config.policy.field
     if isinstance(spec, str) and spec not in registry.TABLE["model"]:
-        return load_field(spec, trust_code)
+        return pretrained(spec) if is_pipeline(spec) or is_hub_id(spec) else load_field(spec, trust_code)
+    name, _ = registry.split_spec("policy.field", spec)
+    if "checkpoint" in registry.settings(registry.find("model", name, trust_code)):
+        model: VelocityField = registry.build("model", "policy.field", spec, trust_code=trust_code)
+        return model
     if config.env.name == "prompt":
         raise ValueError(
             f"a network from scratch makes no images: name one of {embedded()} or a checkpoint folder, or a simulator"
@@ -138,6 +145,7 @@ def make_evaluator(config: Config, policy: FlowPolicy, trust_code: bool = False)
             solver=solver,
             seed=c.seed,
             rows_per_call=c.rows_per_call,
+            resolution=c.resolution,
         )
     return EpisodeEvaluator(
         policy,
@@ -157,11 +165,12 @@ def judged_by(config: Config) -> dict[str, Any]:
     """The sections that evaluate a checkpoint as this config does, for its config.json."""
     c = config.eval
     deployed = {"num_steps": c.num_steps or config.policy.num_steps, "solver": c.solver or config.policy.solver}
-    judged = {"prompts": c.prompts, "metrics": c.metrics, "num": c.num, "noise": c.noise, **deployed}
-    policy = {name: getattr(config.policy, name) for name in ("guidance", "precision", "squash")}
+    judged = {"prompts": c.prompts, "metrics": c.metrics, "num": c.num, "noise": c.noise, "resolution": c.resolution}
+    policy = {name: getattr(config.policy, name) for name in ("guidance", "precision", "squash", "grid")}
     env = {name: getattr(config.env, name) for name in ("name", "settings", "prompts", "gamma", "frame_stack")}
     settings = {name: value for name, value in config.reward.settings.items() if name in c.metrics.values()}
-    return {"policy": policy, "env": env, "eval": judged} | ({"reward": {"settings": settings}} if settings else {})
+    judging = {"policy": policy, "env": env, "eval": judged | deployed}
+    return judging | ({"reward": {"settings": settings}} if settings else {})
 
 
 @dataclass
@@ -225,6 +234,7 @@ def _make_prompts(config: Config, policy: FlowPolicy, groups: Groups, trust_code
         prompts.check(field.tokenize)
     with registry.located("env.prompts" if config.eval.prompts is None else "eval.prompts"):
         heldout_prompts(config).check(field.tokenize)
+    field.settle()
     return PromptEnv(
         prompts,
         make_rewards(config, trust_code),

@@ -6,6 +6,7 @@ rollout   N x calls of the K' steps (a noisy step is 1, a run of ODE steps what 
 reference N x R when a KL term is on
 update    3 N x R per epoch (+ N x R for a joint ratio that does not fit in one micro-batch);
           off-policy, a step on a batch of n rows is n K for the target and 3 n K for the actor
+each times the field's calls, 2 under guidance; a detached guidance branch has no backward pass
 """
 
 from __future__ import annotations
@@ -66,16 +67,17 @@ def _with_ratios(parts: Parts, rows: int, plan: Plan) -> tuple[int, int]:
     """(reference, update) of PolicyGradient."""
     policy, algorithm = parts.policy, parts.algorithm
     assert isinstance(algorithm, PolicyGradient)
-    likelihood, calls = algorithm.likelihood, policy.field.calls
+    likelihood, field = algorithm.likelihood, policy.field
     columns = likelihood.num_columns(plan)
-    scored_by = calls if likelihood.scores_steps else policy.field.unguided.calls
-    pairs = rows * columns * scored_by
+    scored_by = field if likelihood.scores_steps else field.unguided
+    pairs = rows * columns
     twice = likelihood.joint and columns > algorithm.micro_batch
-    update = algorithm.epochs * pairs * (4 if twice else 3)
-    reference = pairs if algorithm.kl.beta else 0
+    update = algorithm.epochs * pairs * (scored_by.calls * (2 if twice else 1) + 2 * scored_by.graph_calls)
+    reference = pairs * scored_by.calls if algorithm.kl.beta else 0
     if algorithm.anchor:
-        deployed = rows * solver_calls(policy.plan(), policy.solver) * calls
-        reference, update = reference + deployed, update + 3 * algorithm.epochs * deployed
+        deployed = rows * solver_calls(policy.plan(), policy.solver)
+        reference += deployed * field.calls
+        update += algorithm.epochs * deployed * (field.calls + 2 * field.graph_calls)
     return reference, update
 
 

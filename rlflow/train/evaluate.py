@@ -62,13 +62,18 @@ class Evaluation:
 
 
 @contextmanager
-def deployed(policy: FlowPolicy, solver: Solver | None) -> Iterator[None]:
-    """With `solver` in place of the one the policy trains with, if there is another."""
+def deployed(policy: FlowPolicy, solver: Solver | None, resolution: int | None = None) -> Iterator[None]:
+    """With `solver` and `resolution` in place of those the policy trains with, if there are others."""
     trained_with, policy.solver = policy.solver, solver or policy.solver
+    field, trained_at = policy.field.unguided, policy.field.unguided.resolution
+    if resolution is not None:
+        field.resize(resolution)
     try:
         yield
     finally:
         policy.solver = trained_with
+        if trained_at is not None:
+            field.resize(trained_at)
 
 
 def evenly(prompts: Prompts, num: int) -> list[int]:
@@ -93,15 +98,19 @@ class Evaluator:
         solver: Solver | None = None,
         seed: int = 0,
         rows_per_call: int = 100,
+        resolution: int | None = None,
     ):
         judges.check_columns([*prompts.columns, "images", "group", "base_images"])
         if num < dist.world():
             raise ValueError(f"eval.num: {num} samples cannot be shared by {dist.world()} processes")
-        with located("eval.num_steps"):
+        with located("eval.resolution"), deployed(policy, solver, resolution):
+            pass
+        with located("eval.num_steps"), deployed(policy, solver, resolution):
             policy.plan(num_steps)
         self.policy, self.prompts, self.judges = policy, prompts, judges
         self.num_steps, self.solver, self.seed = num_steps, solver, seed
-        self.rows_per_call = rows_per_call
+        self.rows_per_call, self.resolution = rows_per_call, resolution
+        self._compares = "base_images" in judges.columns
         self.columns: dict[str, Any] = prompts.take(evenly(prompts, num))
         captions: list[str] = self.columns["prompt"]
         known = {text: i for i, text in enumerate(dict.fromkeys(captions))}
@@ -123,7 +132,7 @@ class Evaluator:
 
     def _batch(self, captions: list[str], rows: Tensor) -> Tensor:
         policy = self.policy
-        with deployed(policy, self.solver):
+        with deployed(policy, self.solver, self.resolution):
             cond = policy.encode(policy.field.unguided.tokenize(captions))
             chain = policy.sample(cond, policy.plan(self.num_steps), key=Key(self.seed, "evaluate"), row_ids=rows)
         return policy.field.decode(policy.squash(chain.final)).float().cpu()
@@ -132,13 +141,15 @@ class Evaluator:
         """Evaluate one weight set; the first call fixes the base images unless they were set."""
         with self.policy.using(weights):
             images = self.images()
-        if self.base_images is None:
+        if self.base_images is None and self._compares:
             self.base_images = images
         columns = self.columns | {"images": images, "group": self.caption_id, "base_images": self.base_images}
         return Evaluation(self.judges.compute(columns, len(images)), images, self.columns["prompt"], self.caption_id)
 
     def compare_with(self, policy: FlowPolicy) -> None:
-        """Take the base images, to measure the distance from, of another policy."""
+        """Take the base images, to measure the distance from, of another policy; nothing where no judge does."""
+        if not self._compares:
+            return
         mine, self.policy = self.policy, policy
         try:
             self.base_images = self.images()

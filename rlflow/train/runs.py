@@ -12,9 +12,13 @@ from torch import Tensor
 
 from rlflow import registry
 from rlflow.config import Config, merge, parse
+from rlflow.flow.field import VelocityField
+from rlflow.flow.grid import FromScheduler
+from rlflow.flow.guidance import CFG
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import load_field, read_config, save_field
+from rlflow.models.pretrained import PretrainedField, is_hub_id, is_pipeline, pretrained
 from rlflow.train.build import device, heldout_prompts, judged_by, make_evaluator, make_policy
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.episodes import EpisodeEvaluator, Episodes
@@ -47,14 +51,30 @@ def judging_config(name: str | Path, trust_code: bool = False) -> Config:
 
 
 def load(
-    name: str | Path, *, checkpoint: str = "last", weights: str | None = None, trust_code: bool = False
+    name: str | Path,
+    *,
+    checkpoint: str = "last",
+    weights: str | None = None,
+    lora: int | None = None,
+    resolution: int | None = None,
+    guidance: float | None = None,
+    num_steps: int | None = None,
+    trust_code: bool = False,
 ) -> FlowPolicy:
-    """A FlowPolicy from an embedded checkpoint ('shapes'), a checkpoint folder, or a run folder.
+    """A FlowPolicy from an embedded checkpoint ('shapes'), a checkpoint folder, a run folder, or a diffusers pipeline.
 
-    Of a run, `weights` is 'live' or 'ema' (default: the ones the run evaluates).
+    Of a run, `weights` is 'live' or 'ema' (default: the ones the run evaluates). Of a pipeline (Stable Diffusion 3 or
+    3.5, FLUX.1; a folder or a hub id), the other settings: `lora` adds one of this rank, which then trains; without,
+    nothing does. Resolution, guidance and number of steps are the pipeline's own unless given.
     """
+    if is_pipeline(str(name)) or is_hub_id(str(name)):
+        return _load_pipeline(str(name), lora, resolution, guidance, num_steps)
+    if (lora, resolution, guidance, num_steps) != (None,) * 4:
+        raise ValueError(f"{name} is no diffusers pipeline: lora, resolution, guidance and num_steps are of those")
     if not is_run(name):
         field = load_field(str(name), trust_code).to(device())
+        if isinstance(field, PretrainedField):
+            return _as_its_pipeline(field.requires_grad_(False))
         return FlowPolicy(field, FlowSDE().to(device()), num_steps=10).requires_grad_(False)
     config = read_run_config(name, trust_code)
     policy = make_policy(config, trust_code)
@@ -73,9 +93,36 @@ def load(
     return policy.requires_grad_(False)
 
 
-def save(policy: FlowPolicy, folder: str | Path) -> Path:
-    """Write the policy's network as a checkpoint folder that `load` reads; the weights in place are saved."""
-    return save_field(policy.field.unguided, folder)
+def _load_pipeline(
+    name: str, lora: int | None, resolution: int | None, guidance: float | None, num_steps: int | None
+) -> FlowPolicy:
+    found = pretrained(name, resolution=resolution, lora=lora).to(device())
+    if lora is None:
+        found.requires_grad_(False)
+    return _as_its_pipeline(found, guidance, num_steps)
+
+
+def _as_its_pipeline(found: PretrainedField, guidance: float | None = None, num_steps: int | None = None) -> FlowPolicy:
+    """Sampling as the pipeline does: its grid, its guidance, Euler steps; FlowSDE is there for training."""
+    scale = found.adapter.guidance if guidance is None else guidance
+    field: VelocityField = CFG(found, scale) if scale > 1 else found
+    grid = FromScheduler(found)
+    return FlowPolicy(field, FlowSDE().to(device()), grid=grid, num_steps=num_steps or found.adapter.num_steps)
+
+
+def save(policy: FlowPolicy, folder: str | Path, *, push: str | None = None) -> Path:
+    """Write the policy's network as a checkpoint folder that `load` reads; the weights in place are saved.
+
+    Of a diffusers pipeline it is a LoRA or transformer folder that plain diffusers reads. `push` uploads the folder
+    to that repository of the Hugging Face hub (private if it is new), as the logged-in user.
+    """
+    folder = save_field(policy.field.unguided, folder)
+    if push is not None:
+        from huggingface_hub import HfApi
+
+        HfApi().create_repo(push, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=push, folder_path=folder)
+    return folder
 
 
 def sample(policy: FlowPolicy, prompts: list[str], *, seed: int = 0, num_steps: int | None = None) -> Tensor:

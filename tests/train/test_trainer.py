@@ -365,9 +365,18 @@ def test_permuted_rewards_are_the_same_rewards(tmp_path: Path, trainer: Make) ->
 # -- every recipe ---------------------------------------------------------------------------------
 
 
+def on_a_tiny_checkpoint(name: str, tiny_pipeline: Callable, prompts: Path) -> list[str]:
+    """What a recipe of a foreign checkpoint cannot have in a test: its weights, its pixels, its judges' weights."""
+    checkpoint = tiny_pipeline("flux" if name.startswith("flux") else "sd3")
+    prompts.write_text("".join(f"{i} cats\n" for i in range(12)))
+    field = [f"policy.field.checkpoint={checkpoint}", "policy.field.resolution=32"]
+    rewards = ["reward.weights={brightness: 1, redness: 1}", "eval.metrics={bright: brightness}", "eval.num_steps=4"]
+    return [*field, "policy.field.max_sequence_length=16", *rewards, f"env.prompts={prompts}"]
+
+
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_runs_two_iterations(
-    name: str, tmp_path: Path, scenes_field: str, words_field: str, no_report: None
+    name: str, tmp_path: Path, scenes_field: str, words_field: str, tiny_pipeline: Callable, no_report: None
 ) -> None:
     """At its own settings, with a tiny network and few rows: first ratio exactly 1, finite numbers, weights move."""
     few = [
@@ -381,6 +390,8 @@ def test_every_recipe_runs_two_iterations(
     if name.startswith("t2i_"):
         field = {"shapes": scenes_field, "words": words_field}[recipes.load(name).policy.field]
         few += [f"policy.field={field}", "reward.weights.brightness=1"]
+    elif recipes.load(name).env.name == "prompt":
+        few += on_a_tiny_checkpoint(name, tiny_pipeline, tmp_path / "prompts.txt")
     else:
         few += ["env.horizon=6", "eval.video=0"]
     made = Trainer(name, tmp_path / "run", overrides=[*few, "train.minutes=", "train.iterations=2"], quiet=True)

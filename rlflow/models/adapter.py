@@ -1,0 +1,80 @@
+"""Adapter: the border to a text-to-image pipeline of diffusers. One small file per family derives from it.
+
+Everything a pipeline does before and after its loop is asked of the pipeline itself (prompt encoding, sigmas); the loop
+and the step are ours. Foreign convention: sigma = 1 - t, the network predicts noise - data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rlflow.models.prompt_table import Encoding
+
+
+class Adapter:
+    """Base: latent shape and decoder, which families share. `pipe` is a loaded DiffusionPipeline."""
+
+    encoders: ClassVar[Sequence[str]]
+    """Names of the pipeline's text encoders."""
+    max_sequence_length: ClassVar[int]
+    """Of the T5 tokens, where the recipe names none; the pipeline's default."""
+    num_steps: ClassVar[int]
+    guidance: ClassVar[float]
+    """The pipeline's defaults."""
+    embedded_guidance: float | None = None
+    """Scale the network takes as an input; None where it has none."""
+    modules: ClassVar[Sequence[str]]
+    """Linear layers that LoRA is added to, by the ends of their names: the attention's."""
+
+    def __init__(self, pipe: Any):
+        self.pipe = pipe
+
+    @property
+    def channels(self) -> int:
+        """Of a latent."""
+        return self.pipe.transformer.config.in_channels
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """*D of a square picture; ValueError where the resolution does not divide into patches."""
+        multiple = self.pipe.vae_scale_factor * 2
+        if resolution < multiple or resolution % multiple:
+            raise ValueError(f"resolution {resolution} must be a positive multiple of {multiple}")
+        side = resolution // self.pipe.vae_scale_factor
+        return self.channels, side, side
+
+    @property
+    def default_resolution(self) -> int:
+        """The pipeline's own."""
+        return self.pipe.default_sample_size * self.pipe.vae_scale_factor
+
+    def encode(self, texts: list[str], max_sequence_length: int, device: torch.device) -> Encoding:
+        """Named tensors (N, ...), "pooled" (N, F) among them."""
+        raise NotImplementedError
+
+    def sigmas(self, num_steps: int, resolution: int) -> Tensor:
+        """(K + 1,) from 1 to 0, exactly as the pipeline sets them."""
+        raise NotImplementedError
+
+    def predict(self, x: Tensor, sigma: Tensor, text: Encoding) -> Tensor:
+        """noise - data (N, *D) at x (N, *D), sigma (N,)."""
+        raise NotImplementedError
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Latents (N, *D) to images (N, 3, H, W) in [0, 1], a row at a time: decoding needs much memory."""
+        vae = self.pipe.vae.to(x.device)
+        z = x / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        images = [vae.decode(row, return_dict=False)[0] for row in z.to(vae.dtype).split(1)]
+        return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
+
+
+def resolution_shift(scheduler: Any, tokens: int, max_shift: float) -> float:
+    """mu of a dynamic shift: linear in the number of image tokens, by the scheduler's config (Esser et al. 2024)."""
+    c = scheduler.config
+    low, high = c.get("base_image_seq_len", 256), c.get("max_image_seq_len", 4096)
+    base = c.get("base_shift", 0.5)
+    slope = (c.get("max_shift", max_shift) - base) / (high - low)
+    return tokens * slope + base - slope * low

@@ -1,0 +1,84 @@
+"""FLUX.1 dev and schnell (Black Forest Labs 2024): what its diffusers pipeline does around the network, at our border.
+
+Latents (N, 16, H/8, W/8) here; the network reads 2 x 2 patches of them as tokens, predicts noise - data, and where it
+was distilled for it (dev) takes the guidance scale as an input, so that guidance costs no second pass.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlflow.models.adapter import Adapter, resolution_shift
+from rlflow.models.prompt_table import Encoding
+
+
+class Flux(Adapter):
+    """FluxPipeline: dev and schnell."""
+
+    encoders = ("text_encoder", "text_encoder_2")
+    max_sequence_length = 512
+    num_steps, guidance = 28, 1.0
+    embedded_guidance = 3.5
+    modules = (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    )
+    patch = 2
+
+    @property
+    def channels(self) -> int:
+        """Of a latent, before packing."""
+        return self.pipe.transformer.config.in_channels // self.patch**2
+
+    def encode(self, texts: list[str], max_sequence_length: int, device: torch.device) -> Encoding:
+        """ "tokens" (N, L, 4096) and "pooled" (N, 768); padding is part of the text, as in the pipeline."""
+        tokens, pooled, _ = self.pipe.encode_prompt(texts, None, device=device, max_sequence_length=max_sequence_length)
+        return {"tokens": tokens, "pooled": pooled}
+
+    def sigmas(self, num_steps: int, resolution: int) -> Tensor:
+        """(K + 1,) from 1 to 0."""
+        scheduler = copy.deepcopy(self.pipe.scheduler)
+        tokens = (resolution // self.pipe.vae_scale_factor // self.patch) ** 2
+        mu = resolution_shift(scheduler, tokens, max_shift=1.15)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
+        return scheduler.sigmas
+
+    def predict(self, x: Tensor, sigma: Tensor, text: Encoding) -> Tensor:
+        """noise - data (N, *D)."""
+        n, _, height, width = x.shape
+        rows, columns = height // self.patch, width // self.patch
+        out = self.pipe.transformer(
+            hidden_states=self.pack(x),
+            timestep=sigma,
+            guidance=self._guidance(n, x),
+            pooled_projections=text["pooled"],
+            encoder_hidden_states=text["tokens"],
+            txt_ids=text["tokens"].new_zeros(text["tokens"].shape[1], 3),
+            img_ids=_places(rows, columns).to(x),
+            return_dict=False,
+        )[0]
+        return self.unpack(out, rows, columns)
+
+    def _guidance(self, num: int, x: Tensor) -> Tensor | None:
+        if not self.pipe.transformer.config.guidance_embeds:
+            return None
+        return torch.full((num,), self.embedded_guidance, device=x.device, dtype=torch.float32)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to tokens (N, H/2 W/2, 4 C)."""
+        return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    def unpack(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
+        """Inverse of `pack`."""
+        patches = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (rows, columns))
+        return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def _places(rows: int, columns: int) -> Tensor:
+    """(rows * columns, 3): 0, row, column of each token."""
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.stack([torch.zeros_like(row), row, column], -1).flatten(0, 1).float()

@@ -1,0 +1,233 @@
+"""Foreign text-to-image checkpoints as a VelocityField: Stable Diffusion 3 / 3.5 and FLUX.1, from a folder or the hub.
+
+    v(x, t) = -(noise - data predicted at sigma = 1 - t)
+
+The base stays as it was downloaded; what trains is a LoRA (peft), or the whole network. Only what trains is part of
+`state_dict`, so checkpoints of a LoRA run hold megabytes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from rlflow.flow.field import VelocityField
+from rlflow.models import lora as lora_files
+from rlflow.models.adapter import Adapter
+from rlflow.models.prompt_table import Encoding, PromptTable
+from rlflow.types import Cond
+
+ADAPTERS = {
+    "StableDiffusion3Pipeline": "rlflow.models.sd3:SD3",
+    "FluxPipeline": "rlflow.models.flux:Flux",
+}
+"""By the pipeline's class: what a new family adds besides its file."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NEGATIVE = 0
+"""Number of the negative prompt in the table."""
+
+
+class PretrainedField(VelocityField):
+    """The network of an adapter's pipeline; prompts are numbers of a table, so a condition is small."""
+
+    builder = "rlflow.models.pretrained:pretrained"
+    own_format = True
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        args: dict[str, Any],
+        resolution: int,
+        negative_prompt: str = "",
+        max_sequence_length: int | None = None,
+        release_encoders: bool = False,
+        cache: int = 1024,
+    ):
+        super().__init__()
+        self.adapter, self.args = adapter, args
+        self.transformer: nn.Module = adapter.pipe.transformer
+        self.max_sequence_length = max_sequence_length or adapter.max_sequence_length
+        self.release_encoders = release_encoders
+        self.num_features = int(adapter.pipe.transformer.config.pooled_projection_dim)
+        self.table = PromptTable(self._encode_texts, cache)
+        self.table.numbers([negative_prompt])
+        self.resize(resolution)
+        if lora_files.parameters(self.transformer):
+            self._keep_only_lora()
+
+    def _keep_only_lora(self) -> None:
+        """Leave the frozen base out of `state_dict`, and out of what loading one asks for."""
+
+        def without_base(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+            for name in [n for n in state if n.startswith(prefix) and "lora_" not in n]:
+                del state[name]
+
+        def not_missing(module: nn.Module, keys: Any) -> None:
+            ours = set(module.state_dict())
+            frozen = [n for n, _ in module.named_parameters() if n not in ours]
+            frozen += [n for n, _ in module.named_buffers()]
+            keys.missing_keys[:] = [k for k in keys.missing_keys if not any(k.endswith(n) for n in frozen)]
+
+        self.register_state_dict_post_hook(without_base)
+        self.register_load_state_dict_post_hook(not_missing)
+
+    # -- text ---------------------------------------------------------------------------------------
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """Prompt numbers (N,) long; of any length, what a tokenizer cannot hold is cut as in the pipeline."""
+        return self.table.numbers(captions)
+
+    def settle(self) -> None:
+        """All prompts of the run were tokenised: with `release_encoders`, encode them now and drop the encoders."""
+        if self.release_encoders:
+            self.table.close()
+            for name in self.adapter.encoders:
+                setattr(self.adapter.pipe, name, None)
+
+    @torch.no_grad()
+    def _encode_texts(self, texts: list[str]) -> Encoding:
+        device = next(self.transformer.parameters()).device
+        for name in self.adapter.encoders:
+            if (encoder := getattr(self.adapter.pipe, name)) is not None:
+                encoder.to(device)
+        with torch.autocast(device.type, enabled=False):
+            return self.adapter.encode(texts, self.max_sequence_length, device)
+
+    def encode(self, obs: Tensor) -> Cond:
+        """Prompt numbers (N,) to "prompt" (N,) and "pooled" (N, F)."""
+        return Cond({"prompt": obs, "pooled": self.table(obs)["pooled"].float()})
+
+    def null(self, cond: Cond) -> Cond:
+        """The negative prompt, for as many rows as `cond` has."""
+        return self.encode(torch.full_like(cond["prompt"], NEGATIVE))
+
+    # -- the network --------------------------------------------------------------------------------
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of the base, where its activations begin."""
+        return self.adapter.pipe.transformer.dtype
+
+    def forward(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
+        """Velocity (N, *D) at x (N, *D), t (N,); dt is ignored."""
+        text = {name: value.to(self.weight_dtype) for name, value in self.table(cond["prompt"]).items()}
+        return -self.adapter.predict(x.to(self.weight_dtype), 1 - t, text)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Latents (N, *D) to images (N, 3, H, W) in [0, 1]."""
+        with torch.no_grad():
+            return self.adapter.decode(x)
+
+    def times(self, num_steps: int) -> Tensor:
+        """The pipeline's grid (K + 1,), of the resolution in place."""
+        return 1 - self.adapter.sigmas(num_steps, self.resolution).double()
+
+    def unscored(self, grid: Tensor) -> int:
+        """2 where the last step begins almost at the data, as on SD3's twice shifted grid: the step before it leaves
+        more noise than the last one can remove, and that one hardly moves."""
+        return 2 if 1 - float(grid[-2]) < 0.02 else 0
+
+    def resize(self, resolution: int) -> None:
+        """Make square pictures of this many pixels a side; ValueError where the model cannot."""
+        self.event_shape = self.adapter.latent_shape(resolution)
+        self.resolution = resolution
+
+    @property
+    def grad_checkpointing(self) -> bool:  # type: ignore[override]
+        """Recompute the blocks' activations in the backward pass."""
+        return bool(self.adapter.pipe.transformer.is_gradient_checkpointing)
+
+    @grad_checkpointing.setter
+    def grad_checkpointing(self, on: bool) -> None:
+        pipe = self.adapter.pipe
+        pipe.transformer.enable_gradient_checkpointing() if on else pipe.transformer.disable_gradient_checkpointing()
+
+    # -- files --------------------------------------------------------------------------------------
+
+    def save_weights(self, folder: Path) -> None:
+        """A LoRA folder, or a transformer folder, that plain diffusers reads; with a model card."""
+        lora_files.save(self.adapter.pipe, folder, self.args)
+
+    def load_weights(self, folder: Path) -> None:
+        """Inverse of `save_weights`."""
+        lora_files.load(self.adapter.pipe, folder)
+
+
+def is_pipeline(name: str) -> bool:
+    """True for a folder that a diffusers pipeline was saved in."""
+    return (Path(name) / "model_index.json").is_file()
+
+
+def is_hub_id(name: str) -> bool:
+    """True for what reads as owner/model and is nothing on this disk."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def pretrained(
+    checkpoint: str,
+    resolution: int | None = None,
+    lora: int | None = None,
+    lora_alpha: float | None = None,
+    lora_modules: list[str] | None = None,
+    adapter: str | None = None,
+    weights: Literal["float32", "bfloat16"] = "float32",
+    quantize: Literal["int8", "nf4"] | None = None,
+    negative_prompt: str = "",
+    embedded_guidance: float | None = None,
+    max_sequence_length: int | None = None,
+    release_encoders: bool = False,
+    cache: int = 1024,
+    vae_tiling: bool = False,
+) -> PretrainedField:
+    """Stable Diffusion 3 / 3.5 or FLUX.1 from a folder or a hub id.
+
+    `lora`: rank of a new LoRA (alpha: twice that unless given), else the whole network trains; `adapter`: an existing
+    LoRA to start from. `weights`: of the base; a LoRA is float32 in any case. `quantize`: the frozen base's linear
+    layers (int8 by torchao, nf4 by bitsandbytes). `embedded_guidance`: FLUX dev's input. `release_encoders`: encode
+    all prompts of the run once, then drop the encoders; otherwise the last `cache` prompts are kept encoded.
+    """
+    args = {k: v for k, v in locals().items() if v is not None}
+    trains_lora = lora is not None or adapter is not None
+    if not trains_lora and (weights != "float32" or quantize):
+        raise ValueError(
+            "the whole network trains in float32 only (a small step vanishes in anything less): set lora=32, or "
+            "weights=float32 and no quantize"
+        )
+    border = adapter_of(checkpoint)(lora_files.open_pipeline(checkpoint, DTYPES[weights], quantize))
+    if embedded_guidance is not None:
+        if border.embedded_guidance is None:
+            raise ValueError(f"{type(border).__name__} has no guidance input: use policy.guidance instead")
+        border.embedded_guidance = embedded_guidance
+    if vae_tiling:
+        border.pipe.vae.enable_tiling()
+    if trains_lora:
+        modules = lora_modules or list(border.modules)
+        lora_files.attach(border.pipe, lora, lora_alpha, modules, adapter)
+    if Path(checkpoint).is_dir():
+        args["checkpoint"] = str(Path(checkpoint).resolve())
+    return PretrainedField(
+        border,
+        args,
+        resolution or border.default_resolution,
+        negative_prompt,
+        max_sequence_length,
+        release_encoders,
+        cache,
+    )
+
+
+def adapter_of(checkpoint: str) -> Callable[[Any], Adapter]:
+    """The adapter of a checkpoint's pipeline class; ValueError names those there are."""
+    name = lora_files.pipeline_class(checkpoint)
+    if name not in ADAPTERS:
+        raise ValueError(f"{checkpoint} is a {name}; there are adapters for {sorted(ADAPTERS)}")
+    module, _, attribute = ADAPTERS[name].partition(":")
+    found: Callable[[Any], Adapter] = getattr(importlib.import_module(module), attribute)
+    return found

@@ -1,0 +1,128 @@
+"""Random checkpoints of a few thousand parameters in the real formats: to try a recipe before anything is downloaded.
+
+`make_tiny("sd3", folder)` writes what `DiffusionPipeline.save_pretrained` writes for Stable Diffusion 3, or FLUX.1:
+transformer, VAE, text encoders, tokenizers of single bytes, scheduler. Pictures are noise; everything else is real.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TEXT_WIDTH, POOLED = 32, 16
+
+
+def make_tiny(kind: str, folder: str | Path, seed: int = 0, **scheduler: Any) -> Path:
+    """Write a tiny pipeline of `kind` (sd3, flux) into `folder`; `scheduler` overrides its config."""
+    if kind not in KINDS:
+        raise ValueError(f"no tiny checkpoint of kind {kind!r}: choose from {sorted(KINDS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = KINDS[kind](Path(folder), scheduler)
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def _clip_tokenizer(folder: Path) -> Any:
+    """Every byte is a token."""
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = list(bytes_to_unicode().values())
+    pieces = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+
+
+def _t5_tokenizer() -> Any:
+    """Every printable ASCII character is a piece."""
+    from transformers import T5TokenizerFast
+
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127))]
+    return T5TokenizerFast(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
+
+
+def _clip(projection: bool) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    sizes = {"hidden_size": POOLED, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
+    config = CLIPTextConfig(**sizes, **ends, projection_dim=POOLED, max_position_embeddings=77)
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+
+
+def _t5() -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    sizes = {"d_model": TEXT_WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 98}
+    return T5EncoderModel(T5Config(**sizes, pad_token_id=0, eos_token_id=1)).eval()
+
+
+def _vae(channels: int) -> Any:
+    """Halves the picture's sides twice."""
+    from diffusers import AutoencoderKL
+
+    widths = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    moments = {"latent_channels": channels, "scaling_factor": 1.5, "shift_factor": 0.06}
+    plain = {"use_quant_conv": False, "use_post_quant_conv": False}
+    return AutoencoderKL(**widths, **blocks, **moments, **plain, sample_size=32).eval()
+
+
+def _scheduler(**config: Any) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(**config)
+
+
+def _moved(module: torch.nn.Module) -> Any:
+    """With every parameter off its start: layers that begin at zero would hide what they are given."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return module.eval()
+
+
+def _sd3(folder: Path, scheduler: dict[str, Any]) -> Any:
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    sizes = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2}
+    heads = {"attention_head_dim": 8, "num_attention_heads": 2, "qk_norm": "rms_norm", "dual_attention_layers": (0,)}
+    text = {"joint_attention_dim": TEXT_WIDTH, "caption_projection_dim": 16, "pooled_projection_dim": 2 * POOLED}
+    return StableDiffusion3Pipeline(
+        transformer=_moved(SD3Transformer2DModel(**sizes, **heads, **text, pos_embed_max_size=16)),
+        scheduler=_scheduler(**{"shift": 3.0, **scheduler}),
+        vae=_vae(4),
+        text_encoder=_clip(projection=True),
+        tokenizer=_clip_tokenizer(folder / "tokenizer"),
+        text_encoder_2=_clip(projection=True),
+        tokenizer_2=_clip_tokenizer(folder / "tokenizer_2"),
+        text_encoder_3=_t5(),
+        tokenizer_3=_t5_tokenizer(),
+    )
+
+
+def _flux(folder: Path, scheduler: dict[str, Any]) -> Any:
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    sizes = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "axes_dims_rope": (4, 2, 2)}
+    heads = {"attention_head_dim": 8, "num_attention_heads": 2, "guidance_embeds": True}
+    text = {"joint_attention_dim": TEXT_WIDTH, "pooled_projection_dim": POOLED}
+    return FluxPipeline(
+        transformer=_moved(FluxTransformer2DModel(**sizes, **heads, **text)),
+        scheduler=_scheduler(**{"shift": 3.0, "use_dynamic_shifting": True, **scheduler}),
+        vae=_vae(4),
+        text_encoder=_clip(projection=False),
+        tokenizer=_clip_tokenizer(folder / "tokenizer"),
+        text_encoder_2=_t5(),
+        tokenizer_2=_t5_tokenizer(),
+    )
+
+
+KINDS: dict[str, Callable[[Path, dict[str, Any]], Any]] = {"sd3": _sd3, "flux": _flux}

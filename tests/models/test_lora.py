@@ -1,0 +1,221 @@
+"""What trains on a foreign checkpoint, what a checkpoint of the run holds, and what plain diffusers reads of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rlflow as rf
+from rlflow.flow.grid import FromScheduler
+from rlflow.flow.kernels import FlowSDE
+from rlflow.flow.policy import FlowPolicy
+from rlflow.models import lora as lora_files
+from rlflow.models.io import load_field, save_field
+from rlflow.models.pretrained import PretrainedField, pretrained
+
+SIDE, LENGTH = 32, 24
+PROMPT = "a red cat"
+KINDS = ["sd3", "flux"]
+
+
+@pytest.fixture
+def load(tiny_pipeline):
+    """load(kind, setting=...) -> a field of the tiny checkpoint."""
+
+    def load(kind: str, **settings: Any) -> PretrainedField:
+        return pretrained(str(tiny_pipeline(kind)), **{"resolution": SIDE, "max_sequence_length": LENGTH, **settings})
+
+    return load
+
+
+def velocity(field: PretrainedField) -> torch.Tensor:
+    """At one fixed place."""
+    x = torch.randn(2, *field.event_shape, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([0.2, 0.7])
+    return field(x, t, 0 * t, field.encode(field.tokenize([PROMPT] * 2)))
+
+
+def trained(field: PretrainedField) -> PretrainedField:
+    """Every trainable parameter moved, as by training."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in field.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return field
+
+
+def image(field: PretrainedField) -> torch.Tensor:
+    """By our sampler."""
+    policy = FlowPolicy(field, FlowSDE(), grid=FromScheduler(field), num_steps=3)
+    with torch.no_grad():
+        chain = policy.sample(policy.encode(field.tokenize([PROMPT])), x_0=start(field))
+        return field.decode(chain.final)
+
+
+def start(field: PretrainedField) -> torch.Tensor:
+    return torch.randn(1, *field.event_shape, generator=torch.Generator().manual_seed(3))
+
+
+def stock_image(field: PretrainedField, pipe: Any) -> torch.Tensor:
+    """By a plain diffusers pipeline, from the same noise."""
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 3, "height": SIDE, "width": SIDE, "max_sequence_length": LENGTH}
+    x_0 = start(field)
+    if type(field.adapter).__name__ == "SD3":
+        settings |= {"guidance_scale": 1.0}
+    else:
+        x_0 = field.adapter.pack(x_0)
+    return pipe(PROMPT, latents=x_0, output_type="pt", **settings).images
+
+
+# -- what trains ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_trains_alone_and_begins_as_the_base(kind, load):
+    base, field = load(kind), load(kind, lora=3)
+    names = {n for n, p in field.named_parameters() if p.requires_grad}
+    assert names
+    assert all("lora_" in n for n in names)
+    ranks = {p.shape[0] for n, p in field.named_parameters() if "lora_A" in n}
+    assert ranks == {3}
+    torch.testing.assert_close(velocity(field), velocity(base), rtol=0, atol=0)
+
+
+def test_the_reference_is_the_adapter_switched_off_and_holds_no_base_weight(load):
+    field = load("sd3", lora=3)
+    policy = FlowPolicy(field, FlowSDE(), grid=FromScheduler(field), num_steps=3)
+    policy.weights.snapshot("ref")
+    policy.weights.snapshot("ema")
+    trained(field)
+    live = velocity(field)
+    with policy.using("ref"):
+        reference = velocity(field)
+    field.transformer.disable_adapters()
+    torch.testing.assert_close(reference, velocity(field), rtol=0, atol=0)
+    field.transformer.enable_adapters()
+    torch.testing.assert_close(velocity(field), live, rtol=0, atol=0)
+    assert (live - reference).abs().max() > 1e-3
+    stored = sum(v.numel() for v in policy.weights.sets["ref"].values())
+    assert stored == sum(p.numel() for p in lora_files.parameters(field).values())
+
+
+def test_a_checkpoint_of_a_lora_run_holds_the_lora_only(load):
+    field, other = trained(load("sd3", lora=3)), load("sd3", lora=3)
+    policy, fresh = (FlowPolicy(f, FlowSDE(), grid=FromScheduler(f), num_steps=3) for f in (field, other))
+    state = policy.state_dict()
+    assert {n for n in state if n.startswith("field.")} == {f"field.{n}" for n in lora_files.parameters(field)}
+    fresh.load_state_dict(state)
+    torch.testing.assert_close(velocity(other), velocity(field), rtol=0, atol=0)
+    state.pop(next(n for n in state if "lora_" in n))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        fresh.load_state_dict(state)
+
+
+def test_a_base_in_bfloat16_keeps_its_lora_and_its_chain_in_float32(load):
+    field = load("sd3", lora=3, weights="bfloat16")
+    assert {p.dtype for p in lora_files.parameters(field).values()} == {torch.float32}
+    assert field.weight_dtype == torch.bfloat16
+    assert next(field.adapter.pipe.vae.parameters()).dtype == torch.float32
+    policy = FlowPolicy(field, FlowSDE(), grid=FromScheduler(field), num_steps=3, autocast=torch.bfloat16)
+    cond = policy.encode(field.tokenize([PROMPT] * 2))
+    x, t = torch.randn(2, *field.event_shape), torch.tensor([0.2, 0.2])
+    dist = policy.transition(x, t, t + 0.1, cond)
+    assert (dist.mean.dtype, dist.log_prob(x, "mean").dtype) == (torch.float32, torch.float32)
+    dist.mean.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in lora_files.parameters(field).values())
+
+
+def test_full_training_in_half_precision_is_refused(load):
+    with pytest.raises(ValueError, match="the whole network trains in float32 only .*: set lora=32"):
+        load("sd3", weights="bfloat16")
+    with pytest.raises(ValueError, match="leave lora out"):
+        load("sd3", lora=3, adapter="somewhere")
+    with pytest.raises(ValueError, match=r"no layer ends in \['nowhere'\]|Target modules"):
+        load("sd3", lora=3, lora_modules=["nowhere"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputed_activations_give_the_same_gradient(kind, load):
+    grads = []
+    for on in (False, True):
+        torch.manual_seed(0)  # a LoRA's A is drawn
+        field = trained(load(kind, lora=2))
+        field.grad_checkpointing = on
+        assert field.grad_checkpointing is on
+        velocity(field).square().mean().backward()
+        grads.append([p.grad for p in lora_files.parameters(field).values()])
+    for plain, recomputed in zip(*grads, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7)
+
+
+# -- what is saved --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_lora_gives_the_same_image_in_plain_diffusers(kind, load, tiny_pipeline, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    field = trained(load(kind, lora=3, lora_alpha=5.0))
+    save_field(field, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"pytorch_lora_weights.safetensors", "README.md", "config.json"}
+    pipe = DiffusionPipeline.from_pretrained(tiny_pipeline(kind))
+    untuned = stock_image(field, pipe)
+    pipe.load_lora_weights(tmp_path)
+    tuned = stock_image(field, pipe)
+    torch.testing.assert_close(tuned, image(field), atol=1e-5, rtol=1e-4)
+    assert (tuned - untuned).abs().max() > 1e-3, "the LoRA does something"
+
+
+def test_a_saved_lora_loads_again_and_is_a_start(load, tmp_path):
+    field = trained(load("sd3", lora=3, lora_alpha=5.0))
+    save_field(field, tmp_path)
+    torch.testing.assert_close(velocity(load_field(str(tmp_path))), velocity(field), rtol=0, atol=0)
+    policy = rf.load(tmp_path)
+    assert torch.equal(policy.plan().t, field.times(28))
+    start = load("sd3", adapter=str(tmp_path))
+    torch.testing.assert_close(velocity(start), velocity(field), rtol=1e-6, atol=1e-6)
+    assert {n for n, p in start.named_parameters() if p.requires_grad} == set(lora_files.parameters(start))
+
+
+def test_a_wholly_tuned_network_is_a_diffusers_transformer(load, tiny_pipeline, tmp_path):
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    field = trained(load("sd3"))
+    save_field(field, tmp_path)
+    transformer = SD3Transformer2DModel.from_pretrained(tmp_path, subfolder="transformer")
+    pipe = StableDiffusion3Pipeline.from_pretrained(tiny_pipeline("sd3"), transformer=transformer)
+    torch.testing.assert_close(stock_image(field, pipe), image(field), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(velocity(load_field(str(tmp_path))), velocity(field), rtol=0, atol=0)
+
+
+def test_the_model_card_says_what_it_is_and_how_it_loads(load, tiny_pipeline, tmp_path):
+    save_field(load("flux", lora=3), tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert 'pipe.load_lora_weights("THIS_FOLDER")' in card
+    assert "lora=3" in card
+    assert "base_model:" not in card, "a folder of this machine is no name on the hub"
+    hub = lora_files.model_card("FluxPipeline", "FluxTransformer2DModel", False, {"checkpoint": "owner/model"})
+    assert "base_model: owner/model" in hub
+    assert json.loads((tmp_path / "config.json").read_text())["model"] == "pretrained"
+
+
+def test_push_uploads_the_folder(load, tmp_path, monkeypatch):
+    said: list[tuple[str, Any]] = []
+
+    class Hub:
+        def create_repo(self, name: str, private: bool, exist_ok: bool) -> None:
+            said.append((name, private))
+
+        def upload_folder(self, repo_id: str, folder_path: Path) -> None:
+            said.append((repo_id, sorted(p.name for p in Path(folder_path).iterdir())))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    field = load("sd3", lora=2)
+    policy = FlowPolicy(field, FlowSDE(), grid=FromScheduler(field), num_steps=3)
+    rf.save(policy, tmp_path, push="owner/name")
+    files = ["README.md", "config.json", "pytorch_lora_weights.safetensors"]
+    assert said == [("owner/name", True), ("owner/name", files)]

@@ -1,0 +1,252 @@
+"""Foreign checkpoints: the border, and that our chain gives the latents of the stock pipeline."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rlflow as rf
+from rlflow.flow.grid import FromScheduler
+from rlflow.flow.guidance import CFG
+from rlflow.flow.kernels import FlowSDE
+from rlflow.flow.policy import FlowPolicy
+from rlflow.flow.steps import AllButLast
+from rlflow.models.flux import Flux
+from rlflow.models.pretrained import PretrainedField, pretrained
+from rlflow.models.sd3 import SD3
+
+SIDE, LENGTH, STEPS = 32, 24, 6
+PROMPTS = ["a red cat", "two dogs in front of a very long house with many windows, at night, and a third dog"]
+SHIFTS = {"static": {"use_dynamic_shifting": False}, "dynamic": {"use_dynamic_shifting": True}}
+
+
+@dataclass
+class Stock:
+    """A stock pipeline and our field of the same folder."""
+
+    pipe: Any
+    field: PretrainedField
+
+    def theirs(self, x_0: Tensor, guidance: float) -> Tensor:
+        """Latents of the stock pipeline from the noise x_0."""
+        settings = {"num_inference_steps": STEPS, "height": SIDE, "width": SIDE, "max_sequence_length": LENGTH}
+        if isinstance(self.field.adapter, SD3):
+            call = self.pipe(PROMPTS, latents=x_0, guidance_scale=guidance, output_type="latent", **settings)
+            return call.images
+        flux = self.field.adapter
+        negative = [""] * len(PROMPTS) if guidance > 1 else None
+        settings |= {"negative_prompt": negative, "true_cfg_scale": guidance, "guidance_scale": 3.5}
+        out = self.pipe(PROMPTS, latents=flux.pack(x_0), output_type="latent", **settings).images
+        return flux.unpack(out, x_0.shape[2] // 2, x_0.shape[3] // 2)
+
+    def ours(self, x_0: Tensor, guidance: float, grid: Any = None) -> Tensor:
+        """Latents of our ODE."""
+        field = CFG(self.field, guidance) if guidance > 1 else self.field
+        policy = FlowPolicy(field, FlowSDE(), grid=grid or FromScheduler(self.field), num_steps=STEPS)
+        with torch.no_grad():
+            return policy.sample(policy.encode(self.field.tokenize(PROMPTS)), x_0=x_0).final
+
+    def distance(self, guidance: float, ours: float | None = None, grid: Any = None) -> float:
+        """|ours - theirs| / |theirs|."""
+        x_0 = torch.randn(2, *self.field.event_shape)
+        theirs = self.theirs(x_0, guidance)
+        return float((self.ours(x_0, ours or guidance, grid) - theirs).norm() / theirs.norm())
+
+
+@pytest.fixture(scope="module", params=[(m, s) for m in ("sd3", "flux") for s in SHIFTS], ids="-".join)
+def stock(request, tiny_pipeline) -> Stock:
+    from diffusers import DiffusionPipeline
+
+    model, shift = request.param
+    folder = tiny_pipeline(model, **SHIFTS[shift])
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return Stock(pipe, pretrained(str(folder), resolution=SIDE, max_sequence_length=LENGTH).requires_grad_(False))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_our_ode_gives_the_latents_of_the_stock_pipeline(stock, guidance):
+    assert stock.distance(guidance) < 1e-5
+
+
+class ByOne:
+    """The pipeline's grid of one more step, less its second entry."""
+
+    def __init__(self, field: PretrainedField):
+        self.field = field
+
+    def __call__(self, num_steps: int) -> Tensor:
+        t = self.field.times(num_steps + 1)
+        return torch.cat([t[:1], t[2:]])
+
+
+def test_parity_sees_a_grid_shifted_by_one_entry(stock):
+    assert stock.distance(1.0, grid=ByOne(stock.field)) > 1e-3
+
+
+def test_parity_sees_guidance_that_is_ten_percent_off(stock):
+    assert stock.distance(4.5, ours=4.95) > 1e-3
+
+
+def test_parity_sees_a_timestep_that_is_truncated(stock, monkeypatch):
+    adapter = stock.field.adapter
+    predict = adapter.predict
+    monkeypatch.setattr(adapter, "predict", lambda x, sigma, text: predict(x, (1000 * sigma).long() / 1000, text))
+    assert stock.distance(1.0) > 1e-5
+
+
+# -- the border -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Knows:
+    """A network that knows the data, and answers noise - data at timestep = scale * sigma."""
+
+    data: Tensor
+    scale: float
+    config = SimpleNamespace(guidance_embeds=True)
+
+    def __call__(self, hidden_states: Tensor, timestep: Tensor, **_: Any) -> tuple[Tensor]:
+        sigma = (timestep / self.scale).view(-1, *[1] * (self.data.ndim - 1))
+        return ((hidden_states - self.data) / sigma,)
+
+
+@pytest.mark.parametrize("family", [SD3, Flux])
+def test_border_a_network_that_knows_the_data_gives_the_velocity_of_the_path(family):
+    """x + (1 - t) v == data, with the family's own scale of time."""
+    adapter = family(SimpleNamespace())
+    x_0, data = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    x = torch.lerp(x_0, data, t.view(-1, 1, 1, 1))
+    adapter.pipe.transformer = Knows(data, 1000.0) if family is SD3 else Knows(adapter.pack(data), 1.0)
+    v = -adapter.predict(x, 1 - t, {"tokens": torch.zeros(3, 5, 8), "pooled": torch.zeros(3, 4)})
+    torch.testing.assert_close(v, data - x_0, atol=1e-12, rtol=0)
+
+
+def test_packing_is_the_pipelines_and_has_an_inverse():
+    from diffusers import FluxPipeline
+
+    flux, x = Flux(SimpleNamespace()), torch.randn(2, 4, 6, 8)
+    torch.testing.assert_close(flux.pack(x), FluxPipeline._pack_latents(x, 2, 4, 6, 8), rtol=0, atol=0)
+    torch.testing.assert_close(flux.unpack(flux.pack(x), 3, 4), x, rtol=0, atol=0)
+
+
+# -- grids ----------------------------------------------------------------------------------------
+
+
+def sd3(tiny_pipeline, **settings: Any) -> PretrainedField:
+    return pretrained(str(tiny_pipeline("sd3")), **{"resolution": SIDE, "max_sequence_length": LENGTH, **settings})
+
+
+def test_the_twice_shifted_grid_of_sd3_and_its_last_two_steps(tiny_pipeline):
+    field = sd3(tiny_pipeline, lora=2)
+    sigma = [1, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.278, 0.0089, 0]
+    torch.testing.assert_close(1 - field.times(10), torch.tensor(sigma).double(), atol=1e-4, rtol=0)
+    policy = FlowPolicy(field, FlowSDE(), grid=FromScheduler(field), num_steps=10)
+    policy.check_steps(AllButLast(skip_last=2))
+    with pytest.raises(ValueError, match=r"steps \[8\] of 10 end too near the data.*steps\.skip_last=2"):
+        policy.check_steps(AllButLast(skip_last=1))
+    guided = FlowPolicy(CFG(field, 4.5), FlowSDE(), grid=FromScheduler(field), num_steps=10)
+    with pytest.raises(ValueError, match=r"steps \[8, 9\] of 10"):
+        guided.check_steps(AllButLast(skip_last=0))
+
+
+def test_the_dynamic_shift_follows_the_resolution(tiny_pipeline):
+    field = pretrained(str(tiny_pipeline("flux")), resolution=32, lora=2)
+    small = field.times(8)
+    field.resize(64)
+    assert field.event_shape == (4, 16, 16)
+    assert bool((field.times(8)[1:-1] < small[1:-1]).all()), "more tokens, more noise"
+
+
+def test_resolutions_that_do_not_divide_are_refused(tiny_pipeline):
+    with pytest.raises(ValueError, match="resolution 30 must be a positive multiple of 8"):
+        sd3(tiny_pipeline, resolution=30)
+
+
+# -- text -----------------------------------------------------------------------------------------
+
+
+def test_each_distinct_prompt_is_encoded_once(tiny_pipeline):
+    field = sd3(tiny_pipeline, lora=2)
+    policy = FlowPolicy(field, FlowSDE(), grid=FromScheduler(field), num_steps=4)
+    for _ in range(2):
+        cond = policy.encode(field.tokenize(PROMPTS * 3))
+        with torch.no_grad():
+            policy.sample(cond, copies=2)
+    assert field.table.encoded == len(PROMPTS)
+    assert {name: value.shape for name, value in cond.data.items()} == {"prompt": (6,), "pooled": (6, 32)}
+
+
+def test_a_prompts_encoding_does_not_depend_on_its_company(tiny_pipeline):
+    """Short beside long, alone or with eleven others: equal bit for bit, so a resumed run is too."""
+    alone, together = sd3(tiny_pipeline), sd3(tiny_pipeline)
+    many = [*PROMPTS, *(f"number {i}" for i in range(10))]
+    expected = together.table(together.tokenize(many))
+    for i, text in enumerate(many[:3]):
+        for name, value in alone.table(alone.tokenize([text])).items():
+            assert torch.equal(value[0], expected[name][i]), (name, text)
+
+
+def test_long_prompts_are_cut_as_in_the_pipeline(tiny_pipeline):
+    field = sd3(tiny_pipeline)
+    long = "many " * 60
+    found = field.table(field.tokenize([long, long + "more"]))
+    torch.testing.assert_close(found["tokens"][0], found["tokens"][1], rtol=0, atol=0)
+
+
+def test_the_negative_prompt_is_what_guidance_subtracts(tiny_pipeline):
+    plain, negative = sd3(tiny_pipeline), sd3(tiny_pipeline, negative_prompt="ugly")
+    x, t = torch.randn(1, *plain.event_shape), torch.tensor([0.3])
+    ugly = plain(x, t, 0 * t, plain.encode(plain.tokenize(["ugly"])))
+    cond = negative.encode(negative.tokenize(["a cat"]))
+    torch.testing.assert_close(negative(x, t, 0 * t, negative.null(cond)), ugly, rtol=0, atol=0)
+
+
+def test_released_encoders_leave_their_encodings(tiny_pipeline):
+    kept, released = sd3(tiny_pipeline), sd3(tiny_pipeline, release_encoders=True)
+    numbers = released.tokenize(PROMPTS)
+    released.settle()
+    assert all(getattr(released.adapter.pipe, name) is None for name in released.adapter.encoders)
+    expected = kept.encode(kept.tokenize(PROMPTS))
+    torch.testing.assert_close(released.encode(numbers)["pooled"], expected["pooled"], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="encoders were released"):
+        released.tokenize(["never seen"])
+
+
+def test_a_full_table_forgets_the_least_used_and_encodes_again(tiny_pipeline):
+    field = sd3(tiny_pipeline, cache=2)
+    first = field.table(field.tokenize(["one", "two"]))["tokens"].clone()
+    field.table(field.tokenize(["three", "four"]))
+    again = field.table(field.tokenize(["one", "two"]))["tokens"]
+    assert field.table.encoded == 6
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+
+
+# -- loading --------------------------------------------------------------------------------------
+
+
+def test_load_samples_as_the_pipeline_does(tiny_pipeline):
+    policy = rf.load(tiny_pipeline("sd3"), resolution=SIDE, num_steps=3)
+    assert policy.field.scale == 7.0
+    assert torch.equal(policy.plan().t, policy.field.times(3))
+    images = rf.sample(policy, ["a cat"], seed=1)
+    assert images.shape == (1, 3, SIDE, SIDE)
+    assert not any(p.requires_grad for p in policy.parameters())
+
+
+def test_what_cannot_be_loaded_is_said(tiny_pipeline, tmp_path):
+    with pytest.raises(ValueError, match="has no model_index.json"):
+        pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="no checkpoint 'nobody/nothing', neither a folder nor a readable hub id"):
+        rf.load("nobody/nothing")
+    with pytest.raises(ValueError, match="shapes is no diffusers pipeline"):
+        rf.load("shapes", lora=4)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "OtherPipeline"}')
+    with pytest.raises(ValueError, match="is a OtherPipeline; there are adapters for"):
+        rf.load(tmp_path)
+    with pytest.raises(ValueError, match="has no guidance input: use policy.guidance"):
+        sd3(tiny_pipeline, embedded_guidance=3.5)

@@ -1,0 +1,48 @@
+"""The network rows per image that docs/pretrained.md states for each recipe are those of its plan."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rlflow import recipes
+from rlflow.train.build import make_parts
+from rlflow.train.cost import iteration_cost
+from rlflow.train.doctor import NO_LIMIT
+
+PAGE = (Path(__file__).parents[2] / "docs" / "pretrained.md").read_text()
+STATED = {name: int(rows) for name, rows in re.findall(r"^\| `(\w+)` \| (\d+) \|", PAGE, re.M)}
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_rows_per_image(name, tiny_pipeline, tmp_path):
+    """Counted by the policy where the network is called, on a few rows of a tiny checkpoint."""
+    (tmp_path / "prompts.txt").write_text("".join(f"{i} cats\n" for i in range(12)))
+    size = recipes.load(name).env.group_size
+    config = recipes.load(
+        name,
+        [
+            f"policy.field.checkpoint={tiny_pipeline('flux' if name.startswith('flux') else 'sd3')}",
+            "policy.field.resolution=32",
+            "policy.field.max_sequence_length=16",
+            f"policy.max_kappa={NO_LIMIT}",
+            f"env.prompts={tmp_path / 'prompts.txt'}",
+            "env.num_groups=1",
+            "algorithm.num_minibatches=1",
+            "reward.weights={brightness: 1, redness: 1}",
+            "eval.metrics={}",
+        ],
+    )
+    parts = make_parts(config)
+    cost = iteration_cost(parts).total
+    before = parts.policy.network_cost
+    parts.algorithm.update(parts.collector.collect(0))
+    assert parts.policy.network_cost - before == cost
+    assert cost / size == pytest.approx(STATED[name], abs=0.5), cost / size
+
+
+def test_every_recipe_of_a_checkpoint_states_its_cost():
+    fields = {name: recipes.read(name).get("policy", {}).get("field") for name in recipes.names()}
+    assert sorted(STATED) == sorted(
+        n for n, field in fields.items() if isinstance(field, dict) and "checkpoint" in field
+    )
