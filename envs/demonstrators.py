@@ -67,7 +67,7 @@ class Oracle:
 OGBENCH = ("torch", "gymnasium", "mujoco", "ogbench")
 DEMONSTRATORS: dict[str, Expert | Oracle] = {
     **{name: Expert(name) for name in ("hopper", "walker2d", "halfcheetah")},
-    "cube_single": Oracle("cube_single", "rlflow.envs.ogbench:single_episodes", 0.4, OGBENCH),
+    "cube_single": Oracle("cube_single", "rlflow.envs.ogbench:single_episodes", 0.7, OGBENCH),
     "cube_double": Oracle("cube_double", "rlflow.envs.ogbench:double_episodes", 0.4, OGBENCH),
     "tabletop": Oracle("tabletop", "rlflow.envs.tabletop:episodes", 0.3, ("torch",)),
 }

@@ -135,6 +135,7 @@ TABLE: dict[str, dict[str, str]] = {
         "hopper_shortcut": "rlflow/assets/hopper_shortcut",
         "halfcheetah": "rlflow/assets/halfcheetah",
         "walker2d": "rlflow/assets/walker2d",
+        "cube_single": "rlflow/assets/cube_single",
     },
 }
 

@@ -138,7 +138,7 @@ CLONINGS = {
     for c in (
         *(Cloning(f"robot_bc_{env}", env, steps=n) for env, n in STEPS.items()),
         *(Cloning(f"robot_bc_{env}_shortcut", env, shortcut=True, steps=n) for env, n in STEPS.items()),
-        Cloning("robot_bc_cube", "cube_single", chunk=5),
+        Cloning("robot_bc_cube", "cube_single", steps=1000, chunk=5),
         TabletopCloning("robot_bc_tabletop", "tabletop", steps=1500, rows=256, judged=512, num_demos=300),
     )
 }
