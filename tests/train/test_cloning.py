@@ -1,6 +1,7 @@
 """Behaviour cloning: both modes are reproduced, the command makes a checkpoint that says what it is worth."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,16 +84,16 @@ def test_command_makes_a_checkpoint_with_its_return(name, tiny, tmp_path, capsys
         main(WORLDS[name], ["--out", str(out)])
 
 
-def test_where_success_is_told_it_is_kept(tmp_path, monkeypatch):
+def test_where_success_is_told_it_is_kept(tmp_path):
     """A cube policy of no training: chunks of five actions, its success beside that of the demonstrations."""
     pytest.importorskip("ogbench")
-    monkeypatch.setattr("rlflow.train.cloning.JUDGED_EPISODES", 2)
     episodes = [
         Episode(torch.randn(20, 28), torch.randn(20, 5).clamp(-1, 1), -torch.ones(20), won, not won, won)
         for won in (True, True, False, True)
     ]
     write_demos(tmp_path / "demos", episodes, {"name": "cube_single"}, {"command": "by hand"})
-    main(WORLDS["robot_bc_cube"], ["--steps", "2", "--demos", str(tmp_path / "demos"), "--out", str(tmp_path / "a")])
+    two = replace(WORLDS["robot_bc_cube"], judged=2)
+    main(two, ["--steps", "2", "--demos", str(tmp_path / "demos"), "--out", str(tmp_path / "a")])
     made_by = json.loads((tmp_path / "a/config.json").read_text())["made_by"]
     assert made_by["success"] in (0, 0.5, 1)
     assert -200 <= made_by["return"] < 0
