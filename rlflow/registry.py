@@ -122,6 +122,8 @@ TABLE: dict[str, dict[str, str]] = {
         "hps": "rlflow.rewards.hps:HPS",
         "image_similarity": "rlflow.rewards.similarity:ImageSimilarity",
         "geneval": "rlflow.rewards.geneval:GenEval",
+        "vlm_judge": "rlflow.rewards.vlm:VLMJudge",
+        "group_rank": "rlflow.rewards.group_rank:GroupRank",
         "remote": "rlflow.rewards.remote:Remote",
         "diversity": "rlflow.rewards.judges:diversity",
         "base_distance": "rlflow.rewards.judges:base_distance",

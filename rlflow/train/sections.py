@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from html import escape
 
@@ -186,8 +187,16 @@ def cost(run: RunRecord) -> str:
         speed(run),
         (show(run.last("cost/network_rows_total")), "network rows in all (a backward pass counts two)"),
         (show(run.median("perf/network_rows")), "network rows per iteration (median)"),
+        *_reward_seconds(run),
     ]
     return page.section("Cost", bar + page.facts((v, what) for v, what in facts if v != MISSING))
+
+
+def _reward_seconds(run: RunRecord) -> list[tuple[str, str]]:
+    """Time in each reward, of images beside the sampling of the next ones, and so not an addend of the bar."""
+    names = sorted({name for row in run.train for name in row if re.fullmatch(r"reward/\w+/seconds", name)})
+    spent = [(name.split("/")[1], _total(run, name)) for name in names]
+    return [(duration(seconds), f"in the reward {name}") for name, seconds in spent if seconds > 0]
 
 
 def speed(run: RunRecord) -> tuple[str, str]:

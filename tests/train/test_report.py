@@ -170,13 +170,16 @@ def test_what_was_left_out_and_what_it_cost(tmp_path):
     with logger(start(tmp_path / "run")) as log:
         for i in range(1, 11):
             broken = {"reward/masked_frac": 0.5, "optim/grad_norm": math.nan, "optim/skipped_steps": 1.0}
-            train(log, i, 0.5, **(broken if i == 10 else {"reward/masked_frac": 0.0, "optim/skipped_steps": 0.0}))
+            more = broken if i == 10 else {"reward/masked_frac": 0.0, "optim/skipped_steps": 0.0}
+            train(log, i, 0.5, **more, **{"reward/ocr/seconds": 0.5, "reward/redness/seconds": 0.0})
     said = text(tmp_path / "run")
     assert "samples without a score reward/masked_frac 5 % 50 %" in said
     assert f"optim/skipped_steps {MISSING} 1 in all" in said
     assert "no finite value of optim/grad_norm 10.0 % 1 of 10 iterations" in said
     assert "sampling and scoring 10 s (33 %)" in said
     assert "update 20 s (67 %)" in said
+    assert "5.0 s in the reward ocr" in said
+    assert "in the reward redness" not in said
 
 
 # -- safe and self-contained ----------------------------------------------------------------------
