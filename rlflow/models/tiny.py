@@ -7,7 +7,7 @@ transformer, VAE, text encoders, tokenizers of single bytes, scheduler. Pictures
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,23 @@ def make_tiny(kind: str, folder: str | Path, seed: int = 0, **scheduler: Any) ->
     return Path(folder)
 
 
-def _clip_tokenizer(folder: Path) -> Any:
-    """Every byte is a token."""
+def clip_tokenizer(folder: Path, words: Iterable[str] = (), length: int = 77) -> Any:
+    """Every byte is a token, and so is each of `words` (lower case)."""
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    folder.mkdir(parents=True, exist_ok=True)
+    merges: dict[tuple[str, str], str] = {}
+    for word in sorted(words, key=len, reverse=True):  # a shorter word's pairs would break up a longer one
+        left, *rest = [*word[:-1], word[-1] + "</w>"]
+        for right in rest:
+            left = merges.setdefault((left, right), left + right)
     letters = list(bytes_to_unicode().values())
-    pieces = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    whole = dict.fromkeys(merges.values())
+    pieces = [*letters, *(letter + "</w>" for letter in letters), *whole, "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=length)
 
 
 def _t5_tokenizer() -> Any:
@@ -48,12 +54,15 @@ def _t5_tokenizer() -> Any:
     return T5TokenizerFast(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
 
 
-def _clip(projection: bool) -> Any:
+def clip_text(tokenizer: Any, projection: bool = True, width: int = POOLED, heads: int = 2) -> Any:
+    """A CLIP text encoder of two layers with random weights, for `tokenizer`."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    sizes = {"hidden_size": POOLED, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ends = {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
-    config = CLIPTextConfig(**sizes, **ends, projection_dim=POOLED, max_position_embeddings=77)
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": heads}
+    end = tokenizer.eos_token_id
+    ends = {"vocab_size": end + 1, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": end, "pad_token_id": end}
+    length = tokenizer.model_max_length
+    config = CLIPTextConfig(**sizes, **ends, projection_dim=width, max_position_embeddings=length)
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
@@ -95,14 +104,15 @@ def _sd3(folder: Path, scheduler: dict[str, Any]) -> Any:
     sizes = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2}
     heads = {"attention_head_dim": 8, "num_attention_heads": 2, "qk_norm": "rms_norm", "dual_attention_layers": (0,)}
     text = {"joint_attention_dim": TEXT_WIDTH, "caption_projection_dim": 16, "pooled_projection_dim": 2 * POOLED}
+    tokenizers = [clip_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
     return StableDiffusion3Pipeline(
         transformer=_moved(SD3Transformer2DModel(**sizes, **heads, **text, pos_embed_max_size=16)),
         scheduler=_scheduler(**{"shift": 3.0, **scheduler}),
         vae=_vae(4),
-        text_encoder=_clip(projection=True),
-        tokenizer=_clip_tokenizer(folder / "tokenizer"),
-        text_encoder_2=_clip(projection=True),
-        tokenizer_2=_clip_tokenizer(folder / "tokenizer_2"),
+        text_encoder=clip_text(tokenizers[0]),
+        tokenizer=tokenizers[0],
+        text_encoder_2=clip_text(tokenizers[1]),
+        tokenizer_2=tokenizers[1],
         text_encoder_3=_t5(),
         tokenizer_3=_t5_tokenizer(),
     )
@@ -114,12 +124,13 @@ def _flux(folder: Path, scheduler: dict[str, Any]) -> Any:
     sizes = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "axes_dims_rope": (4, 2, 2)}
     heads = {"attention_head_dim": 8, "num_attention_heads": 2, "guidance_embeds": True}
     text = {"joint_attention_dim": TEXT_WIDTH, "pooled_projection_dim": POOLED}
+    tokenizer = clip_tokenizer(folder / "tokenizer")
     return FluxPipeline(
         transformer=_moved(FluxTransformer2DModel(**sizes, **heads, **text)),
         scheduler=_scheduler(**{"shift": 3.0, "use_dynamic_shifting": True, **scheduler}),
         vae=_vae(4),
-        text_encoder=_clip(projection=False),
-        tokenizer=_clip_tokenizer(folder / "tokenizer"),
+        text_encoder=clip_text(tokenizer, projection=False),
+        tokenizer=tokenizer,
         text_encoder_2=_t5(),
         tokenizer_2=_t5_tokenizer(),
     )

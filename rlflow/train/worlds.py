@@ -25,8 +25,10 @@ from rlflow import registry
 from rlflow.envs import scenes, words
 from rlflow.models.dit import DiT
 from rlflow.models.io import save_field
+from rlflow.models.pretrained import PretrainedField
 from rlflow.rewards.shapes import shapes_strict
 from rlflow.train.cloning import CLONINGS, Cloning
+from rlflow.train.latent_scenes import LatentScenes
 from rlflow.train.pretrain import pretrain, report
 
 EVALUATION_STEPS = 10
@@ -94,14 +96,16 @@ class World:
 
 
 @torch.no_grad()
-def euler_images(field: DiT, captions: list[str], seed: int, *, num_steps: int = EVALUATION_STEPS) -> Tensor:
+def euler_images(
+    field: DiT | PretrainedField, captions: list[str], seed: int, *, num_steps: int = EVALUATION_STEPS
+) -> Tensor:
     """Images (N, 3, H, W) in [0, 1] for captions by uniform Euler steps, without guidance."""
     rng = torch.Generator().manual_seed(seed)
     images = []
     for part in (captions[i : i + 64] for i in range(0, len(captions), 64)):
         x = torch.randn((len(part), *field.event_shape), generator=rng)
         with torch.autocast("cpu", torch.bfloat16):
-            cond = field.encode(part)
+            cond = field.encode(field.tokenize(part))
             for k in range(num_steps):
                 t = torch.full((len(part),), k / num_steps)
                 x = x + field(x, t, torch.zeros_like(t), cond) / num_steps
@@ -115,7 +119,7 @@ def draw_scene(rng: np.random.Generator) -> tuple[NDArray[np.float32], str]:
     return scenes.render(scenes.parse(text), rng), text
 
 
-def judge_scenes(field: DiT) -> dict[str, float]:
+def judge_scenes(field: DiT | PretrainedField) -> dict[str, float]:
     """Strict accuracy on two drawings of every held-out caption: of all, and of each kind."""
     captions = scenes.heldout_captions() * 2
     right = shapes_strict(euler_images(field, captions, seed=0), captions)
@@ -147,10 +151,10 @@ IMAGES = {
     "shapes": World("shapes", scenes.VOCAB, draw_scene, judge_scenes, 750, "scenes", SHAPES_METRICS),
     "words": World("words", words.VOCAB, draw_word, judge_words, 500, "words", WORDS_METRICS),
 }
-WORLDS: dict[str, World | Cloning] = {**IMAGES, **CLONINGS}
+WORLDS: dict[str, World | LatentScenes | Cloning] = {**IMAGES, "sd3_scenes": LatentScenes(), **CLONINGS}
 
 
-def main(world: World | Cloning, argv: list[str] | None = None, out: Path | None = None) -> None:
+def main(world: World | LatentScenes | Cloning, argv: list[str] | None = None, out: Path | None = None) -> None:
     """The command line of `rlflow pretrain` and scripts/pretrain_*.py; --out is ./NAME unless `out` is given.
 
     The shipped checkpoint is written where it ships only by the scripts, which say so.
@@ -162,7 +166,7 @@ def main(world: World | Cloning, argv: list[str] | None = None, out: Path | None
     parser.add_argument("--threads", type=int, default=1)
     world.add_options(parser)
     args = parser.parse_args(argv)
-    if out is None and (args.out / "config.json").exists():
+    if out is None and any((args.out / name).exists() for name in ("config.json", "model_index.json")):
         raise FileExistsError(f"{args.out} holds a checkpoint: give another --out")
     torch.set_num_threads(args.threads)
     print(json.dumps(world.make(args.out, args), indent=1))

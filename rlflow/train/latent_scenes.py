@@ -1,0 +1,187 @@
+"""`rlflow pretrain sd3_scenes`: a Stable Diffusion 3 of 3.5 M parameters that draws scenes, in diffusers' own format.
+
+Tokenizers of the captions' words, two frozen CLIPs with random weights, a VAE and a transformer that are trained here
+on drawings of envs/scenes.py; no T5, which the pipeline allows. For plain diffusers it is a checkpoint like any other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from rlflow.envs import scenes
+from rlflow.models.pretrained import PretrainedField
+from rlflow.models.sd3 import SD3
+from rlflow.models.tiny import clip_text, clip_tokenizer
+from rlflow.train.pretrain import pretrain, report
+
+SIDE, CHANNELS, WIDTH, HEADS, LAYERS = 32, 4, 128, 4, 6
+LENGTH = 10
+"""Tokens of the longest caption, with its two ends."""
+ROWS, VAE_ROWS = 64, 32
+KL = 1e-4
+"""Weight of the VAE's KL, a mean over latent numbers, beside its errors per pixel."""
+
+
+@dataclass(frozen=True)
+class LatentScenes:
+    """What `rlflow pretrain` asks of a world; `make` writes a folder of StableDiffusion3Pipeline."""
+
+    name: str = "sd3_scenes"
+    asset: str = "sd3_scenes"
+    steps: int = 1200
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """Steps of the VAE."""
+        parser.add_argument("--vae-steps", type=int, default=300)
+
+    def make(self, out: Path, args: argparse.Namespace) -> dict[str, Any]:
+        """Train the VAE, then the transformer; returns made_by.json's content."""
+        from rlflow.train.worlds import judge_scenes
+
+        torch.manual_seed(args.seed)
+        begin = time.process_time()
+        vae = train_vae(args.vae_steps, args.seed)
+        pipe = pipeline(vae)
+        field = PretrainedField(SD3(pipe), {}, SIDE, max_sequence_length=LENGTH, cache=len(scenes.all_scenes()) + 1)
+        blocks = pipe.transformer.transformer_blocks
+        averaged = pretrain(
+            field,
+            latents(field, args.seed),
+            steps=args.steps,
+            hidden=[p for p in blocks.parameters() if p.ndim == 2],
+            seed=args.seed,
+            progress=report(args.steps),
+        )
+        averaged.adapter.pipe.save_pretrained(out)
+        command = f"rlflow pretrain {self.name} --vae-steps {args.vae_steps} --steps {args.steps} --seed {args.seed}"
+        made_by = {"command": command, "cpu_seconds": round(time.process_time() - begin), "torch": torch.__version__}
+        made_by |= {"reconstructed_strict": reconstructed(vae)} | judge_scenes(averaged)
+        (out / "made_by.json").write_text(json.dumps(made_by, indent=1), encoding="utf-8")
+        return made_by
+
+
+# -- the networks ---------------------------------------------------------------------------------
+
+
+def pipeline(vae: nn.Module) -> Any:
+    """A StableDiffusion3Pipeline around `vae` whose transformer knows nothing yet."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizers = [clip_tokenizer(Path(folder) / str(i), scenes.VOCAB, LENGTH) for i in range(2)]
+    encoders = [_spread(clip_text(tokenizer, width=WIDTH // 2)) for tokenizer in tokenizers]
+    transformer = SD3Transformer2DModel(
+        sample_size=SIDE // 2,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=LAYERS,
+        num_attention_heads=HEADS,
+        attention_head_dim=WIDTH // HEADS,
+        qk_norm="rms_norm",
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        pos_embed_max_size=SIDE // 4,
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=encoders[0],
+        tokenizer=tokenizers[0],
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizers[1],
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+@torch.no_grad()
+def _spread(encoder: Any) -> Any:
+    """Embeddings of size 1, which the start of CLIP's own training does not have, tell words and places apart."""
+    for embedding in (encoder.text_model.embeddings.token_embedding, encoder.text_model.embeddings.position_embedding):
+        embedding.weight.normal_()
+    return encoder
+
+
+# -- pictures and latents ---------------------------------------------------------------------------
+
+
+def drawings(rng: np.random.Generator, rows: int) -> tuple[Tensor, list[str]]:
+    """Drawings (rows, 3, H, W) in [-1, 1] of random training captions."""
+    captions = scenes.draw_captions(rng, rows)
+    return draw(captions, rng), captions
+
+
+def draw(captions: list[str], rng: np.random.Generator) -> Tensor:
+    """(N, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack([scenes.render(scenes.parse(text), rng) for text in captions])) * 2 - 1
+
+
+def train_vae(steps: int, seed: int) -> Any:
+    """An AutoencoderKL that halves the sides once, its latents' scale and shift in its config."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=CHANNELS,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=SIDE,
+    )
+    optimizer, rng = torch.optim.AdamW(vae.parameters(), lr=3e-3), np.random.default_rng(seed)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    progress = report(steps)
+    for step in range(1, steps + 1):
+        x, _ = drawings(rng, VAE_ROWS)
+        with torch.autocast("cpu", torch.bfloat16):
+            law = vae.encode(x).latent_dist
+            error = vae.decode(law.sample()).sample.float() - x
+        loss = error.abs().mean() + error.square().mean() + KL * law.kl().sum() / law.mean.numel()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress(step, loss.item(), vae)
+    with torch.no_grad():
+        z = vae.encode(drawings(rng, 256)[0]).latent_dist.mean
+    vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
+    return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def reconstructed(vae: Any) -> float:
+    """Share of held-out drawings that the verifier still reads after the VAE."""
+    from rlflow.rewards.shapes import shapes_strict
+
+    captions = scenes.heldout_captions()
+    x = draw(captions, np.random.default_rng(1))
+    images = vae.decode(vae.encode(x).latent_dist.mean).sample / 2 + 0.5
+    return round(shapes_strict(images.clamp(0, 1), captions).mean().item(), 3)
+
+
+def latents(field: PretrainedField, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless (latents (rows, C, h, w), prompt numbers (rows,))."""
+    vae, rng = field.adapter.pipe.vae, np.random.default_rng(seed)
+    while True:
+        x, captions = drawings(rng, ROWS)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            z = vae.encode(x).latent_dist.sample().float()
+        yield (z - vae.config.shift_factor) * vae.config.scaling_factor, field.tokenize(captions)
