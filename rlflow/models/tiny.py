@@ -46,11 +46,11 @@ def clip_tokenizer(folder: Path, words: Iterable[str] = (), length: int = 77) ->
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=length)
 
 
-def _t5_tokenizer() -> Any:
-    """Every printable ASCII character is a piece."""
+def t5_tokenizer(words: Iterable[str] = ()) -> Any:
+    """Every one of `words` is a piece, and every printable ASCII character."""
     from transformers import T5TokenizerFast
 
-    pieces = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127))]
+    pieces = ["<pad>", "</s>", "<unk>", *("▁" + word for word in words), "▁", *map(chr, range(33, 127))]
     return T5TokenizerFast(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
 
 
@@ -66,11 +66,12 @@ def clip_text(tokenizer: Any, projection: bool = True, width: int = POOLED, head
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
-def _t5() -> Any:
+def t5(tokenizer: Any, width: int = TEXT_WIDTH) -> Any:
+    """A T5 encoder of two layers with random weights, for `tokenizer`."""
     from transformers import T5Config, T5EncoderModel
 
-    sizes = {"d_model": TEXT_WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 98}
-    return T5EncoderModel(T5Config(**sizes, pad_token_id=0, eos_token_id=1)).eval()
+    sizes = {"d_model": width, "d_kv": width // 4, "d_ff": width, "num_layers": 2, "num_heads": 2}
+    return T5EncoderModel(T5Config(**sizes, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1)).eval()
 
 
 def _vae(channels: int) -> Any:
@@ -105,6 +106,7 @@ def _sd3(folder: Path, scheduler: dict[str, Any]) -> Any:
     heads = {"attention_head_dim": 8, "num_attention_heads": 2, "qk_norm": "rms_norm", "dual_attention_layers": (0,)}
     text = {"joint_attention_dim": TEXT_WIDTH, "caption_projection_dim": 16, "pooled_projection_dim": 2 * POOLED}
     tokenizers = [clip_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
+    pieces = t5_tokenizer()
     return StableDiffusion3Pipeline(
         transformer=_moved(SD3Transformer2DModel(**sizes, **heads, **text, pos_embed_max_size=16)),
         scheduler=_scheduler(**{"shift": 3.0, **scheduler}),
@@ -113,8 +115,8 @@ def _sd3(folder: Path, scheduler: dict[str, Any]) -> Any:
         tokenizer=tokenizers[0],
         text_encoder_2=clip_text(tokenizers[1]),
         tokenizer_2=tokenizers[1],
-        text_encoder_3=_t5(),
-        tokenizer_3=_t5_tokenizer(),
+        text_encoder_3=t5(pieces),
+        tokenizer_3=pieces,
     )
 
 
@@ -124,15 +126,15 @@ def _flux(folder: Path, scheduler: dict[str, Any]) -> Any:
     sizes = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "axes_dims_rope": (4, 2, 2)}
     heads = {"attention_head_dim": 8, "num_attention_heads": 2, "guidance_embeds": True}
     text = {"joint_attention_dim": TEXT_WIDTH, "pooled_projection_dim": POOLED}
-    tokenizer = clip_tokenizer(folder / "tokenizer")
+    tokenizer, pieces = clip_tokenizer(folder / "tokenizer"), t5_tokenizer()
     return FluxPipeline(
         transformer=_moved(FluxTransformer2DModel(**sizes, **heads, **text)),
         scheduler=_scheduler(**{"shift": 3.0, "use_dynamic_shifting": True, **scheduler}),
         vae=_vae(4),
         text_encoder=clip_text(tokenizer, projection=False),
         tokenizer=tokenizer,
-        text_encoder_2=_t5(),
-        tokenizer_2=_t5_tokenizer(),
+        text_encoder_2=t5(pieces),
+        tokenizer_2=pieces,
     )
 
 

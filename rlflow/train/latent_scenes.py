@@ -1,7 +1,7 @@
 """`rlflow pretrain sd3_scenes`: a Stable Diffusion 3 of 3.5 M parameters that draws scenes, in diffusers' own format.
 
-Tokenizers of the captions' words, two frozen CLIPs with random weights, a VAE and a transformer that are trained here
-on drawings of envs/scenes.py; no T5, which the pipeline allows. For plain diffusers it is a checkpoint like any other.
+Tokenizers of the captions' words, two CLIPs and a T5 with random weights that stay, a VAE and a transformer that are
+trained here on drawings of envs/scenes.py. For plain diffusers it is a checkpoint like any other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from rlflow.envs import scenes
 from rlflow.models.pretrained import PretrainedField
 from rlflow.models.sd3 import SD3
-from rlflow.models.tiny import clip_text, clip_tokenizer
+from rlflow.models.tiny import clip_text, clip_tokenizer, t5, t5_tokenizer
 from rlflow.train.pretrain import pretrain, report
 
 SIDE, CHANNELS, WIDTH, HEADS, LAYERS = 32, 4, 128, 4, 6
@@ -82,6 +82,7 @@ def pipeline(vae: nn.Module) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         tokenizers = [clip_tokenizer(Path(folder) / str(i), scenes.VOCAB, LENGTH) for i in range(2)]
     encoders = [_spread(clip_text(tokenizer, width=WIDTH // 2)) for tokenizer in tokenizers]
+    pieces = t5_tokenizer(scenes.VOCAB)
     transformer = SD3Transformer2DModel(
         sample_size=SIDE // 2,
         in_channels=CHANNELS,
@@ -103,8 +104,8 @@ def pipeline(vae: nn.Module) -> Any:
         tokenizer=tokenizers[0],
         text_encoder_2=encoders[1],
         tokenizer_2=tokenizers[1],
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=t5(pieces, width=WIDTH),
+        tokenizer_3=pieces,
     )
 
 
