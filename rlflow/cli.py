@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlflow.arguments import command, json_flag, positive, recipe_argument, trust_flag
 from rlflow.console import print_json, say_error, user_errors
 
 
@@ -46,49 +47,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rlflow {__version__}")
     parser.add_argument("--debug", action="store_true", help="full traceback of errors")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_train, _sweep, _compare, _pretrain, _eval, _sample, _list, _doctor, _report, _bench, _serve_reward):
+    make, look = (_train, _sweep, _compare, _pretrain), (_plan, _doctor, _report, _bench, _serve_reward)
+    for add in (*make, _eval, _sample, _list, *look):
         add(commands)
     return parser
-
-
-def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(run_command=run)
-    return parser
-
-
-def _trust(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trust-code", action="store_true", help="allow components named by dotted path (module:name)")
-
-
-def _json_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="machine-readable output")
-
-
-def _recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE|FILE", help="a name of `rlflow list recipes`, or a .yaml file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.minutes=2 env.group_size=8")
-
-
-def _positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 # -- train ----------------------------------------------------------------------------------------
 
 
 def _train(commands: Any) -> None:
-    p = _command(commands, "train", _run_train, "Fine-tune a policy with a recipe.")
-    _recipe(p)
+    p = command(commands, "train", _run_train, "Fine-tune a policy with a recipe.")
+    recipe_argument(p)
     p.add_argument("--run", metavar="DIR", help="run folder (default runs/RECIPE-TIME)")
     p.add_argument("--resume", metavar="last|PATH", help="continue the run in --run from a checkpoint")
     p.add_argument("--seeds", metavar="0,1,2", help="one run per seed, in DIR/seed-N")
-    p.add_argument("--processes", type=_positive, default=1, metavar="N", help="share each iteration among N processes")
+    p.add_argument("--processes", type=positive, default=1, metavar="N", help="share each iteration among N processes")
     p.add_argument("--quiet", action="store_true", help="no progress display")
-    _trust(p)
+    trust_flag(p)
 
 
 def _run_train(args: argparse.Namespace) -> None:
@@ -152,12 +128,12 @@ def _train_one(args: argparse.Namespace, run: Path | str | None, overrides: list
 
 
 def _sweep(commands: Any) -> None:
-    p = _command(commands, "sweep", _run_sweep, "Run a table of recipes and seeds; prints the plan and its cost first.")
+    p = command(commands, "sweep", _run_sweep, "Run a table of recipes and seeds; prints the plan and its cost first.")
     p.add_argument("table", metavar="TABLE.yaml")
     p.add_argument("--run", metavar="DIR", required=True, help="folder of all runs; finished ones are skipped")
-    p.add_argument("--jobs", type=_positive, default=None, help="processes side by side")
+    p.add_argument("--jobs", type=positive, default=None, help="processes side by side")
     p.add_argument("--dry", action="store_true", help="print the plan and its cost only")
-    _trust(p)
+    trust_flag(p)
 
 
 def _run_sweep(args: argparse.Namespace) -> None:
@@ -167,9 +143,9 @@ def _run_sweep(args: argparse.Namespace) -> None:
 
 
 def _compare(commands: Any) -> None:
-    p = _command(commands, "compare", _run_compare, "Compare runs: last evaluation, cost, paired differences.")
+    p = command(commands, "compare", _run_compare, "Compare runs: last evaluation, cost, paired differences.")
     p.add_argument("runs", nargs="+", metavar="RUN")
-    _json_flag(p)
+    json_flag(p)
 
 
 def _run_compare(args: argparse.Namespace) -> None:
@@ -180,7 +156,7 @@ def _run_compare(args: argparse.Namespace) -> None:
 
 
 def _pretrain(commands: Any) -> None:
-    p = _command(
+    p = command(
         commands, "pretrain", _run_pretrain, "Pre-train an embedded model from data the program draws or plays."
     )
     p.add_argument("world", metavar="NAME", help="shapes, words, robot_bc_hopper, ...")
@@ -201,16 +177,16 @@ def _run_pretrain(args: argparse.Namespace) -> None:
 
 
 def _eval(commands: Any) -> None:
-    p = _command(commands, "eval", _run_eval, "Evaluate a run or a checkpoint on held-out prompts, noise off.")
+    p = command(commands, "eval", _run_eval, "Evaluate a run or a checkpoint on held-out prompts, noise off.")
     p.add_argument("source", metavar="RUN|CHECKPOINT", help="a run folder, a checkpoint folder, or shapes / words")
-    p.add_argument("--steps", type=_positive, metavar="K", help="denoising steps")
+    p.add_argument("--steps", type=positive, metavar="K", help="denoising steps")
     p.add_argument("--solver", metavar="NAME")
     p.add_argument("--seed", type=int, default=None, help="of the initial noise")
-    p.add_argument("--num", type=_positive, help="number of samples")
+    p.add_argument("--num", type=positive, help="number of samples")
     p.add_argument("--checkpoint", default="last", help="last, best or an iteration")
     p.add_argument("--weights", choices=["live", "ema"], help="default: the ones the run evaluates")
-    _trust(p)
-    _json_flag(p)
+    trust_flag(p)
+    json_flag(p)
 
 
 def _run_eval(args: argparse.Namespace) -> None:
@@ -237,14 +213,14 @@ def _run_eval(args: argparse.Namespace) -> None:
 
 
 def _sample(commands: Any) -> None:
-    p = _command(commands, "sample", _run_sample, "Images of a run or a checkpoint, or a film of a robot's episodes.")
+    p = command(commands, "sample", _run_sample, "Images of a run or a checkpoint, or a film of a robot's episodes.")
     p.add_argument("source", metavar="RUN|CHECKPOINT")
     p.add_argument("--prompt", action="append", default=[], help="of images; may be repeated")
     p.add_argument("--out", required=True, metavar="x.png|x.mp4")
-    p.add_argument("--num", type=_positive, default=4, help="images per prompt, or episodes")
-    p.add_argument("--steps", type=_positive, metavar="K", help="denoising steps")
+    p.add_argument("--num", type=positive, default=4, help="images per prompt, or episodes")
+    p.add_argument("--steps", type=positive, metavar="K", help="denoising steps")
     p.add_argument("--seed", type=int, default=0)
-    _trust(p)
+    trust_flag(p)
 
 
 def _run_sample(args: argparse.Namespace) -> None:
@@ -283,9 +259,9 @@ KINDS |= {"policies": "policy"}
 
 
 def _list(commands: Any) -> None:
-    p = _command(commands, "list", _run_list, "What can be named in a recipe.")
+    p = command(commands, "list", _run_list, "What can be named in a recipe.")
     p.add_argument("kind", choices=("recipes", *KINDS))
-    _json_flag(p)
+    json_flag(p)
 
 
 def _run_list(args: argparse.Namespace) -> None:
@@ -310,10 +286,10 @@ def _recipes() -> dict[str, str]:
 
 
 def _doctor(commands: Any) -> None:
-    p = _command(commands, "doctor", _run_doctor, "Check a recipe: ratios, kappa, gradients, resume, cost.")
-    _recipe(p)
-    _trust(p)
-    _json_flag(p)
+    p = command(commands, "doctor", _run_doctor, "Check a recipe: ratios, kappa, gradients, resume, cost.")
+    recipe_argument(p)
+    trust_flag(p)
+    json_flag(p)
 
 
 def _run_doctor(args: argparse.Namespace) -> None:
@@ -326,8 +302,27 @@ def _run_doctor(args: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
+def _plan(commands: Any) -> None:
+    p = command(commands, "plan", _run_plan, "Network evaluations, memory and time of a recipe, before it starts.")
+    recipe_argument(p)
+    p.add_argument("--gpu", default="24GB", metavar="24GB|NAME", help="memory of a GPU, or its name, as rtx4090")
+    p.add_argument("--gpus", type=positive, default=1, metavar="N", help="processes, a GPU each")
+    trust_flag(p)
+    json_flag(p)
+
+
+def _run_plan(args: argparse.Namespace) -> None:
+    from rlflow import recipes
+    from rlflow.train.gpus import find_gpu
+    from rlflow.train.plan import Planner, plan_as_json, print_plan
+
+    gpu, config = find_gpu(args.gpu), recipes.load(args.recipe, args.overrides, args.trust_code)
+    planner = Planner(config, args.trust_code)
+    print_json(plan_as_json(planner, gpu, args.gpus)) if args.json else print_plan(planner, gpu, args.gpus)
+
+
 def _report(commands: Any) -> None:
-    p = _command(commands, "report", _run_report, "Write RUN/report.html again.")
+    p = command(commands, "report", _run_report, "Write RUN/report.html again.")
     p.add_argument("run", metavar="RUN")
 
 
@@ -338,10 +333,10 @@ def _run_report(args: argparse.Namespace) -> None:
 
 
 def _bench(commands: Any) -> None:
-    p = _command(commands, "bench", _run_bench, "Time training iterations against bare network passes.")
+    p = command(commands, "bench", _run_bench, "Time training iterations against bare network passes.")
     p.add_argument("what", choices=["t2i", "robot"])
     p.add_argument("--paper", action="store_true", help="robot: the published size too, and a plain loop as its peer")
-    _json_flag(p)
+    json_flag(p)
 
 
 def _run_bench(args: argparse.Namespace) -> None:
@@ -364,14 +359,14 @@ def _run_bench(args: argparse.Namespace) -> None:
 
 
 def _serve_reward(commands: Any) -> None:
-    p = _command(commands, "serve-reward", _run_serve_reward, "Serve one reward to runs elsewhere (reward remote).")
+    p = command(commands, "serve-reward", _run_serve_reward, "Serve one reward to runs elsewhere (reward remote).")
     p.add_argument("name", metavar="NAME", help="a name of `rlflow list rewards`")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="its settings, e.g. model=FOLDER")
     p.add_argument("--port", type=int, required=True, metavar="P", help="0 takes a free one")
     p.add_argument("--host", default="127.0.0.1", help="default: this machine alone; others need a token")
     p.add_argument("--token-env", default="RLFLOW_REWARD_TOKEN", metavar="NAME", help="variable that holds the token")
     p.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for one batch")
-    _trust(p)
+    trust_flag(p)
 
 
 def _run_serve_reward(args: argparse.Namespace) -> None:

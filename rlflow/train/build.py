@@ -39,10 +39,21 @@ def device() -> torch.device:
 
 def make_policy(config: Config, trust_code: bool = False) -> FlowPolicy:
     """The un-tuned policy of a config, on this process's device."""
-    c = config.policy
     torch.manual_seed(config.train.seed)  # the first weights of a toy field and of a noise net
     with registry.located("policy.field"):
         field = _make_field(config, trust_code)
+    policy = policy_around(field, config, trust_code)
+    steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
+    with registry.located("steps"):
+        policy.check_steps(steps, config.policy.max_kappa)
+    return policy
+
+
+def policy_around(
+    field: VelocityField, config: Config, trust_code: bool = False, place: torch.device | None = None
+) -> FlowPolicy:
+    """The policy of a config around its network, on `place` or this process's device; its steps are not checked."""
+    c, place = config.policy, place or device()
     if c.frozen is not None:
         with registry.located("policy.frozen"):
             freeze(field, c.frozen)
@@ -50,10 +61,10 @@ def make_policy(config: Config, trust_code: bool = False) -> FlowPolicy:
         field.grad_checkpointing = True
     if c.precision == "float64":
         field = field.double()
-    field = field.to(device())
+    field = field.to(place)
     shapes = {"num_features": field.num_features, "event_shape": tuple(field.event_shape)}
     kernel = registry.build("kernel", "policy.kernel", c.kernel, shapes, trust_code)
-    kernel = kernel.to(device(), torch.float64 if c.precision == "float64" else torch.float32)
+    kernel = kernel.to(place, torch.float64 if c.precision == "float64" else torch.float32)
     if c.guidance is not None:
         field = registry.build("guidance", "policy.guidance", c.guidance, {"field": field}, trust_code)
     policy = FlowPolicy(
@@ -67,9 +78,6 @@ def make_policy(config: Config, trust_code: bool = False) -> FlowPolicy:
     )
     if c.offload_reference:
         policy.weights.places["ref"] = torch.device("cpu")
-    steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
-    with registry.located("steps"):
-        policy.check_steps(steps, c.max_kappa)
     return policy
 
 

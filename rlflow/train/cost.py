@@ -16,8 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
+from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Solver
 from rlflow.flow.steps import Plan
+from rlflow.rl.likelihood import Likelihood
 from rlflow.rl.policy_gradient import PolicyGradient
 from rlflow.rl.sac import SAC
 from rlflow.train.build import Parts
@@ -49,36 +51,69 @@ def solver_calls(plan: Plan, solver: Solver, first: int = 0, last: int | None = 
     return total + solver.num_calls(run)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """What decides the rows of a rollout: `rows` samples, of which `copies` in a run share a prompt."""
+
+    policy: FlowPolicy
+    likelihood: Likelihood | None
+    rows: int
+    copies: int
+    shared_noise: bool
+
+    def cost(self, plan: Plan) -> int:
+        """Rows of an iteration whose chains follow `plan`."""
+        policy = self.policy
+        shared = self.shared_noise and self.copies > 1 and not plan.per_row
+        split = plan.first_noisy() if shared else 0
+        rollout = self.rows // self.copies * solver_calls(plan, policy.solver, 0, split)
+        rollout += self.rows * solver_calls(plan, policy.solver, split)
+        recorded = 0 if self.likelihood is None else self.rows * self.likelihood.record_rows(policy)
+        return rollout * policy.field.calls + recorded
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """What decides the rows of PolicyGradient's update."""
+
+    policy: FlowPolicy
+    likelihood: Likelihood
+    epochs: int
+    micro_batch: int
+    reference: bool
+    anchor: bool
+
+    def cost(self, rows: int, plan: Plan) -> tuple[int, int]:
+        """(reference, update) of an iteration of `rows` samples whose chains follow `plan`."""
+        policy, likelihood, field = self.policy, self.likelihood, self.policy.field
+        columns = likelihood.num_columns(plan)
+        scored_by = field if likelihood.scores_steps else field.unguided
+        pairs = rows * columns
+        twice = likelihood.joint and columns > self.micro_batch
+        update = self.epochs * pairs * (scored_by.calls * (2 if twice else 1) + 2 * scored_by.graph_calls)
+        reference = pairs * scored_by.calls if self.reference else 0
+        if self.anchor:
+            deployed = rows * solver_calls(policy.plan(), policy.solver)
+            reference += deployed * field.calls
+            update += self.epochs * deployed * (field.calls + 2 * field.graph_calls)
+        return reference, update
+
+
 def iteration_cost(parts: Parts, iteration: int = 0) -> Cost:
     """The cost of `iteration`, unless a KL limit ends the update early or the critic warms up."""
     collector, algorithm, policy = parts.collector, parts.algorithm, parts.policy
     plan = collector.steps(iteration, policy.grid(policy.num_steps), collector.groups.row_ids())
     rows = collector.groups.num_rows * collector.horizon
-    shared = collector.shared_noise and collector.copies > 1 and not plan.per_row
-    split = plan.first_noisy() if shared else 0
-    rollout = rows // collector.copies * solver_calls(plan, policy.solver, 0, split)
-    rollout += rows * solver_calls(plan, policy.solver, split)
-    reference, update = UPDATES[type(algorithm)](parts, rows, plan)
-    recorded = 0 if collector.likelihood is None else rows * collector.likelihood.record_rows(policy)
-    return Cost(rollout * policy.field.calls + recorded, reference, update)
+    sampling = Sampling(policy, collector.likelihood, rows, collector.copies, collector.shared_noise)
+    return Cost(sampling.cost(plan), *UPDATES[type(algorithm)](parts, rows, plan))
 
 
 def _with_ratios(parts: Parts, rows: int, plan: Plan) -> tuple[int, int]:
     """(reference, update) of PolicyGradient."""
-    policy, algorithm = parts.policy, parts.algorithm
-    assert isinstance(algorithm, PolicyGradient)
-    likelihood, field = algorithm.likelihood, policy.field
-    columns = likelihood.num_columns(plan)
-    scored_by = field if likelihood.scores_steps else field.unguided
-    pairs = rows * columns
-    twice = likelihood.joint and columns > algorithm.micro_batch
-    update = algorithm.epochs * pairs * (scored_by.calls * (2 if twice else 1) + 2 * scored_by.graph_calls)
-    reference = pairs * scored_by.calls if algorithm.kl.beta else 0
-    if algorithm.anchor:
-        deployed = rows * solver_calls(policy.plan(), policy.solver)
-        reference += deployed * field.calls
-        update += algorithm.epochs * deployed * (field.calls + 2 * field.graph_calls)
-    return reference, update
+    a = parts.algorithm
+    assert isinstance(a, PolicyGradient)
+    reference, anchor = bool(a.kl.beta), bool(a.anchor)
+    return Ratios(parts.policy, a.likelihood, a.epochs, a.micro_batch, reference, anchor).cost(rows, plan)
 
 
 def _off_policy(parts: Parts, rows: int, plan: Plan) -> tuple[int, int]:

@@ -1,0 +1,37 @@
+"""What the arguments of several commands have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+
+def command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    """A subcommand whose arguments `run` is called with."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run_command=run)
+    return parser
+
+
+def trust_flag(parser: argparse.ArgumentParser) -> None:
+    """--trust-code."""
+    parser.add_argument("--trust-code", action="store_true", help="allow components named by dotted path (module:name)")
+
+
+def json_flag(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def recipe_argument(parser: argparse.ArgumentParser) -> None:
+    """RECIPE and overrides."""
+    parser.add_argument("recipe", metavar="RECIPE|FILE", help="a name of `rlflow list recipes`, or a .yaml file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.minutes=2 env.group_size=8")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)

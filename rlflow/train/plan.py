@@ -1,0 +1,291 @@
+"""`rlflow plan`: what a recipe will cost, before anything is downloaded or trained.
+
+Network rows are counted by the closed form that `doctor` checks. Memory is the sum of what stays (weights, weight sets,
+optimiser) and the worst moment of an iteration (sampling, scoring with its backward, a step), from a trace of the
+recipe's own code without data. Time is FLOPs over a share of the GPU's peak: an estimate, and a lower bound where
+simulators, rewards or small networks set the pace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from rlflow import registry
+from rlflow.config import Config
+from rlflow.rl.groups import Groups
+from rlflow.train.cost import Cost, Work
+from rlflow.train.gpus import GPU
+from rlflow.train.skeleton import Skeleton, skeleton
+from rlflow.train.trace import Trace, parameter_bytes
+from rlflow.types import tree_leaves
+
+ITERATIONS = 200
+"""Over which plans that change with the iteration are averaged."""
+UTILISATION = 0.4
+"""Share of the peak that large matrix products reach in practice; small networks stay far below."""
+RESERVE = 0.9
+"""Share of a GPU's memory that tensors may take; the rest is the driver's context and fragments."""
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process by part; `peak` is what stays plus the worst moment."""
+
+    staying: Mapping[str, float]
+    moments: Mapping[str, Mapping[str, float]]
+
+    @property
+    def worst(self) -> str:
+        """Name of the moment that needs most."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What there is at the worst moment."""
+        return {**self.staying, **self.moments[self.worst]}
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the worst moment."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A recipe on `gpus` devices: rows of one process, mean cost of an iteration, memory and FLOPs of a process."""
+
+    gpus: int
+    samples: int
+    rows: int
+    cost: Cost
+    memory: Memory
+    flops: float
+
+    def seconds(self, gpu: GPU, precision: str) -> float:
+        """Of the network alone, per iteration."""
+        return self.flops / (UTILISATION * gpu.peak(precision))
+
+
+class Planner:
+    """Traces a recipe once for each way its network can be run, and estimates it with any other settings."""
+
+    def __init__(self, config: Config, trust_code: bool = False):
+        self.config, self.trust_code = config, trust_code
+        self._traced: dict[bool, tuple[Skeleton, Trace]] = {}
+
+    def traced(self, checkpointing: bool) -> tuple[Skeleton, Trace]:
+        """The skeleton and its trace, with activations kept or recomputed."""
+        if checkpointing not in self._traced:
+            policy = replace(self.config.policy, grad_checkpointing=checkpointing)
+            found = skeleton(replace(self.config, policy=policy), self.trust_code)
+            self._traced[checkpointing] = (
+                found,
+                Trace(found.policy, found.likelihood, found.obs_spec, found.mode, found.critic),
+            )
+        return self._traced[checkpointing]
+
+    def estimate(self, config: Config, gpus: int = 1) -> Estimate:
+        """Of the recipe with the settings of `config`, whose network and chain are those of the recipe."""
+        bare, traced = self.traced(config.policy.grad_checkpointing)
+        groups = Groups(config.env.num_groups, config.env.group_size, 0, gpus)
+        horizon = config.env.horizon or bare.horizon
+        shape = _Shape.of(config, bare, groups, horizon)
+        memory = Memory(_staying(config, bare), _moments(config, bare, traced, shape, gpus))
+        flops = _flops(shape.cost, traced, bare.policy.field.calls)
+        return Estimate(gpus, groups.total_rows * horizon, shape.work.rows, shape.cost, memory, flops)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Sizes of an iteration on one process."""
+
+    work: Work
+    cost: Cost
+    num_columns: int
+    rows_per_call: int
+    pairs: int
+
+    @staticmethod
+    def of(config: Config, bare: Skeleton, groups: Groups, horizon: int) -> _Shape:
+        c, policy = config.algorithm, bare.policy
+        steps = registry.build("steps", "steps", config.steps)
+        grid = registry.build("grid", "policy.grid", config.policy.grid)(config.policy.num_steps)
+        plans = [steps(i, grid, groups.row_ids()) for i in range(ITERATIONS)]
+        copies = groups.group_size if horizon == 1 and config.env.mode == "episodes" else 1
+        work = Work(
+            policy=policy,
+            likelihood=bare.likelihood,
+            rows=groups.num_rows * horizon,
+            copies=copies,
+            shared_noise=config.env.shared_noise,
+            epochs=c.epochs,
+            micro_batch=c.micro_batch,
+            reference=bool(c.kl.beta),
+            anchor=bool(c.anchor),
+        )
+        r = max(1, max(bare.likelihood.num_columns(plan) for plan in plans))
+        whole = max(1, c.micro_batch // r) * r if r <= c.micro_batch else c.micro_batch
+        return _Shape(
+            work=work,
+            cost=_mean([work.cost(plan) for plan in plans]),
+            num_columns=r,
+            rows_per_call=min(groups.num_rows, max(copies, config.env.rows_per_call // copies * copies)),
+            pairs=min(whole, -(-work.rows // c.num_minibatches) * r),
+        )
+
+
+def _mean(costs: list[Cost]) -> Cost:
+    total = torch.tensor([(c.rollout, c.reference, c.update) for c in costs], dtype=torch.float64).mean(0)
+    return Cost(*(round(v) for v in total.tolist()))
+
+
+def _flops(cost: Cost, traced: Trace, calls: int) -> float:
+    """Of one process's iteration; a row of Cost is a forward, three are a scored pair with its backward."""
+    forward = (cost.rollout + cost.reference) * traced.flops(traced.sampling)
+    return (forward + cost.update / 3 * traced.flops(traced.scoring)) / calls
+
+
+def _staying(config: Config, bare: Skeleton) -> dict[str, float]:
+    """Bytes that an iteration finds and leaves."""
+    trained = parameter_bytes(bare.policy, trained=True)
+    numbers = sum(p.numel() for p in bare.policy.parameters() if p.requires_grad)
+    element = trained / max(1, numbers)
+    reference = trained if config.algorithm.kl.beta or config.algorithm.anchor else 0
+    critic = 0 if bare.critic is None else 4 * parameter_bytes(bare.critic, trained=True)
+    return {
+        "weights, frozen": parameter_bytes(bare.policy, trained=False),
+        "weights, trained": trained,
+        "average (ema) and reference": numbers * max(FLOAT, element) + reference,
+        "optimiser": 2 * trained,
+        "critic with its optimiser": critic,
+    }
+
+
+def _moments(config: Config, bare: Skeleton, traced: Trace, shape: _Shape, gpus: int) -> dict[str, dict[str, float]]:
+    """Bytes that come on top, at each of the moments that can be the worst."""
+    trained = float(parameter_bytes(bare.policy, trained=True))
+    rows, call = shape.work.rows, shape.rows_per_call
+    event = torch.Size(bare.policy.event_shape).numel() * FLOAT
+    observed = 2 * sum(v.numel() * v.element_size() for v in tree_leaves(bare.obs_spec))  # obs and final_obs
+    chains = rows * (event + observed) + traced.pair_bytes() * rows * shape.num_columns
+    reference = rows * shape.num_columns * event if config.algorithm.kl.beta else 0
+    conds = 0.0 if bare.policy.encoder_trains else traced.cond_bytes() * (rows // shape.work.copies)
+    kept = {"chains": chains + reference, "conditions": conds}
+    update = {**kept, "gradients": trained}
+    minibatch = -(-rows // config.algorithm.num_minibatches)
+    return {
+        "sampling": {**kept, "chains": 2 * chains, f"sampling {call} rows": traced.bytes(traced.sampling, call)},
+        "decoding": {**kept, f"decoding {call} rows": traced.bytes(traced.decoding, call)},
+        "scoring": {**update, f"activations of {shape.pairs} pairs": traced.bytes(traced.scoring, shape.pairs)},
+        "the critic's step": {**update, f"critic of {minibatch} rows": traced.bytes(traced.value, minibatch)},
+        "the optimiser's step": {**update, "temporaries": trained * (1 if gpus == 1 else 3)},
+    }
+
+
+# -- what makes it fit ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Settings that were tried, in order, and what they bring the peak to."""
+
+    overrides: dict[str, Any]
+    estimate: Estimate
+    fits: bool
+
+
+def make_fit(planner: Planner, gpu: GPU, gpus: int = 1) -> Fit:
+    """The first settings, from the mildest, whose peak fits; the smallest there is where none does."""
+    limit, config, overrides = RESERVE * 1e9 * gpu.gigabytes, planner.config, {}
+    found = planner.estimate(config, gpus)
+    while found.memory.peak > limit:
+        change = _next_change(config, found)
+        if change is None:
+            return Fit(overrides, found, False)
+        overrides |= change
+        config = _with(config, change)
+        found = planner.estimate(config, gpus)
+    return Fit(overrides, found, True)
+
+
+def _next_change(config: Config, found: Estimate) -> dict[str, Any] | None:
+    """One setting that lowers the worst moment; none of them changes what is learnt."""
+    worst, rows, pairs = found.memory.worst, config.env.rows_per_call, config.algorithm.micro_batch
+    smallest = config.env.group_size if config.env.mode == "episodes" else 1
+    if worst in ("sampling", "decoding") and rows > smallest:
+        return {"env.rows_per_call": max(smallest, rows // 2)}
+    if worst == "scoring" and not config.policy.grad_checkpointing:
+        return {"policy.grad_checkpointing": True}
+    if worst == "scoring" and pairs > 1:
+        return {"algorithm.micro_batch": pairs // 2}
+    return None
+
+
+def _with(config: Config, change: Mapping[str, Any]) -> Config:
+    for path, value in change.items():
+        section, _, key = path.partition(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{key: value})})
+    return config
+
+
+# -- output ---------------------------------------------------------------------------------------
+
+
+def plan_as_json(planner: Planner, gpu: GPU, gpus: int) -> dict[str, Any]:
+    """Everything the command prints."""
+    found, fit = planner.estimate(planner.config, gpus), make_fit(planner, gpu, gpus)
+    precision = planner.config.policy.precision
+    per_image = {k: v * gpus / found.samples for k, v in asdict(found.cost).items()}
+    return {
+        "gpu": gpu.name,
+        "gpus": gpus,
+        "samples_per_iteration": found.samples,
+        "network_rows_per_iteration": {**asdict(found.cost), "total": found.cost.total},
+        "network_rows_per_sample": {**per_image, "total": sum(per_image.values())},
+        "memory_bytes": dict(found.memory.parts),
+        "worst_moment": found.memory.worst,
+        "peak_bytes": found.memory.peak,
+        "limit_bytes": RESERVE * 1e9 * gpu.gigabytes,
+        "fits": found.memory.peak <= RESERVE * 1e9 * gpu.gigabytes,
+        "settings_that_fit": fit.overrides if fit.fits else None,
+        "smallest": {"settings": fit.overrides, "peak_bytes": fit.estimate.memory.peak},
+        "tflop_per_iteration": found.flops * gpus / 1e12,
+        "network_seconds_per_iteration": found.seconds(gpu, precision),
+    }
+
+
+def print_plan(planner: Planner, gpu: GPU, gpus: int) -> None:
+    """Tables on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    values, console = plan_as_json(planner, gpu, gpus), Console()
+    rows = Table("network evaluations", "per sample", f"per iteration ({values['samples_per_iteration']} samples)")
+    for name, each in values["network_rows_per_sample"].items():
+        rows.add_row(name, f"{each:.2f}", f"{values['network_rows_per_iteration'][name] * gpus:,}")
+    console.print(rows)
+    memory = Table(f"memory of a process at its worst moment ({values['worst_moment']})", "MiB")
+    for name, size in values["memory_bytes"].items():
+        memory.add_row(name, f"{size / 2**20:,.1f}")
+    memory.add_row("peak", f"{values['peak_bytes'] / 2**20:,.1f}")
+    memory.add_row(f"limit: {RESERVE:.0%} of {gpu.gigabytes:g} GB", f"{values['limit_bytes'] / 2**20:,.1f}")
+    console.print(memory)
+    console.print(_verdict(values, gpu), soft_wrap=True)
+
+
+def _verdict(values: Mapping[str, Any], gpu: GPU) -> str:
+    tflop, seconds = values["tflop_per_iteration"], values["network_seconds_per_iteration"]
+    time = f"{tflop:.3g} TFLOP an iteration: {seconds:.2g} s at {UTILISATION:.0%} of the peak of {gpu.name}"
+    time += " (an estimate, of the network alone: no rewards, no simulators)"
+    settings = " ".join(f"{k}={str(v).lower()}" for k, v in (values["smallest"]["settings"]).items())
+    if values["fits"]:
+        return f"{time}\nFits."
+    smallest = values["smallest"]["peak_bytes"] / 1e9
+    if values["settings_that_fit"] is not None:
+        return f"{time}\nDoes not fit. It fits, at {smallest:.1f} GB, with: {settings}"
+    return f"{time}\nDoes not fit: the smallest found needs {smallest:.1f} GB, with: {settings or 'these settings'}"
