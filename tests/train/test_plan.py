@@ -61,13 +61,15 @@ def iteration(config: Config) -> Probe:
 def test_memory_is_that_of_a_real_iteration(kind: str, tiny: list[str], scenes_field: str) -> None:
     """The estimate from shapes alone against the allocator's record of building everything and one iteration.
 
-    It may be 12 % above, and 7 % below: what is small is not counted.
+    It may be 12 % above. Activations may be 10 % below, in networks as small as these, where what an environment
+    holds is seen; weights, of which there are six copies, not at all.
     """
     config = load(kind, tiny, scenes_field)
     estimate = Planner(config).estimate(config).memory
     iteration(config)  # what is made once, tables and caches, is not the recipe's
     found = measured_peak(lambda: iteration(config))
-    assert 0.93 * found <= estimate.peak <= 1.12 * found, (found, estimate.parts)
+    low = 1.0 if kind == "weights" else 0.9
+    assert low * found <= estimate.peak <= 1.12 * found, (found, estimate.parts)
 
 
 @pytest.mark.parametrize("kind", ["reference, guidance", "robot"])
