@@ -16,10 +16,11 @@ import torch
 
 from rlflow import registry
 from rlflow.config import Config
+from rlflow.flow.field import VelocityField
 from rlflow.rl.groups import Groups
-from rlflow.train.cost import Cost, Work
+from rlflow.train.cost import Cost, Ratios, Sampling
 from rlflow.train.gpus import GPU
-from rlflow.train.skeleton import Skeleton, skeleton
+from rlflow.train.skeleton import Skeleton, learner, skeleton
 from rlflow.train.trace import Trace, parameter_bytes
 from rlflow.types import tree_leaves
 
@@ -96,15 +97,16 @@ class Planner:
         horizon = config.env.horizon or bare.horizon
         shape = _Shape.of(config, bare, groups, horizon)
         memory = Memory(_staying(config, bare), _moments(config, bare, traced, shape, gpus))
-        flops = _flops(shape.cost, traced, bare.policy.field.calls)
-        return Estimate(gpus, groups.total_rows * horizon, shape.work.rows, shape.cost, memory, flops)
+        flops = _flops(shape.cost, traced, bare.policy.field)
+        return Estimate(gpus, groups.total_rows * horizon, shape.rows, shape.cost, memory, flops)
 
 
 @dataclass(frozen=True)
 class _Shape:
     """Sizes of an iteration on one process."""
 
-    work: Work
+    rows: int
+    copies: int
     cost: Cost
     num_columns: int
     rows_per_call: int
@@ -112,30 +114,23 @@ class _Shape:
 
     @staticmethod
     def of(config: Config, bare: Skeleton, groups: Groups, horizon: int) -> _Shape:
-        c, policy = config.algorithm, bare.policy
+        c, policy, likelihood = learner(config), bare.policy, bare.likelihood
         steps = registry.build("steps", "steps", config.steps)
-        grid = registry.build("grid", "policy.grid", config.policy.grid)(config.policy.num_steps)
+        grid = policy.grid(policy.num_steps)
         plans = [steps(i, grid, groups.row_ids()) for i in range(ITERATIONS)]
         copies = groups.group_size if horizon == 1 and config.env.mode == "episodes" else 1
-        work = Work(
-            policy=policy,
-            likelihood=bare.likelihood,
-            rows=groups.num_rows * horizon,
-            copies=copies,
-            shared_noise=config.env.shared_noise,
-            epochs=c.epochs,
-            micro_batch=c.micro_batch,
-            reference=bool(c.kl.beta),
-            anchor=bool(c.anchor),
-        )
-        r = max(1, max(bare.likelihood.num_columns(plan) for plan in plans))
+        rows = groups.num_rows * horizon
+        sampling = Sampling(policy, likelihood, rows, copies, config.env.shared_noise)
+        ratios = Ratios(policy, likelihood, c.epochs, c.micro_batch, bool(c.kl.beta), bool(c.anchor))
+        r = max(1, max(likelihood.num_columns(plan) for plan in plans))
         whole = max(1, c.micro_batch // r) * r if r <= c.micro_batch else c.micro_batch
         return _Shape(
-            work=work,
-            cost=_mean([work.cost(plan) for plan in plans]),
+            rows=rows,
+            copies=copies,
+            cost=_mean([Cost(sampling.cost(plan), *ratios.cost(rows, plan)) for plan in plans]),
             num_columns=r,
             rows_per_call=min(groups.num_rows, max(copies, config.env.rows_per_call // copies * copies)),
-            pairs=min(whole, -(-work.rows // c.num_minibatches) * r),
+            pairs=min(whole, -(-rows // c.num_minibatches) * r),
         )
 
 
@@ -144,10 +139,10 @@ def _mean(costs: list[Cost]) -> Cost:
     return Cost(*(round(v) for v in total.tolist()))
 
 
-def _flops(cost: Cost, traced: Trace, calls: int) -> float:
-    """Of one process's iteration; a row of Cost is a forward, three are a scored pair with its backward."""
-    forward = (cost.rollout + cost.reference) * traced.flops(traced.sampling)
-    return (forward + cost.update / 3 * traced.flops(traced.scoring)) / calls
+def _flops(cost: Cost, traced: Trace, field: VelocityField) -> float:
+    """Of one process's iteration."""
+    forward = (cost.rollout + cost.reference) / field.calls * traced.flops(traced.sampling)
+    return forward + cost.update / (field.calls + 2 * field.graph_calls) * traced.flops(traced.scoring)
 
 
 def _staying(config: Config, bare: Skeleton) -> dict[str, float]:
@@ -155,7 +150,8 @@ def _staying(config: Config, bare: Skeleton) -> dict[str, float]:
     trained = parameter_bytes(bare.policy, trained=True)
     numbers = sum(p.numel() for p in bare.policy.parameters() if p.requires_grad)
     element = trained / max(1, numbers)
-    reference = trained if config.algorithm.kl.beta or config.algorithm.anchor else 0
+    needed = learner(config).kl.beta or learner(config).anchor
+    reference = trained if needed and not config.policy.offload_reference else 0
     critic = 0 if bare.critic is None else 4 * parameter_bytes(bare.critic, trained=True)
     return {
         "weights, frozen": parameter_bytes(bare.policy, trained=False),
@@ -169,15 +165,15 @@ def _staying(config: Config, bare: Skeleton) -> dict[str, float]:
 def _moments(config: Config, bare: Skeleton, traced: Trace, shape: _Shape, gpus: int) -> dict[str, dict[str, float]]:
     """Bytes that come on top, at each of the moments that can be the worst."""
     trained = float(parameter_bytes(bare.policy, trained=True))
-    rows, call = shape.work.rows, shape.rows_per_call
+    rows, call = shape.rows, shape.rows_per_call
     event = torch.Size(bare.policy.event_shape).numel() * FLOAT
     observed = 2 * sum(v.numel() * v.element_size() for v in tree_leaves(bare.obs_spec))  # obs and final_obs
     chains = rows * (event + observed) + traced.pair_bytes() * rows * shape.num_columns
-    reference = rows * shape.num_columns * event if config.algorithm.kl.beta else 0
-    conds = 0.0 if bare.policy.encoder_trains else traced.cond_bytes() * (rows // shape.work.copies)
+    reference = rows * shape.num_columns * event if learner(config).kl.beta else 0
+    conds = 0.0 if bare.policy.encoder_trains else traced.cond_bytes() * (rows // shape.copies)
     kept = {"chains": chains + reference, "conditions": conds}
     update = {**kept, "gradients": trained}
-    minibatch = -(-rows // config.algorithm.num_minibatches)
+    minibatch = -(-rows // learner(config).num_minibatches)
     return {
         "sampling": {**kept, "chains": 2 * chains, f"sampling {call} rows": traced.bytes(traced.sampling, call)},
         "decoding": {**kept, f"decoding {call} rows": traced.bytes(traced.decoding, call)},
@@ -201,7 +197,8 @@ class Fit:
 
 def make_fit(planner: Planner, gpu: GPU, gpus: int = 1) -> Fit:
     """The first settings, from the mildest, whose peak fits; the smallest there is where none does."""
-    limit, config, overrides = RESERVE * 1e9 * gpu.gigabytes, planner.config, {}
+    limit, config = RESERVE * 1e9 * gpu.gigabytes, planner.config
+    overrides: dict[str, Any] = {}
     found = planner.estimate(config, gpus)
     while found.memory.peak > limit:
         change = _next_change(config, found)
@@ -215,7 +212,7 @@ def make_fit(planner: Planner, gpu: GPU, gpus: int = 1) -> Fit:
 
 def _next_change(config: Config, found: Estimate) -> dict[str, Any] | None:
     """One setting that lowers the worst moment; none of them changes what is learnt."""
-    worst, rows, pairs = found.memory.worst, config.env.rows_per_call, config.algorithm.micro_batch
+    worst, rows, pairs = found.memory.worst, config.env.rows_per_call, learner(config).micro_batch
     smallest = config.env.group_size if config.env.mode == "episodes" else 1
     if worst in ("sampling", "decoding") and rows > smallest:
         return {"env.rows_per_call": max(smallest, rows // 2)}

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlflow import registry
-from rlflow.config import Config
+from rlflow.config import AlgorithmConfig, Config
 from rlflow.envs.prompts import load_prompts
 from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
@@ -37,8 +37,16 @@ class Skeleton:
     critic: Critic | None
 
 
+def learner(config: Config) -> AlgorithmConfig:
+    """The settings of the learner; ValueError for one that cannot be planned."""
+    if not isinstance(config.algorithm, AlgorithmConfig):
+        raise ValueError(f"algorithm: plan knows policy_gradient, and not {config.algorithm.name}")
+    return config.algorithm
+
+
 def skeleton(config: Config, trust_code: bool = False) -> Skeleton:
     """Of a recipe; ValueError where the network cannot be known without its weights."""
+    learner(config)
     with registry.located("policy.field"):
         field, obs_spec, horizon = _field(config, trust_code)
     policy, mode, critic = policy_around(field, config, trust_code, META), fake_mode(), None
