@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlflow.rewards.calls import Deadline
+from rlflow.rewards.calls import Deadline, Pending
 from rlflow.rewards.component import column_names
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,10 @@ class Reward:
     def columns(self) -> tuple[str, ...]:
         """Names of the columns the function reads."""
         return column_names(self.fn)
+
+
+class Elsewhere:
+    """Base of rewards that wait for another machine: they are asked first, and the others computed meanwhile."""
 
 
 class SomeRows(Exception):
@@ -145,8 +149,8 @@ class RewardSet:
 
     `masked` and `errors` count rows without a score and failed calls over the set's life, `seconds` the time
     spent, `last_error` keeps the last message; all by reward name. `metrics()` reports since its last call.
-    One batch is scored at a time (a lock): the functions need not be thread-safe, save against a call of
-    their own that outlived its deadline.
+    One batch is scored at a time (a lock) and one reward after the other, but for those Elsewhere: the functions
+    need not be thread-safe, save against a call of their own that outlived its deadline.
     """
 
     rewards: Sequence[Reward]
@@ -195,12 +199,17 @@ class RewardSet:
         self.check_columns(list(columns))
         finite = _finite_rows(columns.get("images"), num_rows)
         with self._lock:
-            return {r.name: self._score(r, columns, finite) for r in self.rewards}
+            asked = [r for r in self.rewards if isinstance(r.fn, Elsewhere)]
+            pending = {r.name: self._call[r.name].start({c: columns[c] for c in r.columns}) for r in asked}
+            here_first = sorted(self.rewards, key=lambda r: r.name in pending)
+            scores = {r.name: self._score(r, columns, finite, pending.get(r.name)) for r in here_first}
+            return {r.name: scores[r.name] for r in self.rewards}
 
-    def _score(self, r: Reward, columns: Mapping[str, Any], finite: Tensor) -> Tensor:
+    def _score(self, r: Reward, columns: Mapping[str, Any], finite: Tensor, pending: Pending | None) -> Tensor:
         num_rows, start = len(finite), time.perf_counter()
         try:
-            scores = as_scores(self._call[r.name]({c: columns[c] for c in r.columns}), num_rows)
+            value = pending() if pending else self._call[r.name]({c: columns[c] for c in r.columns})
+            scores = as_scores(value, num_rows)
         except SomeRows as error:
             scores = as_scores(error.scores, num_rows)
             self._failed(r.name, str(error), int(scores.isnan().sum()))
@@ -208,7 +217,7 @@ class RewardSet:
             scores = torch.full((num_rows,), torch.nan)
             self._failed(r.name, f"{type(error).__name__}: {error}", num_rows)
         scores = torch.where(finite, scores, torch.nan)
-        spent = time.perf_counter() - start
+        spent = pending.spent if pending else time.perf_counter() - start
         self.masked[r.name] += int(scores.isnan().sum())
         self.seconds[r.name] += spent
         self._meter[r.name].add(scores, spent)

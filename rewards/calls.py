@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ class _Call:
         self.done = threading.Event()
         self.value: Any = None
         self.error: BaseException | None = None
+        self.ended: float | None = None
 
     def run(self) -> None:
         try:
@@ -34,6 +36,7 @@ class _Call:
         except BaseException as error:  # SystemExit too: the thread has to live on
             self.error = error
         finally:
+            self.ended = time.monotonic()
             self.done.set()
 
 
@@ -51,6 +54,32 @@ class _Worker:
             del call  # or its images would live until the next call
 
 
+class Pending:
+    """A call under way; calling this waits for its value."""
+
+    def __init__(self, call: _Call, seconds: float, too_late: Callable[[], None]) -> None:
+        self.call, self.seconds, self.too_late = call, seconds, too_late
+        self.started = time.monotonic()
+
+    def __call__(self) -> Any:
+        """The value; raises what the function raised, TimeoutError past the deadline."""
+        left = None if self.seconds == float("inf") else max(0.0, self.started + self.seconds - time.monotonic())
+        if not self.call.done.wait(left):
+            self.too_late()
+            raise TimeoutError(f"no answer within {self.seconds:g} s")
+        if isinstance(self.call.error, Exception):
+            raise self.call.error
+        if self.call.error is not None:
+            # SystemExit and its kind must not end the caller
+            raise RuntimeError(f"{type(self.call.error).__name__}: {self.call.error}")
+        return self.call.value
+
+    @property
+    def spent(self) -> float:
+        """Seconds from its start to its end, or until now."""
+        return (self.call.ended or time.monotonic()) - self.started
+
+
 class Deadline:
     """Calls `fn`, each call for at most `seconds` (inf: no limit, in the caller's own thread)."""
 
@@ -64,20 +93,19 @@ class Deadline:
         if self.seconds == float("inf"):
             with torch.no_grad():
                 return self.fn(**arguments)
+        return self.start(arguments)()
+
+    def start(self, arguments: Mapping[str, Any]) -> Pending:
+        """Begin a call in another thread; its errors, if any, come when its value is asked for."""
         self._late = [thread for thread in self._late if thread.is_alive()]
+        call = _Call(self.fn, arguments)
         if len(self._late) >= MAX_LATE:
-            raise TimeoutError(f"not called: {MAX_LATE} earlier calls are still running past their deadline")
-        call, worker = _Call(self.fn, arguments), self._idle_worker()
+            call.error = TimeoutError(f"not called: {MAX_LATE} earlier calls are still running past their deadline")
+            call.done.set()
+            return Pending(call, self.seconds, lambda: None)
+        worker = self._idle_worker()
         worker.calls.put(call)
-        if not call.done.wait(self.seconds):
-            self._abandon(worker)
-            raise TimeoutError(f"no answer within {self.seconds:g} s")
-        if isinstance(call.error, Exception):
-            raise call.error
-        if call.error is not None:
-            # SystemExit and its kind must not end the caller
-            raise RuntimeError(f"{type(call.error).__name__}: {call.error}")
-        return call.value
+        return Pending(call, self.seconds, lambda: self._abandon(worker))
 
     def _idle_worker(self) -> _Worker:
         if self._worker is None or not self._worker.thread.is_alive():  # dead in a forked child

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlflow.rewards.ask import Asker, NoAnswer, Patience, Request, check_url, read_token
-from rlflow.rewards.base import SomeRows
+from rlflow.rewards.base import Elsewhere, SomeRows
 from rlflow.rewards.breaker import Breaker
 from rlflow.rewards.component import reads
 from rlflow.rewards.wire import TYPE, Batch, pack, read_answer
@@ -24,7 +24,7 @@ from rlflow.rewards.wire import TYPE, Batch, pack, read_answer
 PROTOCOL = 1
 
 
-class Remote:
+class Remote(Elsewhere):
     """Scores of a reward server (rlflow serve-reward), which may be dead, slow or wrong: then rows are masked."""
 
     def __init__(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlflow.rewards.ask import Asker, NoAnswer, Patience, Request, check_url, parse_json, read_token
-from rlflow.rewards.base import SomeRows, to_uint8
+from rlflow.rewards.base import Elsewhere, SomeRows, to_uint8
 from rlflow.rewards.breaker import Breaker
 
 QUESTION = """The picture was made from this description: {prompt}
@@ -35,7 +35,7 @@ class Unread(Exception):
     """An answer of the model that holds no score, or more than one."""
 
 
-class VLMJudge:
+class VLMJudge(Elsewhere):
     """How well the image shows the prompt, in [0, 1], as a vision-language model on a server says."""
 
     def __init__(

@@ -61,7 +61,7 @@ class Optimizer:
         self.adam.zero_grad(set_to_none=True)
 
     def step(self) -> float:
-        """Reduce over ranks, clip, step; returns the gradient norm (nan when the step was skipped).
+        """Reduce over ranks, clip, step; returns the gradient norm (nan when the step was skipped, 0 for no gradient).
 
         Raises NonFiniteError after `max_bad_steps` skipped steps in a row.
         """
@@ -71,6 +71,8 @@ class Optimizer:
             self._skip()
             return math.nan
         self.bad_in_a_row = 0
+        if norm == 0:  # every sample is masked: Adam's momentum and weight decay would move the weights all the same
+            return 0.0
         if self.config.max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
         for group in self.adam.param_groups:

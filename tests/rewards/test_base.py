@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlflow.rewards.base import Reward, RewardSet, column_names, standardise, to_uint8
+from rlflow.rewards.base import Elsewhere, Reward, RewardSet, column_names, standardise, to_uint8
 
 NAN = float("nan")
 INF = float("inf")
@@ -279,3 +279,37 @@ def test_to_uint8_rounds_clips_and_moves_channels_last():
     assert pixels.dtype == np.uint8
     assert pixels.shape == (1, 2, 1, 3)
     assert pixels[0, :, 0].T.ravel().tolist() == [0, 0, 128, 255, 0, 255]
+
+
+class Waits(Elsewhere):
+    """Answers only once the reward beside it was called."""
+
+    def __init__(self, beside: threading.Event, seconds: float = 20.0) -> None:
+        self.beside, self.seconds = beside, seconds
+
+    def __call__(self, prompt: list[str]) -> list[float]:
+        return [1.0 if self.beside.wait(self.seconds) else 0.0] * len(prompt)
+
+
+def test_rewards_elsewhere_are_asked_first_and_the_others_computed_meanwhile():
+    """Whichever comes first in the table; two of them at once."""
+    called = threading.Event()
+
+    def here(prompt):
+        called.set()
+        return [2.0] * len(prompt)
+
+    rewards = RewardSet([Reward("a", Waits(called)), Reward("b", here), Reward("c", Waits(called))])
+    scores = rewards.compute({"prompt": ["x", "y"]}, 2)
+    assert list(scores) == ["a", "b", "c"]
+    assert {n: s.tolist() for n, s in scores.items()} == {"a": [1.0, 1.0], "b": [2.0, 2.0], "c": [1.0, 1.0]}
+
+
+def test_a_late_reward_elsewhere_masks_its_own_rows_alone():
+    rewards = RewardSet(
+        [Reward("late", Waits(threading.Event(), 5.0), timeout_s=0.05), Reward("b", lambda prompt: [2.0] * len(prompt))]
+    )
+    scores = rewards.compute({"prompt": ["x"]}, 1)
+    assert scores["late"].isnan().all()
+    assert scores["b"].tolist() == [2.0]
+    assert "no answer within" in rewards.last_error["late"]
