@@ -190,6 +190,10 @@ class Demos:
         """What was done (N, *A) in the steps `index` (N,)."""
         return self._gather(index, ["action"])["action"]
 
+    def rewards(self, index: Tensor) -> Tensor:
+        """What was earned (N,) in the steps `index` (N,)."""
+        return self._gather(index, ["reward"])["reward"]
+
     def _gather(self, index: Tensor, names: list[str]) -> dict[str, Tensor]:
         found = {
             n: torch.empty(len(index), *v.shape[1:], dtype=v.dtype) for n, v in self.shards[0].items() if n in names

@@ -100,6 +100,17 @@ class AlgorithmConfig:
 
 
 @dataclass
+class OfflineConfig:
+    """Demonstrations of an off-policy learner: cloned first, and part of every batch."""
+
+    __pydantic_config__ = STRICT
+    demos: str = "demos"  # folder; made by the shipped expert of the simulator if it is absent
+    clone: int = 2000  # steps of flow matching before the first iteration
+    updates: int = 0  # steps of the learner on the demonstrations alone, after that
+    share: float = 0.5  # of every batch
+
+
+@dataclass
 class SACConfig:
     """Off-policy, with gradients through the whole chain; a replay of its own."""
 
@@ -115,6 +126,7 @@ class SACConfig:
     alpha_lr: float = 1e-3  # 0 keeps the temperature
     target_entropy: float | None = None  # of a path, nats per number; default: that of the noise's middle less 1/2
     anchor: float = 0.0  # weight of the squared distance to the action in the replay
+    offline: OfflineConfig | None = None
     num_critics: int = 2
     critic_lr: float = 3e-4
     critic_width: int = 256

@@ -27,7 +27,7 @@ NOT_NEGATIVE = (
     *("eval.every", "eval.video", "algorithm.kl.beta", "algorithm.entropy", "algorithm.optimizer.warmup"),
     *("algorithm.optimizer.weight_decay", "algorithm.optimizer.max_grad_norm", "advantage.eps"),
     *("algorithm.anchor", "algorithm.critic_warmup", "algorithm.start", "algorithm.alpha_lr"),
-    "algorithm.max_grad_norm",
+    *("algorithm.max_grad_norm", "algorithm.offline.clone", "algorithm.offline.updates"),
 )
 UNIT = (
     *("algorithm.denoising_gamma", "algorithm.optimizer.final", "env.gamma", "advantage.lam", "algorithm.tau"),
@@ -36,7 +36,7 @@ UNIT = (
 LEARNING_RATES = ("algorithm.optimizer.lr", "algorithm.critic_lr", "algorithm.lr")
 """Adam's first step is lr long in every weight: above 1 nothing of the network is left."""
 SEEDS = ("train.seed", "eval.seed")
-BELOW_ONE = ("algorithm.ema_decay", "algorithm.optimizer.betas")
+BELOW_ONE = ("algorithm.ema_decay", "algorithm.optimizer.betas", "algorithm.offline.share")
 FINITE = (
     *("algorithm.optimizer.eps", "algorithm.optimizer.weight_decay"),
     *("algorithm.kl.beta", "algorithm.entropy", "algorithm.anchor", "advantage.eps"),
@@ -111,6 +111,11 @@ def _check_sac(config: Config, trust_code: bool) -> None:
         raise ValueError("env.name: algorithm=sac learns in simulators, and env.name is prompt")
     if config.reward.normalize == "advantage":
         raise ValueError("reward.normalize: algorithm=sac has no advantages; set it to none or reward")
+    c: Any = config.algorithm
+    if c.offline is not None and (config.reward.scale or config.reward.weights):
+        raise ValueError("algorithm.offline: its rewards are the simulator's own; leave reward.scale and weights out")
+    if c.offline is not None and c.n_step > 1:
+        raise ValueError("algorithm.offline: demonstrations are chunks that overlap; set algorithm.n_step=1")
 
 
 def _check_policy_gradient(config: Config, trust_code: bool) -> None:

@@ -350,7 +350,13 @@ def test_every_key_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         watch(cls)
     torch.set_num_threads(1)
     Trainer(config, tmp_path / "run", quiet=True).fit()
+    from rlflow.envs.demos import Episode, write_demos
+
+    obs, action = {"state": torch.zeros(5, 2), "goal": torch.ones(5, 2)}, torch.zeros(5, 2)
+    episode = Episode(obs, action, torch.zeros(5), terminated=True, truncated=False)
+    write_demos(tmp_path / "demos", [episode], {"name": "toy_reach"}, {})
     few = ["train.iterations=1", "eval.num=2", "env.num_groups=4", "algorithm.start=8", "algorithm.batch_size=4"]
+    few += [f"algorithm.offline={{demos: {tmp_path / 'demos'}, clone: 1, updates: 1}}"]
     Trainer(recipes.load("robot_reach_sac", few), tmp_path / "off_policy", quiet=True).fit()
     keys = {(cls.__name__, f.name) for cls in sections() for f in dataclasses.fields(cls)}
     dead = sorted(key for key in keys - seen if key[1] not in READ_ELSEWHERE)

@@ -8,6 +8,7 @@ a hundred times the draw). Equal keys give equal noise on the same device type o
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,11 @@ def noise(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Standard normal (N, *shape) for the global rows `row_ids` (N,), a CPU long tensor (no host sync)."""
-    block = max(1, BLOCK_NUMBERS // max(1, torch.Size(shape).numel()))
+    block = max(1, BLOCK_NUMBERS // max(1, math.prod(shape)))
+    if block > 1 and len(row_ids) and (only := int(row_ids.min()) // block) == int(row_ids.max()) // block:
+        g = generator(*key, only, device=device)  # all in one block, as most batches of robots
+        drawn_once = torch.randn((block, *shape), generator=g, dtype=dtype, device=device)
+        return drawn_once[(row_ids - only * block).to(device)]
     owner = (row_ids // block).tolist()
     offset = row_ids % block
     drawn = {}

@@ -235,15 +235,16 @@ class _Run:
 
     def __init__(self, policy: FlowPolicy, plan: Plan, key: Key, row_ids: Tensor, keep_path: bool):
         self.policy, self.plan, self.key, self.row_ids = policy, plan, key, row_ids
-        self.times = plan.t.to(policy.device, policy.dtype)
-        self.noisy = plan.noisy.to(policy.device)
+        self.device, self.dtype = policy.device, policy.dtype  # each asks the first parameter: once per chain
+        self.times = plan.t.to(self.device, self.dtype)
+        self.noisy = plan.noisy.to(self.device)
         self.memory: object = None
         self.pairs: list[tuple[Tensor, ...]] = []
         self.path: list[tuple[Tensor, Tensor]] | None = [] if keep_path else None
 
     def noise(self, purpose: str, k: int, row_ids: Tensor) -> Tensor:
         key = self.key._replace(purpose=f"{self.key.purpose}/{purpose}", k=k)
-        return noise(key, row_ids, self.policy.event_shape, self.policy.dtype, self.policy.device)
+        return noise(key, row_ids, self.policy.event_shape, self.dtype, self.device)
 
     def time(self, k: int, num: int) -> Tensor:
         return self.times[k].expand(num) if self.times.ndim == 1 else self.times[:, k]

@@ -37,7 +37,7 @@ class GaussianField(VelocityField):
 
     def encode(self, obs: Tree) -> Cond:
         """Observations (N, obs_dim), or a dict of tensors concatenated in the order of its sorted keys."""
-        return Cond({"pooled": self.normalizer(side_by_side(obs)).to(next(self.parameters()).dtype)})
+        return Cond({"pooled": self.normalizer(side_by_side(obs)).to(self.mean[0].weight.dtype)})
 
     def observe(self, obs: Tree) -> None:
         """Let the normaliser, if it is running, see raw observations (N, ...)."""

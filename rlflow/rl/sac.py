@@ -22,6 +22,7 @@ from rlflow.flow.noise import Key, generator
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import Steps
 from rlflow.rl.losses import weighted_sum
+from rlflow.rl.offline import Offline, clone
 from rlflow.rl.optim import AdamW, Deferred
 from rlflow.rl.path_entropy import entropy_target, path_log_prob
 from rlflow.rl.replay import Replay, Transitions
@@ -58,6 +59,7 @@ class SAC:
         alpha_lr: float = 3e-4,
         target_entropy: float | None = None,
         anchor: float = 0.0,
+        offline: Offline | None = None,
         ema_decay: float = 0.9,
         seed: int = 0,
     ):
@@ -69,7 +71,7 @@ class SAC:
             raise ValueError("SAC differentiates through, and scores, every denoising step: use steps=all")
         self.policy, self.replay, self.seed = policy, replay, seed
         self.batch_size, self.start, self.updates_per_step = batch_size, start, updates_per_step
-        self.actor_every, self.anchor, self.ema_decay = actor_every, anchor, ema_decay
+        self.actor_every, self.anchor, self.ema_decay, self.offline = actor_every, anchor, ema_decay, offline
         target = entropy_target(policy, target_entropy)
         num_inputs = policy.field.num_features + torch.Size(policy.event_shape).numel()
         self.twin = Twin(num_inputs, twin or TwinSettings(), policy.device, policy.dtype)
@@ -82,7 +84,14 @@ class SAC:
     # -- one iteration ----------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Nothing to do before the first iteration."""
+        """Clone the demonstrations, then learn from them alone; without any, nothing."""
+        if self.offline is None:
+            return
+        clone(self.policy, self.offline, self.batch_size, self.seed)
+        for _ in range(self.offline.updates):
+            self._learn()
+        self._settle()
+        self.policy.weights.snapshot("ema")
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Store a rollout and learn; returns metrics, nan where no step was due yet."""
@@ -90,12 +99,15 @@ class SAC:
         due = self.due(rollout.num_rows)
         self.seen += rollout.num_rows
         history = [self._learn() for _ in range(due)]
-        for optimizer in (self.optimizer, self.twin.optimizer, self.temperature.optimizer):
-            optimizer.settle()
+        self._settle()
         self.policy.field.unguided.observe(rollout.flat(rollout.obs))
         self.policy.weights.blend("ema", self.ema_decay)
         self.iteration += 1
         return _means(history) | self._counters()
+
+    def _settle(self) -> None:
+        for optimizer in (self.optimizer, self.twin.optimizer, self.temperature.optimizer):
+            optimizer.settle()
 
     @property
     def micro_batch(self) -> int:
@@ -104,7 +116,8 @@ class SAC:
 
     def due(self, rows: int) -> int:
         """Optimiser steps after `rows` more decisions: those beyond the first `start` call for them."""
-        return max(0, int(self.updates_per_step * (self.seen + rows - self.start)) - self.updates)
+        first = 0 if self.offline is None else self.offline.updates
+        return max(0, int(self.updates_per_step * (self.seen + rows - self.start)) - self.updates + first)
 
     def _learn(self) -> dict[str, Tensor]:
         batch = self._batch()
@@ -118,8 +131,14 @@ class SAC:
         return out
 
     def _batch(self) -> Transitions:
-        index = self.replay.draw(self.batch_size, generator("sac/replay", self.seed, self.updates))
-        return self.replay.at(index.to(self.policy.device))
+        rng, num = generator("sac/replay", self.seed, self.updates), self.batch_size
+        if self.offline is None:
+            return self.replay.at(self.replay.draw(num, rng).to(self.policy.device))
+        if not len(self.replay):
+            return self.offline.draw(num, rng)
+        old = round(self.offline.share * num)
+        new = self.replay.at(self.replay.draw(num - old, rng).to(self.policy.device))
+        return Transitions.cat(self.offline.draw(old, rng), new)
 
     def act(self, cond: Cond, purpose: str) -> Acted:
         """Sample at `cond` (N) with the noise of this update and `purpose`; gradients are the caller's choice."""
@@ -138,10 +157,9 @@ class SAC:
     def actor_loss(self, cond: Cond, batch: Transitions) -> tuple[Tensor, Acted, Tensor]:
         """(loss, what was done, squared distance to the data's actions)."""
         acted = self.act(cond, "actor")
-        per_row = self.temperature.value * acted.log_prob - self.twin.value(cond, acted.action)
         distance = (acted.action - batch.action).square().flatten(1).mean(1)
-        if self.anchor:
-            per_row = per_row + self.anchor * distance
+        per_row = self.temperature.value * acted.log_prob - self.twin.value(cond, acted.action)
+        per_row = per_row + self.anchor * distance
         return weighted_sum(per_row, batch.weight) / batch.weight.sum().clamp(min=1e-12), acted, distance
 
     def _actor_step(self, cond: Cond, batch: Transitions) -> dict[str, Tensor]:

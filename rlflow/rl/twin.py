@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any, Literal
 
 import torch
@@ -51,16 +51,19 @@ class Ensemble(nn.Module):
         shapes = [(num, 1, width)] * depth if norm else []
         self.gains = nn.ParameterList(nn.Parameter(torch.ones(s)) for s in shapes)
         self.shifts = nn.ParameterList(nn.Parameter(torch.zeros(s)) for s in shapes)
+        # a ParameterList is slow to read, and this is read thousands of times a minute
+        self._hidden = list(zip_longest(self.weights, self.biases, self.gains, self.shifts))[:-1]
+        self._last = self.weights[-1], self.biases[-1]
 
     def forward(self, features: Tensor, action: Tensor) -> Tensor:
         """(E, N) from features (N, F), which get no gradient, and actions (N, *D)."""
-        x = torch.cat([features.detach(), action.flatten(1)], -1).to(self.weights[0].dtype)
-        x = x.expand(len(self.weights[0]), *x.shape)
-        for i, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(b, x, w)
-            if i + 1 < len(self.weights):
-                x = relu(torch.addcmul(self.shifts[i], layer_norm(x, x.shape[-1:]), self.gains[i]) if self.gains else x)
-        return x.squeeze(-1)
+        w, b = self._last
+        x = torch.cat([features.detach(), action.flatten(1)], -1).to(w.dtype)
+        x = x.expand(len(w), *x.shape)
+        for weight, bias, gain, shift in self._hidden:
+            x = torch.baddbmm(bias, x, weight)
+            x = relu(x if gain is None else torch.addcmul(shift, layer_norm(x, x.shape[-1:]), gain))
+        return torch.baddbmm(b, x, w).squeeze(-1)
 
 
 class Twin:
@@ -70,6 +73,7 @@ class Twin:
         c = self.settings = settings
         self.net = Ensemble(num_inputs, c.num, c.width, c.depth, c.norm).to(device, dtype)
         self.target = copy.deepcopy(self.net).requires_grad_(False)
+        self._pairs = list(self.target.parameters()), list(self.net.parameters())
         self.optimizer = Deferred(
             list(self.net.parameters()), AdamW(lr=c.lr, betas=(0.9, 0.999), max_grad_norm=0.0), "algorithm.critic_lr"
         )
@@ -97,7 +101,7 @@ class Twin:
         loss = self.loss(cond, action, target, weight)
         loss.backward()
         self.optimizer.advance()
-        torch._foreach_lerp_(list(self.target.parameters()), list(self.net.parameters()), self.settings.tau)
+        torch._foreach_lerp_(*self._pairs, self.settings.tau)
         return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:

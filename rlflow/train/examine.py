@@ -39,7 +39,9 @@ def few_updates(config: Config, group_size: int, trust_code: bool) -> tuple[int,
 def at_work(config: Config) -> Any:
     """The `algorithm` section with its first iteration like all others: nothing is waited for."""
     c = config.algorithm
-    return replace(c, start=0) if isinstance(c, SACConfig) else c
+    if not isinstance(c, SACConfig):
+        return c
+    return replace(c, start=0, offline=None if c.offline is None else replace(c.offline, clone=0, updates=0))
 
 
 # -- ratios ---------------------------------------------------------------------------------------
@@ -127,7 +129,9 @@ def _off_policy_checks(config: Config, parts: Parts, probe: Probe) -> list[Check
 def _few_off_policy(config: Config, group_size: int, trust_code: bool) -> tuple[int, SACConfig]:
     c = config.algorithm
     assert isinstance(c, SACConfig)
-    return 2, replace(c, start=0, capacity=10_000, batch_size=FEW_DECISIONS, updates_per_step=0.5, actor_every=1)
+    few = {"start": 0, "capacity": 10_000, "batch_size": FEW_DECISIONS, "updates_per_step": 0.5, "actor_every": 1}
+    offline = None if c.offline is None else replace(c.offline, clone=FEW_DECISIONS, updates=0)
+    return 2, replace(c, **few, offline=offline)
 
 
 CHECKS: dict[type, Callable[[Config, Parts, Probe], list[Check]]] = {

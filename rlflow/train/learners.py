@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlflow import registry
-from rlflow.config import AlgorithmConfig, Config, SACConfig
+from rlflow.config import AlgorithmConfig, Config, OfflineConfig, SACConfig
 from rlflow.flow.policy import FlowPolicy
 from rlflow.rl.algorithm import Algorithm
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihood import Likelihood
 from rlflow.rl.losses import TRUST_REGIONS, PerStep
+from rlflow.rl.offline import Offline, offline_data
 from rlflow.rl.optim import AdamW
 from rlflow.rl.policy_gradient import KL, PolicyGradient
 from rlflow.rl.replay import Replay
 from rlflow.rl.sac import SAC
 from rlflow.rl.twin import TwinSettings
+from rlflow.train.cloning import demos_of
 
 
 def make_likelihood(config: Config, trust_code: bool = False) -> Likelihood | None:
@@ -90,9 +93,18 @@ def _sac(config: Config, policy: FlowPolicy, likelihood: Likelihood | None, grou
             alpha_lr=c.alpha_lr,
             target_entropy=c.target_entropy,
             anchor=c.anchor,
+            offline=None if c.offline is None else _offline(config, c.offline, policy),
             ema_decay=c.ema_decay,
             seed=config.train.seed,
         )
+
+
+def _offline(config: Config, c: OfflineConfig, policy: FlowPolicy) -> Offline:
+    """Demonstrations of the config's simulator as decisions of its chunk."""
+    with registry.located("offline"):
+        demos = demos_of(config.env.name, Path(c.demos))
+        data, whole = offline_data(demos, policy.event_shape[0], config.env.gamma, policy.device)
+        return Offline(data, whole, c.clone, c.updates, c.share)
 
 
 MAKERS: dict[type, Callable[..., Any]] = {AlgorithmConfig: _policy_gradient, SACConfig: _sac}

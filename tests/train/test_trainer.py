@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from rlflow import recipes
 from rlflow.config import AlgorithmConfig, parse
+from rlflow.envs.demos import Episode, write_demos
 from rlflow.models.io import load_field
 from rlflow.rl.optim import NonFiniteError
 from rlflow.train.checkpoint import Checkpoints
@@ -374,6 +375,13 @@ def on_a_tiny_checkpoint(name: str, tiny_pipeline: Callable, prompts: Path) -> l
     return [*field, "policy.field.max_sequence_length=16", *rewards, f"env.prompts={prompts}"]
 
 
+def some_demos(folder: Path) -> Path:
+    """Random demonstrations of Hopper."""
+    rows = [(torch.randn(n, 11), torch.rand(n, 3) * 2 - 1, torch.ones(n)) for n in (9, 12, 3)]
+    write_demos(folder / "demos", (Episode(*row, True, False) for row in rows), {"name": "hopper"}, {})
+    return folder / "demos"
+
+
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_runs_two_iterations(
     name: str, tmp_path: Path, scenes_field: str, words_field: str, tiny_pipeline: Callable, no_report: None
@@ -394,6 +402,8 @@ def test_every_recipe_runs_two_iterations(
         few += on_a_tiny_checkpoint(name, tiny_pipeline, tmp_path / "prompts.txt")
     else:
         few += ["env.horizon=6", "eval.video=0"]
+    if not ratios and recipes.load(name).algorithm.offline is not None:
+        few += [f"algorithm.offline.{key}" for key in (f"demos={some_demos(tmp_path)}", "clone=2", "updates=2")]
     made = Trainer(name, tmp_path / "run", overrides=[*few, "train.minutes=", "train.iterations=2"], quiet=True)
     before = {k: v.clone() for k, v in made.policy.state_dict().items()}
     made.fit()
