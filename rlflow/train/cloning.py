@@ -116,7 +116,7 @@ class Cloning:
     def judge(self, field: VelocityField, env: VecEnv) -> dict[str, float]:
         """Mean return, and success where it is told, with K denoising steps; with fewer where made for it."""
         fewer = {f"_k{k}": k for k in (1, 2) if self.shortcut}
-        found = {}
+        found: dict[str, float] = {}
         for suffix, k in ({"": self.num_steps} | fewer).items():
             scores = play_once(field, env, k)
             found |= {f"{name}{suffix}": round(score.mean().item(), DIGITS[name]) for name, score in scores.items()}
