@@ -190,6 +190,7 @@ class TrainConfig:
     seed: int = 0
     threads: int | None = None
     permute_rewards: bool = False  # the control: rewards shuffled across the batch
+    sharding: Literal["replicated", "full"] = "replicated"  # full: processes hold parts of the network (FSDP2)
     checkpoint_every: int = 50
     keep: int = 3
     tensorboard: bool = True
@@ -251,6 +252,7 @@ MAY_CHANGE_ON_RESUME = (
     "train.tensorboard",
     "train.wandb",
     "train.threads",
+    "train.sharding",
     "eval.every",
     "eval.metrics",
     "eval.grid",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
@@ -50,7 +51,9 @@ def launch(processes: int, run: Callable[..., None], *args: Any) -> None:
         while not children.join():
             pass
     except ProcessExitedException as error:
-        raise SystemExit(error.exit_code) from None
+        if error.signal_name is not None:
+            print(f"rlflow: process {error.error_index} was ended by {error.signal_name}", file=sys.stderr)
+        raise SystemExit(error.exit_code % 256) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -134,7 +137,7 @@ def gather_shares(mine: Tensor, total: int) -> Tensor:
 
 def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     """One flat all-reduce (sum) of all gradients; absent ones count as zero, so no rank can hang."""
-    if world() == 1:
+    if world() == 1 or not parameters:
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([g.flatten() for g in gradients])

@@ -96,6 +96,7 @@ def check_together(config: Config, trust_code: bool = False) -> None:
     """ValueError for settings that exclude each other."""
     OF_LEARNERS[config.algorithm.name](config, trust_code)
     _check_kind(config)
+    _check_sharding(config)
     if config.train.iterations is None and config.train.minutes is None:
         raise ValueError("train: give a budget, train.iterations=N or train.minutes=M")
 
@@ -151,6 +152,15 @@ def _check_policy_gradient(config: Config, trust_code: bool) -> None:
 
 
 OF_LEARNERS = {"policy_gradient": _check_policy_gradient, "sac": _check_sac}
+
+
+def _check_sharding(config: Config) -> None:
+    """ValueError where the number of network passes depends on what happens in a process."""
+    if config.train.sharding == "full" and (config.env.name != "prompt" or config.algorithm.name != "policy_gradient"):
+        raise ValueError(
+            "train.sharding: processes that hold parts of one network must call it equally often, as with images "
+            "and policy_gradient; set it to replicated"
+        )
 
 
 def _check_kind(config: Config) -> None:

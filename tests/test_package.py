@@ -24,12 +24,13 @@ BELOW = {
     "types": set(),
     "registry": set(),
     "dist": {"types"},
-    "flow": {"types"},
+    "shards": {"types", "dist"},
+    "flow": {"types", "shards"},
     "moments": {"types", "dist"},
-    "models": {"types", "registry", "dist", "moments", "flow"},
+    "models": {"types", "registry", "dist", "shards", "moments", "flow"},
     "rewards": {"types", "registry", "flow", "models", "envs"},
-    "envs": {"types", "registry", "dist", "moments", "flow", "models", "rewards"},
-    "rl": {"types", "registry", "dist", "flow", "models", "envs", "rewards"},
+    "envs": {"types", "registry", "dist", "shards", "moments", "flow", "models", "rewards"},
+    "rl": {"types", "registry", "dist", "shards", "flow", "models", "envs", "rewards"},
 }
 ABOVE_ALL = {"cli", "__main__"}  # nothing but themselves may import these
 

@@ -2,7 +2,8 @@
 
 A set holds copies of the trainable parameters only, so with LoRA the reference (adapters at their
 start, where they add nothing) costs megabytes. Using a set points the parameters at its storage and
-copies nothing; a set never holds the live weights, so it may be saved at any time.
+copies nothing (sharded ones are written over and back); a set never holds the live weights, so it may be
+saved at any time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from rlflow import shards
 from rlflow.flow.path import at_least_float
 
 
@@ -34,7 +36,7 @@ class WeightSets:
     def snapshot(self, name: str) -> None:
         """Store the live weights under `name`."""
         self._only_live(name)
-        found = {n: p.detach() for n, p in self.parameters().items()}
+        found = {n: shards.local(p.detach()) for n, p in self.parameters().items()}
         self.sets[name] = {n: p.to(self.places.get(name, p.device), copy=True) for n, p in found.items()}
 
     @torch.no_grad()
@@ -43,7 +45,7 @@ class WeightSets:
         self._only_live(name)
         stored, live = self.sets[name], self.parameters()
         stored.update({n: at_least_float(stored[n]) for n in live})
-        new = [at_least_float(p.detach()) for p in live.values()]
+        new = [at_least_float(shards.local(p.detach())) for p in live.values()]
         torch._foreach_lerp_([stored[n] for n in live], new, 1 - decay)
 
     def _only_live(self, name: str) -> None:
@@ -62,16 +64,15 @@ class WeightSets:
             raise ValueError(f"cannot use {name!r} while {self.active!r} is in place: weight sets do not nest")
         stored, named = self.sets[name], dict(self._module[0].named_parameters())
         self._check_complete(name, stored)
-        live = {n: named[n].data for n in stored}  # by stored name: freezing parameters inside changes nothing
-        for n, value in stored.items():
-            named[n].data = value.to(live[n])
+        # by stored name: freezing parameters inside changes nothing
+        live = {n: shards.put(named[n], value) for n, value in stored.items()}
         self.active = name
         try:
             yield
         finally:
             self.active = "live"
             for n, value in live.items():
-                named[n].data = value
+                shards.put(named[n], value)
 
     def _check_complete(self, name: str, stored: dict[str, Tensor]) -> None:
         missing = sorted(self.parameters().keys() - stored.keys())
@@ -81,8 +82,9 @@ class WeightSets:
             )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat 'set/parameter' tensors."""
-        return {f"{s}/{n}": v for s, values in self.sets.items() for n, v in values.items()}
+        """Flat 'set/parameter' tensors; of a sharded network whole ones, for which every process has to ask."""
+        named = dict(self._module[0].named_parameters())
+        return {f"{s}/{n}": shards.whole(named[n], v) for s, values in self.sets.items() for n, v in values.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of `state_dict`; shapes and names must match the parameters."""
@@ -93,7 +95,8 @@ class WeightSets:
             if parameter not in named or named[parameter].shape != value.shape:
                 raise ValueError(f"stored weight {key!r} of shape {tuple(value.shape)} matches no parameter")
             place = self.places.get(name, named[parameter].device)
-            sets.setdefault(name, {})[parameter] = value.detach().to(place, copy=True)
+            mine = shards.part(named[parameter], value.detach())
+            sets.setdefault(name, {})[parameter] = mine.to(place, copy=True)
         for name, stored in sets.items():
             self._check_complete(name, stored)
         self.sets = sets

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rlflow import dist
+from rlflow import dist, shards
 
 
 class NonFiniteError(FloatingPointError):
@@ -40,13 +40,15 @@ class Optimizer:
         if not parameters:
             raise ValueError("nothing to train: no parameter has requires_grad")
         self.config, self.parameters = config, list(parameters)
+        self.parts = [nn.Parameter(shards.local(p)) if shards.is_sharded(p) else p for p in self.parameters]
+        """What this process steps: the parameters, or its parts of them."""
         self.adam = self._adam()
         self.steps, self.skipped, self.bad_in_a_row, self.progress = 0, 0, 0, 0.0
 
     def _adam(self, fused: bool | None = None) -> torch.optim.AdamW:
         c = self.config
         return torch.optim.AdamW(
-            self.parameters, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, eps=c.eps, fused=fused
+            self.parts, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, eps=c.eps, fused=fused
         )
 
     def learning_rate(self) -> float:
@@ -58,15 +60,15 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Drop gradients."""
-        self.adam.zero_grad(set_to_none=True)
+        for p in (*self.parameters, *self.parts):
+            p.grad = None
 
     def step(self) -> float:
         """Reduce over ranks, clip, step; returns the gradient norm (nan when the step was skipped, 0 for no gradient).
 
         Raises NonFiniteError after `max_bad_steps` skipped steps in a row.
         """
-        dist.sum_gradients(self.parameters)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = self._reduce()
         if not bool(torch.isfinite(norm)):
             self._skip()
             return math.nan
@@ -74,12 +76,26 @@ class Optimizer:
         if norm == 0:  # every sample is masked: Adam's momentum and weight decay would move the weights all the same
             return 0.0
         if self.config.max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(self.parts, self.config.max_grad_norm, norm)
         for group in self.adam.param_groups:
             group["lr"] = self.learning_rate()
         self.adam.step()
         self.steps += 1
         return float(norm)
+
+    def _reduce(self) -> Tensor:
+        """Sum gradients over ranks, those of sharded parameters are so already; the norm of them all."""
+        pairs = list(zip(self.parameters, self.parts, strict=True))
+        kept = [p for p, mine in pairs if p is mine]
+        dist.sum_gradients(kept)
+        norm = nn.utils.get_total_norm([p.grad for p in kept if p.grad is not None])
+        if len(kept) == len(pairs):
+            return norm
+        shared = [(p, mine) for p, mine in pairs if p is not mine]
+        for p, mine in shared:
+            mine.grad = None if p.grad is None else shards.local(p.grad)
+        square = nn.utils.get_total_norm([mine.grad for _, mine in shared if mine.grad is not None]).square()
+        return (dist.all_sum(square) + norm.to(square).square()).sqrt()
 
     def _skip(self) -> None:
         self.skipped += 1
@@ -92,11 +108,15 @@ class Optimizer:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors of Adam plus counters."""
+        """Tensors of Adam plus counters; every process has to ask."""
         counters = {"steps": self.steps, "skipped": self.skipped, "bad_in_a_row": self.bad_in_a_row}
         state = self.adam.state_dict()["state"]
-        moments = {f"{i}/{k}": v for i, s in state.items() for k, v in s.items()}
+        moments = {f"{i}/{k}": self._whole(i, v) for i, s in state.items() for k, v in s.items()}
         return {"moments": moments, "counters": counters}
+
+    def _whole(self, index: int, value: Tensor) -> Tensor:
+        """A moment; the count of steps has no axis and is everyone's."""
+        return shards.whole(self.parameters[index], value) if value.ndim else value
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
@@ -104,7 +124,8 @@ class Optimizer:
         full["state"] = {}
         for key, value in state["moments"].items():
             index, _, name = key.partition("/")
-            full["state"].setdefault(int(index), {})[name] = value
+            mine = shards.part(self.parameters[int(index)], value) if value.ndim else value
+            full["state"].setdefault(int(index), {})[name] = mine
         self.adam.load_state_dict(full)
         for name, value in state["counters"].items():
             setattr(self, name, int(value))

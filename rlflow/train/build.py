@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from rlflow import dist, registry
+from rlflow import dist, registry, shards
 from rlflow.config import Config
 from rlflow.envs.base import VecEnv
 from rlflow.envs.prompt import PromptEnv
@@ -42,7 +44,11 @@ def make_policy(config: Config, trust_code: bool = False) -> FlowPolicy:
     torch.manual_seed(config.train.seed)  # the first weights of a toy field and of a noise net
     with registry.located("policy.field"):
         field = _make_field(config, trust_code)
-    policy = policy_around(field, config, trust_code)
+    sharded = config.train.sharding == "full" and dist.world() > 1
+    policy = policy_around(field, config, trust_code, torch.device("cpu") if sharded else None)
+    if sharded:  # block by block: the whole network need not fit the device
+        shards.shard(policy.field.unguided, device())
+        policy.kernel.to(device())
     steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
     with registry.located("steps"):
         policy.check_steps(steps, config.policy.max_kappa)
@@ -79,6 +85,21 @@ def policy_around(
     if c.offload_reference:
         policy.weights.places["ref"] = torch.device("cpu")
     return policy
+
+
+@contextmanager
+def whole_field(policy: FlowPolicy, config: Config) -> Iterator[VelocityField]:
+    """The network under the weights in place; of a sharded one a copy on the CPU, which is complete on rank 0."""
+    if not any(shards.is_sharded(p) for p in policy.parameters()):
+        yield policy.field.unguided
+        return
+    state = shards.whole_state(policy)
+    if dist.rank() > 0:
+        yield policy.field.unguided
+        return
+    copy = policy_around(_make_field(config, trust_code=True), config, trust_code=True, place=torch.device("cpu"))
+    copy.load_state_dict(state)
+    yield copy.field.unguided
 
 
 def freeze(field: VelocityField, pattern: str) -> None:
@@ -191,10 +212,22 @@ class Parts:
     groups: Groups
 
 
+def check_sharding(config: Config, groups: Groups) -> None:
+    """ValueError where processes would call a sharded network unequally often, and wait for ever."""
+    minibatches = getattr(config.algorithm, "num_minibatches", 1)
+    if groups.local % minibatches:
+        raise ValueError(
+            f"train.sharding: {groups.local} groups of a process do not divide into {minibatches} equal minibatches: "
+            f"set env.num_groups to a multiple of {minibatches * groups.world}, or train.sharding=replicated"
+        )
+
+
 def make_parts(config: Config, trust_code: bool = False) -> Parts:
     """Policy, environment, collector and learner of this process."""
     policy = make_policy(config, trust_code)
     groups = Groups(config.env.num_groups, config.env.group_size, dist.rank(), dist.world())
+    if config.train.sharding == "full":
+        check_sharding(config, groups)
     env = _make_env(config, policy, groups, trust_code)
     likelihood = make_likelihood(config, trust_code)
     steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)

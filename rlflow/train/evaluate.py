@@ -123,12 +123,13 @@ class Evaluator:
         captions = self.columns["prompt"]
         ids = torch.arange(len(captions))
         mine = ids.tensor_split(dist.world())[dist.rank()]
+        equal = torch.cat([mine, mine[-1:]])[: -(-len(ids) // dist.world())]  # a sharded network is called by all
         parts = []
-        for rows in mine.split(self.rows_per_call):
+        for rows in equal.split(self.rows_per_call):
             parts.append(self._batch([captions[i] for i in rows], rows))
             if progress is not None:
                 progress(len(rows))
-        return dist.gather_shares(torch.cat(parts), len(captions))
+        return dist.gather_shares(torch.cat(parts)[: len(mine)], len(captions))
 
     def _batch(self, captions: list[str], rows: Tensor) -> Tensor:
         policy = self.policy

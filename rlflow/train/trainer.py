@@ -14,14 +14,14 @@ from typing import Any
 import torch
 import yaml
 
-from rlflow import dist, recipes
+from rlflow import dist, recipes, shards
 from rlflow.config import Config, difference, parse
 from rlflow.flow.noise import generator
 from rlflow.models.io import save_field
 from rlflow.rl.advantages import moments
 from rlflow.rl.collector import permute_rewards
 from rlflow.rl.optim import NonFiniteError
-from rlflow.train.build import judged_by, make_evaluator, make_parts
+from rlflow.train.build import judged_by, make_evaluator, make_parts, whole_field
 from rlflow.train.checkpoint import Checkpoints, deal, pack, rng_state, set_rng_state, unpack, write_text
 from rlflow.train.episodes import Episodes
 from rlflow.train.evaluate import Evaluation
@@ -278,7 +278,7 @@ class Trainer:
         """Everything an exact resume needs; complete on rank 0, and every process has to ask for it at once."""
         episodes = dist.gather(pack(self.collector.state_dict()))  # packed, it is on the CPU
         return {
-            "policy": self.policy.state_dict(),
+            "policy": shards.whole_state(self.policy),
             "weight_sets": self.policy.weights.state_dict(),
             "algorithm": self.algorithm.state_dict(),
             "collector": [unpack(*share) for share in episodes],
@@ -307,7 +307,7 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """NonFiniteError before such weights become the last checkpoint; the same on every rank."""
-        if not all(bool(p.isfinite().all()) for p in self.algorithm.optimizer.parameters):
+        if not shards.finite(self.algorithm.optimizer.parameters):
             raise NonFiniteError(
                 f"the weights are not finite after iteration {self.iteration}: lower algorithm.optimizer.lr"
             )
@@ -325,7 +325,7 @@ class Trainer:
         if which == "last" and not self.checkpoints.all():
             return  # killed before its first checkpoint: the run begins again
         iteration, state = self.checkpoints.load(which)
-        self.policy.load_state_dict(state["policy"])
+        shards.load_whole_state(self.policy, state["policy"])
         self.policy.weights.load_state_dict(state["weight_sets"])
         self.algorithm.load_state_dict(state["algorithm"])
         self._take_up(state["collector"])
@@ -351,10 +351,10 @@ class Trainer:
 
     def _finish(self) -> None:
         """The tuned network as a checkpoint folder, and the report."""
-        if dist.rank() == 0:
-            with self.policy.using(self.config.eval.weights):
+        with self.policy.using(self.config.eval.weights), whole_field(self.policy, self.config) as field:
+            if dist.rank() == 0:
                 about = {"run": str(self.run), "recipe": self.recipe}
-                save_field(self.policy.field.unguided, self.run / "model", about, judged_by(self.config))
+                save_field(field, self.run / "model", about, judged_by(self.config))
         self._report()
 
     def _report(self) -> None:

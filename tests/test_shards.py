@@ -1,0 +1,151 @@
+"""A network in parts is the network whole: weights, optimiser, metrics, and files that any number of processes reads."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlflow import config, shards
+from rlflow.envs import scenes
+from rlflow.models.dit import DiT
+from rlflow.models.io import load_field, save_field
+from rlflow.rl.groups import Groups
+from rlflow.rl.optim import AdamW, Optimizer
+from rlflow.train.build import check_sharding
+from rlflow.train.checkpoint import Checkpoints, pack
+from rlflow.train.logger import read_metrics
+from rlflow.train.trainer import Trainer
+
+HANGS = 580
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+from rlflow import dist
+from rlflow.train.trainer import Trainer
+
+torch.set_num_threads(1)
+for run, values, resume in json.loads(Path(sys.argv[1]).read_text()):
+    Trainer(values, run, resume=resume, quiet=True).fit()
+dist.stop()
+"""
+
+
+def recipe(root: Path) -> dict[str, Any]:
+    """GRPO with a reference, guidance, two minibatches, micro-batches that do not divide them, a frozen part."""
+    torch.manual_seed(0)
+    field = DiT(scenes.VOCAB, size=8, patch=4, width=16, depth=2, heads=2)
+    torch.nn.init.normal_(field.patch_out.weight, std=0.2)
+    return {
+        "policy": {
+            "field": str(save_field(field, root / "field")),
+            "frozen": "patch_in",
+            "num_steps": 4,
+            "precision": "float64",
+            "guidance": {"name": "cfg", "scale": 1.5},
+        },
+        "algorithm": {"micro_batch": 7, "num_minibatches": 2, "kl": {"beta": 0.1}, "optimizer": {"lr": 1e-3}},
+        "env": {"num_groups": 8, "group_size": 4, "rows_per_call": 8},
+        "reward": {"weights": {"brightness": 1.0}},
+        "train": {"iterations": 2, "tensorboard": False, "threads": 1, "sharding": "full"},
+        "eval": {"num": 5, "metrics": {"strict": "brightness", "base_distance": "base_distance"}, "grid": 2},
+    }
+
+
+def launch(root: Path, processes: int, jobs: list[tuple[str, dict[str, Any], str | None]]) -> None:
+    """Train runs one after the other in one group of processes."""
+    script, order = root / "shards_script.py", root / "jobs.json"
+    script.write_text(SCRIPT)
+    order.write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(script), str(order)], env=environment, capture_output=True, text=True, timeout=HANGS
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def until(values: dict[str, Any], iterations: int) -> dict[str, Any]:
+    return values | {"train": values["train"] | {"iterations": iterations}}
+
+
+def saved(run: Path) -> dict[str, torch.Tensor]:
+    """Weights, weight sets and optimiser of the last checkpoint."""
+    _, state = Checkpoints(run).load("last")
+    return pack({name: state[name] for name in ("policy", "weight_sets", "algorithm")})[0]
+
+
+def agree(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def compare(root: Path, processes: int) -> None:
+    """A sharded run of 2 iterations, and one whose second iteration is done by one process, against one process."""
+    values = recipe(root)
+    straight, sharded, relay = (str(root / name) for name in ("straight", "sharded", "relay"))
+    launch(root, processes, [(sharded, values, None), (relay, until(values, 1), None)])
+    Trainer(values, straight, quiet=True).fit()
+    Trainer(values, relay, resume="last", quiet=True).fit()
+    one = saved(Path(straight))
+    moved = [k for k in one if "/ref/" in k and not torch.equal(one[k], one[k.replace("/ref/", "/ema/")])]
+    assert moved, "a run that learns nothing proves nothing"
+    agree(one, saved(Path(sharded)))
+    agree(one, saved(Path(relay)))
+    for a, b in zip(*(read_metrics(Path(run)) for run in (straight, sharded)), strict=True):
+        for key in ("optim/grad_norm", "kl/ref", "reward/mean", "eval/heldout/strict", "policy/first_log_ratio_max"):
+            assert b.get(key, 0) == pytest.approx(a.get(key, 0), rel=1e-9, abs=1e-9), key
+    fields = [load_field(f"{run}/model").state_dict() for run in (straight, sharded)]
+    agree(*fields)
+    # and back to parts: the third iteration by all again
+    launch(root, processes, [(relay, until(values, 3), "last")])
+    Trainer(until(values, 3), straight, resume="last", quiet=True).fit()
+    agree(saved(Path(straight)), saved(Path(relay)))
+
+
+def test_two_processes_with_half_a_network_each(tmp_path: Path) -> None:
+    """In float64 to 1e-9; 2 -> 1 -> 2 processes are one run."""
+    compare(tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_four_processes_with_a_quarter_each(tmp_path: Path) -> None:
+    """4 -> 1 -> 4, groups shared out in pairs."""
+    compare(tmp_path, 4)
+
+
+def test_blocks_are_the_outermost_lists() -> None:
+    inner = torch.nn.ModuleList([torch.nn.Linear(1, 1)])
+    outer = torch.nn.ModuleList([torch.nn.Sequential(inner), torch.nn.Linear(1, 1)])
+    assert list(shards.blocks(torch.nn.Sequential(outer))) == list(outer)
+
+
+def test_whole_parameters_are_left_as_they_are() -> None:
+    """Every verb is the identity where nothing is sharded; `put` exchanges storage."""
+    p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    value = torch.tensor([3.0, 4.0])
+    assert shards.local(p) is p
+    assert shards.whole(p) is p
+    assert shards.part(p, value) is value
+    before = shards.put(p, value)
+    assert (p.tolist(), before.tolist()) == ([3, 4], [1, 2])
+    assert p.data_ptr() == value.data_ptr()
+    assert shards.finite([p])
+    assert not shards.finite([p, torch.tensor([math.nan])])
+    optimizer = Optimizer([p], AdamW())
+    assert optimizer.parts[0] is p
+
+
+def test_what_could_hang_is_refused(tmp_path: Path) -> None:
+    values = recipe(tmp_path)
+    with pytest.raises(ValueError, match=r"env\.num_groups to a multiple of 8"):
+        check_sharding(config.parse(values | {"env": {"num_groups": 4}}), Groups(4, 4, 0, 4))
+    with pytest.raises(ValueError, match=r"train\.sharding: .* images"):
+        config.parse({"env": {"name": "toy_reach", "mode": "steps"}, "advantage": "gae", "train": values["train"]})
