@@ -256,6 +256,28 @@ def test_a_signal_to_the_launcher_reaches_every_process(tmp_path: Path, launched
     assert Checkpoints(tmp_path / "run").load("last")[0] >= 1
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
+def test_a_killed_process_ends_all_and_leaves_the_last_checkpoint(tmp_path: Path, launched: list[str]) -> None:
+    """The others wait in a collective for ever: the launcher ends them, says who died, and the run resumes."""
+    command = [*launched, "train.checkpoint_every=1"]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    checkpoints, deadline = Checkpoints(tmp_path / "run"), time.monotonic() + HANGS
+    while process.poll() is None and time.monotonic() < deadline and not checkpoints.all():
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    _, said = process.communicate(timeout=HANGS)
+    assert process.returncode != 0
+    assert b"was ended by SIGKILL" in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks), "nobody is left behind"
+    done, _ = checkpoints.load("last")
+    recipe, run = launched[launched.index("train") + 1], tmp_path / "run"
+    overrides = [f"train.iterations={done + 1}", "train.checkpoint_every=1"]
+    Trainer(recipe, run, overrides=overrides, resume="last", quiet=True).fit()
+    assert checkpoints.load("last")[0] == done + 1
+
+
 def test_an_error_in_two_processes_is_said_once(launched: list[str]) -> None:
     said = subprocess.run([*launched, "env.num_groups=3"], capture_output=True, text=True, timeout=HANGS)
     assert said.returncode == 2
