@@ -13,11 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn as nn
 
 from rlflow import registry
 from rlflow.config import Config
 from rlflow.flow.field import VelocityField
 from rlflow.rl.groups import Groups
+from rlflow.shards import blocks
 from rlflow.train.cost import Cost, Ratios, Sampling
 from rlflow.train.gpus import GPU
 from rlflow.train.skeleton import Skeleton, learner, skeleton
@@ -96,7 +98,7 @@ class Planner:
         groups = Groups(config.env.num_groups, config.env.group_size, 0, gpus)
         horizon = config.env.horizon or bare.horizon
         shape = _Shape.of(config, bare, groups, horizon)
-        memory = Memory(_staying(config, bare), _moments(config, bare, traced, shape, gpus))
+        memory = Memory(_staying(config, bare, gpus), _moments(config, bare, traced, shape, gpus))
         flops = _flops(shape.cost, traced, bare.policy.field)
         return Estimate(gpus, groups.total_rows * horizon, shape.rows, shape.cost, memory, flops)
 
@@ -145,16 +147,22 @@ def _flops(cost: Cost, traced: Trace, field: VelocityField) -> float:
     return forward + cost.update / (field.calls + 2 * field.graph_calls) * traced.flops(traced.scoring)
 
 
-def _staying(config: Config, bare: Skeleton) -> dict[str, float]:
+def _shares(config: Config, gpus: int) -> int:
+    """Processes among which the network is shared out."""
+    return gpus if config.train.sharding == "full" else 1
+
+
+def _staying(config: Config, bare: Skeleton, gpus: int) -> dict[str, float]:
     """Bytes that an iteration finds and leaves."""
-    trained = parameter_bytes(bare.policy, trained=True)
-    numbers = sum(p.numel() for p in bare.policy.parameters() if p.requires_grad)
+    shares = _shares(config, gpus)
+    trained = parameter_bytes(bare.policy, trained=True) / shares
+    numbers = sum(p.numel() for p in bare.policy.parameters() if p.requires_grad) / shares
     element = trained / max(1, numbers)
     needed = learner(config).kl.beta or learner(config).anchor
     reference = trained if needed and not config.policy.offload_reference else 0
     critic = 0 if bare.critic is None else 4 * parameter_bytes(bare.critic, trained=True)
     return {
-        "weights, frozen": parameter_bytes(bare.policy, trained=False),
+        "weights, frozen": parameter_bytes(bare.policy, trained=False) / shares,
         "weights, trained": trained,
         "average (ema) and reference": numbers * max(FLOAT, element) + reference,
         "optimiser": 2 * trained,
@@ -162,16 +170,29 @@ def _staying(config: Config, bare: Skeleton) -> dict[str, float]:
     }
 
 
+def _gathered(bare: Skeleton) -> float:
+    """Bytes of the block that runs and of the next, and of what stands outside all blocks, with their gradients."""
+    network = bare.policy.field.unguided
+
+    def size(module: nn.Module) -> int:
+        return parameter_bytes(module, trained=False) + 2 * parameter_bytes(module, trained=True)
+
+    sizes = [size(block) for block in blocks(network)]
+    return float(2 * max(sizes, default=0) + size(network) - sum(sizes))
+
+
 def _moments(config: Config, bare: Skeleton, traced: Trace, shape: _Shape, gpus: int) -> dict[str, dict[str, float]]:
     """Bytes that come on top, at each of the moments that can be the worst."""
-    trained = float(parameter_bytes(bare.policy, trained=True))
+    shares = _shares(config, gpus)
+    trained = parameter_bytes(bare.policy, trained=True) / shares
+    gathered = _gathered(bare) if shares > 1 else 0.0
     rows, call = shape.rows, shape.rows_per_call
     event = torch.Size(bare.policy.event_shape).numel() * FLOAT
     observed = 2 * sum(v.numel() * v.element_size() for v in tree_leaves(bare.obs_spec))  # obs and final_obs
     chains = rows * (event + observed) + traced.pair_bytes() * rows * shape.num_columns
     reference = rows * shape.num_columns * event if learner(config).kl.beta else 0
     conds = 0.0 if bare.policy.encoder_trains else traced.cond_bytes() * (rows // shape.copies)
-    kept = {"chains": chains + reference, "conditions": conds}
+    kept = {"chains": chains + reference, "conditions": conds, "gathered blocks": gathered}
     update = {**kept, "gradients": trained}
     minibatch = -(-rows // learner(config).num_minibatches)
     return {
@@ -179,7 +200,7 @@ def _moments(config: Config, bare: Skeleton, traced: Trace, shape: _Shape, gpus:
         "decoding": {**kept, f"decoding {call} rows": traced.bytes(traced.decoding, call)},
         "scoring": {**update, f"activations of {shape.pairs} pairs": traced.bytes(traced.scoring, shape.pairs)},
         "the critic's step": {**update, f"critic of {minibatch} rows": traced.bytes(traced.value, minibatch)},
-        "the optimiser's step": {**update, "temporaries": trained * (1 if gpus == 1 else 3)},
+        "the optimiser's step": {**update, "temporaries": trained * (3 if gpus > shares else 1)},
     }
 
 
@@ -201,7 +222,7 @@ def make_fit(planner: Planner, gpu: GPU, gpus: int = 1) -> Fit:
     overrides: dict[str, Any] = {}
     found = planner.estimate(config, gpus)
     while found.memory.peak > limit:
-        change = _next_change(config, found)
+        change = _next_change(config, found, gpus)
         if change is None:
             return Fit(overrides, found, False)
         overrides |= change
@@ -210,7 +231,7 @@ def make_fit(planner: Planner, gpu: GPU, gpus: int = 1) -> Fit:
     return Fit(overrides, found, True)
 
 
-def _next_change(config: Config, found: Estimate) -> dict[str, Any] | None:
+def _next_change(config: Config, found: Estimate, gpus: int) -> dict[str, Any] | None:
     """One setting that lowers the worst moment; none of them changes what is learnt."""
     worst, rows, pairs = found.memory.worst, config.env.rows_per_call, learner(config).micro_batch
     smallest = config.env.group_size if config.env.mode == "episodes" else 1
@@ -220,6 +241,9 @@ def _next_change(config: Config, found: Estimate) -> dict[str, Any] | None:
         return {"policy.grad_checkpointing": True}
     if worst == "scoring" and pairs > 1:
         return {"algorithm.micro_batch": pairs // 2}
+    equal = config.env.num_groups // gpus % learner(config).num_minibatches == 0
+    if gpus > 1 and config.train.sharding == "replicated" and config.env.name == "prompt" and equal:
+        return {"train.sharding": "full"}
     return None
 
 

@@ -100,6 +100,20 @@ def test_memory_falls_with_devices_and_settings(tiny: list[str], scenes_field: s
         planner.estimate(config, gpus=3)
 
 
+def test_sharding_divides_what_stays(tiny: list[str], scenes_field: str) -> None:
+    """Weights, averages, optimiser and gradients in parts; beside them the blocks that run are whole."""
+    config = load("images", tiny, scenes_field)
+    parts = replace(config, train=replace(config.train, sharding="full"))
+    planner = Planner(config)
+    whole, shared = (planner.estimate(c, gpus=2).memory for c in (config, parts))
+    for name, size in whole.staying.items():
+        assert shared.staying[name] * 2 == size, name
+    assert shared.moments["scoring"]["gradients"] * 2 == whole.moments["scoring"]["gradients"]
+    assert shared.moments["scoring"]["gathered blocks"] > 0 == whole.moments["scoring"]["gathered blocks"]
+    assert planner.estimate(parts).memory.staying == planner.estimate(config).memory.staying, "one process has it all"
+    assert make_fit(planner, GPU("test", 1e-6, 1, 1), gpus=2).overrides["train.sharding"] == "full"
+
+
 def test_flops_of_a_matrix_network(tiny: list[str]) -> None:
     """2 x inputs x outputs of each layer forward; backward twice that, less the input's gradient of the first."""
     config = recipes.load("robot_reach_reinflow", ["policy.kernel={name: flow_sde, a: 0.7}", "steps=all_but_last"])
