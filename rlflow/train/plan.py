@@ -18,6 +18,7 @@ import torch.nn as nn
 from rlflow import registry
 from rlflow.config import Config
 from rlflow.flow.field import VelocityField
+from rlflow.models.shapes_of import beside
 from rlflow.rl.groups import Groups
 from rlflow.shards import blocks
 from rlflow.train.cost import Cost, Ratios, Sampling
@@ -163,6 +164,7 @@ def _staying(config: Config, bare: Skeleton, gpus: int) -> dict[str, float]:
     critic = 0 if bare.critic is None else 4 * parameter_bytes(bare.critic, trained=True)
     return {
         "weights, frozen": parameter_bytes(bare.policy, trained=False) / shares,
+        "VAE": sum(parameter_bytes(part, trained=False) for part in beside(bare.policy.field.unguided)),
         "weights, trained": trained,
         "average (ema) and reference": numbers * max(FLOAT, element) + reference,
         "optimiser": 2 * trained,

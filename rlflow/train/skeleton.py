@@ -16,6 +16,7 @@ from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import read_config
 from rlflow.models.scratch import make_field
+from rlflow.models.shapes_of import beside, shape_of
 from rlflow.rl.critic import Critic
 from rlflow.rl.likelihood import Likelihood
 from rlflow.train.build import device, make_simulator, policy_around
@@ -54,7 +55,7 @@ def skeleton(config: Config, trust_code: bool = False) -> Skeleton:
         with META:
             critic = Critic(policy.field.num_features, config.algorithm.critic_width).to(policy.dtype)
     with mode:
-        for module in (policy, critic) if critic else (policy,):
+        for module in (policy, *([critic] if critic else []), *beside(policy.field.unguided)):
             _pretend(module)
     likelihood = registry.build("likelihood", "likelihood", config.likelihood, trust_code=trust_code)
     return Skeleton(policy, obs_spec, horizon, mode, likelihood, critic)
@@ -65,7 +66,7 @@ def _field(config: Config, trust_code: bool) -> tuple[VelocityField, Tree, int]:
     spec = config.policy.field
     if config.env.name == "prompt":
         text = str(load_prompts(config.env.prompts, "train").rows[0]["prompt"])
-        field = _known(str(spec), trust_code)
+        field = _known(spec, trust_code) if isinstance(spec, str) else shape_of(str(spec.get("checkpoint")), spec)
         return field, field.tokenize([text])[0], 1
     env = make_simulator(config, 1, trust_code)
     if isinstance(spec, str) and spec not in registry.TABLE["model"]:
