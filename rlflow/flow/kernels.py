@@ -209,7 +209,9 @@ class LearnedNoise(Kernel):
     def step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, hidden: Tensor | None) -> Gaussian:
         if hidden is None:
             raise ValueError("LearnedNoise reads the condition features: pass hidden (N, F)")
-        inputs = torch.cat([hidden.to(x.dtype), t.reshape(len(t), 1)], -1).to(self.net[0].weight.dtype)
+        first = self.net[0]
+        assert isinstance(first, nn.Linear)
+        inputs = torch.cat([hidden.to(x.dtype), t.reshape(len(t), 1)], -1).to(first.weight.dtype)
         level = (torch.tanh(path.at_least_float(self.net(inputs))) + 1) / 2
         std = (self.lo + (self.hi - self.lo) * level).exp().to(x.dtype)
         return Gaussian(x + v * (t_next - t), std.reshape(-1, *self.event_shape))

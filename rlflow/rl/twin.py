@@ -73,7 +73,8 @@ class Twin:
         c = self.settings = settings
         self.net = Ensemble(num_inputs, c.num, c.width, c.depth, c.norm).to(device, dtype)
         self.target = copy.deepcopy(self.net).requires_grad_(False)
-        self._pairs = list(self.target.parameters()), list(self.net.parameters())
+        self._slow: list[Tensor] = list(self.target.parameters())
+        self._live: list[Tensor] = list(self.net.parameters())
         self.optimizer = Deferred(
             list(self.net.parameters()), AdamW(lr=c.lr, betas=(0.9, 0.999), max_grad_norm=0.0), "algorithm.critic_lr"
         )
@@ -101,7 +102,7 @@ class Twin:
         loss = self.loss(cond, action, target, weight)
         loss.backward()
         self.optimizer.advance()
-        torch._foreach_lerp_(*self._pairs, self.settings.tau)
+        torch._foreach_lerp_(self._slow, self._live, self.settings.tau)
         return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:

@@ -129,7 +129,13 @@ def _off_policy_checks(config: Config, parts: Parts, probe: Probe) -> list[Check
 def _few_off_policy(config: Config, group_size: int, trust_code: bool) -> tuple[int, SACConfig]:
     c = config.algorithm
     assert isinstance(c, SACConfig)
-    few = {"start": 0, "capacity": 10_000, "batch_size": FEW_DECISIONS, "updates_per_step": 0.5, "actor_every": 1}
+    few: dict[str, Any] = {
+        "start": 0,
+        "capacity": 10_000,
+        "batch_size": FEW_DECISIONS,
+        "updates_per_step": 0.5,
+        "actor_every": 1,
+    }
     offline = None if c.offline is None else replace(c.offline, clone=FEW_DECISIONS, updates=0)
     return 2, replace(c, **few, offline=offline)
 
