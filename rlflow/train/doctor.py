@@ -50,7 +50,7 @@ def doctor(config: Config, trust_code: bool = False) -> list[Check]:
     gradients.close()
     return [
         _rewards(probe),
-        *of_the_learner(config, parts, probe),
+        *of_the_learner(config, parts, probe, trust_code),
         *_gradients(gradients, probe),
         _resume(small, trust_code),
         *_end_marginal(parts),

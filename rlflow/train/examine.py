@@ -12,23 +12,29 @@ from torch import Tensor
 
 from rlflow import registry
 from rlflow.config import AlgorithmConfig, Config, SACConfig
+from rlflow.flow.density import euler_log_prob
+from rlflow.flow.solvers import Euler
+from rlflow.limits import LARGEST
 from rlflow.rl.batch import Batch
+from rlflow.rl.cfm import calibration
 from rlflow.rl.path_entropy import highest_entropy
 from rlflow.rl.policy_gradient import PolicyGradient
 from rlflow.rl.sac import SAC
-from rlflow.train.build import Parts
+from rlflow.train.build import Parts, make_policy
 from rlflow.train.check import Check
 from rlflow.train.probe import Probe
 
 GPU_LOG_RATIO = 1e-2
 """Largest first log-ratio that passes where kernels of different batch sizes round differently."""
+LARGEST_DENSITY = 32
+"""Numbers of an action up to which the density of a noise-free chain is computed."""
 FEW_DECISIONS = 16
 """Batch of an off-policy learner's optimiser step."""
 
 
-def of_the_learner(config: Config, parts: Parts, probe: Probe) -> list[Check]:
+def of_the_learner(config: Config, parts: Parts, probe: Probe, trust_code: bool) -> list[Check]:
     """Checks of this learner only."""
-    return CHECKS[type(config.algorithm)](config, parts, probe)
+    return CHECKS[type(config.algorithm)](config, parts, probe, trust_code)
 
 
 def few_updates(config: Config, group_size: int, trust_code: bool) -> tuple[int, Any]:
@@ -47,8 +53,9 @@ def at_work(config: Config) -> Any:
 # -- ratios ---------------------------------------------------------------------------------------
 
 
-def _ratio_checks(config: Config, parts: Parts, probe: Probe) -> list[Check]:
-    return [_first_log_ratio(probe), _ratio_moves(probe), _kappa(config, parts)]
+def _ratio_checks(config: Config, parts: Parts, probe: Probe, trust_code: bool) -> list[Check]:
+    surrogate = calibrated(config, probe, trust_code)
+    return [_first_log_ratio(probe), _ratio_moves(probe), *surrogate, _kappa(config, parts)]
 
 
 def _few_with_ratios(config: Config, group_size: int, trust_code: bool) -> tuple[int, AlgorithmConfig]:
@@ -95,6 +102,29 @@ def _ratio_moves(probe: Probe) -> Check:
     return Check("log-ratio after one update", value, "> 0", math.isfinite(value) and value > 0, detail)
 
 
+@torch.no_grad()
+def calibrated(config: Config, probe: Probe, trust_code: bool) -> list[Check]:
+    """How a surrogate's log-ratio stands to the exact one after the update, where the samples' density is known."""
+    policy, algorithm = probe.parts.policy, probe.parts.algorithm
+    assert isinstance(algorithm, PolicyGradient)
+    likelihood, small = algorithm.likelihood, math.prod(policy.event_shape) <= LARGEST_DENSITY
+    if likelihood.scores_steps or not small or not isinstance(policy.solver, Euler):
+        return []
+    batch, rows = Batch(policy, probe.rollout), torch.arange(min(64, probe.rollout.num_rows), device=policy.device)
+    cond, evidence = batch.cond(rows), batch.evidence.index(rows)
+    old = make_policy(replace(config, policy=replace(config.policy, max_kappa=LARGEST)), trust_code)
+    ratio = likelihood.log_ratio(likelihood.score(policy, cond, evidence).log_prob, evidence).mean(1)
+    exact = euler_log_prob(policy, evidence.x_next[:, 0], cond) - euler_log_prob(old, evidence.x_next[:, 0], cond)
+    known = exact.isfinite()
+    if not bool(known.any()):
+        return []
+    slope, correlation = calibration(ratio[known], exact[known])
+    nats = math.log1p(algorithm.clip_high) / slope if slope > 0 else math.inf
+    detail = f"the surrogate's log-ratio for 1 nat of the exact one, after one update; correlation {correlation:.2f} "
+    detail += f"over {int(known.sum())} samples; the clip of {algorithm.clip_high:g} stands for {nats:.2g} nats"
+    return [Check("calibration of the ratio", slope, detail=detail + "; no bound: it depends on the policy's width")]
+
+
 def _kappa(config: Config, parts: Parts) -> Check:
     policy = parts.policy
     grid = policy.grid(policy.num_steps)
@@ -110,7 +140,7 @@ def _kappa(config: Config, parts: Parts) -> Check:
 # -- off-policy -----------------------------------------------------------------------------------
 
 
-def _off_policy_checks(config: Config, parts: Parts, probe: Probe) -> list[Check]:
+def _off_policy_checks(config: Config, parts: Parts, probe: Probe, trust_code: bool) -> list[Check]:
     algorithm, num = parts.algorithm, math.prod(parts.policy.event_shape)
     assert isinstance(algorithm, SAC)
     target, highest = algorithm.temperature.target / num, highest_entropy(parts.policy) / num
@@ -140,7 +170,7 @@ def _few_off_policy(config: Config, group_size: int, trust_code: bool) -> tuple[
     return 2, replace(c, **few, offline=offline)
 
 
-CHECKS: dict[type, Callable[[Config, Parts, Probe], list[Check]]] = {
+CHECKS: dict[type, Callable[[Config, Parts, Probe, bool], list[Check]]] = {
     AlgorithmConfig: _ratio_checks,
     SACConfig: _off_policy_checks,
 }

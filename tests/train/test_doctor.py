@@ -21,6 +21,7 @@ from rlflow.train import doctor as doctor_module
 from rlflow.train import examine
 from rlflow.train.build import make_parts
 from rlflow.train.cost import iteration_cost, solver_calls
+from rlflow.train.examine import calibrated
 from rlflow.train.doctor import Check, checks_as_json, doctor, few_rows, print_checks
 from rlflow.train.marginal import MEAN, STD, end_error, end_moments
 from rlflow.train.probe import Probe
@@ -34,6 +35,18 @@ def load(tiny: list[str], field: str, *overrides: str, recipe: str = "t2i_flow_g
 
 def by_name(checks: list[Check]) -> dict[str, Check]:
     return {check.name: check for check in checks}
+
+
+def test_a_surrogate_is_calibrated_against_the_exact_ratio_of_its_own_update() -> None:
+    """Where the samples' density is known; a chain's ratio is exact as it is."""
+    overrides = ["likelihood={name: cfm, draws: 200}", "steps=none", "policy.kernel=flow_sde"]
+    config = recipes.load("robot_reach_reinflow", ["env.num_groups=16", "algorithm.micro_batch=4096", *overrides])
+    (check,) = calibrated(config, Probe(make_parts(config), 0), False)
+    # D = 4 numbers of std near 1: a mean over them, each with a factor of pi / 2
+    assert check.value == pytest.approx(math.pi / 2 / 4, rel=0.35)
+    assert check.passed is None
+    chain = recipes.load("robot_reach_reinflow", ["env.num_groups=16"])
+    assert calibrated(chain, Probe(make_parts(chain), 0), False) == []
 
 
 # -- the whole ------------------------------------------------------------------------------------
@@ -257,6 +270,13 @@ COSTS = {
     "fraction": ["steps={name: fraction, fraction: 0.6}", "env.shared_noise=true"],
     "joint in pieces": ["likelihood.joint=true", "algorithm.micro_batch=3"],
     "joint": ["likelihood.joint=true", "algorithm.micro_batch=64"],
+    "cfm": ["likelihood={name: cfm, draws: 3}", "steps=none", "algorithm.kl.kind=exact"],
+    "cfm in pieces": ["likelihood={name: cfm, draws: 3}", "algorithm.micro_batch=2", "algorithm.kl.beta=0"],
+    "cfm of a guided policy": [
+        "likelihood={name: cfm, draws: 3, allow_guided: true}",
+        "policy.guidance={name: cfg, scale: 2.0}",
+        "algorithm.kl.kind=exact",
+    ],
     "critic": ["advantage=gae"],
 }
 
