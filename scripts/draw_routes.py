@@ -39,7 +39,7 @@ from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihood import ChainLikelihood, Likelihood
 from rlflow.rl.optim import AdamW
-from rlflow.rl.policy_gradient import PolicyGradient
+from rlflow.rl.policy_gradient import KL, PolicyGradient
 from rlflow.types import Cond, Tree
 
 ROWS, SHAPE, GAMMA = 256, ToyRoutes.action_shape, 0.99
@@ -116,7 +116,9 @@ def clone(policy: FlowPolicy, steps: int) -> None:
         adam.step()
 
 
-def tune(policy: FlowPolicy, steps: Steps, likelihood: Likelihood, clip: float, seed: int, iterations: int) -> None:
+def tune(
+    policy: FlowPolicy, steps: Steps, likelihood: Likelihood, clip: float, seed: int, iterations: int, beta: float
+) -> None:
     """Reinforcement learning."""
     groups, env = Groups(ROWS, 1), ToyRoutes(ROWS, gamma=GAMMA)
     walker = Collector(env, policy, likelihood, steps, groups, seed=seed, horizon=env.horizon, rows_per_call=ROWS)
@@ -129,6 +131,7 @@ def tune(policy: FlowPolicy, steps: Steps, likelihood: Likelihood, clip: float, 
         epochs=4,
         num_minibatches=4,
         micro_batch=8192,
+        kl=KL(beta),
         optimizer=AdamW(lr=5e-4),
         seed=seed,
     )
@@ -183,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--clone", type=int, default=1500)
     parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--beta", type=float, default=0.0)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs")
     args = parser.parse_args()
@@ -194,7 +198,7 @@ def main() -> None:
             policy, steps, likelihood, clip = POLICIES[name]()
             clone(policy, args.clone)
             before = sides(*play(policy, steps))
-            tune(policy, steps, likelihood, clip, seed, args.iterations)
+            tune(policy, steps, likelihood, clip, seed, args.iterations, args.beta)
             shown = {f"{name}, seed {seed}": steps} | ({"its mean alone": NoSteps()} if i else {})
             told = {"policy": name, "seed": seed, "cloned": before}
             for row, (title, plan) in enumerate(shown.items(), i):
