@@ -126,7 +126,7 @@ class FlowPolicy(nn.Module):
         field = self.field if guided else self.field.unguided
         rows = len(x) * field.calls
         self.network_rows += rows
-        self.graph_rows += len(x) * self.field.graph_calls * torch.is_grad_enabled()
+        self.graph_rows += len(x) * field.graph_calls * torch.is_grad_enabled()
         num, dtype = len(x), x.dtype
         if (fill := _filled_up(x)) is not None:
             x, t, dt, cond = x[fill], t[fill], dt[fill], cond.index(fill)

@@ -21,8 +21,8 @@ from rlflow.train import doctor as doctor_module
 from rlflow.train import examine
 from rlflow.train.build import make_parts
 from rlflow.train.cost import iteration_cost, solver_calls
-from rlflow.train.examine import calibrated
 from rlflow.train.doctor import Check, checks_as_json, doctor, few_rows, print_checks
+from rlflow.train.examine import calibrated
 from rlflow.train.marginal import MEAN, STD, end_error, end_moments
 from rlflow.train.probe import Probe
 
