@@ -22,6 +22,7 @@ class ToyImage(VecEnv):
 
     def __init__(self, num_envs: int = 64):
         self.num_envs = num_envs
+        self.obs_spec = torch.empty(4, device="meta")
         self.obs = torch.zeros(num_envs, 4)
         self.action = torch.zeros(num_envs, 2)
 
