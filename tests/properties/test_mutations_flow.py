@@ -129,9 +129,10 @@ def policy(kernel: Kernel | None = None, **kwargs: object) -> FlowPolicy:
 def recorded(policy: FlowPolicy, steps: Steps) -> tuple[Evidence, Cond]:
     cond = policy.encode(torch.linspace(-1, 1, 15).reshape(5, 3))
     plan = steps(1, policy.grid(policy.num_steps), torch.arange(5))
+    key = Key(0, "sample", 1)
     with torch.no_grad():
-        chain = policy.sample(cond, plan, key=Key(0, "sample", 1))
-    return ChainLikelihood("sum").record(policy, cond, chain), cond
+        chain = policy.sample(cond, plan, key=key)
+    return ChainLikelihood("sum").record(policy, cond, chain, key, torch.arange(5)), cond
 
 
 def log_ratio(policy: FlowPolicy, evidence: Evidence, cond: Cond) -> Tensor:

@@ -232,8 +232,8 @@ def old_from_new_in_the_ratio(patch: Patch) -> None:
 def old_in_single_precision(patch: Patch) -> None:
     record = ChainLikelihood.record
 
-    def mutant(self: Any, policy: Any, cond: Any, chain: Any) -> Any:
-        found = record(self, policy, cond, chain)
+    def mutant(self: Any, policy: Any, cond: Any, chain: Any, key: Any, row_ids: Any) -> Any:
+        found = record(self, policy, cond, chain, key, row_ids)
         return replace(found, old_log_prob=found.old_log_prob.float().double())
 
     patch.setattr(ChainLikelihood, "record", mutant)
@@ -242,8 +242,9 @@ def old_in_single_precision(patch: Patch) -> None:
 def another_rows_sample(patch: Patch) -> None:
     record = ChainLikelihood.record
 
-    def mutant(self: Any, policy: Any, cond: Any, chain: Any) -> Any:
-        return record(self, policy, cond, replace(chain, x=chain.x.roll(1, 0), x_next=chain.x_next.roll(1, 0)))
+    def mutant(self: Any, policy: Any, cond: Any, chain: Any, key: Any, row_ids: Any) -> Any:
+        rolled = replace(chain, x=chain.x.roll(1, 0), x_next=chain.x_next.roll(1, 0))
+        return record(self, policy, cond, rolled, key, row_ids)
 
     patch.setattr(ChainLikelihood, "record", mutant)
 

@@ -327,13 +327,14 @@ class TestBooks:
         metrics = parts.iterate(0)
         assert (metrics["policy/early_stop"], metrics["optim/steps"]) == (1.0, 4)
 
-    def test_the_field_sees_the_observations_once_after_the_update(self, make, monkeypatch):
+    def test_the_field_sees_the_first_observations_and_all_once_after_the_update(self, make, monkeypatch):
         parts, seen = make("reach", epochs=3), []
         field = parts.policy.field
         monkeypatch.setattr(field, "observe", lambda obs: seen.append((obs, parts.algorithm.optimizer.steps)))
         parts.iterate(0)
-        ((obs, steps),) = seen
-        assert steps == 3
+        (first, before), (obs, after) = seen
+        assert (before, after) == (0, 3)
+        assert len(first["state"]) < 64
         assert obs["state"].shape == (64, 2)
 
     def test_noise_bounds_move_with_progress_and_ratios_start_at_1(self, make):
