@@ -138,6 +138,7 @@ TABLE: dict[str, dict[str, str]] = {
         "halfcheetah": "rlflow/assets/halfcheetah",
         "walker2d": "rlflow/assets/walker2d",
         "cube_single": "rlflow/assets/cube_single",
+        "tabletop": "rlflow/assets/tabletop",
     },
 }
 

@@ -9,6 +9,7 @@ again in an update.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, pairwise
 
 import torch
 import torch.nn as nn
@@ -43,17 +44,25 @@ class Layer(nn.Module):
 class Prefix(nn.Module):
     """Pixels and words to the keys and values of every layer, and one read-out vector."""
 
+    grid: Tensor
+
     def __init__(self, vocab: int, context: int, pixels: int, width: int, depth: int, heads: int):
         super().__init__()
-        self.look = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), nn.SiLU(), nn.Conv2d(32, width, 3, 2, 1))
+        channels = [5, 24, 48, width]  # colours and the place of the pixel; every convolution halves the side
+        convolutions = [[nn.Conv2d(a, b, 3, 2, 1), nn.SiLU()] for a, b in pairwise(channels)]
+        self.look = nn.Sequential(*chain.from_iterable(convolutions))
+        line = torch.linspace(-1, 1, pixels)
+        self.register_buffer("grid", torch.stack(torch.meshgrid(line, line, indexing="ij")), persistent=False)
         self.word = nn.Embedding(vocab, width)
-        self.place = nn.Parameter(0.3 * torch.randn((pixels // 4) ** 2 + context + 1, width))
+        self.place = nn.Parameter(0.3 * torch.randn((pixels // 8) ** 2 + context + 1, width))
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, pixels: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values (N, depth, heads, L, width / heads) and the read-out (N, width)."""
-        picture = self.look(pixels.permute(0, 3, 1, 2).to(self.place.dtype) / 127.5 - 1).flatten(2).transpose(1, 2)
+        colours = pixels.permute(0, 3, 1, 2).to(self.place.dtype) / 127.5 - 1
+        seen = torch.cat([colours, self.grid.expand(len(colours), -1, -1, -1)], 1)
+        picture = self.look(seen).flatten(2).transpose(1, 2)
         readout = picture.new_zeros(len(picture), 1, picture.shape[-1])
         h = torch.cat([readout, picture, self.word(text)], 1) + self.place
         kept = []
@@ -84,8 +93,8 @@ class VLA(VelocityField):
         heads: int = 4,
     ):
         super().__init__()
-        if pixels % 4 or width % heads:
-            raise ValueError(f"pixels {pixels} must be a multiple of 4 and width {width} of heads {heads}")
+        if pixels % 8 or width % heads:
+            raise ValueError(f"pixels {pixels} must be a multiple of 8 and width {width} of heads {heads}")
         self.args = {"event_shape": list(event_shape), "vocab": vocab, "context": context, "pixels": pixels}
         self.args |= {"state_dim": state_dim, "width": width, "depth": depth, "heads": heads}
         self.event_shape, self.num_features = tuple(event_shape), width + state_dim
@@ -101,6 +110,11 @@ class VLA(VelocityField):
     def encoder_parameters(self) -> list[nn.Parameter]:
         """The prefix."""
         return list(self.prefix.parameters())
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The weights of the layers, of both streams, which Muon trains."""
+        found = [*self.prefix.layers.parameters(), *self.layers.parameters()]
+        return [p for p in found if p.ndim == 2]
 
     def encode(self, obs: Tree) -> Cond:
         """Run the prefix once; ValueError where an observation is missing or has another shape."""

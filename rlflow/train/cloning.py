@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from rlflow import registry
 from rlflow.envs.base import VecEnv
@@ -46,6 +47,9 @@ class Cloning:
     num_steps: int = 4  # K at which it is judged
     chunk: int = 4
     rows: int = 512  # of a batch
+    lr: float = 1e-3
+    muon_lr: float = 6e-3  # of the matrices that Muon trains
+    average: float = 0.998  # decay of the weight average
     judged: int = 64  # episodes
     num_demos: int | None = None  # episodes, where they have to be made; default: the demonstrator's
 
@@ -86,24 +90,27 @@ class Cloning:
         save_field(field, out, made_by, judged_by)
         return made_by
 
-    def network(self, demos: Demos) -> VelocityField:
-        """What will be trained."""
+    def network(self, demos: Demos) -> tuple[VelocityField, list[Parameter]]:
+        """What will be trained, and which of its matrices by Muon."""
         shape = (self.chunk, *demos.action_shape)
         field = MLPField(demos.moments.shape[1], shape, width=256, depth=3, average=self.shortcut)
         field.normalizer.moments.copy_(demos.moments)
-        return field
+        return field, []
 
     def clone(self, demos: Demos, steps: int, seed: int, coupling: Coupling) -> tuple[VelocityField, float]:
         """(policy, its flow-matching loss on held-out episodes)."""
         train, held_out = demos.split()
         torch.manual_seed(seed)
+        field, hidden = self.network(demos)
         averaged = pretrain(
-            self.network(demos),
+            field,
             train.chunks(self.chunk).batches(self.rows, torch.Generator().manual_seed(seed)),
             steps=steps,
-            lr=1e-3,
+            hidden=hidden,
+            lr=self.lr,
+            muon_lr=self.muon_lr,
             drop=0.0,
-            average=0.998,
+            average=self.average,
             times=uniform_times,
             coupling=coupling,
             loss=self.loss,
@@ -126,11 +133,15 @@ class Cloning:
 class TabletopCloning(Cloning):
     """A vision-language-action model of the tabletop's fifteen tasks."""
 
-    def network(self, demos: Demos) -> VelocityField:
-        """A prefix and an action expert."""
-        return VLA((self.chunk, *demos.action_shape), vocab=len(WORDS), context=LENGTH, pixels=PIXELS)
+    def network(self, demos: Demos) -> tuple[VelocityField, list[Parameter]]:
+        """A prefix and an action expert, and the matrices of their layers."""
+        field = VLA((self.chunk, *demos.action_shape), vocab=len(WORDS), context=LENGTH, pixels=PIXELS)
+        return field, field.hidden_matrices()
 
 
+TABLETOP = TabletopCloning(
+    "robot_bc_tabletop", "tabletop", steps=1500, rows=128, lr=3e-3, average=0.99, judged=512, num_demos=1000
+)
 STEPS = {"hopper": 3000, "walker2d": 3000, "halfcheetah": 12_000}
 """An expert of little noise (std .16 to .28 where the others have .43 to .73) takes longer to copy."""
 CLONINGS = {
@@ -139,7 +150,7 @@ CLONINGS = {
         *(Cloning(f"robot_bc_{env}", env, steps=n) for env, n in STEPS.items()),
         *(Cloning(f"robot_bc_{env}_shortcut", env, shortcut=True, steps=n) for env, n in STEPS.items()),
         Cloning("robot_bc_cube", "cube_single", steps=1000, chunk=5),
-        TabletopCloning("robot_bc_tabletop", "tabletop", steps=1500, rows=256, judged=512, num_demos=300),
+        TABLETOP,
     )
 }
 

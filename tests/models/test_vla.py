@@ -53,6 +53,17 @@ def test_every_observation_matters(name):
     assert float((after - before).abs().amax((1, 2)).min()) > 1e-4
 
 
+@pytest.mark.parametrize("name", ["keys", "values", "pooled"])
+def test_the_expert_reads_the_cache_of_every_layer_and_the_readout(name):
+    made = field()
+    cond = made.encode(observed()).map(torch.detach)
+    part = cond.data[name].requires_grad_()
+    v = made(torch.randn(ROWS, 4, 2), torch.full((ROWS,), 0.3), torch.zeros(ROWS), cond)
+    (grad,) = torch.autograd.grad(v.square().sum(), part)
+    by_layer = grad.abs().flatten(2).amax(-1) if name != "pooled" else grad.abs().amax(-1)
+    assert float(by_layer.min()) > 0
+
+
 def test_time_and_every_noisy_action_matter_for_every_action():
     made, obs = field(), observed()
     assert not torch.equal(velocity(made, obs, 0.3), velocity(made, obs, 0.6))
@@ -69,6 +80,11 @@ def test_the_order_of_words_and_pixels_is_seen():
     swapped = {**obs, "text": obs["text"].flip(1), "pixels": obs["pixels"].transpose(1, 2)}
     for name in ("text", "pixels"):
         assert not torch.allclose(velocity(field(), obs), velocity(field(), {**obs, name: swapped[name]}), atol=1e-5)
+
+
+def test_a_picture_of_another_size_is_refused():
+    with pytest.raises(ValueError, match="pixels 20 must be a multiple of 8"):
+        VLA((4, 2), vocab=3, pixels=20)
 
 
 def test_a_row_does_not_depend_on_the_others():
