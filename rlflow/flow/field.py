@@ -72,7 +72,7 @@ class VelocityField(nn.Module):
 
     def times(self, num_steps: int) -> Tensor:
         """(K + 1,) float64 times the model's own sampler uses; what the grid `scheduler` asks for."""
-        raise NotImplementedError(f"{type(self).__name__} has no time grid of its own: use policy.grid=uniform")
+        raise ValueError(f"{type(self).__name__} has no time grid of its own: use policy.grid=uniform")
 
     def unscored(self, grid: Tensor) -> int:
         """Steps at the data end of a grid (K + 1,) that are too short to be scored on this model."""

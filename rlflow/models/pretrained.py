@@ -127,6 +127,7 @@ class PretrainedField(VelocityField):
 
     def times(self, num_steps: int) -> Tensor:
         """The pipeline's grid (K + 1,), of the resolution in place."""
+        assert self.resolution is not None
         return 1 - self.adapter.sigmas(num_steps, self.resolution).double()
 
     def unscored(self, grid: Tensor) -> int:
@@ -140,7 +141,7 @@ class PretrainedField(VelocityField):
         self.resolution = resolution
 
     @property
-    def grad_checkpointing(self) -> bool:  # type: ignore[override]
+    def grad_checkpointing(self) -> bool:
         """Recompute the blocks' activations in the backward pass."""
         return bool(self.adapter.pipe.transformer.is_gradient_checkpointing)
 

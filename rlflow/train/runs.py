@@ -47,7 +47,8 @@ def judging_config(name: str | Path, trust_code: bool = False) -> Config:
     run = Path(name).resolve().parent
     if not said and Path(name).is_dir() and is_run(run):  # RUN/model
         said = judged_by(read_run_config(run, trust_code))
-    return parse(merge({"policy": {"field": str(name)}, "train": {"iterations": 1}}, said), trust_code)
+    scored_nothing = {"policy": {"field": str(name)}, "steps": "none", "train": {"iterations": 1}}
+    return parse(merge(scored_nothing, said), trust_code)
 
 
 def load(

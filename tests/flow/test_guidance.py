@@ -120,6 +120,26 @@ class TestWrapper:
         assert policy.network_rows == 5 * 8 == sum(field.rows)
         assert wrapper(wrapper(field, 3.0), 2.0).calls == 4
 
+    def test_a_detached_branch_is_the_same_velocity_in_a_call_without_a_graph(self, wrapper, inputs):
+        """Value as ever; the gradient is that of the conditional branch times its factor, and one backward pass."""
+        field = Recorded().double()
+        x, t, dt, cond = inputs
+        both, detached = wrapper(field, 3.0), wrapper(field, 3.0, detach=True)
+        assert (both.graph_calls, detached.calls, detached.graph_calls) == (2, 2, 1)
+        field.rows.clear()
+        close(detached(x, t, dt, cond), both(x, t, dt, cond))
+        assert field.rows == [6, 6, 12]
+        policy = FlowPolicy(detached, FlowSDE(0.7))
+        policy.velocity(x, t, dt, cond)
+        assert (policy.network_rows, policy.graph_rows) == (12, 6)
+        if wrapper is CFG:
+            detached(x, t, dt, cond).sum().backward()
+            found = [p.grad.clone() for p in field.parameters() if p.grad is not None]
+            field.zero_grad()
+            (3.0 * field(x, t, dt, cond)).sum().backward()
+            for mine, expected in zip(found, [p.grad for p in field.parameters() if p.grad is not None], strict=True):
+                close(mine, expected)
+
     def test_repeated_conditions_cost_nothing_until_they_are_read(self, wrapper, field, inputs):
         x, t, dt, cond = inputs
         x, t, dt = (z.repeat_interleave(2, 0) for z in (x, t, dt))

@@ -30,6 +30,7 @@ def test_rows_per_image(name, tiny_pipeline, tmp_path):
             "env.num_groups=1",
             "algorithm.num_minibatches=1",
             "reward.weights={brightness: 1, redness: 1}",
+            "reward.settings={}",
             "eval.metrics={}",
         ],
     )

@@ -371,7 +371,12 @@ def on_a_tiny_checkpoint(name: str, tiny_pipeline: Callable, prompts: Path) -> l
     checkpoint = tiny_pipeline("flux" if name.startswith("flux") else "sd3")
     prompts.write_text("".join(f"{i} cats\n" for i in range(12)))
     field = [f"policy.field.checkpoint={checkpoint}", "policy.field.resolution=32"]
-    rewards = ["reward.weights={brightness: 1, redness: 1}", "eval.metrics={bright: brightness}", "eval.num_steps=4"]
+    rewards = [
+        "reward.weights={brightness: 1, redness: 1}",
+        "reward.settings={}",
+        "eval.metrics={bright: brightness}",
+        "eval.num_steps=4",
+    ]
     return [*field, "policy.field.max_sequence_length=16", *rewards, f"env.prompts={prompts}"]
 
 

@@ -1,0 +1,121 @@
+"""Runs on a foreign checkpoint, of random weights: resume, evaluation, what is left on disk, the reference on the host."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rlflow as rf
+from rlflow.models import lora as lora_files
+from rlflow.train.checkpoint import Checkpoints, pack
+from rlflow.train.runs import evaluator_of
+from rlflow.train.trainer import Trainer
+
+SMALL = (
+    *("policy.field.resolution=32", "policy.field.max_sequence_length=16", "policy.field.lora=2", "policy.num_steps=5"),
+    *("env.num_groups=2", "env.group_size=4", "reward.weights={brightness: 1}", "eval.num=2", "eval.num_steps=3"),
+    *("eval.metrics={bright: brightness}", "train.tensorboard=false", "policy.precision=float32"),
+)
+
+
+@pytest.fixture
+def trainer(tiny_pipeline, tmp_path, monkeypatch) -> Callable[..., Trainer]:
+    """trainer(run name, override, ...) -> a small Flow-GRPO run on the tiny Stable Diffusion 3."""
+    monkeypatch.setattr("rlflow.train.report.write_report", lambda run: Path(run))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"{i} cats\n" for i in range(12)))
+
+    def make(run: str, *more: str, **settings: Any) -> Trainer:
+        fixed = [f"policy.field.checkpoint={tiny_pipeline('sd3')}", f"env.prompts={prompts}", *SMALL]
+        return Trainer("sd35_flow_grpo_ocr", tmp_path / run, overrides=[*fixed, *more], quiet=True, **settings)
+
+    return make
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    return pack(Checkpoints(run).load("last")[1])[0]
+
+
+def test_two_and_two_iterations_are_four_bit_for_bit(trainer, tmp_path):
+    """In another process's memory the texts are encoded in another order, and must come out the same."""
+    trainer("a", "train.iterations=4").fit()
+    trainer("b", "train.iterations=2").fit()
+    trainer("b", "train.iterations=4", resume="last").fit()
+    a, b = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def test_what_a_run_leaves(trainer, tmp_path):
+    """A checkpoint of the LoRA alone; RUN/model for plain diffusers; both load, and say the same."""
+    made = trainer("run", "train.iterations=1")
+    made.fit()
+    names = {n.removeprefix("policy/") for n in tensors(tmp_path / "run") if n.startswith("policy/field")}
+    assert {n.partition("transformer.")[2] for n in names} == set(
+        lora_files.parameters(made.policy.field.unguided.transformer)
+    )
+    saved = load_file(tmp_path / "run/model/pytorch_lora_weights.safetensors")
+    assert all(name.startswith("transformer.") for name in saved)
+    run, model = rf.load(tmp_path / "run"), rf.load(tmp_path / "run/model")
+    mine, theirs = (dict(lora_files.parameters(p.field.unguided.transformer)) for p in (run, model))
+    for name, value in mine.items():
+        torch.testing.assert_close(theirs[name], value, rtol=0, atol=0)
+    by_run, by_model = evaluator_of(tmp_path / "run"), evaluator_of(tmp_path / "run/model")
+    torch.testing.assert_close(by_model().images, by_run().images, rtol=0, atol=1e-6)
+
+
+def test_evaluation_at_another_resolution_leaves_training_alone(trainer):
+    made = trainer("run", "train.iterations=1", "eval.resolution=64")
+    assert made.evaluator().images.shape == (2, 3, 64, 64)
+    assert made.policy.event_shape == (4, 8, 8)
+    made.fit()
+    with pytest.raises(ValueError, match=r"^eval\.resolution: resolution 50 must be a positive multiple"):
+        trainer("other", "train.iterations=1", "eval.resolution=50")
+
+
+def test_models_of_one_size_refuse_another(tmp_path):
+    with pytest.raises(ValueError, match=r"^eval\.resolution: DiT makes pictures of one size"):
+        Trainer("t2i_flow_grpo", tmp_path, overrides=["eval.resolution=64", "train.iterations=1"])
+    with pytest.raises(ValueError, match=r"DiT has no time grid of its own: use policy.grid=uniform"):
+        Trainer("t2i_flow_grpo", tmp_path, overrides=["policy.grid=scheduler", "train.iterations=1"])
+
+
+def test_a_reference_on_the_host_is_the_same_reference(trainer, monkeypatch):
+    """Stored where it was told to be, put back by each checkpoint, and without effect on the numbers."""
+    plain, offloaded = (
+        trainer("a", "train.iterations=2"),
+        trainer("b", "train.iterations=2", "policy.offload_reference=true"),
+    )
+    assert offloaded.policy.weights.places == {"ref": torch.device("cpu")}
+    offloaded.policy.weights.places["other"] = torch.device("meta")
+    offloaded.policy.weights.snapshot("other")
+    assert {v.device.type for v in offloaded.policy.weights.sets.pop("other").values()} == {"meta"}
+    plain.fit()
+    offloaded.fit()
+    a, b = (dict(lora_files.parameters(m.policy.field.unguided.transformer)) for m in (plain, offloaded))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_encoders_run_once_per_prompt_in_a_whole_run(trainer):
+    """Twelve prompts and the negative one, whether they are encoded when first met or all at the start."""
+    kept, released = (
+        trainer("a", "train.iterations=3"),
+        trainer("b", "train.iterations=3", "policy.field.release_encoders=true"),
+    )
+    kept.fit()
+    released.fit()
+    table = released.policy.field.unguided.table
+    assert table.encoded == 13
+    assert kept.policy.field.unguided.table.encoded <= 13
+    a, b = (dict(lora_files.parameters(m.policy.field.unguided.transformer)) for m in (kept, released))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_doctor_passes_on_a_recipe_of_a_checkpoint(trainer):
+    from rlflow.train.doctor import doctor
+
+    checks = doctor(trainer("run", "train.iterations=1").config)
+    assert [c.name for c in checks if c.passed is False] == []
