@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -110,17 +111,17 @@ def data_url(pixels: NDArray[np.uint8]) -> str:
 
 def read_score(text: Any, low: float, high: float) -> float:
     """The one number under "score" in the JSON objects of a text; ValueError without one, or outside [low, high]."""
-    found = set()
+    found: set[float] = set()
     for part in OBJECT.findall(text) if isinstance(text, str) else []:
         try:
             value = parse_json(part).get("score")
         except ValueError:
             continue
         if value is not None:
-            found.add(value if isinstance(value, int | float) and not isinstance(value, bool) else None)
-    if len(found) != 1 or None in found:
+            found.add(float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan)
+    if len(found) != 1 or math.nan in found:
         raise ValueError(f"not one score in {str(text)[:80]!r}")
     (score,) = found
     if not low <= score <= high:
         raise ValueError(f"the score {score:g} is outside {low:g} to {high:g}")
-    return float(score)
+    return score

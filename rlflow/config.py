@@ -261,8 +261,7 @@ MAY_CHANGE_ON_RESUME = (
     "env.rows_per_call",
     "env.settings.threads",
     "eval.video",
-    "reward.settings.*.url",  # a server or a model may have moved
-    "reward.settings.*.model",
+    "reward.settings.*.url",  # a server may have moved
     "reward.settings.*.device",
     "reward.settings.*.offload",
 )

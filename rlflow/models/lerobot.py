@@ -81,7 +81,9 @@ class LeRobotField(VelocityField):
         with torch.enable_grad():
             v = self(x, x.new_full((len(x),), 0.5), x.new_zeros(len(x)), cond)
         grads = torch.autograd.grad(v.square().sum(), trained, allow_unused=True)
-        frozen = [p.requires_grad_(False) for p, grad in zip(trained, grads, strict=True) if grad is None]
+        frozen = [p for p, grad in zip(trained, grads, strict=True) if grad is None]
+        for p in frozen:
+            p.requires_grad_(False)
         return frozen
 
     def encoder_parameters(self) -> list[nn.Parameter]:

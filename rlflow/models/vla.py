@@ -8,8 +8,9 @@ again in an update.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain, pairwise
+from typing import cast
 
 import torch
 import torch.nn as nn
@@ -66,7 +67,7 @@ class Prefix(nn.Module):
         readout = picture.new_zeros(len(picture), 1, picture.shape[-1])
         h = torch.cat([readout, picture, self.word(text)], 1) + self.place
         kept = []
-        for layer in self.layers:
+        for layer in cast(Iterable[Layer], self.layers):
             query, keys, values = layer.project(h)
             kept.append((keys, values))
             h = layer(h, query, keys, values)
@@ -104,8 +105,9 @@ class VLA(VelocityField):
         self.enter = nn.Linear(self.event_shape[1], width)
         self.place = nn.Parameter(0.3 * torch.randn(self.event_shape[0], width))
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(depth))
-        self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.event_shape[1]))
-        nn.init.zeros_(self.leave[1].weight)
+        last = nn.Linear(width, self.event_shape[1])
+        nn.init.zeros_(last.weight)
+        self.leave = nn.Sequential(nn.LayerNorm(width), last)
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         """The prefix."""
@@ -129,7 +131,7 @@ class VLA(VelocityField):
         clock = self.clock(torch.cat([self.time(t), cond["pooled"]], -1))
         h = self.enter(x) + self.place + clock.unsqueeze(1)
         keys, values = cond["keys"], cond["values"]
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(cast(Iterable[Layer], self.layers)):
             query, mine, my_values = layer.project(h)
             h = layer(h, query, torch.cat([keys[:, i], mine], 2), torch.cat([values[:, i], my_values], 2))
         return self.leave(h)

@@ -103,9 +103,9 @@ def test_a_constructor_says_its_path() -> None:
 
 
 def test_a_server_may_move_between_a_run_and_its_resume() -> None:
-    old = {"reward": {"settings": {"a": {"url": "x", "model": "m", "scale": 1}}}}
-    new = {"reward": {"settings": {"a": {"url": "y", "model": "n", "scale": 2}}}}
-    assert difference(old, new) == ["reward.settings.a.scale: 1 -> 2"]
+    old = {"reward": {"settings": {"a": {"url": "x", "device": "cpu", "model": "m"}}}}
+    new = {"reward": {"settings": {"a": {"url": "y", "device": "cuda", "model": "n"}}}}
+    assert difference(old, new) == ["reward.settings.a.model: 'm' -> 'n'"]
 
 
 def test_what_an_instance_reads_may_be_its_own_setting() -> None:
