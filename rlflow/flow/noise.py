@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -46,22 +47,15 @@ def noise(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Standard normal (N, *shape) for the global rows `row_ids` (N,), a CPU long tensor (no host sync)."""
-    block = max(1, BLOCK_NUMBERS // max(1, math.prod(shape)))
-    if block > 1 and len(row_ids) and (only := int(row_ids.min()) // block) == int(row_ids.max()) // block:
-        g = generator(*key, only, device=device)  # all in one block, as most batches of robots
-        drawn_once = torch.randn((block, *shape), generator=g, dtype=dtype, device=device)
-        return drawn_once[(row_ids - only * block).to(device)]
-    owner = (row_ids // block).tolist()
-    offset = row_ids % block
-    drawn = {}
-    for b in owner:
-        if b not in drawn:
-            g = generator(*key, b, device=device)
-            drawn[b] = torch.randn((block, *shape), generator=g, dtype=dtype, device=device)
-    if not owner:
+    if not len(row_ids):
         return torch.empty((0, *shape), dtype=dtype, device=device)
-    if block == 1:
-        return torch.cat([drawn[b] for b in owner])
-    place = {b: i for i, b in enumerate(drawn)}
-    index = torch.tensor([place[b] for b in owner]) * block + offset
-    return torch.cat(list(drawn.values()))[index.to(device)]
+    block, first, num = max(1, BLOCK_NUMBERS // max(1, math.prod(shape))), int(row_ids[0]), len(row_ids)
+
+    def drawn(blocks: Iterable[int]) -> Tensor:
+        seeded = [generator(*key, b, device=device) for b in blocks]
+        return torch.cat([torch.randn((block, *shape), generator=g, dtype=dtype, device=device) for g in seeded])
+
+    if torch.equal(row_ids, torch.arange(first, first + num)):  # the rows of a rank: nothing to send to the device
+        return drawn(range(first // block, (first + num - 1) // block + 1))[first % block :][:num]
+    blocks, place = (row_ids // block).unique(return_inverse=True)
+    return drawn(blocks.tolist())[(place * block + row_ids % block).to(device, non_blocking=True)]

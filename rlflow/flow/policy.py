@@ -24,7 +24,7 @@ from rlflow.flow.solvers import Euler, Solver
 from rlflow.flow.squash import Squash
 from rlflow.flow.steps import Plan, Steps, deterministic
 from rlflow.flow.weights import WeightSets
-from rlflow.types import Chain, Cond, Tree, tree_map
+from rlflow.types import Chain, Cond, Tree, num_rows, tree_leaves, tree_map
 
 CPU_ROWS = 4
 """Rows of a network pass on the CPU are filled up to a multiple of this: matrix kernels for a few rows add in
@@ -112,11 +112,13 @@ class FlowPolicy(nn.Module):
 
     def encode(self, obs: Tree) -> Cond:
         """Raw observations (N, ...) to a Cond (N)."""
-        obs = tree_map(lambda v: v.to(self.device), obs)
+        obs, num = tree_map(lambda v: v.to(self.device), obs), num_rows(obs)
+        if (fill := _filled_up(tree_leaves(obs)[0])) is not None:
+            obs = tree_map(lambda v: v[fill], obs)
         with self._precision():
             cond = self.field.encode(obs)
-        self.encoder_rows += len(cond)
-        return cond
+        self.encoder_rows += num
+        return cond if fill is None else cond.index(torch.arange(num))
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
@@ -236,8 +238,8 @@ class _Run:
     def __init__(self, policy: FlowPolicy, plan: Plan, key: Key, row_ids: Tensor, keep_path: bool):
         self.policy, self.plan, self.key, self.row_ids = policy, plan, key, row_ids
         self.device, self.dtype = policy.device, policy.dtype  # each asks the first parameter: once per chain
-        self.times = plan.t.to(self.device, self.dtype)
-        self.noisy = plan.noisy.to(self.device)
+        self.times = plan.t.to(self.dtype).to(self.device, non_blocking=True)  # a copy that waits for no GPU
+        self.noisy = plan.noisy.to(self.device, non_blocking=True)
         self.memory: object = None
         self.pairs: list[tuple[Tensor, ...]] = []
         self.path: list[tuple[Tensor, Tensor]] | None = [] if keep_path else None

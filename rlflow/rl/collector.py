@@ -148,7 +148,7 @@ class Collector:
             weight=stack("weight"),
             last_obs=last_obs,
             final_obs=stack("final_obs") if fill_final_obs(outs) else None,
-            group=self.groups.group_ids().to(self.policy.device),
+            group=self.groups.group_ids().to(self.policy.device, non_blocking=True),
             row_ids=tree_stack([o["row_ids"] for o in outs]),
             info=stack("info"),
             reward_parts=stack("parts"),

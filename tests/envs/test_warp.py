@@ -11,6 +11,11 @@ import torch
 from rlflow.envs import mujoco
 from rlflow.envs.conformance import CHECKS, Subject
 from rlflow.envs.sim import SimEnv
+from rlflow.flow.steps import All
+from rlflow.rl.collector import Collector
+from rlflow.rl.groups import Groups
+from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.train.bench_robot import flow_policy
 from rlflow.types import Step
 
 pytest.importorskip("mujoco_warp")
@@ -141,3 +146,21 @@ def test_a_step_never_waits_for_the_gpu(name):
             torch.cuda.set_sync_debug_mode("default")
     assert all(step.obs.isfinite().all() for step in steps)
     assert not env.sim.overflow
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_rollout_never_waits_for_the_gpu():
+    """Encoding, noise, chains, evidence, steps and resets: the host only queues work."""
+    env = SimEnv(warp.WarpSim(mujoco.HOPPER, 1024, "cuda"), 4)
+    policy, likelihood = flow_policy(env, width=64, depth=2, num_steps=4), ChainLikelihood("sum", joint=True)
+    groups = Groups(1024, 1)
+    collector = Collector(env, policy, likelihood, All(), groups, horizon=20, mode="steps", rows_per_call=1024)
+    collector.collect(0)  # starts the episodes from seeds that lie on the host
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rollout = collector.collect(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert rollout.reward.device.type == "cuda"
+    assert rollout.terminated.any()
+    assert rollout.reward.isfinite().all()

@@ -14,6 +14,7 @@ from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Heun
 from rlflow.flow.steps import All, AllButLast, Fraction, LastN, NoSteps, OneRandom, RandomWindow, Steps, Window
+from rlflow.models.cnn import PixelField
 from rlflow.models.mlp import MLPField
 from rlflow.rl.advantages import GAE
 from rlflow.rl.likelihood import ChainLikelihood
@@ -224,4 +225,18 @@ def test_scoring_a_few_rows_gives_the_first_ratio_exactly(rows, learned):
         evidence = likelihood.record(policy, cond, chain, Key(0, "test"), torch.arange(96))
         part = torch.arange(rows)
         score = likelihood.score(policy, cond.index(part), evidence.index(part))
+    assert torch.equal(score.log_prob, evidence.old_log_prob[:rows])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 13])
+def test_encoding_a_few_pictures_gives_the_first_ratio_exactly(rows):
+    """An encoder that trains runs again on the rows of a micro-batch: its passes are filled up too."""
+    torch.manual_seed(0)
+    policy = FlowPolicy(PixelField((2, 3), (20, 20, 3)), FlowSDE(), num_steps=4)
+    pictures, likelihood = torch.randint(0, 256, (24, 20, 20, 3), dtype=torch.uint8), ChainLikelihood("mean")
+    with torch.no_grad():
+        cond = policy.encode(pictures)
+        chain = policy.sample(cond, AllButLast()(0, policy.grid(4), torch.arange(24)))
+        evidence = likelihood.record(policy, cond, chain, Key(0, "test"), torch.arange(24))
+        score = likelihood.score(policy, policy.encode(pictures[:rows]), evidence.index(torch.arange(rows)))
     assert torch.equal(score.log_prob, evidence.old_log_prob[:rows])
