@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlflow.dist import num_cpus
 from rlflow.envs.camera import Camera
 from rlflow.envs.seeds import normal, uniform
 from rlflow.envs.sim import Outcome, Sim, SimEnv
@@ -192,7 +192,7 @@ HUMANOID = Task(
 
 
 class MujocoSim(Sim):
-    """B simulations of one Task on `threads` threads (0: all CPUs); float64 physics, float32 observations."""
+    """B simulations of one Task on `threads` threads (0: one per CPU); float64 physics, float32 observations."""
 
     exact_resume = True
 
@@ -201,7 +201,7 @@ class MujocoSim(Sim):
         self.model = model = task.load()
         self.low, self.high = torch.from_numpy(model.actuator_ctrlrange.astype(np.float32)).unbind(1)
         # contact forces are asked of whole MjData, one per row
-        self.batch = Batch(model, num_envs, min(threads or os.cpu_count() or 1, num_envs), bool(task.contact))
+        self.batch = Batch(model, num_envs, min(threads or num_cpus(), num_envs), bool(task.contact))
         self.step_seconds = self._dt = model.opt.timestep * task.frame_skip
         num = model.nq + model.nv
         self._qpos, self._qvel, self._ctrl = (self.batch.bind(n) for n in ("qpos", "qvel", "ctrl"))

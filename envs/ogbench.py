@@ -8,7 +8,6 @@ task 2 of five, 20 actions a second, reward minus the number of cubes not in pla
 from __future__ import annotations
 
 import copy
-import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlflow.dist import num_cpus
 from rlflow.envs.camera import Camera
 from rlflow.envs.demos import Episode
 from rlflow.envs.sim import Outcome, Sim, SimEnv
@@ -92,7 +92,7 @@ class CubeSim(Sim):
         self.envs = [twin(first) for _ in range(num_envs)]
         self._obs = np.tile(begin(self.envs[0], 0), (num_envs, 1))
         self._over = np.zeros(num_envs, bool)
-        threads = min(threads or os.cpu_count() or 1, num_envs)
+        threads = min(threads or num_cpus(), num_envs)
         self._map = map if threads == 1 else ThreadPoolExecutor(threads).map  # physics holds no GIL
         self._camera: Camera | None = None
         self.low, self.high = -torch.ones(5), torch.ones(5)

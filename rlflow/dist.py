@@ -15,6 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def num_cpus() -> int:
+    """CPUs this process may run on: under taskset or in a container fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def start() -> None:
     """Join the process group when launched by torchrun (nccl for tensors on a GPU, gloo for others)."""
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
@@ -35,7 +40,7 @@ def launch(processes: int, run: Callable[..., None], *args: Any) -> None:
 
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         raise ValueError(f"{processes} processes need a GPU each, this machine has {torch.cuda.device_count()}")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cpus() // processes)))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

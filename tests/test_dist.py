@@ -332,3 +332,14 @@ def test_one_process_needs_no_group() -> None:
     assert parameter.grad is None
     dist.barrier()
     dist.stop()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_cpus_that_a_process_may_not_use_are_not_counted() -> None:
+    mine = os.sched_getaffinity(0)
+    assert dist.num_cpus() == len(mine)
+    os.sched_setaffinity(0, {min(mine)})
+    try:
+        assert dist.num_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, mine)
