@@ -30,7 +30,7 @@ from rlflow.models.io import embedded, save_field
 from rlflow.registry import build
 from rlflow.train.build import PRECISION, make_parts
 from rlflow.train.stopwatch import Times
-from rlflow.types import Tree
+from rlflow.types import Tree, tree_map
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "single_file_flow_grpo.py"
 """Only in a checkout; an installed package is timed without it."""
@@ -150,15 +150,17 @@ class Bare:
     def __init__(
         self, field: VelocityField, precision: torch.dtype | None, passes: list[tuple[int, bool]], obs: Tree
     ) -> None:
-        self.field, self.precision, self.passes, self.obs = field, precision, passes, obs
-        sizes = {n for n, _ in passes}
-        self.x = {n: torch.randn(n, *self.field.event_shape) for n in sizes}
-        self.t = {n: torch.full((n,), 0.3) for n in sizes}
-        self.rows = {n: torch.zeros(n, dtype=torch.long) for n in sizes}
+        self.field, self.precision, self.passes = field, precision, passes
+        sizes, place = {n for n, _ in passes}, next(field.parameters()).device
+        self.obs = tree_map(lambda v: v.to(place), obs)
+        self.x = {n: torch.randn(n, *self.field.event_shape, device=place) for n in sizes}
+        self.t = {n: torch.full((n,), 0.3, device=place) for n in sizes}
+        self.rows = {n: torch.zeros(n, dtype=torch.long, device=place) for n in sizes}
 
     def __call__(self, iteration: int) -> None:
         for n, backward in self.passes:
-            with torch.set_grad_enabled(backward), torch.autocast("cpu", self.precision, self.precision is not None):
+            half = torch.autocast(self.t[n].device.type, self.precision, self.precision is not None)
+            with torch.set_grad_enabled(backward), half:
                 cond = self.field.encode(self.obs).index(self.rows[n])
                 v = self.field(self.x[n], self.t[n], torch.zeros_like(self.t[n]), cond)
             if backward:

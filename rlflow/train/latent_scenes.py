@@ -24,6 +24,7 @@ from rlflow.envs import scenes
 from rlflow.models.pretrained import PretrainedField
 from rlflow.models.sd3 import SD3
 from rlflow.models.tiny import clip_text, clip_tokenizer, t5, t5_tokenizer
+from rlflow.train.build import device
 from rlflow.train.pretrain import pretrain, report
 
 SIDE, CHANNELS, WIDTH, HEADS, LAYERS = 32, 4, 128, 4, 6
@@ -43,8 +44,9 @@ class LatentScenes:
     steps: int = 1200
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
-        """Steps of the VAE."""
+        """Steps of the VAE, and drawings a step of the transformer."""
         parser.add_argument("--vae-steps", type=int, default=300)
+        parser.add_argument("--rows", type=int, default=ROWS)
 
     def make(self, out: Path, args: argparse.Namespace) -> dict[str, Any]:
         """Train the VAE, then the transformer; returns made_by.json's content."""
@@ -55,19 +57,22 @@ class LatentScenes:
         vae = train_vae(args.vae_steps, args.seed)
         pipe = pipeline(vae)
         field = PretrainedField(SD3(pipe), {}, SIDE, max_sequence_length=LENGTH, cache=len(scenes.all_scenes()) + 1)
+        field.to(device())
         blocks = pipe.transformer.transformer_blocks
         averaged = pretrain(
             field,
-            latents(field, args.seed),
+            latents(field, args.rows, args.seed),
             steps=args.steps,
             hidden=[p for p in blocks.parameters() if p.ndim == 2],
             seed=args.seed,
             progress=report(args.steps),
         )
-        averaged.adapter.pipe.save_pretrained(out)
-        command = f"rlflow pretrain {self.name} --vae-steps {args.vae_steps} --steps {args.steps} --seed {args.seed}"
+        judged = judge_scenes(averaged)
+        averaged.adapter.pipe.to("cpu").save_pretrained(out)
+        command = f"rlflow pretrain {self.name} --vae-steps {args.vae_steps} --rows {args.rows}"
+        command += f" --steps {args.steps} --seed {args.seed}"
         made_by = {"command": command, "cpu_seconds": round(time.process_time() - begin), "torch": torch.__version__}
-        made_by |= {"reconstructed_strict": reconstructed(vae)} | judge_scenes(averaged)
+        made_by |= {"device": device().type, "reconstructed_strict": reconstructed(vae)} | judged
         (out / "made_by.json").write_text(json.dumps(made_by, indent=1), encoding="utf-8")
         return made_by
 
@@ -146,13 +151,13 @@ def train_vae(steps: int, seed: int) -> Any:
         use_quant_conv=False,
         use_post_quant_conv=False,
         sample_size=SIDE,
-    )
+    ).to(device())
     optimizer, rng = torch.optim.AdamW(vae.parameters(), lr=3e-3), np.random.default_rng(seed)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     progress = report(steps)
     for step in range(1, steps + 1):
-        x, _ = drawings(rng, VAE_ROWS)
-        with torch.autocast("cpu", torch.bfloat16):
+        x = drawings(rng, VAE_ROWS)[0].to(vae.device)
+        with torch.autocast(vae.device.type, torch.bfloat16):
             law = vae.encode(x).latent_dist
             error = vae.decode(law.sample()).sample.float() - x
         loss = error.abs().mean() + error.square().mean() + KL * law.kl().sum() / law.mean.numel()
@@ -162,7 +167,7 @@ def train_vae(steps: int, seed: int) -> Any:
         schedule.step()
         progress(step, loss.item(), vae)
     with torch.no_grad():
-        z = vae.encode(drawings(rng, 256)[0]).latent_dist.mean
+        z = vae.encode(drawings(rng, 256)[0].to(vae.device)).latent_dist.mean
     vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
     return vae.eval().requires_grad_(False)
 
@@ -173,16 +178,16 @@ def reconstructed(vae: Any) -> float:
     from rlflow.rewards.shapes import shapes_strict
 
     captions = scenes.heldout_captions()
-    x = draw(captions, np.random.default_rng(1))
+    x = draw(captions, np.random.default_rng(1)).to(vae.device)
     images = vae.decode(vae.encode(x).latent_dist.mean).sample / 2 + 0.5
-    return round(shapes_strict(images.clamp(0, 1), captions).mean().item(), 3)
+    return round(shapes_strict(images.clamp(0, 1).cpu(), captions).mean().item(), 3)
 
 
-def latents(field: PretrainedField, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def latents(field: PretrainedField, rows: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (latents (rows, C, h, w), prompt numbers (rows,))."""
     vae, rng = field.adapter.pipe.vae, np.random.default_rng(seed)
     while True:
-        x, captions = drawings(rng, ROWS)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            z = vae.encode(x).latent_dist.sample().float()
-        yield (z - vae.config.shift_factor) * vae.config.scaling_factor, field.tokenize(captions)
+        x, captions = drawings(rng, rows)
+        with torch.no_grad(), torch.autocast(vae.device.type, torch.bfloat16):
+            z = vae.encode(x.to(vae.device)).latent_dist.sample().float()
+        yield (z - vae.config.shift_factor) * vae.config.scaling_factor, field.tokenize(captions).to(vae.device)

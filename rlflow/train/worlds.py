@@ -100,16 +100,16 @@ def euler_images(
     field: DiT | PretrainedField, captions: list[str], seed: int, *, num_steps: int = EVALUATION_STEPS
 ) -> Tensor:
     """Images (N, 3, H, W) in [0, 1] for captions by uniform Euler steps, without guidance."""
-    rng = torch.Generator().manual_seed(seed)
+    rng, place = torch.Generator().manual_seed(seed), next(field.parameters()).device
     images = []
     for part in (captions[i : i + 64] for i in range(0, len(captions), 64)):
-        x = torch.randn((len(part), *field.event_shape), generator=rng)
-        with torch.autocast("cpu", torch.bfloat16):
-            cond = field.encode(field.tokenize(part))
+        x = torch.randn((len(part), *field.event_shape), generator=rng).to(place)
+        with torch.autocast(place.type, torch.bfloat16):
+            cond = field.encode(field.tokenize(part).to(place))
             for k in range(num_steps):
-                t = torch.full((len(part),), k / num_steps)
+                t = torch.full((len(part),), k / num_steps, device=place)
                 x = x + field(x, t, torch.zeros_like(t), cond) / num_steps
-        images.append(field.decode(x))
+        images.append(field.decode(x).cpu())
     return torch.cat(images)
 
 

@@ -30,9 +30,9 @@ def test_plain_diffusers_draws_what_rlflow_draws(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(worlds, "judge_scenes", lambda field: {"heldout_strict": 0.0})
     monkeypatch.setattr(latent_scenes, "reconstructed", lambda vae: 0.0)
-    args = argparse.Namespace(seed=0, steps=2, vae_steps=2)
+    args = argparse.Namespace(seed=0, steps=2, vae_steps=2, rows=64)
     made_by = latent_scenes.LatentScenes().make(tmp_path / "sd3", args)
-    assert made_by["command"] == "rlflow pretrain sd3_scenes --vae-steps 2 --steps 2 --seed 0"
+    assert made_by["command"] == "rlflow pretrain sd3_scenes --vae-steps 2 --rows 64 --steps 2 --seed 0"
 
     policy = rf.load(str(tmp_path / "sd3"), guidance=1.0, num_steps=4)
     captions = ["two red circles", "a blue square left of a red circle"]
