@@ -43,7 +43,8 @@ class WarpSim(Sim):
                 "(Ant) or cannot run the model as it is (Humanoid): use the MuJoCo environment"
             )
         self.task, self.num_envs, self.horizon = task, num_envs, horizon
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # with its number, which warp asks for
+        self.device = torch.zeros(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
         model = task.load()
         self._dt, self._nq, self._nv = model.opt.timestep * task.frame_skip, model.nq, model.nv
         self.low, self.high = self._tensor(model.actuator_ctrlrange).unbind(1)

@@ -19,7 +19,7 @@ from rlflow.models.scratch import make_field
 from rlflow.models.shapes_of import beside, shape_of
 from rlflow.rl.critic import Critic
 from rlflow.rl.likelihood import Likelihood
-from rlflow.train.build import device, make_simulator, policy_around
+from rlflow.train.build import make_simulator, policy_around
 from rlflow.train.trace import fake_mode
 from rlflow.types import Tree
 
@@ -84,13 +84,13 @@ def _known(name: str, trust_code: bool) -> VelocityField:
 
 
 def _pretend(module: nn.Module) -> None:
-    """Put tensors of this process's device, without storage, in place of those on the meta device."""
+    """Put tensors of the CPU, without storage, in place of those on the meta device."""
     memo: dict[int, Tensor] = {}
     for part in module.modules():
         for table in (part._parameters, part._buffers):
             for name, value in table.items():
                 if value is not None and id(value) not in memo:
-                    like = torch.empty(value.shape, dtype=value.dtype, device=device())
+                    like = torch.empty(value.shape, dtype=value.dtype)
                     is_weight = isinstance(value, nn.Parameter)
                     memo[id(value)] = nn.Parameter(like, value.requires_grad) if is_weight else like
                 if value is not None:
