@@ -140,7 +140,7 @@ class TabletopCloning(Cloning):
 
 
 TABLETOP = TabletopCloning(
-    "robot_bc_tabletop", "tabletop", steps=1500, rows=128, lr=3e-3, average=0.99, judged=512, num_demos=1000
+    "robot_bc_tabletop", "tabletop", steps=6000, rows=128, lr=3e-3, average=0.99, judged=512, num_demos=1000
 )
 STEPS = {"hopper": 3000, "walker2d": 3000, "halfcheetah": 12_000}
 """An expert of little noise (std .16 to .28 where the others have .43 to .73) takes longer to copy."""
