@@ -252,8 +252,8 @@ def test_merge_replaces_a_component_and_deepens_a_section() -> None:
 
 def test_another_simulator_keeps_the_rest_of_the_section() -> None:
     """A recipe that names only another simulator runs with its base's rows, horizon, chunk and discount."""
-    base, heir = recipes.load("robot_reinflow"), recipes.load("robot_reinflow_walker2d")
-    assert heir.env == dataclasses.replace(base.env, name="walker2d")
+    base, heir = recipes.load("robot_reinflow"), recipes.load("robot_reinflow_halfcheetah")
+    assert heir.env == dataclasses.replace(base.env, name="halfcheetah")
 
 
 def test_a_table_of_names_is_replaced_and_a_single_weight_is_added() -> None:

@@ -118,7 +118,7 @@ class FlowPolicy(nn.Module):
         with self._precision():
             cond = self.field.encode(obs)
         self.encoder_rows += num
-        return cond if fill is None else cond.index(torch.arange(num))
+        return cond if fill is None else Cond({name: cond[name][:num] for name in cond.data})
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)

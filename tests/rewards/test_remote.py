@@ -205,10 +205,10 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, status: int, content: bytes, lost: int = 0) -> None:
         self.send_response(status)
         self.send_header("content-length", str(len(content) + lost))
+        self.send_header("connection", "close")  # said, or the client asks on a connection that is going away
         self.end_headers()
         self.wfile.write(content)
         self.wfile.flush()
-        self.close_connection = True
 
     def do_GET(self) -> None:
         self.reply(200, json.dumps({"protocol": 1, "columns": ["images", "prompt"]}).encode())
