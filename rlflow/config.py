@@ -189,7 +189,7 @@ class TrainConfig:
     minutes: float | None = None  # of training; evaluation is not counted
     seed: int = 0
     threads: int | None = None
-    permute_rewards: bool = False  # the control: rewards shuffled across the batch
+    permute_rewards: bool = False  # the control: rewards shuffled across the batch, of SAC across the replay
     sharding: Literal["replicated", "full"] = "replicated"  # full: processes hold parts of the network (FSDP2)
     checkpoint_every: int = 50
     keep: int = 3

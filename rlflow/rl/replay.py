@@ -11,7 +11,7 @@ does not begin with what this one reached: at the newest entry, after a resume, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ class Transitions:
     def index(self, rows: Tensor) -> Transitions:
         """Those of `rows` (M,)."""
         return Transitions(**{f.name: tree_map(lambda v: v[rows], getattr(self, f.name)) for f in fields(self)})
+
+    def paid_as(self, other: Transitions) -> Transitions:
+        """The same decisions with the outcomes of `other` (N): reward, discount, weight."""
+        return replace(self, reward=other.reward, discount=other.discount, weight=other.weight)
 
     def to(self, device: torch.device) -> Transitions:
         """On another device."""

@@ -41,7 +41,11 @@ class Acted:
 
 
 class SAC:
-    """`update(rollout)` stores the rollout and makes the optimiser steps that are due."""
+    """`update(rollout)` stores the rollout and makes the optimiser steps that are due.
+
+    `permute` makes the control: a decision drawn from the replay is paid what another, drawn apart, was. Shuffled
+    inside their rollout alone, rewards still rise with the policy that earned them, and the replay learns from that.
+    """
 
     def __init__(
         self,
@@ -62,6 +66,7 @@ class SAC:
         offline: Offline | None = None,
         ema_decay: float = 0.9,
         seed: int = 0,
+        permute: bool = False,
     ):
         if dist.world() > 1:
             raise ValueError("SAC keeps one replay in one process: start it with --processes 1")
@@ -69,7 +74,7 @@ class SAC:
         self.plan = steps(0, grid, torch.zeros(1, dtype=torch.long))
         if self.plan.scored.ndim > 1 or not bool(self.plan.scored.all()):
             raise ValueError("SAC differentiates through, and scores, every denoising step: use steps=all")
-        self.policy, self.replay, self.seed = policy, replay, seed
+        self.policy, self.replay, self.seed, self.permute = policy, replay, seed, permute
         self.batch_size, self.start, self.updates_per_step = batch_size, start, updates_per_step
         self.actor_every, self.anchor, self.ema_decay, self.offline = actor_every, anchor, ema_decay, offline
         target = entropy_target(policy, target_entropy)
@@ -131,7 +136,12 @@ class SAC:
         return out
 
     def _batch(self) -> Transitions:
-        rng, num = generator("sac/replay", self.seed, self.updates), self.batch_size
+        rng = generator("sac/replay", self.seed, self.updates)
+        batch = self._draw(rng)
+        return batch.paid_as(self._draw(rng)) if self.permute else batch
+
+    def _draw(self, rng: torch.Generator) -> Transitions:
+        num = self.batch_size
         if self.offline is None:
             return self.replay.at(self.replay.draw(num, rng).to(self.policy.device))
         if not len(self.replay):

@@ -96,6 +96,7 @@ def _sac(config: Config, policy: FlowPolicy, likelihood: Likelihood | None, grou
             offline=None if c.offline is None else _offline(config, c.offline, policy),
             ema_decay=c.ema_decay,
             seed=config.train.seed,
+            permute=config.train.permute_rewards,
         )
 
 

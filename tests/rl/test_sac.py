@@ -14,7 +14,7 @@ from rlflow.flow.steps import All, AllButLast
 from rlflow.models.gated import GatedField
 from rlflow.models.gaussian import GaussianField
 from rlflow.models.mlp import MLPField
-from rlflow.rl.collector import Collector
+from rlflow.rl.collector import Collector, permute_rewards
 from rlflow.rl.groups import Groups
 from rlflow.rl.optim import AdamW, Deferred, NonFiniteError, Optimizer
 from rlflow.rl.path_entropy import entropy_target, highest_entropy, path_log_prob
@@ -23,6 +23,7 @@ from rlflow.rl.sac import SAC
 from rlflow.rl.temperature import Temperature
 from rlflow.rl.twin import Ensemble, Twin, TwinSettings
 from rlflow.types import Cond
+from tests.rl.test_replay import rollout
 
 CPU = torch.device("cpu")
 
@@ -255,6 +256,26 @@ def test_masked_rows_teach_nothing():
         masked = Transitions(batch.obs, action, batch.reward, batch.discount, batch.next_obs, weight)
         losses.append((sac.twin.loss(cond, action, target, weight), sac.actor_loss(cond, masked)[0]))
     assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
+
+
+def test_the_controls_rewards_know_nothing_of_the_decision_they_are_paid_to():
+    """Later rollouts pay more: shuffled inside theirs alone, rewards still tell early states from late ones."""
+    sacs = [make_sac(batch_size=4096, permute=permute) for permute in (False, True)]
+    for sac in sacs:
+        for first in range(0, 5000, 1000):
+            paid = rollout(first, 5, rows=4)
+            permute_rewards(paid, torch.Generator().manual_seed(first))
+            sac.replay.add(paid, paid.action)
+    informed, control = (sac._batch() for sac in sacs)
+    assert torch.equal(informed.obs, control.obs)
+    assert correlation(informed) > 0.9
+    assert abs(correlation(control)) < 0.08  # five standard errors
+    torch.testing.assert_close(control.reward.mean(), informed.reward.mean(), rtol=0.1, atol=0)
+
+
+def correlation(batch):
+    """Between what a decision sees and what it is paid."""
+    return float(torch.corrcoef(torch.stack([batch.obs[:, 0], batch.reward]))[0, 1])
 
 
 def test_the_slow_copies_follow_by_tau():
