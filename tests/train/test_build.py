@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from rlflow import recipes
 from rlflow.envs.prompts import Prompts, load_prompts
+from rlflow.rl.sac import SAC
+from rlflow.train.build import make_parts
 from rlflow.train.trainer import Trainer
 
 
@@ -43,3 +46,10 @@ def test_a_toy_field_takes_no_prompts(tmp_path: Path, trainer: Callable[..., Tra
         ValueError, match=r"^policy\.field: a network from scratch makes no images: .*shapes.* or a simulator$"
     ):
         trainer(tmp_path / "run", "policy.field=mlp")
+
+
+@pytest.mark.parametrize("control", [True, False])
+def test_a_control_of_sac_is_told_to_be_one(control: bool) -> None:
+    algorithm = make_parts(recipes.load("robot_reach_sac", [f"train.permute_rewards={control}"])).algorithm
+    assert isinstance(algorithm, SAC)
+    assert algorithm.permute is control
