@@ -1,7 +1,10 @@
 """The small Stable Diffusion 3 that rlflow trains itself: plain diffusers reads it, and every word is one token."""
 
 import argparse
+import json
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,6 +13,11 @@ pytest.importorskip("diffusers")
 
 import rlflow as rf
 from rlflow.envs import scenes
+from rlflow.flow.grid import FromScheduler
+from rlflow.flow.kernels import FlowSDE
+from rlflow.flow.policy import FlowPolicy
+from rlflow.models import lora
+from rlflow.models.pretrained import pretrained
 from rlflow.models.tiny import clip_tokenizer, t5_tokenizer
 from rlflow.train import latent_scenes, worlds
 
@@ -24,24 +32,31 @@ def test_every_word_is_one_token_and_no_caption_is_cut(tmp_path: Path) -> None:
     assert longest == latent_scenes.LENGTH
 
 
-def test_plain_diffusers_draws_what_rlflow_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline after two steps."""
+    out = tmp_path_factory.mktemp("made") / "sd3"
+    args = argparse.Namespace(seed=0, steps=2, vae_steps=2, rows=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worlds, "judge_scenes", lambda field: {"heldout_strict": 0.0})
+        patch.setattr(latent_scenes, "reconstructed", lambda vae: 0.0)
+        made_by = latent_scenes.LatentScenes().make(out, args)
+    assert made_by["command"] == "rlflow pretrain sd3_scenes --vae-steps 2 --rows 64 --steps 2 --seed 0"
+    return out
+
+
+def test_plain_diffusers_draws_what_rlflow_draws(folder: Path) -> None:
     """The folder is a StableDiffusion3Pipeline; from the same noise both end at the same latents."""
     from diffusers import DiffusionPipeline
 
-    monkeypatch.setattr(worlds, "judge_scenes", lambda field: {"heldout_strict": 0.0})
-    monkeypatch.setattr(latent_scenes, "reconstructed", lambda vae: 0.0)
-    args = argparse.Namespace(seed=0, steps=2, vae_steps=2, rows=64)
-    made_by = latent_scenes.LatentScenes().make(tmp_path / "sd3", args)
-    assert made_by["command"] == "rlflow pretrain sd3_scenes --vae-steps 2 --rows 64 --steps 2 --seed 0"
-
-    policy = rf.load(str(tmp_path / "sd3"), guidance=1.0, num_steps=4)
+    policy = rf.load(str(folder), guidance=1.0, num_steps=4)
     captions = ["two red circles", "a blue square left of a red circle"]
     noise = torch.randn(2, *policy.event_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         cond, x, grid = policy.field.encode(policy.field.tokenize(captions)), noise, policy.field.times(4)
         for t, t_next in zip(grid[:-1].float(), grid[1:].float(), strict=True):
             x = x + (t_next - t) * policy.field(x, t.expand(2), torch.zeros(2), cond)
-    pipe = DiffusionPipeline.from_pretrained(tmp_path / "sd3")
+    pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     stock = pipe(
         captions,
@@ -53,3 +68,47 @@ def test_plain_diffusers_draws_what_rlflow_draws(tmp_path: Path, monkeypatch: py
         width=latent_scenes.SIDE,
     ).images
     torch.testing.assert_close(x, stock, rtol=1e-4, atol=1e-4)
+
+
+def test_the_pictures_judged_in_plain_diffusers_are_those_of_the_base_and_of_the_lora(
+    folder: Path,
+    tmp_path: Path,
+    load_script: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """scripts/plain_pipeline.py judges first the base's and then the LoRA's, each as rlflow draws it from that noise."""
+    field = pretrained(str(folder), resolution=latent_scenes.SIDE, max_sequence_length=latent_scenes.LENGTH, lora=4)
+    policy = FlowPolicy(field, FlowSDE(), grid=FromScheduler(field), num_steps=3)
+    captions = scenes.heldout_captions()[:2]
+
+    def drawn() -> torch.Tensor:
+        x_0 = torch.randn(2, *field.event_shape, generator=torch.Generator().manual_seed(5))
+        with torch.no_grad():
+            return field.decode(policy.sample(policy.encode(field.tokenize(captions)), x_0=x_0).final)
+
+    base, generator = drawn(), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in lora.parameters(field).values():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    tuned = drawn()
+    rf.save(policy, tmp_path)
+
+    judged = []
+
+    def verifier(images: torch.Tensor, asked: list[str]) -> torch.Tensor:
+        assert asked == captions
+        judged.append(images)
+        return torch.full((2,), len(judged) / 4)
+
+    script = load_script("plain_pipeline")
+    monkeypatch.setattr(script, "shapes_strict", verifier)
+    options = ["--num", "2", "--num-steps", "3", "--seed", "5"]
+    monkeypatch.setattr("sys.argv", ["plain_pipeline.py", str(folder), str(tmp_path), *options])
+    capsys.readouterr()
+    script.main()
+    said = json.loads(capsys.readouterr().out)
+    assert said == {"pictures": 2, "num_steps": 3, "strict_without": 0.25, "strict_with": 0.5}
+    for images, mine in zip(judged, (base, tuned), strict=True):
+        torch.testing.assert_close(images, mine, rtol=1e-4, atol=1e-4)
+    assert (tuned - base).abs().max() > 1e-2, "the LoRA does something"
