@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-RANK_WAITS = 3.0
+RANK_WAITS = 10.0
 """Seconds: an error that all ranks share ends rank 0, and the launcher the others, before they repeat it."""
 
 

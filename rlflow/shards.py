@@ -113,6 +113,7 @@ def shard(network: nn.Module, device: torch.device) -> None:
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # else float32 needs a reduction that only NCCL knows
     for name in METHODS:
         register_fsdp_forward_method(network, name)
 

@@ -1,4 +1,4 @@
-"""Two processes are one: torchrun over gloo in float64 gives the weights and the metrics of a single process."""
+"""Several processes are one: torchrun over gloo in float64 gives the weights and the metrics of a single process."""
 
 import importlib
 import json
@@ -49,8 +49,10 @@ def masked(images, hide):
     return torch.where(torch.tensor(hide) > 0, torch.nan, brightness(images))
 
 
-def run(root, folder):
-    for name, values in json.loads((root / "cases.json").read_text()).items():
+def run(root, folder, names):
+    cases = json.loads((root / "cases.json").read_text())
+    for name in names or cases:
+        values = cases[name]
         stops = name in ("one rank stopped", "simulator, resumed")
         path, more = root / folder / name, {"trust_code": True, "quiet": True}
         Trainer(values, path, callbacks=[stop_on_the_last_rank] if stops else [], **more).fit()
@@ -60,7 +62,7 @@ def run(root, folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(Path(sys.argv[1]), "two")
+    run(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
     dist.stop()
 '''
 HELPER = "rlflow_tests_dist"
@@ -144,47 +146,65 @@ def finish(process: subprocess.Popen[bytes]) -> None:
     assert process.returncode == 0, out.decode()[-3000:]
 
 
+def launch(root: Path, processes: int, folder: str, *names: str) -> subprocess.Popen[bytes]:
+    """Start the cases of these names, or all, in one group of processes."""
+    torchrun = [*("-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1")]
+    torchrun += ["--master-port", str(free_port())]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    command = [sys.executable, *torchrun, str(root / f"{HELPER}.py"), str(root), folder, *names]
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case by one process and by two."""
     root = tmp_path_factory.mktemp("dist")
     (root / f"{HELPER}.py").write_text(SCRIPT)
     (root / "cases.json").write_text(json.dumps(cases(root)))
-    torchrun = [*("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1")]
-    torchrun += ["--master-port", str(free_port())]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    command = [sys.executable, *torchrun, str(root / f"{HELPER}.py"), str(root)]
-    two = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    two = launch(root, 2, "two")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(root))
-        importlib.import_module(HELPER).run(root, "one")
+        importlib.import_module(HELPER).run(root, "one", [])
     finish(two)
     return root
 
 
+@pytest.fixture(scope="module")
+def four(runs: Path) -> None:
+    """Cases with a group for each of four processes."""
+    finish(launch(runs, 4, "four", *IN_FOUR))
+
+
 CASES = ("grpo", "two rewards, minibatches", "ppo", "one rank stopped", "one rank masked", "simulator")
+IN_FOUR = ("grpo", "ppo", "simulator")
+BY_MORE = [("two", name) for name in CASES]
+BY_MORE += [pytest.param("four", name, marks=pytest.mark.slow) for name in IN_FOUR]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_weights_and_optimiser_agree(runs: Path, name: str) -> None:
-    one, two = (Checkpoints(runs / n / name).load("last")[1] for n in ("one", "two"))
-    two["collector"] = [deal(two["collector"], Groups(4, 1))] if name == "simulator" else one["collector"]
-    one, two = pack(one)[0], pack(two)[0]
-    assert one.keys() == two.keys()
+@pytest.mark.parametrize(("folder", "name"), BY_MORE)
+def test_weights_and_optimiser_agree(request: pytest.FixtureRequest, runs: Path, folder: str, name: str) -> None:
+    if folder == "four":
+        request.getfixturevalue("four")
+    one, more = (Checkpoints(runs / n / name).load("last")[1] for n in ("one", folder))
+    more["collector"] = [deal(more["collector"], Groups(4, 1))] if name == "simulator" else one["collector"]
+    one, more = pack(one)[0], pack(more)[0]
+    assert one.keys() == more.keys()
     references = [k for k in one if k.startswith("weight_sets/ref/")]
     moved = [k for k in references if not torch.equal(one[k], one[k.replace("ref/", "ema/")])]
     assert moved, "a run that learns nothing proves nothing"
     for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(more[key], value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_metric_agrees(runs: Path, name: str) -> None:
+@pytest.mark.parametrize(("folder", "name"), BY_MORE)
+def test_every_metric_agrees(request: pytest.FixtureRequest, runs: Path, folder: str, name: str) -> None:
     """The log of rank 0 speaks for all ranks: each number is that of the whole batch, cost included."""
-    one, two = (read_metrics(runs / n / name) for n in ("one", "two"))
-    assert [(r["iteration"], r["kind"]) for r in one] == [(r["iteration"], r["kind"]) for r in two]
-    for a, b in zip(one, two, strict=True):
+    if folder == "four":
+        request.getfixturevalue("four")
+    one, more = (read_metrics(runs / n / name) for n in ("one", folder))
+    assert [(r["iteration"], r["kind"]) for r in one] == [(r["iteration"], r["kind"]) for r in more]
+    for a, b in zip(one, more, strict=True):
         a, b = ({k: v for k, v in r.items() if k != "kind"} for r in (a, b))
         assert a.keys() == b.keys()
         for key in a:
@@ -278,11 +298,18 @@ def test_a_killed_process_ends_all_and_leaves_the_last_checkpoint(tmp_path: Path
     assert checkpoints.load("last")[0] == done + 1
 
 
-def test_an_error_in_two_processes_is_said_once(launched: list[str]) -> None:
-    said = subprocess.run([*launched, "env.num_groups=3"], capture_output=True, text=True, timeout=HANGS)
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("env.num_groups=3", "in whole groups"), ("algorithm.num_minibatches=3", "leaves a process without rows")],
+)
+def test_an_error_in_two_processes_is_said_once_and_at_the_start(
+    tmp_path: Path, launched: list[str], override: str, message: str
+) -> None:
+    said = subprocess.run([*launched, override], capture_output=True, text=True, timeout=HANGS)
     assert said.returncode == 2
     assert said.stderr.count("rlflow: error:") == 1, said.stderr
-    assert "in whole groups" in said.stderr
+    assert message in said.stderr
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_an_error_of_another_process_is_said(tmp_path: Path, launched: list[str]) -> None:

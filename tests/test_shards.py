@@ -5,11 +5,13 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rlflow import config, shards
 from rlflow.envs import scenes
@@ -81,15 +83,18 @@ def saved(run: Path) -> dict[str, torch.Tensor]:
     return pack({name: state[name] for name in ("policy", "weight_sets", "algorithm")})[0]
 
 
-def agree(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+def agree(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 1e-9) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
-        torch.testing.assert_close(other[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            other[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
-def compare(root: Path, processes: int) -> None:
-    """A sharded run of 2 iterations, and one whose second iteration is done by one process, against one process."""
+def compare(root: Path, processes: int, sharding: str = "full") -> None:
+    """A run of 2 iterations, and one whose second iteration is done by one process, against one process."""
     values = recipe(root)
+    values["train"]["sharding"] = sharding
     straight, sharded, relay = (str(root / name) for name in ("straight", "sharded", "relay"))
     launch(root, processes, [(sharded, values, None), (relay, until(values, 1), None)])
     Trainer(values, straight, quiet=True).fit()
@@ -116,9 +121,29 @@ def test_two_processes_with_half_a_network_each(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_four_processes_with_a_quarter_each(tmp_path: Path) -> None:
-    """4 -> 1 -> 4, groups shared out in pairs."""
-    compare(tmp_path, 4)
+@pytest.mark.parametrize(("processes", "sharding"), [(4, "full"), (4, "replicated"), (2, "replicated")])
+def test_more_processes_and_whole_networks(tmp_path: Path, processes: int, sharding: str) -> None:
+    """4 -> 1 -> 4, groups shared out in pairs, each with a quarter of the network or all of it; and 2 -> 1 -> 2."""
+    compare(tmp_path, processes, sharding)
+
+
+@pytest.mark.slow
+def test_the_lora_of_a_pretrained_network_in_parts(tmp_path: Path, tiny_pipeline: Callable[..., Any]) -> None:
+    """A Stable Diffusion 3 of which each process holds half: frozen base and LoRA, float32 throughout."""
+    values = recipe(tmp_path)
+    field = {"name": "pretrained", "checkpoint": str(tiny_pipeline("sd3")), "lora": 4}
+    field |= {"resolution": 32, "max_sequence_length": 12}
+    values["policy"] = {"field": field, "kernel": "flow_sde", "grid": "scheduler", "num_steps": 4}
+    values["policy"] |= {"precision": "float32", "guidance": {"name": "cfg", "scale": 1.5}}
+    values["steps"] = {"name": "all_but_last", "skip_last": 2}
+    straight, sharded = str(tmp_path / "straight"), str(tmp_path / "sharded")
+    launch(tmp_path, 2, [(sharded, values, None)])
+    Trainer(values, straight, quiet=True).fit()
+    one = saved(Path(straight))
+    assert any("lora_B" in name and value.abs().max() > 0 for name, value in one.items())
+    agree(one, saved(Path(sharded)), 1e-4)
+    files = [load_file(f"{run}/model/pytorch_lora_weights.safetensors") for run in (straight, sharded)]
+    agree(*files, 1e-4)
 
 
 def test_blocks_are_the_outermost_lists() -> None:

@@ -57,19 +57,24 @@ class Groups:
         """Serial number of each row's group (B,)."""
         return iteration * self.num_groups + self.group_ids()
 
-    def minibatches(self, horizon: int, num: int, uniform: Tensor) -> list[Tensor]:
-        """Split the local T * B rows into `num` minibatches of equal size, but for one unit of a group at a step.
-
-        Units are ordered by group and then by step, so that a rank has a run of them; each block of `num`
-        neighbours is dealt one to each minibatch, in the order of `uniform` (num_groups * T,). The global
-        minibatches do not depend on the world size. ValueError where a rank could be left without rows.
-        """
-        mine, first = self.local * horizon, self.rank * self.local * horizon
+    def check_minibatches(self, horizon: int, num: int) -> None:
+        """ValueError where a rank could be left without rows in one of `num` minibatches."""
+        mine = self.local * horizon
         if num > mine or (self.world > 1 and mine % num and mine < 2 * num - 1):
             raise ValueError(
                 f"num_minibatches={num} leaves a process without rows: it has {mine} groups at a step; "
                 f"use at most {mine if self.world == 1 else max(1, (mine + 1) // 2)} minibatches"
             )
+
+    def minibatches(self, horizon: int, num: int, uniform: Tensor) -> list[Tensor]:
+        """Split the local T * B rows into `num` minibatches of equal size, but for one unit of a group at a step.
+
+        Units are ordered by group and then by step, so that a rank has a run of them; each block of `num`
+        neighbours is dealt one to each minibatch, in the order of `uniform` (num_groups * T,). The global
+        minibatches do not depend on the world size. ValueError as in `check_minibatches`.
+        """
+        self.check_minibatches(horizon, num)
+        mine, first = self.local * horizon, self.rank * self.local * horizon
         filled = torch.cat([uniform, uniform[: -len(uniform) % num]])  # the last block is as random as the others
         owner = filled.view(-1, num).argsort(-1).argsort(-1).flatten()[first : first + mine]
         unit = torch.arange(mine)

@@ -243,6 +243,7 @@ def make_parts(config: Config, trust_code: bool = False) -> Parts:
         rows_per_call=config.env.rows_per_call,
         shared_noise=config.env.shared_noise,
     )
+    groups.check_minibatches(collector.horizon, getattr(config.algorithm, "num_minibatches", 1))
     return Parts(policy, collector, make_algorithm(config, policy, likelihood, groups, trust_code), groups)
 
 
