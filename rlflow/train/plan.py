@@ -243,10 +243,39 @@ def _next_change(config: Config, found: Estimate, gpus: int) -> dict[str, Any] |
         return {"policy.grad_checkpointing": True}
     if worst == "scoring" and pairs > 1:
         return {"algorithm.micro_batch": pairs // 2}
-    equal = config.env.num_groups // gpus % learner(config).num_minibatches == 0
-    if gpus > 1 and config.train.sharding == "replicated" and config.env.name == "prompt" and equal:
+    if gpus > 1 and config.train.sharding == "replicated" and _shardable(config, gpus):
         return {"train.sharding": "full"}
     return None
+
+
+def _shardable(config: Config, gpus: int) -> bool:
+    """Whether a network may be held in parts: images, and as many passes in each process."""
+    per_pass = gpus * learner(config).num_minibatches
+    return config.env.name == "prompt" and config.env.num_groups % per_pass == 0
+
+
+def more_gpus(planner: Planner, gpu: GPU, gpus: int) -> tuple[int, Fit] | None:
+    """The next power of two of GPUs on which it fits, a network in parts if need be; None where none is found."""
+    config = planner.config
+    while (gpus := 2 * gpus) <= config.env.num_groups:
+        shared = config.env.num_groups % gpus == 0 and (config.train.sharding != "full" or _shardable(config, gpus))
+        if shared and (fit := make_fit(planner, gpu, gpus)).fits:
+            return gpus, fit
+    return None
+
+
+def _other_ways(config: Config) -> str:
+    """What would change the training itself, of a pre-trained network."""
+    field = config.policy.field
+    if not isinstance(field, Mapping) or field.get("name") != "pretrained":
+        return ""
+    if field.get("lora") is None and field.get("adapter") is None:
+        return (
+            "\nA LoRA needs far less than the whole network: policy.field.lora=32 policy.field.weights=bfloat16"
+        )
+    if field.get("quantize") is None:
+        return "\nA quantised base takes a half or a quarter, not estimated here: policy.field.quantize=int8 or nf4"
+    return ""
 
 
 def _with(config: Config, change: Mapping[str, Any]) -> Config:
@@ -263,6 +292,7 @@ def plan_as_json(planner: Planner, gpu: GPU, gpus: int) -> dict[str, Any]:
     """Everything the command prints."""
     found, fit = planner.estimate(planner.config, gpus), make_fit(planner, gpu, gpus)
     precision = planner.config.policy.precision
+    more = None if fit.fits else more_gpus(planner, gpu, gpus)
     per_image = {k: v * gpus / found.samples for k, v in asdict(found.cost).items()}
     return {
         "gpu": gpu.name,
@@ -277,6 +307,7 @@ def plan_as_json(planner: Planner, gpu: GPU, gpus: int) -> dict[str, Any]:
         "fits": found.memory.peak <= RESERVE * 1e9 * gpu.gigabytes,
         "settings_that_fit": fit.overrides if fit.fits else None,
         "smallest": {"settings": fit.overrides, "peak_bytes": fit.estimate.memory.peak},
+        "more_gpus": None if more is None else {"gpus": more[0], "settings": more[1].overrides},
         "tflop_per_iteration": found.flops * gpus / 1e12,
         "network_seconds_per_iteration": found.seconds(gpu, precision),
     }
@@ -299,16 +330,29 @@ def print_plan(planner: Planner, gpu: GPU, gpus: int) -> None:
     memory.add_row(f"limit: {RESERVE:.0%} of {gpu.gigabytes:g} GB", f"{values['limit_bytes'] / 2**20:,.1f}")
     console.print(memory)
     console.print(_verdict(values, gpu), soft_wrap=True)
+    if values["settings_that_fit"] is None:
+        console.print(_help(values, gpu) + _other_ways(planner.config), soft_wrap=True)
+
+
+def _words(settings: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={str(value).lower()}" for name, value in settings.items())
 
 
 def _verdict(values: Mapping[str, Any], gpu: GPU) -> str:
     tflop, seconds = values["tflop_per_iteration"], values["network_seconds_per_iteration"]
     time = f"{tflop:.3g} TFLOP an iteration: {seconds:.2g} s at {UTILISATION:.0%} of the peak of {gpu.name}"
     time += " (an estimate, of the network alone: no rewards, no simulators)"
-    settings = " ".join(f"{k}={str(v).lower()}" for k, v in (values["smallest"]["settings"]).items())
     if values["fits"]:
         return f"{time}\nFits."
-    smallest = values["smallest"]["peak_bytes"] / 1e9
+    smallest, settings = values["smallest"]["peak_bytes"] / 1e9, _words(values["smallest"]["settings"])
     if values["settings_that_fit"] is not None:
         return f"{time}\nDoes not fit. It fits, at {smallest:.1f} GB, with: {settings}"
-    return f"{time}\nDoes not fit: the smallest found needs {smallest:.1f} GB, with: {settings or 'these settings'}"
+    return f"{time}\nDoes not fit: it needs {smallest:.1f} GB{', with: ' if settings else ''}{settings}"
+
+
+def _help(values: Mapping[str, Any], gpu: GPU) -> str:
+    more = values["more_gpus"]
+    if more is None:
+        return "No number of such GPUs was found to do, with groups and minibatches shared out evenly."
+    settings = _words(more["settings"])
+    return f"It fits on {more['gpus']} x {gpu.name}{', with: ' if settings else ''}{settings}"

@@ -14,7 +14,7 @@ from rlflow.config import Config
 from rlflow.train import plan as plan_module
 from rlflow.train.build import make_parts
 from rlflow.train.gpus import GPU, find_gpu
-from rlflow.train.plan import Memory, Planner, make_fit
+from rlflow.train.plan import Memory, Planner, make_fit, more_gpus
 from rlflow.train.probe import Probe
 from rlflow.train.skeleton import skeleton
 from rlflow.train.trace import FEW, LiveBytes, Trace
@@ -114,6 +114,34 @@ def test_sharding_divides_what_stays(tiny: list[str], scenes_field: str) -> None
     assert make_fit(planner, GPU("test", 1e-6, 1, 1), gpus=2).overrides["train.sharding"] == "full"
 
 
+def test_more_gpus_are_named_where_one_cannot_do(tiny: list[str], scenes_field: str) -> None:
+    """The smallest power of two that fits; three minibatches cannot be shared out evenly among parts."""
+    config = load("images", tiny, scenes_field)
+    config = replace(config, train=replace(config.train, sharding="full"))
+    planner = Planner(config)
+    nothing = GPU("test", 1e-6, 1, 1)
+    smallest = {n: make_fit(planner, nothing, n).estimate.memory.peak for n in (1, 2, 4)}
+    assert smallest[4] < smallest[2] < smallest[1]
+    gpu = GPU("test", 1.001 * smallest[4] / plan_module.RESERVE / 1e9, 1, 1)
+    found = more_gpus(planner, gpu, 1)
+    assert found is not None
+    assert (found[0], found[1].fits) == (4, True)
+    assert more_gpus(planner, nothing, 1) is None
+    uneven = replace(config, algorithm=replace(config.algorithm, num_minibatches=3))
+    assert more_gpus(Planner(uneven), gpu, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [("flux_mixgrpo", "policy.field.lora=32"), ("sd35_24gb", "policy.field.quantize="), ("t2i_cps", "")],
+)
+def test_what_would_change_the_training(recipe: str, said: str) -> None:
+    """A whole network is told of a LoRA, a LoRA of a quantised base."""
+    found = plan_module._other_ways(recipes.load(recipe))
+    assert said in found
+    assert found.count("policy.field.") == (2 if "lora" in said else bool(said))
+
+
 def test_flops_of_a_matrix_network(tiny: list[str]) -> None:
     """2 x inputs x outputs of each layer forward; backward twice that, less the input's gradient of the first."""
     config = recipes.load("robot_reach_reinflow", ["policy.kernel={name: flow_sde, a: 0.7}", "steps=all_but_last"])
@@ -203,6 +231,7 @@ def test_the_command(tiny: list[str], scenes_field: str, capsys: pytest.CaptureF
     said = capsys.readouterr().out
     assert "Does not fit" in said
     assert "policy.grad_checkpointing=true" in said
+    assert "No number of such GPUs" in said
 
 
 def test_nothing_is_loaded(tiny: list[str], scenes_field: str) -> None:
