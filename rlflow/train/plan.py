@@ -270,9 +270,7 @@ def _other_ways(config: Config) -> str:
     if not isinstance(field, Mapping) or field.get("name") != "pretrained":
         return ""
     if field.get("lora") is None and field.get("adapter") is None:
-        return (
-            "\nA LoRA needs far less than the whole network: policy.field.lora=32 policy.field.weights=bfloat16"
-        )
+        return "\nA LoRA needs far less than the whole network: policy.field.lora=32 policy.field.weights=bfloat16"
     if field.get("quantize") is None:
         return "\nA quantised base takes a half or a quarter, not estimated here: policy.field.quantize=int8 or nf4"
     return ""
