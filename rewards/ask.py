@@ -13,7 +13,8 @@ import json
 import logging
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -107,6 +108,16 @@ def parse_json(content: bytes | str) -> Any:
         raise ValueError(f"not JSON ({error}): {content[:60]!r}") from None
 
 
+def _run(work: Coroutine[Any, Any, Any]) -> Any:
+    """What `work` returns; from another thread where the caller's runs an event loop already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
+
+
 class Asker:
     """POSTs requests to one URL; `token` goes into the Authorization header and nowhere else."""
 
@@ -118,11 +129,11 @@ class Asker:
 
     def ask(self, requests: Sequence[Request]) -> list[Any]:
         """The answer of each request, in order; in its place a NoAnswer where there is none."""
-        return asyncio.run(self._all(requests))
+        return _run(self._all(requests))
 
     def get(self, path: str, seconds: float) -> Any:
         """The JSON at `path` below the URL; NoAnswer without it."""
-        return asyncio.run(self._get(path, seconds))
+        return _run(self._get(path, seconds))
 
     async def _get(self, path: str, seconds: float) -> Any:
         async with self._client() as client:

@@ -157,9 +157,10 @@ def listen(service: Service, host: str, port: int) -> tuple[Any, socket.socket]:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         listener.close()
-        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise OSError(f"cannot listen on {host}:{port}: {why}; choose another --port") from None
     return uvicorn.Server(config), listener
 
 

@@ -322,6 +322,8 @@ UNNAMED: dict[str, Any] = {"likelihood": {"name": "chain"}, "algorithm": {"name"
 
 def parse(values: dict[str, Any], trust_code: bool = False) -> Config:
     """A checked Config; ValueError lists every problem with its full path."""
+    if isinstance(name := values.get("algorithm"), str):
+        values = values | {"algorithm": {"name": name}}
     values = merge(UNNAMED, values)
     env = values.get("env")
     if not isinstance(env, dict) or env.get("name", "prompt") == "prompt":

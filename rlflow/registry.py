@@ -199,13 +199,14 @@ def _first_line(path: str) -> str:
 
 @contextmanager
 def located(path: str) -> Iterator[None]:
-    """Put the path of a setting before the message of any ValueError inside."""
+    """Put the path of a setting before the message of any ValueError inside, unless it stands there already."""
     try:
         yield
-    except UntrustedCodeError as error:
-        raise UntrustedCodeError(f"{path}: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        if str(error).startswith((f"{path}: ", f"{path}.")):
+            raise
+        kind = UntrustedCodeError if isinstance(error, UntrustedCodeError) else ValueError
+        raise kind(f"{path}: {error}") from error
 
 
 def split_spec(kind: str, spec: Any) -> tuple[str, dict[str, Any]]:

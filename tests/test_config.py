@@ -106,7 +106,8 @@ REFUSED = {
     "seed=3": r"^seed: no such setting; did you mean train\.seed or eval\.seed\?$",
     # another learner
     "algorithm.name=sacc": r"^algorithm\.name: unknown algorithm 'sacc'; did you mean 'sac'\?$",
-    "algorithm=sac": r"^algorithm: .*got 'sac'$",
+    "algorithm=sacc": r"^algorithm\.name: unknown algorithm 'sacc'; did you mean 'sac'\?$",
+    "algorithm=sac": r"^advantage: algorithm=sac does not read it",
     "algorithm={name: sac, tua: 1}": r"^algorithm\.tua: no such setting; did you mean 'tau'\?$",
     "algorithm={name: sac, clip_low: 1}": r"^algorithm\.clip_low: no such setting",
     "algorithm={name: sac, tau: 2.0}": r"^algorithm\.tau: must be in \[0, 1\], got 2",

@@ -138,7 +138,12 @@ class SAC:
     def _batch(self) -> Transitions:
         rng = generator("sac/replay", self.seed, self.updates)
         batch = self._draw(rng)
-        return batch.paid_as(self._draw(rng)) if self.permute else batch
+        if not self.permute:
+            return batch
+        other = self._draw(rng)
+        if self.offline is not None:  # in both draws the demonstrations stand first
+            other = other.index(torch.randperm(len(other), generator=rng).to(self.policy.device))
+        return batch.paid_as(other)
 
     def _draw(self, rng: torch.Generator) -> Transitions:
         num = self.batch_size

@@ -1,7 +1,7 @@
 """compare: several runs side by side; what each gained, and its difference to the first, by paired bootstrap.
 
-Two evaluations are paired where they scored the same captions from the same noise: equal `eval` settings and
-equal caption ids. Otherwise the difference of the means is given without bounds, and why.
+Two evaluations are paired where they scored the same captions from the same noise, or played one simulator from the
+same starts: equal PAIRED_SETTINGS and caption ids. Otherwise the difference of the means has no bounds, and says why.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rlflow.train.glossary import MISSING, describe, duration, share, show, sign
 from rlflow.train.record import HELDOUT, RunRecord
 from rlflow.train.stats import paired_bootstrap
 
-PAIRED_SETTINGS = ("eval.prompts", "eval.num", "eval.seed", "env.prompts")
+PAIRED_SETTINGS = ("eval.prompts", "eval.num", "eval.seed", "env.name", "env.settings.env_id", "env.prompts")
 
 
 def compare(folders: Sequence[str | Path]) -> dict[str, Any]:

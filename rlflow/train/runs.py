@@ -68,6 +68,8 @@ def load(
     3.5, FLUX.1; a folder or a hub id), the other settings: `lora` adds one of this rank, which then trains; without,
     nothing does. Resolution, guidance and number of steps are the pipeline's own unless given.
     """
+    if not is_run(name):
+        _check_of_runs(name, checkpoint, weights)
     if is_pipeline(str(name)) or is_hub_id(str(name)):
         return _load_pipeline(str(name), lora, resolution, guidance, num_steps)
     if (lora, resolution, guidance, num_steps) != (None,) * 4:
@@ -92,6 +94,12 @@ def load(
             for parameter, value in policy.weights.sets[chosen].items():
                 live[parameter].copy_(value)
     return policy.requires_grad_(False)
+
+
+def _check_of_runs(name: str | Path, checkpoint: str, weights: str | None) -> None:
+    """ValueError for a choice that only run folders have."""
+    if (checkpoint, weights) != ("last", None):
+        raise ValueError(f"{name} is no run folder: checkpoint and weights are of those, leave them out")
 
 
 def _load_pipeline(
@@ -174,6 +182,8 @@ def evaluator_of(
 
     The base images come from the policy before training, so the distance to it is meaningful.
     """
+    if not is_run(name):
+        _check_of_runs(name, checkpoint, weights)
     config = judging_config(name, trust_code)
     c = config.eval
     judged = dataclasses.replace(

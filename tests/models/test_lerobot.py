@@ -167,6 +167,14 @@ def test_rows_of_a_condition_are_those_rows(field):
     assert not torch.allclose(cond["pooled"][4], cond["pooled"][1])
 
 
+def test_padding_is_no_part_of_what_the_critic_reads(field):
+    assert bool((observed()["observation.language.tokens"] == 0).any())
+    pooled = field.encode(observed())["pooled"]
+    with torch.no_grad():
+        field.policy.model.word.weight[0] += 5  # the word that masked places hold
+    torch.testing.assert_close(field.encode(observed())["pooled"], pooled, rtol=0, atol=0)
+
+
 def test_what_the_velocity_reaches_trains_and_the_rest_is_frozen(field):
     trained = {n.partition(".")[0] for n, p in field.policy.model.named_parameters() if p.requires_grad}
     assert trained == {"query", "enter", "leave"} | ({"state"} if field.policy.kind == "pi0" else set())

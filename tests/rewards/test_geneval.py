@@ -247,6 +247,22 @@ def test_the_whole_runs_on_tiny_checkpoints(
     assert caplog.text.count("'zebra', which the detector does not know") == 1
 
 
+def test_counting_asks_for_more_certainty_than_the_rest() -> None:
+    class OneCat:
+        def knows(self, name: str) -> bool:
+            return True
+
+        def __call__(self, pixels: Any, names: Any) -> dict[str, list[Found]]:
+            return {"cat": [at(0, 0, score=0.5)]}
+
+    reward = GenEval.__new__(GenEval)
+    reward.detector, reward.soft, reward.max_overlap = OneCat(), False, 1.0
+    reward.threshold, reward.counting_threshold = 0.3, 0.9
+    cat = [{"class": "cat", "count": 1}]
+    scores = [reward._one(np.zeros((4, 4, 3), np.uint8), tag, cat, []) for tag in ("single_object", "counting")]
+    assert scores == [1.0, 0.0]
+
+
 def test_a_detector_of_another_kind_is_refused(clip_folder: Path, detector_folder: Path) -> None:
     with pytest.raises(ValueError, match="is a clip: give a mask2former of COCO instances, or an owlv2"):
         load_detector(str(clip_folder), "cpu", False, "float32", 800)

@@ -1,5 +1,6 @@
 """Rewards on a server: the same scores as here, and whatever a dead, slow or lying server does costs only its own rows."""
 
+import asyncio
 import json
 import pickle
 import signal
@@ -299,6 +300,16 @@ def test_a_missing_or_foreign_server_is_said_at_the_start() -> None:
             Handler.do_GET = Handler_get  # type: ignore[method-assign]
 
 
+def test_a_thread_that_runs_an_event_loop_can_ask() -> None:
+    """As that of a notebook does."""
+
+    async def cell() -> None:
+        with pytest.raises(ValueError, match="no reward server at"):
+            Remote("http://127.0.0.1:9", **QUICK)
+
+    asyncio.run(cell())
+
+
 # -- the breaker ----------------------------------------------------------------------------------
 
 
@@ -503,3 +514,10 @@ def test_what_cannot_be_served_is_one_line(
         cli.main(["serve-reward", *words, "--port", "0"])
     assert end.value.code == 2
     assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_port_that_does_not_exist_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["serve-reward", "redness", "--port", "99999"])
+    assert end.value.code == 2
+    assert "cannot listen on 127.0.0.1:99999" in capsys.readouterr().err

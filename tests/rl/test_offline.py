@@ -84,6 +84,22 @@ def test_every_batch_has_its_share_and_offline_steps_are_not_owed_again(tmp_path
     assert int(old.sum()) == 2
 
 
+@pytest.mark.parametrize("permute", [False, True])
+def test_the_controls_rewards_do_not_tell_demonstrations_from_the_rest(tmp_path, permute):
+    """Demonstrations earn less than 30 here and the replay more than 500."""
+    from tests.rl.test_replay import rollout
+
+    sac = make_sac(tmp_path, batch_size=4000, permute=permute)
+    steps = rollout(500, 6)
+    steps.obs, steps.final_obs = steps.obs.expand(-1, -1, 3), steps.final_obs.expand(-1, -1, 3)
+    sac.replay.add(steps, torch.zeros(6, 1, 2, 2))
+    batch = sac._batch()
+    demonstrated, poor = batch.obs[:, 0] < 500, batch.reward < 500
+    assert poor.float().mean() == pytest.approx(0.25)
+    assert poor[demonstrated].float().mean() == pytest.approx(0.25 if permute else 1.0, abs=0.05)
+    assert torch.equal(batch.discount < GAMMA, poor), "the discount goes with the reward: ends tell a story too"
+
+
 def test_a_batch_of_demonstrations_alone_is_refused(tmp_path):
     data, whole = offline_data(demos(tmp_path, (30, True)), 2, GAMMA, CPU)
     with pytest.raises(ValueError, match=r"share must be in \[0, 1\)"):

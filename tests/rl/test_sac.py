@@ -350,6 +350,33 @@ def test_updates_follow_the_decisions():
     assert metrics["replay/size"] == 80
 
 
+def test_an_update_keeps_what_the_environment_took_and_moves_what_follows_the_run():
+    """The action after the squash; the running normaliser; the bounds of the noise."""
+    field = GatedField(4, (2, 2), width=12, gate_width=6, running=True)
+    sac = make_sac(make_policy(field, shape=(2, 2), dtype=torch.float32), start=1000)
+    seen = collector(sac.policy).collect(0)
+    assert float(seen.action.abs().max()) > 1
+    before, kernel = float(field.candidate.normalizer.moments[0, 0]), sac.policy.kernel
+    sac.update(seen)
+    assert torch.equal(sac.replay.data["action"][:4], seen.action.tanh())
+    assert float(field.candidate.normalizer.moments[0, 0]) == before + seen.num_rows
+    kernel.hold, high = 0.5, kernel.hi
+    sac.set_progress(1.0)
+    assert kernel.hi < high
+
+
+def test_every_update_has_a_batch_and_noise_of_its_own():
+    """With one key for all, the actor would be judged on the same noise for ever."""
+    sac, paid = make_sac(), rollout(0, 50, rows=4)
+    sac.replay.add(paid, paid.action)
+    cond, seen = sac.policy.encode(transitions().obs), []
+    for update in range(2):
+        sac.updates = update
+        seen.append((sac._batch().obs, *(sac.act(cond, name).action for name in ("actor", "target"))))
+    assert not any(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    assert not torch.equal(seen[0][1], seen[0][2])
+
+
 def test_what_sac_cannot_do_is_refused():
     policy = make_policy()
     with pytest.raises(ValueError, match="use steps=all"):

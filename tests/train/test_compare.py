@@ -18,11 +18,19 @@ STRICT = "eval/heldout/strict"
 NUM = 120
 
 
-def fake_run(folder: Path, after: torch.Tensor, *, scores: bool = True, train: dict | None = None, **settings) -> Path:
+def fake_run(
+    folder: Path,
+    after: torch.Tensor,
+    *,
+    scores: bool = True,
+    train: dict | None = None,
+    env: dict | None = None,
+    **settings,
+) -> Path:
     """A run of one iteration, evaluated before (a third right) and after on the same captions."""
     folder.mkdir(parents=True)
     evaluation = {"num": NUM, "seed": 0, "prompts": None} | settings
-    config = {"train": {"seed": 3} | (train or {}), "eval": evaluation, "env": {"prompts": "scenes"}}
+    config = {"train": {"seed": 3} | (train or {}), "eval": evaluation, "env": {"prompts": "scenes"} | (env or {})}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "run.json").write_text(json.dumps({"recipe": "t2i_cps", "weights": "ema"}))
     (folder / "samples").mkdir()
@@ -77,6 +85,8 @@ def test_equal_runs_do_not_differ(tmp_path: Path) -> None:
         ({"num": 60}, "evaluated with another eval.num"),
         ({"prompts": "mine.txt"}, "evaluated with another eval.prompts"),
         ({"scores": False}, "the scores of single samples were not kept"),
+        ({"env": {"name": "walker2d"}}, "evaluated with another env.name"),
+        ({"env": {"settings": {"env_id": "Ant-v5"}}}, "evaluated with another env.settings.env_id"),
     ],
 )
 def test_what_is_not_the_same_noise_is_not_paired(tmp_path: Path, change: dict, reason: str) -> None:

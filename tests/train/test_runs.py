@@ -94,6 +94,13 @@ def test_other_weights_are_refused(run: Path, weights: str) -> None:
         rf.load(run, weights=weights)
 
 
+@pytest.mark.parametrize("choice", [{"weights": "ema"}, {"checkpoint": "best"}])
+def test_a_choice_that_only_runs_have_is_refused_elsewhere(scenes_field: str, choice: dict[str, str]) -> None:
+    for ask in (rf.load, evaluator_of):
+        with pytest.raises(ValueError, match="is no run folder: checkpoint and weights are of those"):
+            ask(scenes_field, **choice)
+
+
 def test_a_saved_policy_samples_as_before(run: Path, tmp_path: Path) -> None:
     policy = rf.load(run)
     again = rf.load(rf.save(policy, tmp_path / "mine"))

@@ -1,0 +1,22 @@
+"""The learning rate of the optimisers, by hand."""
+
+import pytest
+import torch
+
+from rlflow.rl.optim import AdamW, Deferred, Optimizer
+
+
+@pytest.mark.parametrize("kind", [Optimizer, Deferred])
+def test_the_rate_warms_up_by_steps_and_decays_by_progress(kind):
+    """The first of four steps has a quarter of it; half a cosine ends at `final`."""
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer, seen = kind([p], AdamW(lr=0.4, warmup=4, cosine=True, final=0.1)), []
+    for _ in range(5):
+        seen.append(optimizer.learning_rate())
+        p.grad = torch.ones(2)
+        optimizer.step() if kind is Optimizer else optimizer.advance()
+        assert optimizer.adam.param_groups[0]["lr"] == seen[-1]
+    assert seen == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+    for progress, share in ((0.0, 1.0), (0.5, 0.55), (1.0, 0.1)):
+        optimizer.progress = progress
+        assert optimizer.learning_rate() == pytest.approx(0.4 * share)
