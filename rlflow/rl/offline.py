@@ -49,6 +49,8 @@ def offline_data(demos: Demos, chunk: int, gamma: float, device: torch.device) -
     """All windows of all episodes, and the numbers of the whole ones."""
     parts = [_windows(e, chunk) for e in demos.episodes]
     start, steps, last = (torch.cat(column) for column in zip(*parts, strict=True))
+    if not bool((steps == chunk).any()):
+        raise ValueError(f"{demos.folder}: no episode that counts has {chunk} steps: take shorter chunks")
     offsets = torch.arange(chunk)
     inside = offsets < steps[:, None]
     index = start[:, None] + torch.where(inside, offsets, 0)

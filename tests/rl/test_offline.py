@@ -39,6 +39,13 @@ def test_windows_of_two_actions_by_hand(tmp_path):
     assert whole.tolist() == [0, 1, 3, 4]
 
 
+@pytest.mark.parametrize("episode", [(3, True), (4, False)])
+def test_episodes_shorter_than_a_chunk_are_refused(tmp_path, episode):
+    """Of one that time ended the last window does not count."""
+    with pytest.raises(ValueError, match="no episode that counts has 4 steps: take shorter chunks"):
+        offline_data(demos(tmp_path, episode), 4, GAMMA, CPU)
+
+
 def make_policy():
     torch.manual_seed(0)
     field = GatedField(3, (2, 2), width=32, gate_width=8, running=True)

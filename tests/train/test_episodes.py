@@ -50,3 +50,22 @@ def test_without_noisy_steps_the_two_are_the_same_episodes():
 def test_the_headline_stays_the_deployed_score():
     policy = FlowPolicy(ToThePeak(), FlowSDE(0.5), num_steps=4)
     assert EpisodeEvaluator(policy, ToyBandit, num=4, noisy=OneRandom())().headline == "return"
+
+
+@torch.no_grad()
+def test_the_chains_start_as_asked():
+    """From zero; from one draw of the episode for all of its steps; or from another at every step."""
+    torch.manual_seed(0)
+    policy = FlowPolicy(MLPField(4, (2, 2), width=16), FlowSDE(0.5), num_steps=4)
+    obs, rows = ToyReach(3).reset(torch.arange(3)), torch.arange(3)
+
+    def actions(noise):
+        evaluator = EpisodeEvaluator(policy, ToyReach, num=3, noise=noise)
+        return [evaluator._deployed(obs, rows, step) for step in (0, 1)]
+
+    from_zero = policy.sample(policy.encode(obs), x_0=torch.zeros(3, 2, 2)).final
+    assert all(torch.equal(action, from_zero) for action in actions("zero"))
+    fixed, random = actions("fixed"), actions("random")
+    assert torch.equal(*fixed)
+    assert torch.equal(fixed[0], random[0])
+    assert not torch.equal(*random)
