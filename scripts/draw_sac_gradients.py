@@ -1,10 +1,11 @@
 """How the actor's gradient travels back through the denoising steps: plain, Flow-G and Flow-T; a picture and JSON.
 
     python scripts/draw_sac_gradients.py --out docs/sac_gradients.png
+    python scripts/draw_sac_gradients.py --runs runs/plain runs/flow_g runs/flow_t
 
-Each actor learns the toy of robot_reach_sac with K denoising steps; before and after training, |dL/dx_k| is measured
-at every step of the chain, as a mean over rows and relative to that at the chain's end. A chain that multiplies
-gradients up shows a line that rises to the left.
+Each actor learns the toy of robot_reach_sac with K denoising steps, or is that of a finished run; before and after
+training, |dL/dx_k| is measured at every step of the chain, as a mean over rows and relative to that at the chain's end.
+A chain that multiplies gradients up shows a line that rises to the left.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ import torch
 from torch import Tensor
 
 from rlflow import recipes
+from rlflow.rl.algorithm import Algorithm
 from rlflow.rl.sac import SAC
-from rlflow.train.build import Parts, make_parts
+from rlflow.train.build import make_parts, make_policy
+from rlflow.train.logger import read_metrics
+from rlflow.train.trainer import Trainer
 
 FIELDS = {
     "plain": "{name: mlp, width: 64}",
@@ -28,10 +32,10 @@ FIELDS = {
 }
 
 
-def by_step(parts: Parts) -> list[float]:
+def by_step(learner: Algorithm) -> list[float]:
     """Mean |dL/dx_k| of k = 0 .. K over a batch of the replay, over that of k = K."""
-    learner, policy = parts.algorithm, parts.policy
     assert isinstance(learner, SAC)
+    policy = learner.policy
     seen: list[Tensor] = []
     real = policy.transition
 
@@ -67,11 +71,23 @@ def measure(field: str, num_steps: int, iterations: int, seed: int) -> dict[str,
     curve, first = [], []
     for i in range(iterations):
         metrics = parts.algorithm.update(parts.collector.collect(i))
-        first = first or by_step(parts)
+        first = first or by_step(parts.algorithm)
         if "optim/grad_norm" in metrics:
-            curve.append(round(metrics["optim/grad_norm"], 4))
-    rows = {"before": first, "after": by_step(parts)}
-    return {name: [round(v, 4) for v in row] for name, row in rows.items()} | {"weights": curve}
+            curve.append(metrics["optim/grad_norm"])
+    return _rounded(before=first, after=by_step(parts.algorithm), weights=curve)
+
+
+def measure_run(folder: Path) -> dict[str, Any]:
+    """The actor of a run; "before" is an untrained one, judged by the same critics."""
+    trainer = Trainer(str(folder / "config.yaml"), folder, resume="last", quiet=True)
+    after = by_step(trainer.algorithm)
+    trainer.policy.load_state_dict(make_policy(trainer.config).state_dict())
+    curve = [row["optim/grad_norm"] for row in read_metrics(folder) if "optim/grad_norm" in row]
+    return _rounded(before=by_step(trainer.algorithm), after=after, weights=curve)
+
+
+def _rounded(**rows: list[float]) -> dict[str, list[float]]:
+    return {name: [round(v, 4) for v in row] for name, row in rows.items()}
 
 
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -101,9 +117,13 @@ def main() -> None:
     parser.add_argument("--num-steps", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--runs", type=Path, nargs=3, metavar="DIR", help="of a plain actor, Flow-G and Flow-T")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = {n: [measure(n, args.num_steps, args.iterations, seed) for seed in args.seeds] for n in FIELDS}
+    if args.runs:
+        found = {name: [measure_run(folder)] for name, folder in zip(FIELDS, args.runs, strict=True)}
+    else:
+        found = {n: [measure(n, args.num_steps, args.iterations, seed) for seed in args.seeds] for n in FIELDS}
     print(json.dumps(found))
     draw(found, args.out)
 
