@@ -235,6 +235,8 @@ def _run_sample(args: argparse.Namespace) -> None:
         return
     if not args.prompt:
         raise ValueError(f"{args.source} makes images: say of what, with --prompt")
+    if Path(args.out).suffix != ".png":
+        raise ValueError(f"{args.out}: {args.source} makes images, name a file that ends in .png")
     policy = load(args.source, trust_code=args.trust_code)
     prompts = [text for text in args.prompt for _ in range(args.num)]
     images = sample(policy, prompts, seed=args.seed, num_steps=args.steps)

@@ -167,6 +167,7 @@ def test_a_film_of_an_embedded_robot(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_images_need_a_prompt(fails: Fails) -> None:
     assert "shapes makes images: say of what, with --prompt" in fails("sample", "shapes", "--out", "x.png")
+    assert "name a file that ends in .png" in fails("sample", "shapes", "--prompt", "a red circle", "--out", "x.jpeg")
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "two"])

@@ -31,6 +31,11 @@ def pipeline_class(checkpoint: str) -> str:
         if not (folder / "model_index.json").is_file():
             raise ValueError(f"{checkpoint} has no model_index.json: give the folder that save_pretrained wrote")
         return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
+    if "/" not in checkpoint:
+        raise ValueError(
+            f"there is no folder {checkpoint!r}, and a hub id reads owner/name; one of ours? "
+            f"`rlflow pretrain {checkpoint}` makes it, `rlflow pretrain --help` lists them"
+        )
     try:
         return str(_diffusers().DiffusionPipeline.load_config(checkpoint)["_class_name"])
     except OSError as error:

@@ -65,6 +65,7 @@ def offline_data(demos: Demos, chunk: int, gamma: float, device: torch.device) -
         discount=torch.where(last, 0.0, discounts[steps]),
         next_obs=demos.observations(reached),
         weight=torch.ones(len(start)),
+        counts=inside.float(),
     )
     return data.to(device), (steps == chunk).nonzero()[:, 0].to(device)
 

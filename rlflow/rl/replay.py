@@ -30,6 +30,7 @@ class Transitions:
     discount: Tensor  # (N,) of the value of next_obs; 0 after a terminal step
     next_obs: Tree  # (N, ...) truly reached
     weight: Tensor  # (N,) 0 masks
+    counts: Tensor  # (N, H) 1 for each action of the chunk that says what to do, 0 behind a demonstration's end
 
     def index(self, rows: Tensor) -> Transitions:
         """Those of `rows` (M,)."""
@@ -165,6 +166,7 @@ class Replay:
             discount=torch.where(d["terminated"][last, rows], 0.0, discount),
             next_obs=tree_map(lambda v: v[last, rows], d["next_obs"]),
             weight=weight,
+            counts=torch.ones_like(d["action"][slot, rows].flatten(2)[..., 0]),
         )
 
     def state_dict(self) -> dict[str, Any]:

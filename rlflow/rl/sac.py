@@ -129,7 +129,7 @@ class SAC:
         cond = self.policy.encode(batch.obs)
         target = self._target(batch)
         critic_loss = self.twin.fit(cond, batch.action, target, batch.weight)
-        out = {"critic/loss": critic_loss, "critic/target_mean": target.mean()}
+        out = {"critic/loss": critic_loss, "critic/target_mean": _mean(target, batch.weight)}
         if self.updates % self.actor_every == 0:
             out |= self._actor_step(cond, batch)
         self.updates += 1
@@ -172,21 +172,23 @@ class SAC:
     def actor_loss(self, cond: Cond, batch: Transitions) -> tuple[Tensor, Acted, Tensor]:
         """(loss, what was done, squared distance to the data's actions)."""
         acted = self.act(cond, "actor")
-        distance = (acted.action - batch.action).square().flatten(1).mean(1)
+        each = (acted.action - batch.action).square().flatten(2).mean(2)
+        distance = torch.where(batch.counts > 0, each, 0.0).sum(1) / batch.counts.sum(1)
         per_row = self.temperature.value * acted.log_prob - self.twin.value(cond, acted.action)
         per_row = per_row + self.anchor * distance
-        return weighted_sum(per_row, batch.weight) / batch.weight.sum().clamp(min=1e-12), acted, distance
+        return _mean(per_row, batch.weight), acted, distance
 
     def _actor_step(self, cond: Cond, batch: Transitions) -> dict[str, Tensor]:
         self.optimizer.zero_grad()
         loss, acted, distance = self.actor_loss(cond, batch)
         loss.backward(inputs=self.optimizer.parameters)  # of the critic, nothing but the way to the action
         norm = self.optimizer.advance()
-        self.temperature.fit(acted.log_prob)
+        log_prob = _mean(acted.log_prob.detach(), batch.weight)
+        self.temperature.fit(log_prob)
         return {
             "policy/loss": loss.detach(),
-            "policy/entropy": -acted.log_prob.detach().mean(),
-            "policy/anchor": distance.detach().mean(),
+            "policy/entropy": -log_prob,
+            "policy/anchor": _mean(distance.detach(), batch.weight),
             "policy/std_mean": acted.std.detach().mean(),
             "optim/grad_norm": norm,
         }
@@ -225,6 +227,11 @@ class SAC:
         self.twin.load_state_dict(state["twin"])
         self.temperature.load_state_dict(state["temperature"])
         self.replay.load_state_dict(state["replay"], self.policy.device)
+
+
+def _mean(values: Tensor, weight: Tensor) -> Tensor:
+    """Of values (N,) that count, by weight (N,)."""
+    return weighted_sum(values, weight) / weight.sum().clamp(min=1e-12)
 
 
 def _means(history: list[dict[str, Tensor]]) -> dict[str, float]:

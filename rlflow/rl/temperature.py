@@ -33,10 +33,10 @@ class Temperature:
         return self.log.detach().exp()
 
     def fit(self, log_prob: Tensor) -> None:
-        """One step from log-probabilities (N,)."""
+        """One step from the mean log-probability."""
         if self.lr == 0:
             return
-        self.log.grad = -(log_prob.detach().mean() + self.target).to(self.log)
+        self.log.grad = -(log_prob.detach() + self.target).to(self.log)
         self.optimizer.advance()
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -43,12 +44,17 @@ def judging_config(name: str | Path, trust_code: bool = False) -> Config:
     """
     if is_run(name):
         return read_run_config(name, trust_code)
+    scored_nothing = {"policy": {"field": str(name)}, "steps": "none", "train": {"iterations": 1}}
+    return parse(merge(scored_nothing, _said(name, trust_code)), trust_code)
+
+
+def _said(name: str | Path, trust_code: bool) -> dict[str, Any]:
+    """How a checkpoint says that it is judged: in its config.json, or by the run it lies in; {} where nothing does."""
     said = read_config(str(name)).get("judged_by") or {}
     run = Path(name).resolve().parent
     if not said and Path(name).is_dir() and is_run(run):  # RUN/model
         said = judged_by(read_run_config(run, trust_code))
-    scored_nothing = {"policy": {"field": str(name)}, "steps": "none", "train": {"iterations": 1}}
-    return parse(merge(scored_nothing, said), trust_code)
+    return dict(said)
 
 
 def load(
@@ -64,9 +70,10 @@ def load(
 ) -> FlowPolicy:
     """A FlowPolicy from an embedded checkpoint ('shapes'), a checkpoint folder, a run folder, or a diffusers pipeline.
 
-    Of a run, `weights` is 'live' or 'ema' (default: the ones the run evaluates). Of a pipeline (Stable Diffusion 3 or
-    3.5, FLUX.1; a folder or a hub id), the other settings: `lora` adds one of this rank, which then trains; without,
-    nothing does. Resolution, guidance and number of steps are the pipeline's own unless given.
+    It samples as it is evaluated: steps, solver, resolution and guidance are those of the run's, or the checkpoint's,
+    evaluations. Of a run, `weights` is 'live' or 'ema' (default: the ones the run evaluates). Of a pipeline (Stable
+    Diffusion 3 or 3.5, FLUX.1; a folder or a hub id), the other settings: `lora` adds one of this rank, which then
+    trains; without, nothing does. Resolution, guidance and number of steps are the pipeline's own unless given.
     """
     if not is_run(name):
         _check_of_runs(name, checkpoint, weights)
@@ -75,10 +82,10 @@ def load(
     if (lora, resolution, guidance, num_steps) != (None,) * 4:
         raise ValueError(f"{name} is no diffusers pipeline: lora, resolution, guidance and num_steps are of those")
     if not is_run(name):
-        field = load_field(str(name), trust_code).to(device())
-        if isinstance(field, PretrainedField):
-            return _as_its_pipeline(field.requires_grad_(False))
-        return FlowPolicy(field, FlowSDE().to(device()), num_steps=10).requires_grad_(False)
+        if not _said(name, trust_code) and isinstance(field := load_field(str(name), trust_code), PretrainedField):
+            return _as_its_pipeline(field.to(device()).requires_grad_(False))
+        config = judging_config(name, trust_code)
+        return _as_evaluated(make_policy(config, trust_code), config, trust_code)
     config = read_run_config(name, trust_code)
     policy = make_policy(config, trust_code)
     _, state = Checkpoints(Path(name)).load(checkpoint)
@@ -93,6 +100,17 @@ def load(
         with torch.no_grad():
             for parameter, value in policy.weights.sets[chosen].items():
                 live[parameter].copy_(value)
+    return _as_evaluated(policy, config, trust_code)
+
+
+def _as_evaluated(policy: FlowPolicy, config: Config, trust_code: bool) -> FlowPolicy:
+    """With the sampler of its evaluations in place of the one that it trains with."""
+    c = config.eval
+    policy.num_steps = c.num_steps or policy.num_steps
+    if c.solver is not None:
+        policy.solver = registry.build("solver", "eval.solver", c.solver, trust_code=trust_code)
+    if c.resolution is not None:
+        policy.field.unguided.resize(c.resolution)
     return policy.requires_grad_(False)
 
 
@@ -201,7 +219,6 @@ def evaluator_of(
     if not is_run(name):
         return make_evaluator(config, untrained, trust_code)
     policy = load(name, checkpoint=checkpoint, weights=weights, trust_code=trust_code)
-    policy.num_steps = config.policy.num_steps
     evaluator = make_evaluator(config, policy, trust_code)
     evaluator.compare_with(untrained)
     return evaluator

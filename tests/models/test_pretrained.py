@@ -241,6 +241,8 @@ def test_load_samples_as_the_pipeline_does(tiny_pipeline):
 def test_what_cannot_be_loaded_is_said(tiny_pipeline, tmp_path):
     with pytest.raises(ValueError, match="has no model_index.json"):
         pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="there is no folder 'sd3_scenes'.*`rlflow pretrain sd3_scenes` makes it"):
+        pretrained("sd3_scenes")
     with pytest.raises(ValueError, match="no checkpoint 'nobody/nothing', neither a folder nor a readable hub id"):
         rf.load("nobody/nothing")
     with pytest.raises(ValueError, match="shapes is no diffusers pipeline"):

@@ -36,6 +36,7 @@ def test_windows_of_two_actions_by_hand(tmp_path):
     assert data.reward.tolist() == [0 + 1 * GAMMA, 1 + 2 * GAMMA, 2, 3 + 4 * GAMMA, 4 + 5 * GAMMA]
     assert data.discount.tolist() == [GAMMA**2, 0, 0, GAMMA**2, GAMMA**2]
     torch.testing.assert_close(data.action[:, :, 0], torch.tensor([[0, 1], [1, 2], [2, 0], [3, 4], [4, 5]]) / 100)
+    assert data.counts.tolist() == [[1, 1], [1, 1], [1, 0], [1, 1], [1, 1]]
     assert whole.tolist() == [0, 1, 3, 4]
 
 

@@ -1,6 +1,7 @@
 """SAC: gradients through the chain, densities, temperature, targets, and one update against stable-baselines3's."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,7 @@ def make_sac(policy=None, **settings):
 def transitions(num=8, shape=(1, 2)):
     rows = {"obs": torch.randn(num, 4), "next_obs": torch.randn(num, 4), "action": torch.rand(num, *shape) * 2 - 1}
     rows |= {"reward": torch.randn(num), "discount": torch.full((num,), 0.9), "weight": torch.ones(num)}
+    rows |= {"counts": torch.ones(num, shape[0])}
     return Transitions(**{k: v.double() for k, v in rows.items()})
 
 
@@ -195,10 +197,10 @@ def test_fixed_noise_has_one_entropy_and_its_default_target_below():
 def test_the_temperature_rises_where_entropy_is_missing_and_falls_where_there_is_too_much(entropy, rises):
     temperature = Temperature(target=0.0, initial=0.2, lr=1e-2, device=CPU)
     for _ in range(20):
-        temperature.fit(torch.full((8,), -entropy))
+        temperature.fit(torch.tensor(-entropy))
     assert bool(temperature.value > 0.2) is rises
     still = Temperature(target=0.0, initial=0.2, lr=0.0, device=CPU)
-    still.fit(torch.full((8,), -entropy))
+    still.fit(torch.tensor(-entropy))
     assert float(still.value) == pytest.approx(0.2)
 
 
@@ -233,7 +235,7 @@ def test_the_ensemble_is_its_members_side_by_side():
 
 def test_the_target_is_soft_and_terminal_steps_end_it():
     sac, batch = make_sac(), transitions()
-    ended = Transitions(batch.obs, batch.action, batch.reward, 0 * batch.discount, batch.next_obs, batch.weight)
+    ended = replace(batch, discount=0 * batch.discount)
     assert torch.equal(sac._target(ended), batch.reward)
     target = sac._target(batch)
     with torch.no_grad():
@@ -253,9 +255,34 @@ def test_masked_rows_teach_nothing():
     for filler in (0.0, torch.nan):
         action, target = batch.action.clone(), batch.reward.clone()
         target[3:] = filler
-        masked = Transitions(batch.obs, action, batch.reward, batch.discount, batch.next_obs, weight)
+        masked = replace(batch, action=action, weight=weight)
         losses.append((sac.twin.loss(cond, action, target, weight), sac.actor_loss(cond, masked)[0]))
     assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
+
+
+def test_the_anchor_leaves_actions_alone_that_nobody_carried_out():
+    """What stands behind a demonstration's end moves nothing; the others count as much as before."""
+    sac, batch = make_sac(make_policy(shape=(3, 2)), anchor=1.0), transitions(shape=(3, 2))
+    counts = torch.ones(8, 3).double()
+    counts[:4, 1:] = 0
+    cond, found = sac.policy.encode(batch.obs), []
+    for filler in (0.0, 5.0):
+        action = torch.where(counts[..., None] > 0, batch.action, filler)
+        found.append(sac.actor_loss(cond, replace(batch, action=action, counts=counts)))
+    assert torch.equal(found[0][0], found[1][0])
+    _, acted, distance = found[0]
+    torch.testing.assert_close(distance[0], (acted.action - batch.action)[0, 0].square().mean())
+    torch.testing.assert_close(distance[-1], (acted.action - batch.action)[-1].square().mean())
+
+
+def test_masked_rows_have_no_say_in_the_temperature():
+    sac, batch = make_sac(), transitions()
+    weight = torch.ones(8).double()
+    weight[3:] = 0
+    cond = sac.policy.encode(batch.obs)
+    acted = sac.act(cond, "actor")
+    means = sac._actor_step(cond, replace(batch, weight=weight))
+    torch.testing.assert_close(means["policy/entropy"], -acted.log_prob[:3].mean().detach())
 
 
 def test_the_controls_rewards_know_nothing_of_the_decision_they_are_paid_to():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import rlflow as rf
+from rlflow.flow.noise import Key
 from rlflow.models.io import read_config, save_field
 from rlflow.train.build import judged_by
 from rlflow.train.checkpoint import Checkpoints
@@ -104,7 +105,7 @@ def test_a_choice_that_only_runs_have_is_refused_elsewhere(scenes_field: str, ch
 def test_a_saved_policy_samples_as_before(run: Path, tmp_path: Path) -> None:
     policy = rf.load(run)
     again = rf.load(rf.save(policy, tmp_path / "mine"))
-    again.autocast, prompts = policy.autocast, ["one red circle", "two blue squares"]
+    again.autocast, prompts = policy.autocast, ["one red circle", "two blue squares"]  # what is saved is the network
     images = rf.sample(policy, prompts, num_steps=4)
     assert images.shape == (2, 3, 16, 16)
     assert torch.equal(rf.sample(again, prompts, num_steps=4), images)
@@ -125,3 +126,22 @@ def test_evaluate_is_the_runs_last_evaluation(run: Path) -> None:
         rf.evaluate(run, solver="os:getcwd")
     with pytest.raises(ValueError, match="has no"):
         rf.evaluate(run, solver="os:nothing", trust_code=True)
+
+
+def test_what_is_loaded_samples_as_it_is_evaluated(run: Path, scenes_field: str, tmp_path: Path) -> None:
+    """Of a run and of the folder it saved: steps, solver and precision of `eval`, not those of training."""
+    more = ("eval.num_steps=3", "eval.solver=heun", "policy.solver=dpm2m", "policy.precision=bfloat16")
+    overrides = [*TINY, f"policy.field={scenes_field}", "train.minutes=", "train.iterations=1", *more]
+    trainer = Trainer("t2i_flow_grpo", tmp_path / "run", overrides=overrides, quiet=True)
+    trainer.fit()
+    asked, row = trainer.evaluator, torch.zeros(1, dtype=torch.long)
+    images = asked._batch([asked.columns["prompt"][0]], row)
+    for name in ("run", "run/model"):
+        policy = rf.load(tmp_path / name, **({"weights": "live"} if name == "run" else {}))
+        assert (policy.num_steps, type(policy.solver).__name__) == (3, "Heun")
+        assert policy.autocast == torch.bfloat16
+    policy = rf.load(tmp_path / "run", weights="live")
+    prompts = [asked.columns["prompt"][0]]
+    cond = policy.encode(policy.field.tokenize(prompts))
+    chain = policy.sample(cond, policy.plan(), key=Key(asked.seed, "evaluate"), row_ids=row)
+    torch.testing.assert_close(policy.field.decode(policy.squash(chain.final)).float(), images)
