@@ -13,7 +13,10 @@ from rlflow import dist
 from rlflow.envs.base import VecEnv
 from rlflow.moments import merge, no_moments, scale
 from rlflow.rewards.base import RewardSet
-from rlflow.types import Step, Tree, tree_cat, tree_map, tree_where
+from rlflow.types import Step, Tree, tree_map, tree_where
+
+CHANNELS = 4
+"""Of a picture, at most: grey, RGB, RGBA."""
 
 
 class Wrapper(VecEnv):
@@ -102,7 +105,8 @@ class RewardScaling(Wrapper):
 
 
 class FrameStack(Wrapper):
-    """The last `num` observations side by side along their first axis: (num * D,) or (num * C, H, W), oldest first.
+    """The last `num` observations side by side, oldest first: (num * D,), and pictures along their channels, which
+    stand last, (H, W, num * C), where that axis has at most four numbers, else first, (num * C, H, W).
 
     An episode begins with its first observation `num` times.
     """
@@ -112,7 +116,8 @@ class FrameStack(Wrapper):
             raise ValueError(f"FrameStack needs num >= 1, got {num}")
         super().__init__(env)
         self.num = num
-        self.obs_spec = tree_map(lambda v: torch.cat([v] * num), env.obs_spec)
+        one = tree_map(lambda v: v.unsqueeze(0), env.obs_spec)
+        self.obs_spec = tree_map(lambda v: v[0], _beside([one] * num))
         self.frames: list[Tree] = []
 
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
@@ -120,21 +125,30 @@ class FrameStack(Wrapper):
         obs = self.env.reset(seeds, mask)
         mask = torch.ones(self.num_envs, dtype=torch.bool, device=self.device) if mask is None else mask
         self.frames = [tree_where(mask, obs, old) for old in self.frames or [obs] * self.num]
-        return tree_cat(self.frames, 1)
+        return _beside(self.frames)
 
     def recv(self) -> Step:
         """The step with stacked observations; the last of an ended row hold the frames of its own episode."""
         step = self.env.recv()
         frames = [*self.frames[1:], step.reached]
         self.frames = [tree_where(step.ended, step.obs, frame) for frame in frames]
-        final = None if step.final_obs is None else tree_cat(frames, 1)
-        return replace(step, obs=tree_cat(self.frames, 1), final_obs=final)
+        final = None if step.final_obs is None else _beside(frames)
+        return replace(step, obs=_beside(self.frames), final_obs=final)
 
     def own_state(self) -> dict[str, Tensor]:
         return {str(i): frame for i, frame in enumerate(self.frames)}
 
     def load_own_state(self, state: dict[str, Tensor]) -> None:
         self.frames = [state[str(i)] for i in range(self.num)]
+
+
+def _beside(frames: Sequence[Tree]) -> Tree:
+    """Observations (B, ...) along their channels, or the first axis of what is no picture."""
+    first = frames[0]
+    if isinstance(first, dict):
+        return {name: _beside([frame[name] for frame in frames]) for name in first}
+    channels_last = first.ndim == 4 and first.shape[-1] <= CHANNELS
+    return torch.cat(list(frames), -1 if channels_last else 1)
 
 
 class Processed(Wrapper):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlflow.envs.toy import ToyMDP, ToyReach, ToyRoutes
-from rlflow.envs.wrappers import FrameStack, RewardScaling, RewardWrapper
+from rlflow.envs.wrappers import FrameStack, RewardScaling, RewardWrapper, _beside
 from rlflow.rewards.base import Reward, RewardSet
 
 
@@ -93,6 +93,14 @@ class TestFrameStack:
         env = FrameStack(ToyReach(2), 4)
         assert {k: tuple(v.shape) for k, v in env.reset(torch.arange(2)).items()} == {"goal": (2, 8), "state": (2, 8)}
         assert env.obs_dim == 16
+
+    @pytest.mark.parametrize(("shape", "axis"), [((6, 6, 3), 2), ((3, 6, 6), 0)])
+    def test_stacks_pictures_along_their_channels(self, shape, axis):
+        """Wherever those stand; each frame is found again in its place."""
+        frames = [torch.full((2, *shape), i) for i in range(3)]
+        found = _beside([{"pixels": frame} for frame in frames])["pixels"]
+        assert found.shape[1 + axis] == 9
+        assert torch.equal(torch.cat(found.split(3, 1 + axis)), torch.cat(frames))
 
     def test_needs_a_frame(self):
         with pytest.raises(ValueError, match="num >= 1"):
