@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ class LeRobotField(VelocityField):
     A sample is a whole padded chunk (chunk_size, max_action_dim), for at earlier steps the padding moves the rest.
     """
 
+    own_format = True
+
     def __init__(self, policy: nn.Module, example: Tree):
         super().__init__()
         config: Any = getattr(policy, "config", None)
@@ -89,6 +92,12 @@ class LeRobotField(VelocityField):
     def encoder_parameters(self) -> list[nn.Parameter]:
         """What is frozen: encodings are kept."""
         return self._frozen
+
+    def save_weights(self, folder: Path) -> None:
+        """Refused: this format could not be read again."""
+        raise ValueError(
+            "a LeRobot policy is saved in LeRobot's own format: rlflow.models.lerobot.save_policy(field, DIR)"
+        )
 
     @torch.no_grad()
     def encode(self, obs: Tree) -> Cond:

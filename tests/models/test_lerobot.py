@@ -12,6 +12,7 @@ from rlflow.envs.wrappers import Processed
 from rlflow.flow.kernels import FlowSDE, LearnedNoise
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import All, OneRandom
+from rlflow.models.io import save_field
 from rlflow.models.lerobot import LeRobotField, save_policy
 from rlflow.rl.advantages import GAE
 from rlflow.rl.collector import Collector
@@ -200,6 +201,8 @@ def test_training_runs_the_prefix_once_per_decision_and_plain_lerobot_runs_the_r
     assert metrics["policy/first_log_ratio_max"] == 0
     changed = {n.split(".")[1] for n, v in field.policy.state_dict().items() if not torch.equal(v, before_rl[n])}
     assert changed == {n.split(".")[1] for n, p in field.policy.named_parameters() if p.requires_grad}
+    with pytest.raises(ValueError, match="save_policy"):
+        save_field(field, tmp_path / "ours")
     save_policy(field, str(tmp_path))
     plain = Policy(field.policy.kind)
     plain.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
