@@ -275,6 +275,16 @@ def test_the_anchor_leaves_actions_alone_that_nobody_carried_out():
     torch.testing.assert_close(distance[-1], (acted.action - batch.action)[-1].square().mean())
 
 
+def test_the_critics_gradient_ends_at_the_features():
+    """It is the policy's encoder that makes them, and the actor's loss alone that trains it."""
+    sac, batch = make_sac(), transitions()
+    features = batch.obs.clone().requires_grad_()
+    action = batch.action.clone().requires_grad_()
+    sac.twin.loss(Cond({"pooled": features}), action, batch.reward, batch.weight).backward()
+    assert features.grad is None
+    assert action.grad.abs().sum() > 0
+
+
 def test_masked_rows_have_no_say_in_the_temperature():
     sac, batch = make_sac(), transitions()
     weight = torch.ones(8).double()
