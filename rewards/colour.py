@@ -10,17 +10,7 @@ def brightness(images: Tensor) -> Tensor:
     return images.float().mean((1, 2, 3))
 
 
-def darkness(images: Tensor) -> Tensor:
-    """(N,) 1 - brightness."""
-    return 1 - brightness(images)
-
-
 def redness(images: Tensor) -> Tensor:
     """(N,) mean red minus the mean of green and blue, in [-1, 1]."""
     red, green, blue = images.float().mean((2, 3)).unbind(1)
     return red - (green + blue) / 2
-
-
-def contrast(images: Tensor) -> Tensor:
-    """(N,) biased std over the pixels of the grey image (mean of channels), in [0, .5]."""
-    return images.float().mean(1).flatten(1).std(1, correction=0)

@@ -143,15 +143,6 @@ def _cost(run: Mapping[str, Any]) -> list[str]:
     return [MISSING if seconds is None else duration(seconds), MISSING if rows is None else show(rows)]
 
 
-def to_markdown(result: Mapping[str, Any]) -> str:
-    """The tables as markdown."""
-    parts = []
-    for title, header, rows in tables(result):
-        lines = [header, ["---"] * len(header), *rows]
-        parts.append(f"{title}\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines))
-    return "\n\n".join(parts) + "\n"
-
-
 def print_comparison(result: Mapping[str, Any]) -> None:
     """The tables on the terminal."""
     from rich.console import Console

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from rlflow.rewards.base import column_names, to_uint8
-from rlflow.rewards.colour import brightness, contrast, darkness, redness
+from rlflow.rewards.colour import brightness, redness
 from rlflow.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility, jpeg_kilobytes
 
 
@@ -35,6 +35,4 @@ def test_colours_by_hand():
     half[:, :, :2] = 1
     images = torch.stack([red, black, white, half])
     torch.testing.assert_close(brightness(images), torch.tensor([1 / 3, 0, 1, 0.5]))
-    torch.testing.assert_close(darkness(images), torch.tensor([2 / 3, 1, 0, 0.5]))
     torch.testing.assert_close(redness(images), torch.tensor([1.0, 0, 0, 0]))
-    torch.testing.assert_close(contrast(images), torch.tensor([0.0, 0, 0, 0.5]))
