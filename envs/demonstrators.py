@@ -69,6 +69,7 @@ DEMONSTRATORS: dict[str, Expert | Oracle] = {
     **{name: Expert(name) for name in ("hopper", "walker2d", "halfcheetah")},
     "cube_single": Oracle("cube_single", "rlflow.envs.ogbench:single_episodes", 0.7, OGBENCH),
     "cube_double": Oracle("cube_double", "rlflow.envs.ogbench:double_episodes", 0.4, OGBENCH),
+    "metaworld": Oracle("metaworld", "rlflow.envs.metaworld:episodes", 0.2, ("torch", "envpool", "metaworld")),
     "tabletop": Oracle("tabletop", "rlflow.envs.tabletop:episodes", 0.3, ("torch",)),
 }
 

@@ -12,21 +12,31 @@ from rlflow.envs.gym import NextStepSim
 from rlflow.envs.sim import SimEnv
 
 
+def make_pool(env_id: str, seeds: list[int], threads: int, options: dict[str, Any]) -> Any:
+    """A pool with one environment for every seed; `options` go to envpool.make_gymnasium."""
+    try:
+        import envpool  # takes a second
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}: pip install 'rlflow-torch[envpool]'", name=error.name) from None
+
+    known = envpool.list_all_envs()
+    if env_id not in known:
+        raise ValueError(f"EnvPool has no environment {env_id!r}; envpool.list_all_envs() names {len(known)}")
+    inside = [seed % 2**31 for seed in seeds]
+    return envpool.make_gymnasium(env_id, seed=inside, num_envs=len(inside), num_threads=threads, **options)
+
+
 class EnvPoolSim(NextStepSim):
     """`num_envs` copies of an EnvPool environment; `options` go to envpool.make_gymnasium."""
 
     def __init__(self, env_id: str, num_envs: int, threads: int, options: dict[str, Any], success: str | None = None):
-        self._id, self._options = env_id, {"num_envs": num_envs, "num_threads": threads, **options}
+        self._made_of = env_id, threads, options
         pool = self._pool([0] * num_envs)
         super().__init__(pool, pool.spec.config.max_episode_steps, success)
 
     def _pool(self, seeds: list[int]) -> Any:
-        import envpool  # takes a second
-
-        known = envpool.list_all_envs()
-        if self._id not in known:
-            raise ValueError(f"EnvPool has no environment {self._id!r}; envpool.list_all_envs() names {len(known)}")
-        return envpool.make_gymnasium(self._id, seed=[seed % 2**31 for seed in seeds], **self._options)
+        env_id, threads, options = self._made_of
+        return make_pool(env_id, seeds, threads, options)
 
     def _start(self, seeds: list[int]) -> Any:
         self.env.close()

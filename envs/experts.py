@@ -85,6 +85,14 @@ def play(env: VecEnv, act: Callable[[Tree], Tensor], seed: int) -> Iterator[Epis
         yield Episode(obs, action, reward, fell, not fell, told)
 
 
+def successes(episodes: Iterator[Episode], num: int) -> Iterator[Episode]:
+    """The first `num` that reach the goal; ValueError where there are not so many."""
+    good = [episode for episode in episodes if episode.success]
+    if len(good) < num:
+        raise ValueError(f"{len(good)} of {2 * num} episodes succeed, {num} are needed: lower the noise")
+    yield from good[:num]
+
+
 def _episode(column: Tree, length: int, row: int) -> Tree:
     """The first `length` steps of one row of (T, B, ...)."""
     return tree_map(lambda v: v[:length, row], column)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlflow.envs import demonstrators
 from rlflow.envs.demos import Demos, Episode
-from rlflow.envs.experts import play
+from rlflow.envs.experts import play, successes
 from rlflow.envs.seeds import normal, uniform
 from rlflow.envs.sim import Outcome, SimEnv
 from rlflow.envs.toy import ToySim
@@ -158,17 +158,9 @@ def episodes(num: int, seed: int, noise: float) -> Iterator[Episode]:
         eps = normal(env_seeds * env.sim.horizon + next(calls), 2).float()
         return (expert(env.sim) + noise * eps).clamp(-1, 1).unsqueeze(1)
 
-    return _successes(play(env, act, seed), num)
+    return successes(play(env, act, seed), num)
 
 
 def make_demos(folder: Path | str, num: int = 100, seed: int = 0, noise: float = 0.3) -> Demos:
     """Write those episodes."""
     return demonstrators.make_demos("tabletop", folder, noise=noise, num_episodes=num, seed=seed)
-
-
-def _successes(episodes: Iterator[Episode], num: int) -> Iterator[Episode]:
-    """The first `num` that reach the goal; ValueError where there are not so many."""
-    good = [episode for episode in episodes if episode.success]
-    if len(good) < num:
-        raise ValueError(f"{len(good)} of {2 * num} episodes succeed, {num} are needed: lower the noise")
-    yield from good[:num]

@@ -85,7 +85,7 @@ def _health(asker: Asker, wait_s: float) -> Any:
         try:
             return asker.get("/health", max(1.0, min(wait_s, 10.0)))
         except NoAnswer as error:
-            if time.monotonic() > end:
+            if error.final or time.monotonic() > end:
                 raise ValueError(
                     f"no reward server at {asker.url} ({error}): start `rlflow serve-reward NAME --port P`"
                 ) from None

@@ -183,8 +183,7 @@ def _eval(commands: Any) -> None:
     p.add_argument("--solver", metavar="NAME")
     p.add_argument("--seed", type=int, default=None, help="of the initial noise")
     p.add_argument("--num", type=positive, help="number of samples")
-    p.add_argument("--checkpoint", default="last", help="last, best or an iteration")
-    p.add_argument("--weights", choices=["live", "ema"], help="default: the ones the run evaluates")
+    _which_weights(p)
     trust_flag(p)
     json_flag(p)
 
@@ -220,7 +219,13 @@ def _sample(commands: Any) -> None:
     p.add_argument("--num", type=positive, default=4, help="images per prompt, or episodes")
     p.add_argument("--steps", type=positive, metavar="K", help="denoising steps")
     p.add_argument("--seed", type=int, default=0)
+    _which_weights(p)
     trust_flag(p)
+
+
+def _which_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", default="last", help="of a run: last, best or an iteration")
+    parser.add_argument("--weights", choices=["live", "ema"], help="of a run; default: the ones it evaluates")
 
 
 def _run_sample(args: argparse.Namespace) -> None:
@@ -237,7 +242,7 @@ def _run_sample(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.source} makes images: say of what, with --prompt")
     if Path(args.out).suffix != ".png":
         raise ValueError(f"{args.out}: {args.source} makes images, name a file that ends in .png")
-    policy = load(args.source, trust_code=args.trust_code)
+    policy = load(args.source, checkpoint=args.checkpoint, weights=args.weights, trust_code=args.trust_code)
     prompts = [text for text in args.prompt for _ in range(args.num)]
     images = sample(policy, prompts, seed=args.seed, num_steps=args.steps)
     image_grid(images, prompts, Path(args.out))
@@ -248,15 +253,23 @@ def _film(args: argparse.Namespace) -> None:
     from rlflow.train.runs import film
 
     episodes = film(
-        args.source, args.out, num=args.num, num_steps=args.steps, seed=args.seed, trust_code=args.trust_code
+        args.source,
+        args.out,
+        num=args.num,
+        num_steps=args.steps,
+        seed=args.seed,
+        checkpoint=args.checkpoint,
+        weights=args.weights,
+        trust_code=args.trust_code,
     )
     for row in range(len(episodes)):
         print(f"episode {row}: " + ", ".join(f"{name} {float(v[row]):,.4g}" for name, v in episodes.scores.items()))
     print(f"{len(episodes)} episodes in {args.out}")
 
 
-KINDS = {"kernels": "kernel", "solvers": "solver", "steps": "steps", "rewards": "reward", "envs": "env"}
-KINDS |= {"policies": "policy"}
+KINDS = {"kernels": "kernel", "solvers": "solver", "grids": "grid", "steps": "steps", "guidance": "guidance"}
+KINDS |= {"likelihoods": "likelihood", "advantages": "advantage", "algorithms": "algorithm", "models": "model"}
+KINDS |= {"rewards": "reward", "envs": "env", "policies": "policy"}
 """What `rlflow list` knows besides recipes, by kind of component."""
 
 

@@ -100,6 +100,7 @@ TABLE: dict[str, dict[str, str]] = {
         "warp_inverted_pendulum": "rlflow.envs.warp:warp_inverted_pendulum",
         "gym": "rlflow.envs.gym:gym",
         "envpool": "rlflow.envs.envpool:envpool",
+        "metaworld": "rlflow.envs.metaworld:MetaWorld",
         "cube_single": "rlflow.envs.ogbench:cube_single",
         "cube_double": "rlflow.envs.ogbench:cube_double",
         "pusht": "rlflow.envs.pusht:pusht",
@@ -139,6 +140,7 @@ TABLE: dict[str, dict[str, str]] = {
         "walker2d": "rlflow/assets/walker2d",
         "cube_single": "rlflow/assets/cube_single",
         "tabletop": "rlflow/assets/tabletop",
+        "metaworld": "rlflow/assets/metaworld",
     },
 }
 

@@ -28,7 +28,7 @@ settings.register_profile("rlflow", deadline=None, derandomize=True, print_blob=
 settings.load_profile("rlflow")
 
 
-OF_EXTRAS = {"cube_": "ogbench", "pusht": "gym_pusht", "warp_": "mujoco_warp"}
+OF_EXTRAS = {"cube_": "ogbench", "pusht": "gym_pusht", "warp_": "mujoco_warp", "metaworld": "envpool"}
 """Beginnings of the names of environments that need more than the extra [robots], and the package they need."""
 
 

@@ -165,6 +165,18 @@ def test_a_film_of_an_embedded_robot(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert frames == pytest.approx(min(200, length / 5), abs=1)  # 125 steps and 25 frames in a second
 
 
+def test_samples_are_of_the_checkpoint_asked_for(tmp_path: Path, toy: Callable[..., None], fails: Fails) -> None:
+    """Of a run; a folder of weights has but one."""
+    toy()
+    film = ["--out", str(tmp_path / "x.mp4")]
+    assert "99" in fails("sample", str(tmp_path / "run"), *film, "--checkpoint", "99")
+    assert "hopper is no run folder: checkpoint and weights" in fails("sample", "hopper", *film, "--weights", "ema")
+    words = ["--prompt", "a red circle", "--out", str(tmp_path / "x.png")]
+    assert "shapes is no run folder: checkpoint and weights" in fails(
+        "sample", "shapes", *words, "--checkpoint", "best"
+    )
+
+
 def test_images_need_a_prompt(fails: Fails) -> None:
     assert "shapes makes images: say of what, with --prompt" in fails("sample", "shapes", "--out", "x.png")
     assert "name a file that ends in .png" in fails("sample", "shapes", "--prompt", "a red circle", "--out", "x.jpeg")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rlflow.flow.field import VelocityField
 from rlflow.models.mlp import TimeFeatures, mlp
+from rlflow.models.normalizer import Normalizer
 from rlflow.types import Cond, Tree
 
 
@@ -43,7 +44,7 @@ class Layer(nn.Module):
 
 
 class Prefix(nn.Module):
-    """Pixels and words to the keys and values of every layer, and one read-out vector."""
+    """Pixels, where there are any, and words to the keys and values of every layer, and one read-out vector."""
 
     grid: Tensor
 
@@ -51,7 +52,7 @@ class Prefix(nn.Module):
         super().__init__()
         channels = [5, 24, 48, width]  # colours and the place of the pixel; every convolution halves the side
         convolutions = [[nn.Conv2d(a, b, 3, 2, 1), nn.SiLU()] for a, b in pairwise(channels)]
-        self.look = nn.Sequential(*chain.from_iterable(convolutions))
+        self.look = nn.Sequential(*chain.from_iterable(convolutions if pixels else []))
         line = torch.linspace(-1, 1, pixels)
         self.register_buffer("grid", torch.stack(torch.meshgrid(line, line, indexing="ij")), persistent=False)
         self.word = nn.Embedding(vocab, width)
@@ -59,13 +60,15 @@ class Prefix(nn.Module):
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, pixels: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, pixels: Tensor | None, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values (N, depth, heads, L, width / heads) and the read-out (N, width)."""
-        colours = pixels.permute(0, 3, 1, 2).to(self.place.dtype) / 127.5 - 1
-        seen = torch.cat([colours, self.grid.expand(len(colours), -1, -1, -1)], 1)
-        picture = self.look(seen).flatten(2).transpose(1, 2)
-        readout = picture.new_zeros(len(picture), 1, picture.shape[-1])
-        h = torch.cat([readout, picture, self.word(text)], 1) + self.place
+        words = self.word(text)
+        readout, picture = torch.zeros_like(words[:, :1]), words[:, :0]
+        if pixels is not None:
+            colours = pixels.permute(0, 3, 1, 2).to(self.place.dtype) / 127.5 - 1
+            seen = torch.cat([colours, self.grid.expand(len(colours), -1, -1, -1)], 1)
+            picture = self.look(seen).flatten(2).transpose(1, 2)
+        h = torch.cat([readout, picture, words], 1) + self.place
         kept = []
         for layer in cast(Iterable[Layer], self.layers):
             query, keys, values = layer.project(h)
@@ -78,8 +81,9 @@ class Prefix(nn.Module):
 class VLA(VelocityField):
     """v(x, t | pixels, words, state) of action chunks (H, A); observations as {"pixels", "text", "state"}.
 
-    pixels (N, side, side, 3) uint8, text (N, context) word numbers below `vocab`, state (N, state_dim) about in
-    [-1, 1]. "pooled" is the prefix's read-out beside the state: what the critic and a noise head read.
+    pixels (N, side, side, 3) uint8, none of them where `pixels` is 0; text (N, context) word numbers below `vocab`;
+    state (N, state_dim), normalised as the demonstrations' was. "pooled" is the prefix's read-out beside the state:
+    what the critic and a noise head read.
     """
 
     def __init__(
@@ -99,7 +103,9 @@ class VLA(VelocityField):
         self.args = {"event_shape": list(event_shape), "vocab": vocab, "context": context, "pixels": pixels}
         self.args |= {"state_dim": state_dim, "width": width, "depth": depth, "heads": heads}
         self.event_shape, self.num_features = tuple(event_shape), width + state_dim
-        self.shapes = {"pixels": (pixels, pixels, 3), "text": (context,), "state": (state_dim,)}
+        self.shapes = {"pixels": (pixels, pixels, 3)} if pixels else {}
+        self.shapes |= {"text": (context,), "state": (state_dim,)}
+        self.normalizer = Normalizer(state_dim)
         self.prefix = Prefix(vocab, context, pixels, width, depth, heads)
         self.time, self.clock = TimeFeatures(), mlp([16 + self.num_features, width, width])
         self.enter = nn.Linear(self.event_shape[1], width)
@@ -123,8 +129,9 @@ class VLA(VelocityField):
         found = {name: tuple(v.shape[1:]) for name, v in obs.items()} if isinstance(obs, dict) else obs.shape
         if found != self.shapes:
             raise ValueError(f"the model reads {self.shapes}, observed is {found}")
-        keys, values, readout = self.prefix(obs["pixels"], obs["text"])
-        return Cond({"keys": keys, "values": values, "pooled": torch.cat([readout, obs["state"].to(readout)], -1)})
+        keys, values, readout = self.prefix(obs.get("pixels"), obs["text"])
+        state = self.normalizer(obs["state"]).to(readout)
+        return Cond({"keys": keys, "values": values, "pooled": torch.cat([readout, state], -1)})
 
     def forward(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
         """Velocity (N, H, A) at x (N, H, A) and t (N,); dt is ignored."""

@@ -139,6 +139,24 @@ class TabletopCloning(Cloning):
         return field, field.hidden_matrices()
 
 
+class MetaWorldCloning(Cloning):
+    """A model of words and numbers of MT10's tasks."""
+
+    def network(self, demos: Demos) -> tuple[VelocityField, list[Parameter]]:
+        """As the tabletop's, without a picture; its state is normalised."""
+        from rlflow.envs import metaworld
+
+        field = VLA(
+            (self.chunk, *demos.action_shape),
+            vocab=len(metaworld.WORDS),
+            context=metaworld.LENGTH,
+            pixels=0,
+            state_dim=metaworld.STATE,
+        )
+        field.normalizer.moments.copy_(demos.moments[:, : metaworld.STATE])  # the words' numbers come behind
+        return field, field.hidden_matrices()
+
+
 TABLETOP = TabletopCloning(
     "robot_bc_tabletop", "tabletop", steps=6000, rows=128, lr=3e-3, average=0.99, judged=512, num_demos=1000
 )
@@ -150,6 +168,9 @@ CLONINGS = {
         *(Cloning(f"robot_bc_{env}", env, steps=n) for env, n in STEPS.items()),
         *(Cloning(f"robot_bc_{env}_shortcut", env, shortcut=True, steps=n) for env, n in STEPS.items()),
         Cloning("robot_bc_cube", "cube_single", steps=1000, chunk=5),
+        MetaWorldCloning(
+            "robot_bc_metaworld", "metaworld", steps=1000, chunk=5, lr=3e-3, average=0.99, judged=500, num_demos=20
+        ),
         TABLETOP,
     )
 }

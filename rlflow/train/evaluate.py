@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rlflow import dist
@@ -164,8 +164,3 @@ class Evaluator:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of `state_dict`."""
         self.base_images = state.get("base_images")
-
-
-def load_scores(path: Path) -> dict[str, Tensor]:
-    """What `Evaluation.save` wrote."""
-    return load_file(path)

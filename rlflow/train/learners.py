@@ -103,6 +103,8 @@ def _sac(config: Config, policy: FlowPolicy, likelihood: Likelihood | None, grou
 def _offline(config: Config, c: OfflineConfig, policy: FlowPolicy) -> Offline:
     """Demonstrations of the config's simulator as decisions of its chunk."""
     with registry.located("offline"):
+        if config.env.frame_stack > 1:
+            raise ValueError("demonstrations hold single observations: use env.frame_stack=1")
         demos = demos_of(config.env.name, Path(c.demos))
         data, whole = offline_data(demos, policy.event_shape[0], config.env.gamma, policy.device)
         return Offline(data, whole, c.clone, c.updates, c.share)

@@ -169,12 +169,16 @@ def film(
     num: int = 4,
     num_steps: int | None = None,
     seed: int = 0,
+    checkpoint: str = "last",
+    weights: str | None = None,
     trust_code: bool = False,
 ) -> Episodes:
     """Play `num` episodes of a robot's run or checkpoint and write them to `out`, an mp4, one after the other."""
     if Path(out).suffix != ".mp4":
         raise ValueError(f"{out}: {name} is filmed, name a file that ends in .mp4")
-    evaluator = evaluator_of(name, num=num, num_steps=num_steps, seed=seed, trust_code=trust_code)
+    evaluator = evaluator_of(
+        name, num=num, num_steps=num_steps, seed=seed, checkpoint=checkpoint, weights=weights, trust_code=trust_code
+    )
     assert isinstance(evaluator, EpisodeEvaluator)
     evaluator.video = num
     episodes = evaluator()

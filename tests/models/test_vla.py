@@ -82,6 +82,26 @@ def test_the_order_of_words_and_pixels_is_seen():
         assert not torch.allclose(velocity(field(), obs), velocity(field(), {**obs, name: swapped[name]}), atol=1e-5)
 
 
+def test_without_a_picture_words_and_a_normalised_state_remain():
+    """The state counts in units of the demonstrations: what lies three times as wide apart under a std of 3 is the same."""
+    obs = {name: observed()[name] for name in ("text", "state")}
+
+    def made(std: float) -> VLA:
+        torch.manual_seed(0)
+        field = VLA((4, 2), vocab=len(WORDS), context=LENGTH, pixels=0, width=16)
+        torch.nn.init.normal_(field.leave[1].weight)
+        field.normalizer.moments.copy_(torch.tensor([[1.0], [0.5], [std**2]]).expand(3, 2))
+        return field
+
+    wide = {**obs, "state": 0.5 + 3 * (obs["state"] - 0.5)}
+    torch.testing.assert_close(velocity(made(3.0), wide), velocity(made(1.0), obs))
+    for name in obs:
+        changed = {**obs, name: CHANGES[name](obs[name])}
+        assert not torch.allclose(velocity(made(1.0), changed), velocity(made(1.0), obs), atol=1e-4)
+    with pytest.raises(ValueError, match="the model reads"):
+        made(1.0).encode(observed())
+
+
 def test_a_picture_of_another_size_is_refused():
     with pytest.raises(ValueError, match="pixels 20 must be a multiple of 8"):
         VLA((4, 2), vocab=3, pixels=20)

@@ -64,6 +64,15 @@ def compute(fn: Callable[..., Any], images: Tensor = IMAGES) -> tuple[Tensor, Re
     return rewards.compute({n: columns[n] for n in rewards.columns}, len(images))["r"], rewards
 
 
+def test_what_is_no_reward_server_is_not_waited_for() -> None:
+    """It has answered: a path that is not there stays so."""
+    with served(first_pixel) as (url, _, _):
+        begin = time.monotonic()
+        with pytest.raises(ValueError, match="no reward server at .*/elsewhere .status 404"):
+            Remote(f"{url}/elsewhere", wait_s=30.0)
+        assert time.monotonic() - begin < 15
+
+
 # -- the way it is meant --------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rlflow import recipes
@@ -15,7 +16,7 @@ from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rewards.judges import base_distance
 from rlflow.train.build import heldout_prompts, make_policy
 from rlflow.train.checkpoint import Checkpoints
-from rlflow.train.evaluate import Evaluation, Evaluator, evenly, load_scores
+from rlflow.train.evaluate import Evaluation, Evaluator, evenly
 from rlflow.train.trainer import Trainer
 
 
@@ -122,7 +123,7 @@ def test_other_steps_and_solver_for_evaluation_only(policy: FlowPolicy) -> None:
 def test_scores_come_back_from_disk(policy: FlowPolicy, tmp_path: Path) -> None:
     result = make(policy)()
     result.save(tmp_path / "scores.safetensors")
-    loaded = load_scores(tmp_path / "scores.safetensors")
+    loaded = load_file(tmp_path / "scores.safetensors")
     assert set(loaded) == {"bright", "base_distance", "caption_id"}
     assert torch.equal(loaded["bright"], result.scores["bright"])
 

@@ -19,7 +19,7 @@ from rlflow.envs.demos import Episode, write_demos
 from rlflow.models.io import load_field
 from rlflow.rl.optim import NonFiniteError
 from rlflow.train.checkpoint import Checkpoints
-from rlflow.train.evaluate import Evaluation, load_scores
+from rlflow.train.evaluate import Evaluation
 from rlflow.train.logger import read_metrics
 from rlflow.train.trainer import Trainer
 
@@ -380,10 +380,11 @@ def on_a_tiny_checkpoint(name: str, tiny_pipeline: Callable, prompts: Path) -> l
     return [*field, "policy.field.max_sequence_length=16", *rewards, f"env.prompts={prompts}"]
 
 
-def some_demos(folder: Path) -> Path:
-    """Random demonstrations of Hopper."""
-    rows = [(torch.randn(n, 11), torch.rand(n, 3) * 2 - 1, torch.ones(n)) for n in (9, 12, 3)]
-    write_demos(folder / "demos", (Episode(*row, True, False) for row in rows), {"name": "hopper"}, {})
+def some_demos(folder: Path, env: str = "hopper") -> Path:
+    """Random demonstrations."""
+    observed, acted = {"hopper": (11, 3), "cube_single": (28, 5)}[env]
+    rows = [(torch.randn(n, observed), torch.rand(n, acted) * 2 - 1, torch.ones(n)) for n in (9, 12, 3)]
+    write_demos(folder / "demos", (Episode(*row, True, False) for row in rows), {"name": env}, {})
     return folder / "demos"
 
 
@@ -408,7 +409,8 @@ def test_every_recipe_runs_two_iterations(
     else:
         few += ["env.horizon=6", "eval.video=0"]
     if not ratios and recipes.load(name).algorithm.offline is not None:
-        few += [f"algorithm.offline.{key}" for key in (f"demos={some_demos(tmp_path)}", "clone=2", "updates=2")]
+        demos = some_demos(tmp_path, recipes.load(name).env.name)
+        few += [f"algorithm.offline.{key}" for key in (f"demos={demos}", "clone=2", "updates=2")]
     made = Trainer(name, tmp_path / "run", overrides=[*few, "train.minutes=", "train.iterations=2"], quiet=True)
     before = {k: v.clone() for k, v in made.policy.state_dict().items()}
     made.fit()
@@ -418,6 +420,12 @@ def test_every_recipe_runs_two_iterations(
     assert all(math.isfinite(row[k]) for row in rows for k in ("policy/loss", "reward/mean", "optim/grad_norm"))
     assert any(not torch.equal(v, made.policy.state_dict()[k]) for k, v in before.items())
     assert set(evals(tmp_path / "run")[-1]) >= {f"eval/heldout/{m}" for m in made.config.eval.metrics}
+
+
+def test_demonstrations_do_not_fit_stacked_observations(tmp_path: Path) -> None:
+    few = [f"algorithm.offline.demos={some_demos(tmp_path)}", "env.frame_stack=2"]
+    with pytest.raises(ValueError, match=r"offline: demonstrations hold single .* use env\.frame_stack=1"):
+        Trainer("robot_sac_flow_offline_to_online", tmp_path / "run", overrides=few, quiet=True)
 
 
 @pytest.mark.parametrize("env", ["toy_image", "toy_reach", "toy_bandit", "toy_mdp", "toy_routes"])
@@ -433,7 +441,7 @@ def test_a_recipe_drives_the_toy_environments(tmp_path: Path, env: str, no_repor
     made.fit()
     assert len(train_rows(tmp_path / "run")) == 2
     assert [row["iteration"] for row in evals(tmp_path / "run")] == [0, 2]
-    scores = load_scores(tmp_path / "run/samples/eval_000002.safetensors")
+    scores = load_file(tmp_path / "run/samples/eval_000002.safetensors")
     assert len(scores["return"]) == 5
     assert scores["return"].isfinite().all()
 
