@@ -226,6 +226,26 @@ def test_a_full_table_forgets_the_least_used_and_encodes_again(tiny_pipeline):
     torch.testing.assert_close(again, first, rtol=0, atol=0)
 
 
+def test_a_scale_of_ones_own_enters_flux(tiny_pipeline):
+    """As the stock pipeline's `guidance_scale`; the setting replaces 3.5."""
+    folder = tiny_pipeline("flux")
+    given = {"resolution": SIDE, "max_sequence_length": LENGTH}
+    field, other = (pretrained(str(folder), embedded_guidance=g, **given) for g in (None, 1.5))
+    assert (field.adapter.embedded_guidance, other.adapter.embedded_guidance) == (3.5, 1.5)
+    x, t = torch.randn(1, *field.event_shape), torch.tensor([0.3])
+    with torch.no_grad():
+        mine = [f(x, t, 0 * t, f.encode(f.tokenize(["a cat"]))) for f in (field, other)]
+        field.adapter.embedded_guidance = 1.5
+        again = field(x, t, 0 * t, field.encode(field.tokenize(["a cat"])))
+    assert not torch.allclose(*mine, rtol=1e-3)
+    assert torch.equal(again, mine[1])
+
+
+def test_tiles_are_the_vaes_own(tiny_pipeline):
+    assert not sd3(tiny_pipeline).adapter.pipe.vae.use_tiling
+    assert sd3(tiny_pipeline, vae_tiling=True).adapter.pipe.vae.use_tiling
+
+
 # -- loading --------------------------------------------------------------------------------------
 
 

@@ -80,6 +80,8 @@ def make_sac(tmp_path, **settings):
 def test_every_batch_has_its_share_and_offline_steps_are_not_owed_again(tmp_path):
     sac = make_sac(tmp_path, updates_per_step=0.5)
     sac.begin()
+    average, live = sac.policy.weights.sets["ema"], sac.policy.weights.parameters()
+    assert all(torch.equal(average[name], live[name]) for name in live), "the average starts at what was cloned"
     assert sac.updates == 3
     from tests.rl.test_replay import rollout
 
