@@ -141,11 +141,12 @@ def gather_shares(mine: Tensor, total: int) -> Tensor:
 
 
 def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """One flat all-reduce (sum) of all gradients; absent ones count as zero, so no rank can hang."""
+    """One flat all-reduce (sum) of all gradients; absent ones become zero, in a single process too."""
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     if world() == 1 or not parameters:
         return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([g.flatten() for g in gradients])
+    flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
     dist.all_reduce(flat)
     for p, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.grad = summed.view_as(p).clone()

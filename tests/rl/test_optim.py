@@ -1,4 +1,4 @@
-"""The learning rate of the optimisers, by hand."""
+"""The learning rate of the optimisers by hand, and what they step."""
 
 import pytest
 import torch
@@ -20,3 +20,12 @@ def test_the_rate_warms_up_by_steps_and_decays_by_progress(kind):
     for progress, share in ((0.0, 1.0), (0.5, 0.55), (1.0, 0.1)):
         optimizer.progress = progress
         assert optimizer.learning_rate() == pytest.approx(0.4 * share)
+
+
+def test_a_parameter_that_nothing_reached_is_stepped_as_among_many_processes():
+    """There its gradient is a sum of zeros, and weight decay takes its share of it."""
+    used, idle = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = Optimizer([used, idle], AdamW(lr=0.1, weight_decay=0.5))
+    used.grad = torch.ones(2)
+    optimizer.step()
+    assert idle.tolist() == pytest.approx([1 - 0.1 * 0.5] * 2)
