@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ class VecEnv:
     exact_resume: bool = True
     """False when the simulator cannot be saved; a resumed run is then equal in law only."""
 
+    tasks: Sequence[str] = ()
+    """Names of what rows are asked to do, where that differs."""
     watch: Callable[[], None] | None = None
     """Called after every primitive step, in mid-chunk too; of a chunk's calls a row's first `num_steps` are its."""
     step_seconds: float = 0.04
@@ -47,6 +49,11 @@ class VecEnv:
         """recv(send(action))."""
         self.send(action, slice(0, self.num_envs))
         return self.recv()
+
+    @property
+    def task(self) -> Tensor:
+        """(B,) number of each row's task among `tasks`."""
+        return torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
 
     @property
     def obs_dim(self) -> int:

@@ -9,6 +9,7 @@ and the learner discounts the next value by gamma^h. A row that ends in mid-chun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,9 @@ class Sim:
     device: torch.device = torch.device("cpu")
     step_seconds: float = 0.04
     """Of a primitive step, by which films are timed."""
+    tasks: Sequence[str] = ()
+    """Names of what rows are asked to do, where that differs; `task` (B,) are their numbers then."""
+    task: Tensor
     exact_resume: bool = False
     """True when `state_dict` holds the whole state."""
 
@@ -95,7 +99,7 @@ class SimEnv(VecEnv):
         self.num_envs, self.device, self.obs_spec = sim.num_envs, sim.device, sim.obs_spec
         self.action_shape = (chunk, *sim.low.shape)
         self.horizon = -(-sim.horizon // chunk)
-        self.exact_resume, self.step_seconds = sim.exact_resume, sim.step_seconds
+        self.exact_resume, self.step_seconds, self.tasks = sim.exact_resume, sim.step_seconds, sim.tasks
         bounded = sim.low.isfinite() & sim.high.isfinite()
         self._limit = torch.where(bounded, 1.0, torch.inf)
         self._half = torch.where(bounded, (sim.high - sim.low) / 2, 1.0)
@@ -153,6 +157,11 @@ class SimEnv(VecEnv):
         obs = reached if nothing_ended else self._begin(ended)
         cut = truncated & ~terminated
         return Step(obs, reward.float(), terminated, cut, reached, num_steps > 0, info, num_steps=num_steps)
+
+    @property
+    def task(self) -> Tensor:
+        """Of the episodes that run now."""
+        return self.sim.task if self.tasks else super().task
 
     def render(self, row: int, size: tuple[int, int] = (192, 192)) -> Tensor:
         """A picture (H, W, 3) uint8 of one row as it stands, the first state of the next episode after an end."""

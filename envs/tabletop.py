@@ -50,7 +50,7 @@ def tokens(sentence: str) -> list[int]:
 class TabletopSim(ToySim):
     """State: finger (B, 2), discs (B, 3, 2), task (B,) of TASKS; two velocity commands per primitive step."""
 
-    step_seconds = 0.1
+    step_seconds, tasks = 0.1, TASKS
 
     def __init__(self, num_envs: int, horizon: int, device: str = "cpu"):
         sides = [SIDES.get(task.split()[-1], (0.0, 0.0)) for task in TASKS]
@@ -71,6 +71,11 @@ class TabletopSim(ToySim):
     def observe(self) -> Tree:
         pixels = draw(self.state["finger"], self.state["discs"], PIXELS)
         return {"pixels": pixels, "state": self.state["finger"], "text": self.sentences[self.state["task"]]}
+
+    @property
+    def task(self) -> Tensor:  # type: ignore[override]
+        """(B,) of TASKS."""
+        return self.state["task"]
 
     @property
     def target(self) -> Tensor:

@@ -26,6 +26,7 @@ class Wrapper(VecEnv):
         self.env = env
         self.num_envs, self.action_shape, self.horizon = env.num_envs, env.action_shape, env.horizon
         self.device, self.obs_spec, self.exact_resume = env.device, env.obs_spec, env.exact_resume
+        self.tasks = env.tasks
 
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
         return self.env.reset(seeds, mask)
@@ -35,6 +36,11 @@ class Wrapper(VecEnv):
 
     def recv(self) -> Step:
         return self.env.recv()
+
+    @property
+    def task(self) -> Tensor:
+        """Of the environment inside."""
+        return self.env.task
 
     @property
     def unwrapped(self) -> VecEnv:

@@ -203,12 +203,14 @@ def _run_eval(args: argparse.Namespace) -> None:
     )
     result = evaluator()
     means = {f"eval/heldout/{name}": value for name, value in result.means().items()}
+    means |= {f"eval/task/{name}": value for name, value in result.by_task().items()}
     if args.json:
         print_json({"samples": len(result), **means})
         return
     print(f"{result.about}, deployment sampler")
+    width = max(28, *(len(name) for name in means))
     for name, value in means.items():
-        print(f"  {name:28s} {value:.4f}")
+        print(f"  {name:{width}s} {value:.4f}")
 
 
 def _sample(commands: Any) -> None:

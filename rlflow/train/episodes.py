@@ -6,7 +6,7 @@ and short ones do not count twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,8 @@ class Episodes:
 
     scores: dict[str, Tensor]
     film: Film = field(default_factory=Film)
+    task: Tensor | None = None  # (N,) of `tasks`
+    tasks: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.scores["return"])
@@ -62,6 +64,13 @@ class Episodes:
         """Mean over the episodes."""
         return {name: float(score.nanmean()) for name, score in self.scores.items()}
 
+    def by_task(self) -> dict[str, float]:
+        """Share of the episodes of each task that reached their goal; {} where all are asked the same."""
+        if self.task is None or "success" not in self.scores:
+            return {}
+        shares = {name: self.scores["success"][self.task == i].nanmean() for i, name in enumerate(self.tasks)}
+        return {name: float(share) for name, share in shares.items() if not bool(share.isnan())}
+
     def save(self, path: Path) -> None:
         """Per-episode scores, for paired comparisons later: row i is the same seed in every evaluation."""
         save_file({**self.scores, "caption_id": torch.arange(len(self))}, path)
@@ -78,6 +87,8 @@ class EpisodeEvaluator:
     its steps; 'zero'. `make(num_envs)` gives an environment without reward wrappers. With `noisy`, the plan of
     training, all episodes are played a second time as training samples them: the gap between the two is told.
     """
+
+    _task: Tensor  # of this rank's episodes
 
     def __init__(
         self,
@@ -113,12 +124,15 @@ class EpisodeEvaluator:
                 train = self._play(partial(self._trained, self.noisy), Film())
                 mine |= {f"train_{name}": value for name, value in train.items()}
         scores = {name: dist.gather_shares(value, self.num) for name, value in mine.items()}
-        return Episodes(scores, film)
+        if not self.env.tasks:
+            return Episodes(scores, film)
+        return Episodes(scores, film, dist.gather_shares(self._task, self.num).long(), self.env.tasks)
 
     def _play(self, act: Act, film: Film) -> dict[str, Tensor]:
         """Scores of this rank's episodes."""
         env = self.env
         obs = env.reset(SEEDS + self.seed % 2**20 * 2**20 + self.rows)
+        self._task = self.env.task.float().cpu().clone()
         alive = torch.ones(len(self.rows), dtype=torch.bool, device=env.device)
         total = torch.zeros(len(self.rows), device=env.device)
         told: dict[str, Tensor] = {}

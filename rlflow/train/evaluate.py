@@ -34,6 +34,10 @@ class Evaluation:
         """Mean over the samples that have a score."""
         return {n: float(s.nanmean()) for n, s in self.scores.items()}
 
+    def by_task(self) -> dict[str, float]:
+        """Of simulators."""
+        return {}
+
     def __len__(self) -> int:
         return len(self.captions)
 

@@ -183,8 +183,8 @@ _FIXED: dict[str, Metric] = {
 
 _PATTERNS: tuple[tuple[str, Metric], ...] = (
     (
-        r"eval/heldout/strict/(.+)",
-        Metric("strict accuracy, {}", "share", 1, "Strict accuracy on held-out captions of the kind '{}'."),
+        r"eval/task/(.+)",
+        Metric("success at {}", "share", 1, "Share of the held-out episodes of the task '{}' that reached their goal."),
     ),
     (
         r"eval/heldout/(.+)",

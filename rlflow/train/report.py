@@ -47,6 +47,7 @@ def write_report(folder: str | Path) -> Path:
             "Learning curves", _curves(run), "Thin: every iteration. Thick: running mean over a tenth of the run."
         ),
         sections.hacking(run) if run.judges or run.is_images else "",
+        sections.tasks(run),
         sections.metrics(run),
         sections.left_out(run),
         sections.cost(run),

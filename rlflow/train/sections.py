@@ -13,6 +13,7 @@ from rlflow.train.curves import series
 from rlflow.train.glossary import MISSING, describe, duration, order, share, show, signed
 from rlflow.train.record import HEADLINE, HELDOUT, Change, RunRecord
 
+TASK = "eval/task/"
 FALL = 0.02  # of a judge that counts, where no interval is known
 NARROWER = 0.8  # of the first diversity; below it the samples have become alike
 GROUPS = (
@@ -45,6 +46,21 @@ def hacking(run: RunRecord) -> str:
     table = page.table(("", "before", "after", "change", "95 % interval", "what it is"), rows, numeric=(1, 2, 3, 4))
     note = "Reward next to judges that no reward sees. Reward hacking is a reward that rises while a judge falls."
     return page.section("Is the reward being hacked?", f"<p>{' '.join(verdicts)}</p>{table}", note)
+
+
+def tasks(run: RunRecord) -> str:
+    """Success at every task of a simulator that has several, before and after."""
+    changes = {name: run.change(name) for name in run.names if name.startswith(TASK)}
+    rows = [
+        [escape(name.removeprefix(TASK)), share(change.before), share(change.after), signed(change.difference.value)]
+        for name, change in changes.items()
+        if change is not None
+    ]
+    if not rows:
+        return ""
+    table = page.table(("task", "before", "after", "change"), rows, numeric=(1, 2, 3))
+    note = "Share of held-out episodes that reached their goal; there are few of each task."
+    return page.section("Success by task", table, note)
 
 
 _DISTANCES = (f"{HELDOUT}diversity", f"{HELDOUT}base_distance")

@@ -239,7 +239,8 @@ class Trainer:
         result = self.evaluator(self.config.eval.weights)
         self.last_eval = {f"eval/heldout/{n}": v for n, v in result.means().items()}
         self._evaluated, self._headline = self.iteration, result.headline
-        told = self.last_eval | self._cost() | {"time/eval": time.perf_counter() - start}
+        by_task = {f"eval/task/{name}": share for name, share in result.by_task().items()}
+        told = self.last_eval | by_task | self._cost() | {"time/eval": time.perf_counter() - start}
         self.logger.log(self.iteration, "eval", told)
         if dist.rank() == 0:
             self._keep(result)

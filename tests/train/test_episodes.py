@@ -1,14 +1,19 @@
 """Episodes with and without the noise of training: the same starts, the same weights, and the gap between the two."""
 
+from functools import partial
+
+import pytest
 import torch
 
+from rlflow.envs.tabletop import TASKS, Tabletop
 from rlflow.envs.toy import ToyBandit, ToyReach
 from rlflow.flow.field import VelocityField
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import NoSteps, OneRandom
+from rlflow.models.io import load_field
 from rlflow.models.mlp import MLPField
-from rlflow.train.episodes import EpisodeEvaluator
+from rlflow.train.episodes import SEEDS, EpisodeEvaluator
 from rlflow.types import Cond
 
 
@@ -69,3 +74,18 @@ def test_the_chains_start_as_asked():
     assert torch.equal(*fixed)
     assert torch.equal(fixed[0], random[0])
     assert not torch.equal(*random)
+
+
+def test_success_is_told_by_task_of_the_seeds():
+    """By hand from the per-episode scores and what each seed asks for; one thing to do is no list of tasks."""
+    policy = FlowPolicy(load_field("tabletop"), FlowSDE(), num_steps=4)
+    evaluator = EpisodeEvaluator(policy, partial(Tabletop, horizon=12), num=60)
+    found = evaluator()
+    env = Tabletop(60)
+    env.reset(SEEDS + torch.arange(60))
+    for i, name in enumerate(TASKS):
+        rows = env.task == i
+        assert found.by_task().get(name, 0.0) == pytest.approx(float(found.scores["success"][rows].sum() / rows.sum()))
+    assert found.by_task()["touch red"] > found.by_task()["push red to the left"] == 0
+    bandit = FlowPolicy(ToThePeak(), FlowSDE(0.5), num_steps=4)
+    assert EpisodeEvaluator(bandit, ToyBandit, num=4)().by_task() == {}
