@@ -51,7 +51,7 @@ class VecEnv:
         return self.recv()
 
     @property
-    def task(self) -> Tensor:
+    def asked(self) -> Tensor:
         """(B,) number of each row's task among `tasks`."""
         return torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
 

@@ -72,7 +72,7 @@ class MetaWorldSim(Sim):
         self.tasks, self.num_envs, self.horizon, self.threads = list(tasks), num_envs, horizon, threads
         self.sparse = sparse
         self.low, self.high = -torch.ones(4), torch.ones(4)
-        self.task = torch.zeros(num_envs, dtype=torch.long)  # of `tasks`
+        self.asked = torch.zeros(num_envs, dtype=torch.long)  # of `tasks`
         self._sentences = torch.tensor([tokens(task) for task in self.tasks])
         self._pools: list[tuple[NDArray[np.intp], Any]] = []  # rows, their pool
         self._state = np.zeros((num_envs, STATE), np.float32)
@@ -108,16 +108,16 @@ class MetaWorldSim(Sim):
         """A pool for every task that these seeds (B,) have, with time to spare: the time limit is SimEnv's."""
         for _, pool in self._pools:
             pool.close()
-        self.task, self._pools = seeds.remainder(len(self.tasks)), []
+        self.asked, self._pools = seeds.remainder(len(self.tasks)), []
         for task, name in enumerate(self.tasks):
-            rows = np.flatnonzero(self.task.numpy() == task)
+            rows = np.flatnonzero(self.asked.numpy() == task)
             if len(rows):
                 options = {"partially_observable": False, "max_episode_steps": 2 * self.horizon}
                 pool = make_pool(f"MetaWorld/{camel(name)}-v3", seeds[rows].tolist(), self.threads, options)
                 self._pools.append((rows, pool))
 
     def _observe(self) -> Tree:
-        return {"state": torch.from_numpy(self._state.copy()), "text": self._sentences[self.task]}
+        return {"state": torch.from_numpy(self._state.copy()), "text": self._sentences[self.asked]}
 
 
 class MetaWorld(SimEnv):

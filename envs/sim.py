@@ -51,8 +51,8 @@ class Sim:
     step_seconds: float = 0.04
     """Of a primitive step, by which films are timed."""
     tasks: Sequence[str] = ()
-    """Names of what rows are asked to do, where that differs; `task` (B,) are their numbers then."""
-    task: Tensor
+    """Names of what rows are asked to do, where that differs; `asked` (B,) are their numbers then."""
+    asked: Tensor
     exact_resume: bool = False
     """True when `state_dict` holds the whole state."""
 
@@ -159,9 +159,9 @@ class SimEnv(VecEnv):
         return Step(obs, reward.float(), terminated, cut, reached, num_steps > 0, info, num_steps=num_steps)
 
     @property
-    def task(self) -> Tensor:
+    def asked(self) -> Tensor:
         """Of the episodes that run now."""
-        return self.sim.task if self.tasks else super().task
+        return self.sim.asked if self.tasks else super().asked
 
     def render(self, row: int, size: tuple[int, int] = (192, 192)) -> Tensor:
         """A picture (H, W, 3) uint8 of one row as it stands, the first state of the next episode after an end."""

@@ -73,7 +73,7 @@ class TabletopSim(ToySim):
         return {"pixels": pixels, "state": self.state["finger"], "text": self.sentences[self.state["task"]]}
 
     @property
-    def task(self) -> Tensor:  # type: ignore[override]
+    def asked(self) -> Tensor:  # type: ignore[override]
         """(B,) of TASKS."""
         return self.state["task"]
 

@@ -38,9 +38,9 @@ class Wrapper(VecEnv):
         return self.env.recv()
 
     @property
-    def task(self) -> Tensor:
+    def asked(self) -> Tensor:
         """Of the environment inside."""
-        return self.env.task
+        return self.env.asked
 
     @property
     def unwrapped(self) -> VecEnv:

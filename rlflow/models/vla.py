@@ -103,8 +103,8 @@ class VLA(VelocityField):
         self.args = {"event_shape": list(event_shape), "vocab": vocab, "context": context, "pixels": pixels}
         self.args |= {"state_dim": state_dim, "width": width, "depth": depth, "heads": heads}
         self.event_shape, self.num_features = tuple(event_shape), width + state_dim
-        self.shapes = {"pixels": (pixels, pixels, 3)} if pixels else {}
-        self.shapes |= {"text": (context,), "state": (state_dim,)}
+        self.shapes: dict[str, tuple[int, ...]] = {"text": (context,), "state": (state_dim,)}
+        self.shapes |= {"pixels": (pixels, pixels, 3)} if pixels else {}
         self.normalizer = Normalizer(state_dim)
         self.prefix = Prefix(vocab, context, pixels, width, depth, heads)
         self.time, self.clock = TimeFeatures(), mlp([16 + self.num_features, width, width])

@@ -132,7 +132,7 @@ class EpisodeEvaluator:
         """Scores of this rank's episodes."""
         env = self.env
         obs = env.reset(SEEDS + self.seed % 2**20 * 2**20 + self.rows)
-        self._task = self.env.task.float().cpu().clone()
+        self._task = self.env.asked.float().cpu().clone()
         alive = torch.ones(len(self.rows), dtype=torch.bool, device=env.device)
         total = torch.zeros(len(self.rows), device=env.device)
         told: dict[str, Tensor] = {}

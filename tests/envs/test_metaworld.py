@@ -47,7 +47,7 @@ def test_task_and_first_start_are_functions_of_the_seed_alone():
     seeds = torch.tensor([4, 13, 23, 24])
     env = MetaWorld(4)
     obs = env.reset(seeds)
-    assert [env.sim.tasks[i] for i in env.sim.task] == [MT10[4], MT10[3], MT10[3], MT10[4]]
+    assert [env.sim.tasks[i] for i in env.asked] == [MT10[4], MT10[3], MT10[3], MT10[4]]
     turned = MetaWorld(4).reset(seeds.flip(0))
     assert torch.equal(turned["state"].flip(0), obs["state"])
     assert torch.equal(turned["text"].flip(0), obs["text"])

@@ -84,7 +84,7 @@ def test_success_is_told_by_task_of_the_seeds():
     env = Tabletop(60)
     env.reset(SEEDS + torch.arange(60))
     for i, name in enumerate(TASKS):
-        rows = env.task == i
+        rows = env.asked == i
         assert found.by_task().get(name, 0.0) == pytest.approx(float(found.scores["success"][rows].sum() / rows.sum()))
     assert found.by_task()["touch red"] > found.by_task()["push red to the left"] == 0
     bandit = FlowPolicy(ToThePeak(), FlowSDE(0.5), num_steps=4)
