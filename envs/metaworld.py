@@ -82,7 +82,7 @@ class MetaWorldSim(Sim):
 
     def reset(self, seeds: Tensor, mask: Tensor) -> Tree:
         """All rows from their seeds; some of them where their pool goes on."""
-        if bool(mask.all()):
+        if bool(mask.all()) or not self._pools:
             self._make(seeds)
         wanted = mask.numpy()
         for rows, pool in self._pools:

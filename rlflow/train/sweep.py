@@ -204,6 +204,8 @@ def _estimate(left: Sequence[Job], jobs: Sequence[Job], root: Path, side_by_side
     seconds = [_seconds(job, jobs, root) for job in left]
     known = sum(s for s in seconds if s is not None) / max(1, min(side_by_side, len(left)))
     unknown = sum(s is None for s in seconds)
+    if unknown == len(left):
+        return f"  all {unknown} count iterations only: how long they take is told once one of each name has run"
     text = f"  about {duration(known)} with {side_by_side} side by side, and loading and evaluation on top"
     return text + (f"; {unknown} runs count iterations only, their time is not known yet" if unknown else "")
 
