@@ -85,6 +85,7 @@ class CubeSim(Sim):
     """
 
     exact_resume = True
+    step_seconds = 0.05
 
     def __init__(self, env_id: str, num_envs: int, sparse: bool = False, threads: int = 0):
         first = prototype(env_id)

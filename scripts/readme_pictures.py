@@ -1,6 +1,7 @@
-"""Draw the pictures of the README from the two runs of `make demo`:
+"""Draw the pictures of the README from the two runs of `make demo`, or put two films side by side:
 
 python scripts/readme_pictures.py runs/demo/images runs/demo/robots
+python scripts/readme_pictures.py before.mp4 after.mp4 docs/cube.gif
 """
 
 import sys
@@ -38,17 +39,23 @@ def images(folder: str, pairs: int = 32) -> None:
     curves(run.rows, ["eval/heldout/strict", "eval/heldout/judge", "reward/mean"], DOCS / "curve.png")
 
 
-def robots(folder: str, every: int = 3, side: int = 180) -> None:
+def robots(folder: str) -> None:
     """The first episode of the first and of the last evaluation, side by side; one that has ended is dark."""
     run = RunRecord.read(folder)
     ends = run.ends("eval/heldout/return")
     assert ends is not None
-    before, after = (_frames(run.films(iteration)[0], side)[::every] for iteration in ends)
-    before += [before[-1] // 3] * (len(after) - len(before))
-    pairs = [Image.fromarray(np.hstack(pair)) for pair in zip(before, after, strict=True)]
+    side_by_side(*(run.films(iteration)[0] for iteration in ends), DOCS / "hopper.gif")
+
+
+def side_by_side(before: Path, after: Path, out: Path, every: int = 3, side: int = 180) -> None:
+    """Two films as one picture that moves; the one that is over first goes dark."""
+    left, right = (_frames(path, side)[::every] for path in (before, after))
+    for short, long in ((left, right), (right, left)):
+        short += [short[-1] // 3] * (len(long) - len(short))
+    pairs = [Image.fromarray(np.hstack(pair)) for pair in zip(left, right, strict=True)]
     shades = Image.fromarray(np.vstack(pairs[:: len(pairs) // 8])).quantize(32)  # one palette for all
     first, *others = [pair.quantize(palette=shades, dither=Image.Dither.NONE) for pair in pairs]
-    first.save(DOCS / "hopper.gif", save_all=True, append_images=others, duration=40 * every, loop=0)
+    first.save(out, save_all=True, append_images=others, duration=40 * every, loop=0)
 
 
 def _frames(path: Path, side: int) -> list[np.ndarray]:
@@ -59,5 +66,8 @@ def _frames(path: Path, side: int) -> list[np.ndarray]:
 
 
 if __name__ == "__main__":
-    images(sys.argv[1])
-    robots(sys.argv[2])
+    if len(sys.argv) > 3:
+        side_by_side(*map(Path, sys.argv[1:4]))
+    else:
+        images(sys.argv[1])
+        robots(sys.argv[2])
