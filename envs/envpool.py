@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from rlflow.envs.gym import NextStepSim
+from rlflow.envs.seeds import narrow
 from rlflow.envs.sim import SimEnv
 
 
@@ -22,8 +25,8 @@ def make_pool(env_id: str, seeds: list[int], threads: int, options: dict[str, An
     known = envpool.list_all_envs()
     if env_id not in known:
         raise ValueError(f"EnvPool has no environment {env_id!r}; envpool.list_all_envs() names {len(known)}")
-    inside = [seed % 2**31 for seed in seeds]
-    return envpool.make_gymnasium(env_id, seed=inside, num_envs=len(inside), num_threads=threads, **options)
+    narrowed = narrow(torch.tensor(seeds)).tolist()
+    return envpool.make_gymnasium(env_id, seed=narrowed, num_envs=len(seeds), num_threads=threads, **options)
 
 
 class EnvPoolSim(NextStepSim):

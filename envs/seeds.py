@@ -22,6 +22,14 @@ def mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
+def narrow(seeds: Tensor) -> Tensor:
+    """Seeds of 31 bits, for who takes no longer ones: those as they are, and hashes of the others.
+
+    Remainders would give the seeds of evaluation, which start at a power of two, those of training.
+    """
+    return torch.where((seeds >= 0) & (seeds < 2**31), seeds, mix(seeds) & (2**31 - 1))
+
+
 def uniform(seeds: Tensor, num: int) -> Tensor:
     """(B, num) float64 in [0, 1), row b a function of seeds[b] only."""
     bits = mix(seeds.unsqueeze(1) + torch.arange(1, num + 1, device=seeds.device) * GOLDEN)

@@ -54,6 +54,14 @@ def test_task_and_first_start_are_functions_of_the_seed_alone():
     assert not torch.equal(obs["state"][1, -3:], obs["state"][2, -3:])
 
 
+def test_held_out_starts_are_none_of_trainings():
+    """Evaluation's seeds begin at 2^40."""
+    pytest.importorskip("envpool")
+    train, held_out = (MetaWorld(4, "reach").reset(first + torch.arange(4)) for first in (0, 2**40))
+    goals = train["state"][:, -3:], held_out["state"][:, -3:]
+    assert float((goals[0] - goals[1]).abs().amax(1).min()) > 1e-3
+
+
 def test_a_row_keeps_its_task_and_meets_new_starts():
     pytest.importorskip("envpool")
     env = MetaWorld(3, ["push", "reach"])

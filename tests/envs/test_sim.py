@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlflow.envs.seeds import episode_seeds, mix, normal, uniform
+from rlflow.envs.seeds import episode_seeds, mix, narrow, normal, uniform
 from rlflow.envs.sim import Outcome, Sim, SimEnv
 from rlflow.envs.toy import ToyBandit, ToyReach, ToyRoutes
 from rlflow.types import Tree, tree_leaves
@@ -200,6 +200,15 @@ class TestSeeds:
         torch.testing.assert_close(z.mean(0), torch.zeros(3, dtype=torch.float64), atol=0.03, rtol=0)
         torch.testing.assert_close(z.T.cov(), torch.eye(3, dtype=torch.float64), atol=0.05, rtol=0)
         assert float(z.abs().max()) < 6
+
+    def test_narrow_seeds_of_evaluation_are_none_of_training(self):
+        """Short ones stay; 2^40 + i leaves i as remainder."""
+        short, long = torch.arange(1000), 2**40 + torch.arange(1000)
+        assert torch.equal(narrow(short), short)
+        assert not set(narrow(long).tolist()) & set(short.tolist())
+        assert len(set(narrow(long).tolist())) == 1000
+        assert int(narrow(long).min()) >= 0
+        assert int(narrow(long).max()) < 2**31
 
     def test_neighbouring_seeds_have_nothing_in_common(self):
         u = uniform(torch.arange(20000), 2)
