@@ -121,7 +121,7 @@ def direction(change: Change) -> int:
 def metrics(run: RunRecord) -> str:
     """Every metric with its first, last and best value, its course and its meaning."""
     rows: list[list[str]] = []
-    left = list(run.names)
+    left = [name for name in run.names if not name.startswith(TASK)]  # those have a section of their own
     for title, prefixes in GROUPS:
         names = [name for name in left if name.startswith(prefixes)]
         left = [name for name in left if name not in names]

@@ -261,6 +261,20 @@ def test_a_run_that_evaluates_something_else(tmp_path):
     assert "return 100 → 250 (+150)" in text(tmp_path / "run")
 
 
+def test_several_tasks_have_a_table_of_their_own(tmp_path):
+    """Once, and not again among the metrics."""
+    with logger(start(tmp_path / "run")) as log:
+        for i, (reach, push) in enumerate(((0.25, 1.0), (0.75, 0.5))):
+            log.log(i, "eval", {"eval/heldout/success": 0.6, "eval/task/reach": reach, "eval/task/push-back": push})
+            train(log, i + 1, 1.0)
+    said = text(tmp_path / "run")
+    assert "Success by task" in said
+    assert "reach .25 .75 +.50" in said
+    assert "push-back 1 .50 -.50" in said
+    assert "success at reach" not in said
+    assert "Success by task" not in text(played(tmp_path / "other", (0, 100.0, 40.0)))
+
+
 def played(folder: Path, *ends: tuple[int, float, float]) -> Path:
     """A robot's run with an evaluation of three episodes, two of them filmed, at each (iteration, return, length)."""
     start(folder, recipe="robot_test")
