@@ -1,9 +1,8 @@
 """MetaWorld (Yu et al. 2020) in EnvPool's C++: a robot arm, and many tasks that a sentence names.
 
 A row's task and the start of its first episode are functions of its seed; its later episodes are of the same task,
-from seeds of EnvPool's own, but where all rows end at once: they start like first ones. An episode ends as
-soon as the task is done. Of EnvPool's fifty tasks the scripted experts of the package metaworld do all but
-dial-turn (EnvPool 1.2.5).
+from seeds of EnvPool's own. An episode ends as soon as the task is done. Of EnvPool's fifty tasks the scripted
+experts of the package metaworld do all but dial-turn (EnvPool 1.2.5).
 """
 
 from __future__ import annotations
@@ -49,6 +48,8 @@ def tasks_of(names: str | Sequence[str]) -> list[str]:
     tasks = SUITES.get(names, [names]) if isinstance(names, str) else list(names)
     if unknown := sorted(set(tasks) - set(MT50)):
         raise ValueError(f"no task {unknown} in MetaWorld: give {sorted(SUITES)} or some of {MT50}")
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise ValueError(f"tasks: name one or more, each once, got {tasks}")
     return tasks
 
 
@@ -64,11 +65,11 @@ def camel(task: str) -> str:
 
 
 class MetaWorldSim(Sim):
-    """One pool of `threads` threads for every task that a row has; pools are made anew when all rows are reset."""
+    """One pool of `threads` threads for every task that a row has, made at the first reset after `close`."""
 
     step_seconds = 0.0125
 
-    def __init__(self, tasks: Sequence[str], num_envs: int, horizon: int, sparse: bool = False, threads: int = 1):
+    def __init__(self, tasks: Sequence[str], num_envs: int, horizon: int, sparse: bool = True, threads: int = 1):
         self.tasks, self.num_envs, self.horizon, self.threads = list(tasks), num_envs, horizon, threads
         self.sparse = sparse
         self.low, self.high = -torch.ones(4), torch.ones(4)
@@ -81,8 +82,8 @@ class MetaWorldSim(Sim):
         self.obs_spec = {"state": state, "text": text}
 
     def reset(self, seeds: Tensor, mask: Tensor) -> Tree:
-        """All rows from their seeds; some of them where their pool goes on."""
-        if bool(mask.all()) or not self._pools:
+        """Start the rows of `mask`: where there are no pools yet from the seeds (B,), else where their pool goes on."""
+        if not self._pools:
             self._make(seeds)
         wanted = mask.numpy()
         for rows, pool in self._pools:
@@ -104,11 +105,15 @@ class MetaWorldSim(Sim):
         reward = success if self.sparse else shaped
         return Outcome(self._observe(), reward, success > 0, info={"success": success})
 
-    def _make(self, seeds: Tensor) -> None:
-        """A pool for every task that these seeds (B,) have, with time to spare: the time limit is SimEnv's."""
+    def close(self) -> None:
+        """Give the pools up."""
         for _, pool in self._pools:
             pool.close()
-        self.asked, self._pools = seeds.remainder(len(self.tasks)), []
+        self._pools = []
+
+    def _make(self, seeds: Tensor) -> None:
+        """A pool for every task that these seeds (B,) have, with time to spare: the time limit is SimEnv's."""
+        self.asked = seeds.remainder(len(self.tasks))
         for task, name in enumerate(self.tasks):
             rows = np.flatnonzero(self.asked.numpy() == task)
             if len(rows):
@@ -124,9 +129,9 @@ class MetaWorld(SimEnv):
     """Ten tasks or fifty, or a list of them; success ends an episode.
 
     Observation: {"state": 39 numbers, "text": (4,) word numbers}. Action: a chunk of hand velocities and a gripper
-    force, 80 a second. Reward: MetaWorld's shaped one as a share of its highest, less 1, and 0 at success, so
-    that an early end is never a loss; with `sparse`, 1 for success. `horizon` primitive steps, then a truncation.
-    `threads` are each task's.
+    force, 80 a second. Reward: 1 for success; with `sparse` false, MetaWorld's shaped one as a share of its highest,
+    less 1, and 0 at success, so that an early end is never a loss. `horizon` primitive steps, then a truncation.
+    `threads` are each task's. Rows are reset all together: EnvPool fixes seeds when a pool is made.
     """
 
     sim: MetaWorldSim
@@ -138,10 +143,17 @@ class MetaWorld(SimEnv):
         chunk: int = 5,
         horizon: int = 150,
         gamma: float = 0.99,
-        sparse: bool = False,
+        sparse: bool = True,
         threads: int = 1,
     ):
         super().__init__(MetaWorldSim(tasks_of(tasks), num_envs, horizon, sparse, threads), chunk, gamma)
+
+    def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
+        """Episode 0 of `seeds` (B,) in all rows, in new pools; ValueError where only some rows are meant."""
+        if mask is not None and not bool(mask.all()):
+            raise ValueError("EnvPool fixes seeds when a pool is made: reset all rows together")
+        self.sim.close()
+        return super().reset(seeds)
 
 
 # -- the experts ----------------------------------------------------------------------------------

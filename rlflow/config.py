@@ -294,7 +294,10 @@ def _explain(error: ValidationError) -> str:
         if item["type"] == "union_tag_invalid" and isinstance(item["input"], dict):
             name = _algorithm_name(item["input"])
             lines.append(f"{path}.name: unknown algorithm {name!r}{nearest(name, registry.TABLE['algorithm'])}")
-        elif loc != list(item["loc"]) and item["type"] in ("string_type", "dict_type"):  # of a Spec, said for each kind
+        elif str(item["loc"][-1]).startswith(("str", "dict[")) and item["type"] in (
+            "string_type",
+            "dict_type",
+        ):  # a Spec
             lines.append(f"{path}: Input should be a name or {{name: ..., setting: ...}}, got {item['input']!r}")
         elif item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             known = _elsewhere(str(loc[0])) if len(loc) == 1 else ""

@@ -51,6 +51,7 @@ REFUSED = {
     'policy.num_steps="8"': r"^policy\.num_steps: Input should be a valid integer, got '8'$",
     "algorithm.optimizer.lr=fast": r"^algorithm\.optimizer\.lr: Input should be a valid number, got 'fast'$",
     "policy.guidance=2": r"^policy\.guidance: Input should be a name or \{name: \.\.\., setting: \.\.\.\}, got 2$",
+    "algorithm={name: sac, offline: {demos: 3}}": r"^algorithm\.offline\.demos: Input should be a valid string, got 3$",
     "algorithm.guard=1": r"^algorithm\.guard: Input should be a valid boolean, got 1$",
     "policy.kernel=5": r"^policy\.kernel: Input should be a name or \{name: .* got 5$",
     "policy.precision=float16": r"^policy\.precision: Input should be 'float32', .* got 'float16'$",

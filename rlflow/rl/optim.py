@@ -93,7 +93,7 @@ class Optimizer:
             return norm
         shared = [(p, mine) for p, mine in pairs if p is not mine]
         for p, mine in shared:
-            mine.grad = None if p.grad is None else shards.local(p.grad)
+            mine.grad = torch.zeros_like(mine) if p.grad is None else shards.local(p.grad)
         square = nn.utils.get_total_norm([mine.grad for _, mine in shared if mine.grad is not None]).square()
         return (dist.all_sum(square) + norm.to(square).square()).sqrt()
 

@@ -50,7 +50,7 @@ def hacking(run: RunRecord) -> str:
 
 def tasks(run: RunRecord) -> str:
     """Success at every task of a simulator that has several, before and after."""
-    changes = {name: run.change(name) for name in run.names if name.startswith(TASK)}
+    changes = {name: run.change(name) for name in run.names if name.startswith(TASK) and not _once(run, name)}
     rows = [
         [escape(name.removeprefix(TASK)), share(change.before), share(change.after), signed(change.difference.value)]
         for name, change in changes.items()

@@ -239,9 +239,8 @@ class Trainer:
         result = self.evaluator(self.config.eval.weights)
         self.last_eval = {f"eval/heldout/{n}": v for n, v in result.means().items()}
         self._evaluated, self._headline = self.iteration, result.headline
-        by_task = {f"eval/task/{name}": share for name, share in result.by_task().items()}
-        told = self.last_eval | by_task | self._cost() | {"time/eval": time.perf_counter() - start}
-        self.logger.log(self.iteration, "eval", told)
+        told = self.last_eval | {f"eval/task/{name}": share for name, share in result.by_task().items()}
+        self.logger.log(self.iteration, "eval", told | self._cost() | {"time/eval": time.perf_counter() - start})
         if dist.rank() == 0:
             self._keep(result)
         if self._is_best():
