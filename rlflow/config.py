@@ -291,13 +291,11 @@ def _explain(error: ValidationError) -> str:
             loc.pop(1)  # less the algorithm's name
         loc = loc[:-1] if len(loc) > 1 and loc[-1] == "str" else loc
         path = ".".join(str(p) for p in loc)
+        of_spec = str(item["loc"][-1]).startswith(("str", "dict["))  # the member of that union
         if item["type"] == "union_tag_invalid" and isinstance(item["input"], dict):
             name = _algorithm_name(item["input"])
             lines.append(f"{path}.name: unknown algorithm {name!r}{nearest(name, registry.TABLE['algorithm'])}")
-        elif str(item["loc"][-1]).startswith(("str", "dict[")) and item["type"] in (
-            "string_type",
-            "dict_type",
-        ):  # a Spec
+        elif of_spec and item["type"] in ("string_type", "dict_type"):
             lines.append(f"{path}: Input should be a name or {{name: ..., setting: ...}}, got {item['input']!r}")
         elif item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             known = _elsewhere(str(loc[0])) if len(loc) == 1 else ""

@@ -82,8 +82,8 @@ class VLA(VelocityField):
     """v(x, t | pixels, words, state) of action chunks (H, A); observations as {"pixels", "text", "state"}.
 
     pixels (N, side, side, 3) uint8, none of them where `pixels` is 0; text (N, context) word numbers below `vocab`;
-    state (N, state_dim), normalised where cloning filled `normalizer`. "pooled" is the prefix's read-out beside the state:
-    what the critic and a noise head read.
+    state (N, state_dim), normalised where cloning filled `normalizer`. "pooled" is the prefix's read-out beside the
+    state: what the critic and a noise head read.
     """
 
     def __init__(
