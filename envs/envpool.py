@@ -6,6 +6,7 @@ of all rows makes a new pool: the first episodes are functions of `seeds`, later
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,13 +34,9 @@ class EnvPoolSim(NextStepSim):
     """`num_envs` copies of an EnvPool environment; `options` go to envpool.make_gymnasium."""
 
     def __init__(self, env_id: str, num_envs: int, threads: int, options: dict[str, Any], success: str | None = None):
-        self._made_of = env_id, threads, options
+        self._pool = partial(make_pool, env_id, threads=threads, options=options)
         pool = self._pool([0] * num_envs)
         super().__init__(pool, pool.spec.config.max_episode_steps, success)
-
-    def _pool(self, seeds: list[int]) -> Any:
-        env_id, threads, options = self._made_of
-        return make_pool(env_id, seeds, threads, options)
 
     def _start(self, seeds: list[int]) -> Any:
         self.env.close()

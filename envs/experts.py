@@ -87,9 +87,10 @@ def play(env: VecEnv, act: Callable[[Tree], Tensor], seed: int) -> Iterator[Epis
 
 def successes(episodes: Iterator[Episode], num: int) -> Iterator[Episode]:
     """The first `num` that reach the goal; ValueError where there are not so many."""
-    good = [episode for episode in episodes if episode.success]
+    played = list(episodes)
+    good = [episode for episode in played if episode.success]
     if len(good) < num:
-        raise ValueError(f"{len(good)} of {2 * num} episodes succeed, {num} are needed: lower the noise")
+        raise ValueError(f"{len(good)} of {len(played)} episodes succeed, {num} are needed: lower the noise")
     yield from good[:num]
 
 

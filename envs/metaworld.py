@@ -101,8 +101,7 @@ class MetaWorldSim(Sim):
             self._state[rows], self._reward[rows], _, _, info = pool.recv()
             self._success[rows] = info["success"]
         success = torch.from_numpy(self._success.copy())
-        shaped = torch.from_numpy(self._reward / HIGHEST - 1).where(success == 0, 0.0)
-        reward = success if self.sparse else shaped
+        reward = success if self.sparse else torch.from_numpy(self._reward / HIGHEST - 1).where(success == 0, 0.0)
         return Outcome(self._observe(), reward, success > 0, info={"success": success})
 
     def close(self) -> None:

@@ -291,7 +291,7 @@ def _explain(error: ValidationError) -> str:
             loc.pop(1)  # less the algorithm's name
         loc = loc[:-1] if len(loc) > 1 and loc[-1] == "str" else loc
         path = ".".join(str(p) for p in loc)
-        of_spec = str(item["loc"][-1]).startswith(("str", "dict["))  # the member of that union
+        of_spec = item["loc"][-1] == "str" or str(item["loc"][-1]).startswith("dict[")  # the member of that union
         if item["type"] == "union_tag_invalid" and isinstance(item["input"], dict):
             name = _algorithm_name(item["input"])
             lines.append(f"{path}.name: unknown algorithm {name!r}{nearest(name, registry.TABLE['algorithm'])}")

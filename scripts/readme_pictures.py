@@ -53,9 +53,8 @@ def side_by_side(before: Path, after: Path, out: Path, every: int = 3, side: int
     for short, long in ((left, right), (right, left)):
         short += [short[-1] // 3] * (len(long) - len(short))
     pairs = [Image.fromarray(np.hstack(pair)) for pair in zip(left, right, strict=True)]
-    shades = Image.fromarray(np.vstack(pairs[:: len(pairs) // 8])).quantize(
-        128, Image.Quantize.FASTOCTREE
-    )  # one palette for all
+    some = Image.fromarray(np.vstack(pairs[:: len(pairs) // 8]))
+    shades = some.quantize(128, Image.Quantize.FASTOCTREE)  # one palette for all
     first, *others = [pair.quantize(palette=shades, dither=Image.Dither.NONE) for pair in pairs]
     first.save(out, save_all=True, append_images=others, duration=40 * every, loop=0)
 

@@ -33,7 +33,7 @@ def short(horizon: int, chunk: int = 3):
 
 @pytest.mark.parametrize("one", CHECKS, ids=lambda f: f.__name__)
 def test_conforms(one):
-    """Later episodes are of EnvPool's own seeds, so rows cannot be compared after a masked reset."""
+    """Rows are reset all together, for EnvPool fixes seeds when a pool is made."""
     pytest.importorskip("envpool")
     one(Subject(short(9), short(40), short(9, 1), num_envs=4, num_steps=8, gamma=0.99, masked_reset=False))
 
@@ -66,8 +66,8 @@ def test_held_out_starts_are_none_of_trainings():
 
 
 def test_a_row_keeps_its_task_and_meets_new_starts():
-    pytest.importorskip("envpool")
     """Also where all rows end at once."""
+    pytest.importorskip("envpool")
     env = MetaWorld(3, ["push", "reach"], chunk=1, horizon=3)
     first = env.reset(torch.arange(3))
     for _ in range(3):
