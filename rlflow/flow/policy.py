@@ -31,12 +31,12 @@ CPU_ROWS = 4
 another order, and sampling 96 rows but scoring 7 would give a first ratio of 1 + 1e-7 in place of exactly 1."""
 
 
-def _filled_up(x: Tensor) -> Tensor | None:
-    """Row numbers that repeat the last row up to a multiple of CPU_ROWS; None where nothing is to be done."""
+def _filled_up(x: Tensor, multiple: int) -> Tensor | None:
+    """Row numbers that repeat the last row up to a multiple of this; None where nothing is to be done."""
     num = len(x)
-    if x.device.type != "cpu" or num % CPU_ROWS == 0:
+    if x.device.type != "cpu" or num % multiple == 0:
         return None
-    return torch.arange(num + -num % CPU_ROWS).clamp(max=num - 1)
+    return torch.arange(num + -num % multiple).clamp(max=num - 1)
 
 
 class FlowPolicy(nn.Module):
@@ -60,6 +60,7 @@ class FlowPolicy(nn.Module):
         self.autocast, self.storage_dtype = autocast, storage_dtype
         self.network_rows, self.graph_rows = 0, 0  # rows evaluated; those of them with a graph
         self.encoder_rows = 0
+        self.multiple = CPU_ROWS
         self._check_velocity()
         self.weights = WeightSets(self)
 
@@ -113,7 +114,7 @@ class FlowPolicy(nn.Module):
     def encode(self, obs: Tree) -> Cond:
         """Raw observations (N, ...) to a Cond (N)."""
         obs, num = tree_map(lambda v: v.to(self.device), obs), num_rows(obs)
-        if (fill := _filled_up(tree_leaves(obs)[0])) is not None:
+        if (fill := _filled_up(tree_leaves(obs)[0], self.multiple)) is not None:
             obs = tree_map(lambda v: v[fill], obs)
         with self._precision():
             cond = self.field.encode(obs)
@@ -130,7 +131,7 @@ class FlowPolicy(nn.Module):
         self.network_rows += rows
         self.graph_rows += len(x) * field.graph_calls * torch.is_grad_enabled()
         num, dtype = len(x), x.dtype
-        if (fill := _filled_up(x)) is not None:
+        if (fill := _filled_up(x, self.multiple)) is not None:
             x, t, dt, cond = x[fill], t[fill], dt[fill], cond.index(fill)
         with self._precision():
             return field(x, t, dt, cond)[:num].to(dtype)
@@ -138,7 +139,7 @@ class FlowPolicy(nn.Module):
     def _step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, cond: Cond) -> Gaussian:
         """The kernel's answer; it may hold a network too."""
         num = len(x)
-        if (fill := _filled_up(x)) is not None:
+        if (fill := _filled_up(x, self.multiple)) is not None:
             x, v, t, t_next, cond = x[fill], v[fill], t[fill], t_next[fill], cond.index(fill)
         dist = self.kernel(x, v, t, t_next, cond["pooled"])
         return Gaussian(dist.mean[:num], dist.std[:num])

@@ -97,6 +97,17 @@ def attach(pipe: Any, rank: int | None, alpha: float | None, modules: list[str],
     for parameter in found.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
+    for module in transformer.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = _OutsideAutocast()
+
+
+class _OutsideAutocast:
+    """True where peft has to bring a layer's input to the LoRA's dtype. Autocast would undo it at once: float32 copies
+    of every layer's input, for nothing."""
+
+    def __bool__(self) -> bool:
+        return not any(torch.is_autocast_enabled(device) for device in ("cuda", "cpu"))
 
 
 def _lora_state(transformer: nn.Module) -> dict[str, Tensor]:

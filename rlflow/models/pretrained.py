@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlflow.flow.field import VelocityField
 from rlflow.models import lora as lora_files
+from rlflow.models import norms
 from rlflow.models.adapter import Adapter
 from rlflow.models.prompt_table import Encoding, PromptTable
 from rlflow.types import Cond
@@ -53,6 +54,7 @@ class PretrainedField(VelocityField):
         super().__init__()
         self.adapter, self.args = adapter, args
         self.transformer: nn.Module = adapter.pipe.transformer
+        norms.fuse(self.transformer)
         self.max_sequence_length = max_sequence_length or adapter.max_sequence_length
         self.release_encoders = release_encoders
         self.num_features = int(adapter.pipe.transformer.config.pooled_projection_dim)

@@ -187,6 +187,7 @@ def _moments(config: Config, bare: Skeleton, traced: Trace, shape: _Shape, gpus:
     """Bytes that come on top, at each of the moments that can be the worst."""
     shares = _shares(config, gpus)
     trained = parameter_bytes(bare.policy, trained=True) / shares
+    largest = max(parameter_bytes(nn.ParameterList([p]), trained=True) for p in bare.policy.parameters()) / shares
     gathered = _gathered(bare) if shares > 1 else 0.0
     rows, call = shape.rows, shape.rows_per_call
     event = torch.Size(bare.policy.event_shape).numel() * FLOAT
@@ -202,7 +203,7 @@ def _moments(config: Config, bare: Skeleton, traced: Trace, shape: _Shape, gpus:
         "decoding": {**kept, f"decoding {call} rows": traced.bytes(traced.decoding, call)},
         "scoring": {**update, f"activations of {shape.pairs} pairs": traced.bytes(traced.scoring, shape.pairs)},
         "the critic's step": {**update, f"critic of {minibatch} rows": traced.bytes(traced.value, minibatch)},
-        "the optimiser's step": {**update, "temporaries": trained * (3 if gpus > shares else 1)},
+        "the optimiser's step": {**update, "temporaries": 3 * trained if gpus > shares else max(trained, 2 * largest)},
     }
 
 

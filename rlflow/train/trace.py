@@ -10,20 +10,23 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlflow.flow.policy import FlowPolicy
+from rlflow.models.shapes_of import beside
 from rlflow.rl.likelihood import Likelihood
 from rlflow.types import Cond, Evidence, Tree, tree_leaves, tree_map
 
 FEW = 4
-"""Rows of a trace that counts per row: a multiple of what a pass on the CPU is filled up to."""
+"""Rows of a trace that counts per row."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -54,6 +57,11 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+def as_on_gpu() -> AbstractContextManager[Any]:
+    """rms_norm is many operations on a CPU, and one on a GPU: that keeps for its backward what layer_norm keeps."""
+    return mock.patch.object(F, "rms_norm", F.layer_norm)
 
 
 def attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -100,6 +108,7 @@ class Trace:
         critic: nn.Module | None = None,
     ):
         self.policy, self.likelihood, self.obs_spec = policy, likelihood, obs_spec
+        policy.multiple = 1  # as on a GPU
         self.mode, self.critic = mode, critic
         self._known: dict[tuple[str, int], float] = {}
 
@@ -119,16 +128,24 @@ class Trace:
 
     def _bytes(self, make: Pass, rows: int) -> float:
         fn = make(rows)
-        with LiveBytes() as live:
+        with LiveBytes() as live, as_on_gpu():
             self._add_gradients()  # here, since tensors like these are replaced, not added to
+            for module in self._modules():
+                for tensor in (*module.parameters(), *module.buffers()):
+                    live.see(tensor)  # a view of a weight, its transpose say, takes nothing
             before = live.now
             kept = fn()
         del kept
         return float(live.peak - before)
 
+    def _modules(self) -> list[nn.Module]:
+        found = [self.policy, self.critic, *beside(self.policy.field.unguided)]
+        return [module for module in found if module is not None]
+
     def _add_gradients(self) -> None:
-        for p in (*self.policy.parameters(), *(self.critic.parameters() if self.critic else ())):
-            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        for module in self._modules():
+            for p in module.parameters():
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
 
     def _flops(self, make: Pass) -> float:
         """Not beside the bytes: the counter keeps tensors alive."""

@@ -62,13 +62,13 @@ def test_memory_is_that_of_a_real_iteration(kind: str, tiny: list[str], scenes_f
     """The estimate from shapes alone against the allocator's record of building everything and one iteration.
 
     It may be 12 % above. Activations may be 10 % below, in networks as small as these, where what an environment
-    holds is seen; weights, of which there are six copies, not at all.
+    holds is seen; weights, of which there are six copies, 1 %.
     """
     config = load(kind, tiny, scenes_field)
     estimate = Planner(config).estimate(config).memory
     iteration(config)  # what is made once, tables and caches, is not the recipe's
     found = measured_peak(lambda: iteration(config))
-    low = 1.0 if kind == "weights" else 0.9
+    low = 0.99 if kind == "weights" else 0.9
     assert low * found <= estimate.peak <= 1.12 * found, (found, estimate.parts)
 
 

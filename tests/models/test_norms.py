@@ -1,0 +1,111 @@
+"""The norms of a pretrained network: the same function, in one precision, with less kept for the backward pass."""
+
+import pytest
+import torch
+import torch.nn as nn
+from diffusers.models import normalization
+
+from rlflow.models import norms
+from rlflow.models.pretrained import pretrained
+from rlflow.train.trace import as_on_gpu
+
+KINDS = {
+    "layer": lambda: nn.LayerNorm(64, eps=1e-6),
+    "layer, no weights": lambda: nn.LayerNorm(64, eps=1e-6, elementwise_affine=False),
+    "rms of torch": lambda: nn.RMSNorm(64, eps=1e-3),
+    "rms of diffusers": lambda: normalization.RMSNorm(64, eps=1e-3),
+    "rms, no weights": lambda: normalization.RMSNorm(64, eps=1e-3, elementwise_affine=False),
+}
+
+
+def pair(kind: str) -> tuple[nn.Module, nn.Module]:
+    """A network of one norm with random weights, as it was and fused."""
+    was, fused = nn.Sequential(KINDS[kind]()), nn.Sequential(KINDS[kind]())
+    for parameter in was.parameters():
+        nn.init.normal_(parameter)
+    norms.fuse(fused)
+    fused.load_state_dict(was.state_dict())
+    assert type(fused[0]) is not type(was[0])
+    return was, fused
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fused_norm_is_the_same_function(kind):
+    was, fused = pair(kind)
+    x = 0.1 * torch.randn(5, 7, 64)  # small: eps counts
+    torch.testing.assert_close(fused(x), was(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_it_keeps_the_dtype_it_is_given_and_rounds_once(kind, device):
+    """Relative error of at most half a unit of bfloat16, 2^-8, against float64."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    fused = pair(kind)[1].to(device, torch.bfloat16)
+    x = torch.randn(5, 7, 64).to(device, torch.bfloat16)
+    with torch.autocast(device, torch.bfloat16):
+        found = fused(x)
+    assert found.dtype == torch.bfloat16
+    exact = fused.double()(x.double())
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_a_norm_with_a_bias_that_is_not_known_stays():
+    net = nn.Sequential(normalization.RMSNorm(8, eps=1e-6, bias=True))
+    norms.fuse(net)
+    assert type(net[0]) is normalization.RMSNorm
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_under_autocast_no_activation_is_kept_in_float32(kind, tiny_pipeline):
+    """Neither by the norms nor by the LoRA, whose own weights are float32."""
+    field = pretrained(str(tiny_pipeline(kind)), resolution=32, max_sequence_length=24, lora=2, weights="bfloat16")
+    x, t = torch.randn(8, *field.event_shape), torch.full((8,), 0.5)
+    cond = field.encode(field.tokenize(["a red cat"] * 8))
+    kept = {torch.bfloat16: 0, torch.float32: 0}
+
+    def note(value: torch.Tensor) -> torch.Tensor:
+        row_sums = value.dim() == 3 and value.shape[1] == 2  # of attention's two heads
+        if value.shape[:1] == (8,) and value.dim() > 2 and not row_sums:
+            kept[value.dtype] += 1
+        return value
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda v: v)
+    with as_on_gpu(), hooks, torch.autocast("cpu", torch.bfloat16):
+        field(x, t, 0 * t, cond)
+    assert kept[torch.bfloat16] > 10
+    assert not kept[torch.float32]
+
+
+def test_under_autocast_the_layers_that_share_an_input_keep_it_once(tiny_pipeline):
+    """As with peft's own cast to float32 and back, to the bit, from fewer bytes."""
+    field = pretrained(str(tiny_pipeline("sd3")), resolution=32, max_sequence_length=24, lora=2, weights="bfloat16")
+    x, t = torch.randn(8, *field.event_shape), torch.full((8,), 0.5)
+    cond = field.encode(field.tokenize(["a red cat"] * 8))
+
+    def run() -> tuple[torch.Tensor, int]:
+        kept: dict[int, torch.Tensor] = {}
+
+        def note(value: torch.Tensor) -> torch.Tensor:
+            return kept.setdefault(value.untyped_storage().data_ptr(), value)
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda v: v), torch.autocast("cpu", torch.bfloat16):
+            out = field(x, t, 0 * t, cond)
+        return out, sum(value.untyped_storage().nbytes() for value in kept.values())
+
+    ours, our_bytes = run()
+    for module in field.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = True
+    theirs, their_bytes = run()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert our_bytes < 0.95 * their_bytes
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_a_lora_in_float32_runs_without_autocast_too(weights, tiny_pipeline):
+    """Where peft has to bring inputs to its dtype, it still does."""
+    field = pretrained(str(tiny_pipeline("sd3")), resolution=32, max_sequence_length=24, lora=2, weights=weights)
+    x, t = torch.randn(2, *field.event_shape), torch.full((2,), 0.5)
+    assert field(x, t, 0 * t, field.encode(field.tokenize(["a red cat"] * 2))).isfinite().all()
