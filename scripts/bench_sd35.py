@@ -1,6 +1,6 @@
 """What the sd35 recipes cost on a GPU: the architecture of Stable Diffusion 3.5 medium with random weights; JSON.
 
-    python scripts/bench_sd35.py --out sd35.json        512 pixels, LoRA 32, guidance 4.5: three minutes on an H100
+    python scripts/bench_sd35.py --out sd35.json        512 pixels, LoRA 32, guidance 4.5: four minutes on an H100
     python scripts/bench_sd35.py --tiny                 a small network on any device, to try the script
 
 Nothing is downloaded. The transformer and the VAE have the published shapes; the text encoders are left out, their

@@ -81,7 +81,8 @@ def shape_of(checkpoint: str, settings: Mapping[str, Any]) -> PretrainedField:
 
     known, dtype = KNOWN[checkpoint], DTYPES[settings.get("weights", "float32")]
     with torch.device("meta"):
-        transformer = getattr(diffusers, known.transformer)(**known.numbers).to(dtype)
+        transformer = getattr(diffusers, known.transformer)(**known.numbers)
+        nn.Module.to(transformer, dtype)  # that of diffusers warns of layers it does not have
         pipe: Any = SimpleNamespace(transformer=transformer, vae=diffusers.AutoencoderKL(**VAE).requires_grad_(False))
         border = known.adapter(pipe)
         if settings.get("lora") is not None:

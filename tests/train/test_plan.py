@@ -1,8 +1,11 @@
 """plan: rows equal those counted, memory that of a real iteration, and what it proposes fits."""
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from rlflow.train.gpus import GPU, find_gpu
 from rlflow.train.plan import Memory, Planner, make_fit, more_gpus
 from rlflow.train.probe import Probe
 from rlflow.train.skeleton import skeleton
-from rlflow.train.trace import FEW, LiveBytes, Trace
+from rlflow.train.trace import LiveBytes, Trace, parameter_bytes
 
 SMALL = ("train.minutes=", "train.iterations=2", "env.num_groups=4", "env.group_size=8", "env.rows_per_call=16")
 KINDS = {
@@ -241,4 +244,26 @@ def test_nothing_is_loaded(tiny: list[str], scenes_field: str) -> None:
     traced = Trace(bare.policy, bare.likelihood, bare.obs_spec, bare.mode)
     assert traced.bytes(traced.scoring, 4) > traced.bytes(traced.sampling, 4) > 0
     assert all(type(p.data).__name__ == "FakeTensor" for p in bare.policy.parameters())
-    assert FEW % 4 == 0, "a pass on the CPU is filled up to 4 rows"
+
+
+def test_a_trace_counts_activations_row_by_row_and_no_weights() -> None:
+    """As on a GPU: passes are not filled up to four rows, and a transposed weight is no new tensor."""
+    config = recipes.load("robot_reach_reinflow", ["policy.field={name: mlp, width: 512}"])
+    bare = skeleton(config)
+    traced = Trace(bare.policy, bare.likelihood, bare.obs_spec, bare.mode)
+    found = [traced.bytes(traced.sampling, rows) for rows in (1, 2, 3, 4, 5)]
+    steps = [after - before for before, after in pairwise(found)]
+    assert steps == [steps[0]] * 4
+    assert 0 < found[-1] < 0.1 * parameter_bytes(bare.policy, trained=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flow_grpo", "flow_grpo_fast", "mixgrpo", "flow_grpo_checkpointed"])
+def test_memory_of_a_large_network_is_that_measured_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stable Diffusion 3.5 medium on an H100, by the committed record of scripts/bench_sd35.py: within 3 %."""
+    root = Path(__file__).parents[2]
+    monkeypatch.syspath_prepend(root / "scripts")
+    planned, _ = importlib.import_module("bench_sd35").config_of(name, 16, False)
+    measured = json.loads((root / "docs" / "sd35_h100.json").read_text())["runs"][-1]["iterations"][name]
+    peak = Planner(planned).estimate(planned).memory.peak
+    assert peak == pytest.approx(measured["peak_bytes"], rel=0.03)
