@@ -182,6 +182,16 @@ def test_images_need_a_prompt(fails: Fails) -> None:
     assert "name a file that ends in .png" in fails("sample", "shapes", "--prompt", "a red circle", "--out", "x.jpeg")
 
 
+def test_a_pipeline_of_diffusers_shows_its_pictures_and_says_why_it_is_not_judged(
+    tmp_path: Path, tiny_pipeline: Callable[..., Path], fails: Fails
+) -> None:
+    pytest.importorskip("diffusers")
+    folder, png = str(tiny_pipeline("sd3")), tmp_path / "x.png"
+    cli.main(["sample", folder, "--prompt", "a red circle", "--num", "1", "--steps", "2", "--out", str(png)])
+    assert png.stat().st_size > 1000
+    assert "is a pipeline, which does not say how it is judged" in fails("eval", folder)
+
+
 @pytest.mark.parametrize("number", ["0", "-1", "two"])
 @pytest.mark.parametrize("flag", ["--num", "--steps"])
 def test_counts_are_at_least_one(flag: str, number: str, fails: Fails) -> None:

@@ -32,7 +32,7 @@ BELOW = {
     "envs": {"types", "registry", "dist", "shards", "moments", "flow", "models", "rewards"},
     "rl": {"types", "registry", "dist", "shards", "flow", "models", "envs", "rewards"},
 }
-ABOVE_ALL = {"cli", "__main__"}  # nothing but themselves may import these
+ABOVE_ALL = {"cli", "commands", "__main__"}  # nothing but themselves may import these
 
 # Slow to import and not needed to print help, list names or reject a misspelt key.
 HEAVY = {

@@ -44,8 +44,23 @@ def judging_config(name: str | Path, trust_code: bool = False) -> Config:
     """
     if is_run(name):
         return read_run_config(name, trust_code)
+    if _is_foreign(name):
+        raise ValueError(
+            f"{name} is a pipeline, which does not say how it is judged: evaluate a run that starts from it, or look at "
+            f"pictures with `rlflow sample {name} --prompt TEXT --out x.png`"
+        )
     scored_nothing = {"policy": {"field": str(name)}, "steps": "none", "train": {"iterations": 1}}
     return parse(merge(scored_nothing, _said(name, trust_code)), trust_code)
+
+
+def world_of(name: str | Path, trust_code: bool = False) -> str:
+    """Name of the environment a run or checkpoint is for; what makes images, pipelines too, is for 'prompt'."""
+    return "prompt" if _is_foreign(name) else judging_config(name, trust_code).env.name
+
+
+def _is_foreign(name: str | Path) -> bool:
+    """True for a pipeline of diffusers, in a folder or on the hub."""
+    return not is_run(name) and (is_pipeline(str(name)) or is_hub_id(str(name)))
 
 
 def _said(name: str | Path, trust_code: bool) -> dict[str, Any]:
@@ -77,7 +92,7 @@ def load(
     """
     if not is_run(name):
         _check_of_runs(name, checkpoint, weights)
-    if is_pipeline(str(name)) or is_hub_id(str(name)):
+    if _is_foreign(name):
         return _load_pipeline(str(name), lora, resolution, guidance, num_steps)
     if (lora, resolution, guidance, num_steps) != (None,) * 4:
         raise ValueError(f"{name} is no diffusers pipeline: lora, resolution, guidance and num_steps are of those")

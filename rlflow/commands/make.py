@@ -1,0 +1,135 @@
+"""Commands that make models and runs: train, sweep, compare, pretrain."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from rlflow.arguments import command, json_flag, positive, recipe_argument, trust_flag
+from rlflow.console import print_json
+
+
+def add(commands: Any) -> None:
+    """Enter the commands of this file."""
+    for one in (_train, _sweep, _compare, _pretrain):
+        one(commands)
+
+
+def _train(commands: Any) -> None:
+    p = command(commands, "train", _run_train, "Fine-tune a policy with a recipe.")
+    recipe_argument(p)
+    p.add_argument("--run", metavar="DIR", help="run folder (default runs/RECIPE-TIME)")
+    p.add_argument("--resume", metavar="last|PATH", help="continue the run in --run from a checkpoint")
+    p.add_argument("--seeds", metavar="0,1,2", help="one run per seed, in DIR/seed-N")
+    p.add_argument("--processes", type=positive, default=1, metavar="N", help="share each iteration among N processes")
+    p.add_argument("--quiet", action="store_true", help="no progress display")
+    trust_flag(p)
+
+
+def _run_train(args: argparse.Namespace) -> None:
+    if args.resume and not args.run:
+        raise ValueError("--resume needs --run DIR, the folder of the run to continue")
+    seeds = None if args.seeds is None else _seeds(args.seeds)
+    if args.processes > 1:
+        _train_shared(args)
+        return
+    from rlflow import dist
+
+    try:
+        if seeds is None:
+            _train_one(args, args.run, args.overrides, args.resume)
+        else:
+            _train_seeds(args, seeds)
+    finally:
+        dist.stop()  # once: processes that leave the group between two seeds do not find each other again
+
+
+def _seeds(text: str) -> list[int]:
+    """The numbers of "0,1,2", each once."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len(set(map(int, words))) < len(words):
+        raise ValueError(f"--seeds {text!r}: write whole numbers with commas between them, each once, as in 0,1,2")
+    return [int(word) for word in words]
+
+
+def _train_seeds(args: argparse.Namespace, seeds: list[int]) -> None:
+    """One run after the other; a signal ends all. With --resume last those that have not begun are begun."""
+    base = Path(args.run or f"runs/{Path(args.recipe).stem}")
+    folders = {seed: base / f"seed-{seed}" for seed in seeds}
+    begun = {seed for seed, folder in folders.items() if (folder / "config.yaml").exists()}
+    for seed, folder in folders.items():
+        resume = None if args.resume == "last" and begun and seed not in begun else args.resume
+        if _train_one(args, folder, [*args.overrides, f"train.seed={seed}"], resume):
+            return
+
+
+def _train_shared(args: argparse.Namespace) -> None:
+    from rlflow import dist, recipes
+    from rlflow.cli import main
+    from rlflow.train.trainer import default_run
+
+    recipes.load(args.recipe, args.overrides, args.trust_code)  # an error is said once
+    words = args.words if args.run else [*args.words, "--run", str(default_run(args.recipe))]
+    dist.launch(args.processes, main, [*words, "--processes", "1"])
+
+
+def _train_one(args: argparse.Namespace, run: Path | str | None, overrides: list[str], resume: str | None) -> bool:
+    """Train one run; True when it was interrupted."""
+    from rlflow.train.trainer import Trainer
+
+    trainer = Trainer(
+        args.recipe, run, overrides=overrides, resume=resume, trust_code=args.trust_code, quiet=args.quiet
+    )
+    trainer.fit()
+    if os.environ.get("RANK", "0") == "0":
+        state = "stopped by a signal, resume with --resume last" if trainer.interrupted else "finished"
+        print(f"{state}: {trainer.iteration} iterations, {trainer.seconds:.0f} s of training; run folder {trainer.run}")
+    return trainer.interrupted
+
+
+def _sweep(commands: Any) -> None:
+    p = command(commands, "sweep", _run_sweep, "Run a table of recipes and seeds; prints the plan and its cost first.")
+    p.add_argument("table", metavar="TABLE.yaml")
+    p.add_argument("--run", metavar="DIR", required=True, help="folder of all runs; finished ones are skipped")
+    p.add_argument("--jobs", type=positive, default=None, help="processes side by side")
+    p.add_argument("--dry", action="store_true", help="print the plan and its cost only")
+    trust_flag(p)
+
+
+def _run_sweep(args: argparse.Namespace) -> None:
+    from rlflow.train.sweep import run_sweep
+
+    run_sweep(Path(args.table), Path(args.run), dry=args.dry, jobs=args.jobs, trust_code=args.trust_code)
+
+
+def _compare(commands: Any) -> None:
+    p = command(commands, "compare", _run_compare, "Compare runs: last evaluation, cost, paired differences.")
+    p.add_argument("runs", nargs="+", metavar="RUN")
+    json_flag(p)
+
+
+def _run_compare(args: argparse.Namespace) -> None:
+    from rlflow.train.compare import compare, print_comparison
+
+    result = compare([Path(r) for r in args.runs])
+    print_json(result) if args.json else print_comparison(result)
+
+
+def _pretrain(commands: Any) -> None:
+    p = command(
+        commands, "pretrain", _run_pretrain, "Pre-train an embedded model from data the program draws or plays."
+    )
+    p.add_argument("world", metavar="NAME", help="shapes, words, robot_bc_hopper, ...")
+    p.add_argument("rest", nargs=argparse.REMAINDER, metavar="--steps N --seed N --out DIR ...")
+
+
+def _run_pretrain(args: argparse.Namespace) -> None:
+    from rlflow.registry import nearest
+    from rlflow.train.worlds import WORLDS
+    from rlflow.train.worlds import main as pretrain
+
+    if args.world not in WORLDS:
+        raise ValueError(f"unknown world {args.world!r}{nearest(args.world, WORLDS)}")
+    pretrain(WORLDS[args.world], args.rest)
