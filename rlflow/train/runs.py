@@ -46,8 +46,8 @@ def judging_config(name: str | Path, trust_code: bool = False) -> Config:
         return read_run_config(name, trust_code)
     if _is_foreign(name):
         raise ValueError(
-            f"{name} is a pipeline, which does not say how it is judged: evaluate a run that starts from it, or look at "
-            f"pictures with `rlflow sample {name} --prompt TEXT --out x.png`"
+            f"{name} is a pipeline, which does not say how it is judged: evaluate a run that starts from it, or look "
+            f"at pictures with `rlflow sample {name} --prompt TEXT --out x.png`"
         )
     scored_nothing = {"policy": {"field": str(name)}, "steps": "none", "train": {"iterations": 1}}
     return parse(merge(scored_nothing, _said(name, trust_code)), trust_code)

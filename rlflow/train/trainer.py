@@ -18,7 +18,6 @@ from rlflow import dist, recipes, shards
 from rlflow.config import Config, difference, parse
 from rlflow.flow.noise import generator
 from rlflow.models.io import save_field
-from rlflow.rl.advantages import moments
 from rlflow.rl.collector import permute_rewards
 from rlflow.rl.optim import NonFiniteError
 from rlflow.train.build import judged_by, make_evaluator, make_parts, whole_field
@@ -27,6 +26,7 @@ from rlflow.train.episodes import Episodes
 from rlflow.train.evaluate import Evaluation
 from rlflow.train.head import write_head
 from rlflow.train.logger import RunLogger, import_wandb, read_metrics
+from rlflow.train.rollout_metrics import rollout_metrics
 from rlflow.train.signals import Signals
 from rlflow.types import Rollout
 
@@ -161,7 +161,7 @@ class Trainer:
         if self.config.train.permute_rewards:
             permute_rewards(rollout, generator("control", self.config.train.seed, self.iteration))
         middle = time.perf_counter()
-        metrics = self.collector.env.metrics() | _reward_metrics(rollout) | _episode_metrics(rollout)
+        metrics = self.collector.env.metrics() | rollout_metrics(rollout)
         metrics |= self.algorithm.update(rollout)
         if not self.algorithm.optimizer.bad_in_a_row:
             self._last_good = self.iteration + 1
@@ -375,26 +375,3 @@ def _resolve(config: str | dict[str, Any] | Config, overrides: Sequence[str], tr
 def default_run(recipe: str) -> Path:
     """runs/RECIPE-TIME, where no folder was named."""
     return Path("runs") / f"{Path(recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def _reward_metrics(rollout: Rollout) -> dict[str, float]:
-    """Mean and std of the total and of each reward over all ranks; a mean of nothing is nan, not 0."""
-    named = {f"reward/{name}": (value, value.isfinite()) for name, value in rollout.reward_parts.items()}
-    out: dict[str, float] = {}
-    for name, (value, weight) in {"reward": (rollout.reward, rollout.weight), **named}.items():
-        mean, std, count = (float(m) for m in moments(value, weight))
-        out |= {f"{name}/mean": mean if count else math.nan, f"{name}/std": std if count else math.nan}
-        masked = dist.all_sum((~value.isfinite()).double().mean()) / dist.world()  # ranks have equal numbers of rows
-        out[f"{name}/masked_frac"] = float(masked)
-    return out
-
-
-def _episode_metrics(rollout: Rollout) -> dict[str, float]:
-    """Mean return, length and success of the episodes that ended, over all ranks; nothing where none did."""
-    out: dict[str, float] = {}
-    for name in ("episode_return", "episode_length", "success"):
-        if name in rollout.info:
-            value = rollout.info[name]
-            mean, _, count = moments(value, value.isfinite().to(value.dtype))
-            out |= {f"rollout/{name}": float(mean)} if count else {}
-    return out
