@@ -41,3 +41,11 @@ def finite(value: Any) -> Any:
 def print_json(values: Any) -> None:
     """Indented JSON on stdout."""
     print(json.dumps(finite(values), indent=1, allow_nan=False))
+
+
+def terminal() -> Any:
+    """A rich Console on stdout; into a file or a pipe 160 columns wide, since its 80 break the words of a table."""
+    from rich.console import Console
+
+    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=160) if wide else Console()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlflow import cli, recipes
+from rlflow import cli, console, recipes
 from rlflow.train.evaluate import Evaluation
 from rlflow.train.trainer import Trainer
 
@@ -215,3 +215,11 @@ def test_json_holds_null_for_what_is_not_finite(
     monkeypatch.setattr("rlflow.train.compare.compare", lambda runs: {"runs": [{"interval": (1.0, math.inf)}]})
     cli.main(["compare", "a", "--json"])
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"runs": [{"interval": [1.0, None]}]}
+
+
+def test_tables_in_a_pipe_keep_their_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 160 columns, unless the user says otherwise."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert console.terminal().width == 160
+    monkeypatch.setenv("COLUMNS", "90")
+    assert console.terminal().width == 90

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rlflow.console import terminal
 from rlflow.train.aggregate import NETWORK_ROWS, SECONDS
 from rlflow.train.glossary import MISSING, describe, duration, share, show, signed
 from rlflow.train.record import HELDOUT, RunRecord
@@ -145,7 +146,6 @@ def _cost(run: Mapping[str, Any]) -> list[str]:
 
 def print_comparison(result: Mapping[str, Any]) -> None:
     """The tables on the terminal."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -153,4 +153,4 @@ def print_comparison(result: Mapping[str, Any]) -> None:
         table = Table(*header, title=title, title_justify="left")
         for cells in rows:
             table.add_row(*(escape(cell) for cell in cells))
-        Console().print(table)
+        terminal().print(table)

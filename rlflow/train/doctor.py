@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlflow.config import Config
-from rlflow.console import finite
+from rlflow.console import finite, terminal
 from rlflow.flow.steps import Plan
 from rlflow.train.build import Parts, make_parts
 from rlflow.train.check import Check
@@ -246,7 +246,6 @@ def checks_as_json(checks: Sequence[Check]) -> list[dict[str, Any]]:
 
 def print_checks(checks: Sequence[Check]) -> None:
     """A table on the terminal."""
-    from rich.console import Console
     from rich.table import Table
 
     colours = {"PASS": "green", "FAIL": "bold red", "INFO": "dim"}
@@ -254,4 +253,4 @@ def print_checks(checks: Sequence[Check]) -> None:
     for check in checks:
         verdict = f"[{colours[check.verdict]}]{check.verdict}[/]"
         table.add_row(check.name, f"{check.value:.4g}", check.limit, verdict, check.detail)
-    Console().print(table)
+    terminal().print(table)

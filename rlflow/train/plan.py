@@ -17,6 +17,7 @@ import torch.nn as nn
 
 from rlflow import registry
 from rlflow.config import Config
+from rlflow.console import terminal
 from rlflow.flow.field import VelocityField
 from rlflow.models.shapes_of import beside
 from rlflow.rl.groups import Groups
@@ -314,10 +315,9 @@ def plan_as_json(planner: Planner, gpu: GPU, gpus: int) -> dict[str, Any]:
 
 def print_plan(planner: Planner, gpu: GPU, gpus: int) -> None:
     """Tables on the terminal."""
-    from rich.console import Console
     from rich.table import Table
 
-    values, console = plan_as_json(planner, gpu, gpus), Console()
+    values, console = plan_as_json(planner, gpu, gpus), terminal()
     rows = Table("network evaluations", "per sample", f"per iteration ({values['samples_per_iteration']} samples)")
     for name, each in values["network_rows_per_sample"].items():
         rows.add_row(name, f"{each:.2f}", f"{values['network_rows_per_iteration'][name] * gpus:,}")
