@@ -73,6 +73,17 @@ class OptimizerConfig:
 
 
 @dataclass
+class NFTConfig:
+    """DiffusionNFT's loss in place of the clipped ratio; the weights that sample follow the live ones."""
+
+    __pydantic_config__ = STRICT
+    beta: float = 1.0  # b: how far the two branches stand from the sampling weights' velocity
+    clip: float = 5.0  # advantage at which a sample counts as wholly good or bad
+    old_rate: float = 0.001  # the sampling weights keep min(old_rate x iteration, old_max) of themselves
+    old_max: float = 0.5
+
+
+@dataclass
 class AlgorithmConfig:
     """The clipped policy gradient."""
 
@@ -90,6 +101,7 @@ class AlgorithmConfig:
     target_kl: float | None = None
     anchor: float = 0.0  # weight of the squared distance to the un-tuned policy's action from the same start noise
     denoising_gamma: float = 1.0  # each earlier denoising step counts this much less (DPPO)
+    nft: NFTConfig | None = None
     clip_base: float | None = None  # clip of the noisiest step, growing to clip_low and clip_high at the last (DPPO)
     critic_steps: int = 1  # optimiser steps of the critic per step of the policy
     critic_lr: float = 1e-3

@@ -16,6 +16,7 @@ POSITIVE = (
     *("reward.timeout_s", "algorithm.epochs", "algorithm.num_minibatches", "algorithm.micro_batch"),
     *("algorithm.clip_low", "algorithm.clip_high", "algorithm.target_kl", "algorithm.critic_steps"),
     *("algorithm.clip_base", "algorithm.critic_width", "algorithm.denoising_gamma"),
+    *("algorithm.nft.beta", "algorithm.nft.clip"),
     *("algorithm.optimizer.eps", "algorithm.optimizer.max_bad_steps"),
     *("train.iterations", "train.minutes", "train.threads", "train.checkpoint_every", "train.keep"),
     *("eval.num", "eval.num_steps", "eval.resolution", "eval.rows_per_call", "eval.grid", "advantage.clip"),
@@ -27,7 +28,7 @@ NOT_NEGATIVE = (
     *("eval.every", "eval.video", "algorithm.kl.beta", "algorithm.entropy", "algorithm.optimizer.warmup"),
     *("algorithm.optimizer.weight_decay", "algorithm.optimizer.max_grad_norm", "advantage.eps"),
     *("algorithm.anchor", "algorithm.critic_warmup", "algorithm.start", "algorithm.alpha_lr"),
-    *("algorithm.max_grad_norm", "algorithm.offline.clone", "algorithm.offline.updates"),
+    *("algorithm.max_grad_norm", "algorithm.offline.clone", "algorithm.offline.updates", "algorithm.nft.old_rate"),
 )
 UNIT = (
     *("algorithm.denoising_gamma", "algorithm.optimizer.final", "env.gamma", "advantage.lam", "algorithm.tau"),
@@ -36,7 +37,7 @@ UNIT = (
 LEARNING_RATES = ("algorithm.optimizer.lr", "algorithm.critic_lr", "algorithm.lr")
 """Adam's first step is lr long in every weight: above 1 nothing of the network is left."""
 SEEDS = ("train.seed", "eval.seed")
-BELOW_ONE = ("algorithm.ema_decay", "algorithm.optimizer.betas", "algorithm.offline.share")
+BELOW_ONE = ("algorithm.ema_decay", "algorithm.optimizer.betas", "algorithm.offline.share", "algorithm.nft.old_max")
 FINITE = (
     *("algorithm.optimizer.eps", "algorithm.optimizer.weight_decay"),
     *("algorithm.kl.beta", "algorithm.entropy", "algorithm.anchor", "advantage.eps"),
@@ -140,6 +141,8 @@ def _check_policy_gradient(config: Config, trust_code: bool) -> None:
         )
     if c.guard and likelihood.joint:
         raise ValueError("algorithm.guard: GRPO-Guard re-scales each step's ratio; set likelihood.joint=false")
+    if c.nft is not None:
+        _check_nft(config, likelihood)
     if config.env.name == "prompt" and c.num_minibatches > config.env.num_groups:
         raise ValueError(
             f"algorithm.num_minibatches: {c.num_minibatches} is more than "
@@ -149,6 +152,16 @@ def _check_policy_gradient(config: Config, trust_code: bool) -> None:
         raise ValueError("advantage.gamma: the discount, of a primitive step, is env.gamma: set it there")
     if name == "group" and config.env.mode == "steps":
         raise ValueError("env.mode: group advantages compare whole episodes; set env.mode=episodes, or advantage=gae")
+
+
+def _check_nft(config: Config, likelihood: Any) -> None:
+    """ValueError for settings of a ratio beside a loss that has none, and for other evidence than matching draws."""
+    c: Any = config.algorithm
+    if type(likelihood).__name__ != "CFMLikelihood" or likelihood.joint:
+        raise ValueError("algorithm.nft: is a loss of matching draws; set likelihood={name: cfm, joint: false}")
+    for name, usual in (("trust_region", "clip"), ("target_kl", None)):
+        if getattr(c, name) != usual:
+            raise ValueError(f"algorithm.{name}: holds a ratio, and algorithm.nft has none; leave it at {usual!r}")
 
 
 OF_LEARNERS = {"policy_gradient": _check_policy_gradient, "sac": _check_sac}

@@ -192,6 +192,15 @@ def test_a_pipeline_of_diffusers_shows_its_pictures_and_says_why_it_is_not_judge
     assert "is a pipeline, which does not say how it is judged" in fails("eval", folder)
 
 
+def test_a_mistyped_run_is_no_pipeline_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Fails
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert "no checkpoint 'runs/typo'" in fails("eval", "runs/typo")
+    assert "no checkpoint 'runs/typo'" in fails("sample", "runs/typo", "--out", "x.mp4")
+
+
 @pytest.mark.parametrize("number", ["0", "-1", "two"])
 @pytest.mark.parametrize("flag", ["--num", "--steps"])
 def test_counts_are_at_least_one(flag: str, number: str, fails: Fails) -> None:

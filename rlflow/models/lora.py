@@ -98,7 +98,7 @@ def attach(pipe: Any, rank: int | None, alpha: float | None, modules: list[str],
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     for module in transformer.modules():
-        if hasattr(module, "cast_input_dtype_enabled"):
+        if hasattr(module, "cast_input_dtype_enabled") and not getattr(module, "lora_variant", None):  # DoRA has one
             module.cast_input_dtype_enabled = _OutsideAutocast()
 
 

@@ -2,7 +2,7 @@
 
 Under autocast a GPU's layer_norm takes and returns float32, so all that follows up to the next matrix product moves
 twice the bytes, and the RMSNorm of diffusers is six kernels that keep float32 copies for the backward pass. The kernels
-here add in float32 as well and round once.
+here add in float32 as well and round once; float32 weights stay so.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _like(parameter: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if parameter is None else parameter.to(x.dtype)
+def _precision(x: Tensor, weight: Tensor | None) -> torch.dtype:
+    """The wider of the two: next to 1 a weight's small steps would be lost in bfloat16."""
+    return x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -22,8 +23,10 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised x (..., *normalized_shape), in its dtype."""
+        dtype = _precision(x, self.weight)
+        weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
         with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x, self.normalized_shape, _like(self.weight, x), _like(self.bias, x), self.eps)
+            return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -34,8 +37,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised x (..., D), in its dtype."""
+        dtype = _precision(x, self.weight)
+        weight = None if self.weight is None else self.weight.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return F.rms_norm(x, x.shape[-1:], _like(self.weight, x), eps=self.eps)
+            return F.rms_norm(x.to(dtype), x.shape[-1:], weight, eps=self.eps).to(x.dtype)
 
 
 def fuse(network: nn.Module) -> None:
@@ -45,5 +50,11 @@ def fuse(network: nn.Module) -> None:
     for module in network.modules():
         if type(module) is nn.LayerNorm:
             module.__class__ = LayerNorm
-        elif type(module) in (nn.RMSNorm, normalization.RMSNorm) and getattr(module, "bias", None) is None:
+        elif type(module) in (nn.RMSNorm, normalization.RMSNorm) and _is_plain(module):
             module.__class__ = RMSNorm
+
+
+def _is_plain(norm: nn.Module) -> bool:
+    """Over the last axis alone, without a bias."""
+    shape = getattr(norm, "normalized_shape", getattr(norm, "dim", ()))
+    return len(shape) == 1 and getattr(norm, "bias", None) is None

@@ -1,9 +1,11 @@
-"""PolicyGradient: Flow-GRPO, MixGRPO, DanceGRPO, CPS, ReinFlow, pi_RL, FPO and PPO are this class with other arguments.
+"""PolicyGradient: Flow-GRPO, MixGRPO, DanceGRPO, CPS, ReinFlow, pi_RL, FPO, NFT and PPO are this class, told apart
+by its arguments.
 
     L = E[ max(-A r, -A clip(r, 1 - low, 1 + high)) ] + beta KL(policy || reference) - entropy H
         + anchor E[ |action - reference's action|^2 ],                                    critic: (V - R)^2
 
-over (row, column) pairs, r = exp(score - old); SPO and ASPO (losses.py) hold r back in another way. Every
+over (row, column) pairs, r = exp(score - old); SPO and ASPO (losses.py) hold r back in another way, and DiffusionNFT
+(nft.py) has another loss of the same evidence. Every
 expectation is a weighted mean whose denominator is summed over micro-batches and ranks first, so neither changes
 the gradient.
 """
@@ -28,6 +30,7 @@ from rlflow.rl.critic import CriticLearner, explained_variance
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihood import Likelihood, Score
 from rlflow.rl.losses import PerStep, weighted_sum
+from rlflow.rl.nft import NFT
 from rlflow.rl.optim import AdamW, Optimizer
 from rlflow.types import Evidence, Rollout
 
@@ -119,6 +122,7 @@ class PolicyGradient:
         target_kl: float | None = None,
         anchor: float = 0.0,
         per_step: PerStep | None = None,
+        nft: NFT | None = None,
         critic_steps: int = 1,
         critic_lr: float = 1e-3,
         critic_width: int = 128,
@@ -133,18 +137,20 @@ class PolicyGradient:
         if critic_warmup and not advantage.needs_critic:
             raise ValueError(f"{type(advantage).__name__} has no critic to warm up: use critic_warmup=0")
         _check_terms(policy, likelihood, kl or KL(), guard, entropy)
+        if nft is not None:
+            nft.check(likelihood)
         self.policy, self.likelihood, self.advantage, self.groups = policy, likelihood, advantage, groups
         self.clip_low, self.clip_high = clip_low, clip_low if clip_high is None else clip_high
         self.surrogate = surrogate
         self.epochs, self.num_minibatches, self.micro_batch = epochs, num_minibatches, micro_batch
         self.kl, self.guard, self.entropy, self.target_kl = kl or KL(), guard, entropy, target_kl
-        self.anchor, self.per_step = anchor, per_step or PerStep()
+        self.anchor, self.per_step, self.nft = anchor, per_step or PerStep(), nft
         self.critic_warmup, self.ema_decay, self.seed = critic_warmup, ema_decay, seed
         self.optimizer = Optimizer([p for p in policy.parameters() if p.requires_grad], optimizer or AdamW())
         self.critic: CriticLearner | None = None
         if advantage.needs_critic:
             self.critic = CriticLearner(policy, lr=critic_lr, steps=critic_steps, width=critic_width)
-        for name in ["ema"] + (["ref"] if self.kl.beta or anchor else []):
+        for name in ["ema"] + (["ref"] if self.kl.beta or anchor else []) + (["old"] if nft else []):
             policy.weights.snapshot(name)
         self.iteration = 0
 
@@ -163,6 +169,8 @@ class PolicyGradient:
             if stop := self._diverged(log):
                 break
         self.policy.field.unguided.observe(rollout.flat(rollout.obs))
+        if self.nft is not None:
+            self.policy.weights.blend("old", self.nft.old_decay(self.iteration))
         self.iteration += 1
         return log.metrics() | batch.metrics | {"policy/early_stop": float(stop)} | self._counters()
 
@@ -265,7 +273,9 @@ class PolicyGradient:
 
     def _backward(self, batch: Batch, pairs: Pairs, coefficients: Tensor | None, log: Meter) -> None:
         score, evidence = self._score(batch, pairs)
-        if coefficients is None:
+        if self.nft is not None:
+            loss = self._mean(self.nft.loss(score.dist.mean, evidence, batch.advantage[pairs.rows]), batch, pairs, log)
+        elif coefficients is None:
             log_ratio = self.likelihood.log_ratio(score.log_prob, evidence)
             if self.guard:
                 log_ratio = losses.guard_log_ratio(log_ratio, score, evidence, self.likelihood.reduce)
@@ -278,6 +288,12 @@ class PolicyGradient:
         weight = batch.pair_weight(pairs, joint=False)
         log.add("policy/approx_kl", weighted_sum(torch.expm1(diff) - diff, weight) / log.denominator(False))
         log.first_ratio(diff)
+
+    def _mean(self, loss: Tensor, batch: Batch, pairs: Pairs, log: Meter) -> Tensor:
+        """Of single pairs (M, R) over the global denominator; logged."""
+        mean = weighted_sum(loss, batch.pair_weight(pairs, joint=False)) / log.denominator(False)
+        log.add("policy/loss", mean)
+        return mean
 
     def _policy_loss(self, log_ratio: Tensor, evidence: Evidence, batch: Batch, pairs: Pairs, log: Meter) -> Tensor:
         """Clipped surrogate of the ratios (M, R), or (M, 1) when joint, over its global denominator; logged."""

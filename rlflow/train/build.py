@@ -241,6 +241,7 @@ def make_parts(config: Config, trust_code: bool = False) -> Parts:
         horizon=config.env.horizon or env.horizon,
         mode=config.env.mode,
         rows_per_call=config.env.rows_per_call,
+        sample_with="old" if getattr(config.algorithm, "nft", None) else "live",
         shared_noise=config.env.shared_noise,
     )
     groups.check_minibatches(collector.horizon, getattr(config.algorithm, "num_minibatches", 1))

@@ -16,6 +16,7 @@ from rlflow.rl.algorithm import Algorithm
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihood import Likelihood
 from rlflow.rl.losses import TRUST_REGIONS, PerStep
+from rlflow.rl.nft import NFT
 from rlflow.rl.offline import Offline, offline_data
 from rlflow.rl.optim import AdamW
 from rlflow.rl.policy_gradient import KL, PolicyGradient
@@ -65,6 +66,7 @@ def _policy_gradient(
         target_kl=c.target_kl,
         anchor=c.anchor,
         per_step=PerStep(c.denoising_gamma, c.clip_base),
+        nft=None if c.nft is None else NFT(**dataclasses.asdict(c.nft)),
         critic_steps=c.critic_steps,
         critic_lr=c.critic_lr,
         critic_width=c.critic_width,

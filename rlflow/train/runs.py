@@ -45,9 +45,10 @@ def judging_config(name: str | Path, trust_code: bool = False) -> Config:
     if is_run(name):
         return read_run_config(name, trust_code)
     if _is_foreign(name):
+        what = "is" if is_pipeline(str(name)) else "is no run and no checkpoint on this disk; on the hub it would be"
         raise ValueError(
-            f"{name} is a pipeline, which does not say how it is judged: evaluate a run that starts from it, or look "
-            f"at pictures with `rlflow sample {name} --prompt TEXT --out x.png`"
+            f"{name} {what} a pipeline, which does not say how it is judged: evaluate a run that starts from it, or "
+            f"look at pictures with `rlflow sample {name} --prompt TEXT --out x.png`"
         )
     scored_nothing = {"policy": {"field": str(name)}, "steps": "none", "train": {"iterations": 1}}
     return parse(merge(scored_nothing, _said(name, trust_code)), trust_code)
@@ -59,8 +60,10 @@ def world_of(name: str | Path, trust_code: bool = False) -> str:
 
 
 def _is_foreign(name: str | Path) -> bool:
-    """True for a pipeline of diffusers, in a folder or on the hub."""
-    return not is_run(name) and (is_pipeline(str(name)) or is_hub_id(str(name)))
+    """True for a pipeline of diffusers, in a folder or on the hub; not for runs/typo, where there is a folder runs."""
+    if is_run(name) or is_pipeline(str(name)):
+        return not is_run(name)
+    return is_hub_id(str(name)) and not Path(name).parent.is_dir()
 
 
 def _said(name: str | Path, trust_code: bool) -> dict[str, Any]:

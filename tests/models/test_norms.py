@@ -6,6 +6,7 @@ import torch.nn as nn
 from diffusers.models import normalization
 
 from rlflow.models import norms
+from rlflow.models.lora import _OutsideAutocast
 from rlflow.models.pretrained import pretrained
 from rlflow.train.trace import as_on_gpu
 
@@ -51,10 +52,63 @@ def test_under_autocast_it_keeps_the_dtype_it_is_given_and_rounds_once(kind, dev
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6)
 
 
-def test_a_norm_with_a_bias_that_is_not_known_stays():
-    net = nn.Sequential(normalization.RMSNorm(8, eps=1e-6, bias=True))
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_is_off_where_the_kernel_runs(kind, monkeypatch):
+    """A CPU's autocast leaves norms alone, a GPU's does not: what the kernel is called under tells on both."""
+    fused, seen = pair(kind)[1], []
+    name = "layer_norm" if "layer" in kind else "rms_norm"
+    kernel = getattr(nn.functional, name)
+
+    def spy(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return kernel(x, *args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, name, spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        fused(torch.randn(2, 64))
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms of torch", "rms of diffusers"])
+def test_a_small_step_of_a_float32_weight_is_not_lost_in_bfloat16(kind):
+    """From 1 to 1.001, a quarter of what bfloat16 can say: the mean output follows, to a tenth of the step."""
+    x = torch.randn(64, 64).to(torch.bfloat16)
+    outs = []
+    for value in (1.0, 1.001):
+        fused = nn.Sequential(KINDS[kind]())
+        norms.fuse(fused)
+        nn.init.constant_(fused[0].weight, value)
+        with torch.autocast("cpu", torch.bfloat16):
+            outs.append(fused(x))
+    assert outs[1].dtype == torch.bfloat16
+    ratio = float(outs[1].detach().double().abs().mean() / outs[0].detach().double().abs().mean())
+    assert ratio == pytest.approx(1.001, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "norm", [normalization.RMSNorm(8, eps=1e-6, bias=True), nn.RMSNorm((3, 8)), normalization.RMSNorm((3, 8), eps=1e-6)]
+)
+def test_a_norm_of_another_kind_stays(norm):
+    """With a bias, or over two axes."""
+    net, kind = nn.Sequential(norm), type(norm)
     norms.fuse(net)
-    assert type(net[0]) is normalization.RMSNorm
+    assert type(net[0]) is kind
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_lora_casts_its_input_unless_autocast_does(device, monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda asked: asked == device)
+    assert not _OutsideAutocast()
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda asked: False)
+    assert _OutsideAutocast()
+
+
+def test_plain_norms_can_be_traced():
+    """A model of one's own with torch's RMSNorm, whose eps is its fourth argument."""
+    x = torch.randn(2, 8)
+    for norm in (nn.RMSNorm(8), nn.RMSNorm(8, eps=1e-6)):
+        with as_on_gpu():
+            assert norm(x).shape == x.shape
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
@@ -109,3 +163,17 @@ def test_a_lora_in_float32_runs_without_autocast_too(weights, tiny_pipeline):
     field = pretrained(str(tiny_pipeline("sd3")), resolution=32, max_sequence_length=24, lora=2, weights=weights)
     x, t = torch.randn(2, *field.event_shape), torch.full((2,), 0.5)
     assert field(x, t, 0 * t, field.encode(field.tokenize(["a red cat"] * 2))).isfinite().all()
+
+
+def test_a_dora_keeps_the_cast_that_its_norms_are_computed_after(tiny_pipeline, tmp_path):
+    from diffusers import DiffusionPipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    folder = str(tiny_pipeline("sd3"))
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q"], use_dora=True))
+    pipe.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
+    field = pretrained(folder, resolution=32, max_sequence_length=24, adapter=str(tmp_path))
+    layers = [m for m in field.modules() if getattr(m, "lora_variant", None)]
+    assert layers
+    assert all(layer.cast_input_dtype_enabled is True for layer in layers)

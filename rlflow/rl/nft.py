@@ -1,0 +1,59 @@
+"""DiffusionNFT (Zheng et al. 2025): reward enters the forward process, as good and bad halves of a matching loss.
+
+For a sample x_1 with advantage A and draws (x_0, t), with u = x_1 - x_0 and x_t = (1 - t) x_0 + t x_1,
+
+    r   = clamp(A / (2 c) + 1/2, 0, 1)                                       (c: the advantage's clip)
+    v+  = b v + (1 - b) v_old,        v- = (1 + b) v_old - b v
+    L   = c [ r D(v+) + (1 - r) D(v-) ] / b,      D(w) = mean e^2 / sg(mean |e|),   e = (1 - t) (w - u)
+
+where e is the error of the sample that w predicts, x_t + (1 - t) w, and sg stops the gradient. No density, no noisy
+step, no ratio: samples may come from any solver. `old` are the weights that draw the samples, an average that follows
+the live ones. At v = v_old the gradient is A times that of D(v), for every b.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlflow.rl.cfm import CFMLikelihood
+from rlflow.rl.likelihood import Likelihood
+from rlflow.types import Evidence
+
+SMALLEST = 1e-5
+"""Of the error that a branch is divided by."""
+
+
+@dataclass(frozen=True)
+class NFT:
+    """b is `beta`, c `clip`; the sampling weights keep a share min(`old_rate` x iteration, `old_max`) of themselves."""
+
+    beta: float = 1.0
+    clip: float = 5.0
+    old_rate: float = 0.001
+    old_max: float = 0.5
+
+    def check(self, likelihood: Likelihood) -> None:
+        """ValueError unless the evidence holds single draws of a matching loss."""
+        if not isinstance(likelihood, CFMLikelihood) or likelihood.joint:
+            raise ValueError("nft is a loss of matching draws: set likelihood={name: cfm, joint: false} with it")
+
+    def old_decay(self, iteration: int) -> float:
+        """Share of the sampling weights that stays after iteration 0, 1, ..."""
+        return min(self.old_rate * iteration, self.old_max)
+
+    def loss(self, v: Tensor, evidence: Evidence, advantage: Tensor) -> Tensor:
+        """(M, R) from the live velocity v (M, R, *D) at the evidence's draws and advantages (M, 1)."""
+        good = (advantage / (2 * self.clip) + 0.5).clamp(0, 1)
+        ahead = self.beta * (v - evidence.old_mean)
+        up, down = (_error(evidence.old_mean + sign * ahead, evidence) for sign in (1, -1))
+        return self.clip / self.beta * (good * up + (1 - good) * down)
+
+
+def _error(velocity: Tensor, evidence: Evidence) -> Tensor:
+    """(M, R) D of the predicted sample."""
+    left = (1 - evidence.t)[(..., *[None] * (velocity.ndim - 2))]
+    error = (left * (velocity - (evidence.x_next - evidence.x))).flatten(2)
+    scale = error.detach().abs().mean(-1).clamp(min=SMALLEST)
+    return error.square().mean(-1) / scale
