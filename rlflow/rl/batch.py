@@ -140,9 +140,11 @@ class Meter:
         names = sorted(self.history[0])
         table = dist.all_sum(torch.stack([torch.stack([row[n] for n in names]) for row in self.history]))
         out = dict(zip(names, table.nanmean(0).tolist(), strict=True))
+        norms = torch.tensor(self.norms, dtype=torch.float64)
+        if self.first is not None or not norms.isnan().all():  # else nothing but the critic took a step
+            out["optim/grad_norm"] = float(norms.nanmean())
         if self.first is None:
             return out
-        out["optim/grad_norm"] = float(torch.tensor(self.norms, dtype=torch.float64).nanmean())
         by_step = dist.all_max(self.first)
         out |= {f"policy/first_log_ratio/{k}": worst for k, worst in enumerate(by_step.tolist())}
         return out | {"policy/first_log_ratio_max": float(by_step.max())}

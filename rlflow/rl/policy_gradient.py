@@ -287,7 +287,8 @@ class PolicyGradient:
         diff = torch.where(evidence.valid, score.log_prob.detach() - evidence.old_log_prob, 0.0)
         weight = batch.pair_weight(pairs, joint=False)
         log.add("policy/approx_kl", weighted_sum(torch.expm1(diff) - diff, weight) / log.denominator(False))
-        log.first_ratio(diff)
+        if self.nft is None or self.iteration == 0:  # later its samples are of other weights, and there is no ratio
+            log.first_ratio(diff)
 
     def _mean(self, loss: Tensor, batch: Batch, pairs: Pairs, log: Meter) -> Tensor:
         """Of single pairs (M, R) over the global denominator; logged."""

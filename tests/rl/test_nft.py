@@ -92,7 +92,9 @@ class TestLearner:
                 cond = parts.policy.encode(rollout.flat(rollout.obs))
                 score = DRAWS.score(parts.policy, cond, rollout.evidence)
             torch.testing.assert_close(score.dist.mean, rollout.evidence.old_mean, rtol=0, atol=0)
-            parts.algorithm.update(rollout)
+            metrics = parts.algorithm.update(rollout)
+            assert ("policy/first_log_ratio_max" in metrics) == (iteration == 0)
+            assert metrics["optim/grad_norm"] > 0
             for name, live in weights.parameters().items():
                 expected = stays * before[name] + (1 - stays) * live.detach()
                 torch.testing.assert_close(weights.sets["old"][name], expected)
