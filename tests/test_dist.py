@@ -1,5 +1,6 @@
 """Several processes are one: torchrun over gloo in float64 gives the weights and the metrics of a single process."""
 
+import functools
 import importlib
 import json
 import math
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -179,22 +181,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory, half_silent: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def four(runs: Path) -> None:
-    """Cases with a group for each of four processes."""
-    finish(launch(runs, 4, "four", *IN_FOUR))
+def four(runs: Path) -> Callable[[str], None]:
+    """four(name) has a case run by four processes, a group for each; once."""
+    return functools.cache(lambda name: finish(launch(runs, 4, "four", name)))
 
 
 MASKED = ("one rank masked", "one rank not answered")
 CASES = ("grpo", "two rewards, minibatches", "ppo", "one rank stopped", *MASKED, "simulator")
-IN_FOUR = ("grpo", "ppo", "simulator")
 BY_MORE = [("two", name) for name in CASES]
-BY_MORE += [pytest.param("four", name, marks=pytest.mark.slow) for name in IN_FOUR]
+BY_MORE += [("four", "grpo"), *(pytest.param("four", name, marks=pytest.mark.slow) for name in ("ppo", "simulator"))]
 
 
 @pytest.mark.parametrize(("folder", "name"), BY_MORE)
 def test_weights_and_optimiser_agree(request: pytest.FixtureRequest, runs: Path, folder: str, name: str) -> None:
     if folder == "four":
-        request.getfixturevalue("four")
+        request.getfixturevalue("four")(name)
     one, more = (Checkpoints(runs / n / name).load("last")[1] for n in ("one", folder))
     more["collector"] = [deal(more["collector"], Groups(4, 1))] if name == "simulator" else one["collector"]
     one, more = pack(one)[0], pack(more)[0]
@@ -210,7 +211,7 @@ def test_weights_and_optimiser_agree(request: pytest.FixtureRequest, runs: Path,
 def test_every_metric_agrees(request: pytest.FixtureRequest, runs: Path, folder: str, name: str) -> None:
     """The log of rank 0 speaks for all ranks: each number is that of the whole batch, cost included."""
     if folder == "four":
-        request.getfixturevalue("four")
+        request.getfixturevalue("four")(name)
     one, more = (read_metrics(runs / n / name) for n in ("one", folder))
     assert [(r["iteration"], r["kind"]) for r in one] == [(r["iteration"], r["kind"]) for r in more]
     for a, b in zip(one, more, strict=True):
