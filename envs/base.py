@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlflow import dist
+from rlflow.rewards.base import RewardSet
 from rlflow.types import Step, Tree, tree_leaves
 
 
@@ -75,7 +77,7 @@ class VecEnv:
         raise NotImplementedError(f"{type(self).__name__} draws no pictures")
 
     def metrics(self) -> dict[str, float]:
-        """Counters since the last call (masked rewards, seconds)."""
+        """Counters since the last call (masked rewards, seconds); all ranks have to ask at once."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -87,3 +89,11 @@ class VecEnv:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
+
+
+def reward_metrics(rewards: RewardSet) -> dict[str, float]:
+    """Means, masked shares and seconds of rewards since the last call; failed calls summed over all ranks."""
+    out = rewards.metrics()
+    names = [f"reward/{name}/errors" for name in rewards.weights]
+    failed = dist.all_sum(torch.tensor([out.pop(name, 0.0) for name in names], dtype=torch.float64))
+    return out | {name: number for name, number in zip(names, failed.tolist(), strict=True) if number}

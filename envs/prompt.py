@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlflow import dist
-from rlflow.envs.base import VecEnv
+from rlflow.envs.base import VecEnv, reward_metrics
 from rlflow.envs.prompts import Prompts
 from rlflow.rewards.base import RewardSet
 from rlflow.types import Step, Tree
@@ -77,8 +77,8 @@ class PromptEnv(VecEnv):
         return self.rewards.weights if self.rewards.normalize == "advantage" else {}
 
     def metrics(self) -> dict[str, float]:
-        """Per-reward means, masked shares and seconds since the last call."""
-        return self.rewards.metrics()
+        """Per-reward means, masked shares, seconds and failed calls since the last call."""
+        return reward_metrics(self.rewards)
 
 
 def _check_columns(prompts: Prompts, rewards: RewardSet) -> None:

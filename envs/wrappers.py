@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlflow import dist
-from rlflow.envs.base import VecEnv
+from rlflow.envs.base import VecEnv, reward_metrics
 from rlflow.moments import merge, no_moments, scale
 from rlflow.rewards.base import RewardSet
 from rlflow.types import Step, Tree, tree_map, tree_where
@@ -228,7 +228,7 @@ class RewardWrapper(Wrapper):
 
     def metrics(self) -> dict[str, float]:
         """Those of the rewards and of the environment inside."""
-        return self.env.metrics() | self.rewards.metrics()
+        return self.env.metrics() | reward_metrics(self.rewards)
 
     def own_state(self) -> dict[str, Tensor]:
         return {"obs": self.obs}

@@ -8,9 +8,11 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import importlib.util
+import json
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +23,8 @@ from hypothesis import settings
 from torch import Tensor
 
 from rlflow import recipes
+from rlflow.rewards.colour import brightness
+from rlflow.rewards.wire import answer, unpack
 
 torch.set_num_threads(1)
 
@@ -163,3 +167,38 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any
         return made[key]
 
     return make
+
+
+class Half(BaseHTTPRequestHandler):
+    """A reward server that never answers a request with a prompt that says so, and others with their brightness."""
+
+    def log_message(self, *_: object) -> None: ...
+
+    def reply(self, said: dict[str, Any]) -> None:
+        content = json.dumps(said).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self) -> None:
+        self.reply({"protocol": 1, "columns": ["images", "hide"]})
+
+    def do_POST(self) -> None:
+        batch = unpack(self.rfile.read(int(self.headers["content-length"])))
+        if any(batch.columns["hide"]):
+            self.server.done.wait(400)  # type: ignore[attr-defined]
+        else:
+            self.reply(answer(batch, brightness(batch.columns["images"])))
+
+
+@pytest.fixture(scope="session")
+def half_silent() -> Iterator[str]:
+    """The address of such a server."""
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Half)
+    server.done, server.handle_error = threading.Event(), lambda *_: None
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.done.set()
+    server.shutdown()
+    server.server_close()

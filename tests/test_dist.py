@@ -1,5 +1,6 @@
 """Several processes are one: torchrun over gloo in float64 gives the weights and the metrics of a single process."""
 
+import functools
 import importlib
 import json
 import math
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,8 +72,8 @@ HANGS = 400
 """Seconds: what is not done by then hangs. Two processes that start on a machine with other work take over 100."""
 
 
-def cases(root: Path) -> dict[str, dict]:
-    """GRPO with a KL term and epochs, PPO with a critic, and a run in which one rank never has a score."""
+def cases(root: Path, url: str = "") -> dict[str, dict]:
+    """GRPO with a KL term and epochs, PPO with a critic, and runs in which one rank never has a score."""
     torch.manual_seed(0)
     field = DiT(scenes.VOCAB, size=8, patch=4, width=16, depth=1, heads=2)
     torch.nn.init.normal_(field.patch_out.weight, std=0.2)
@@ -124,6 +126,14 @@ def cases(root: Path) -> dict[str, dict]:
             "env": {"num_groups": 2, "group_size": 4, "prompts": str(prompts)},
             "reward": {"weights": {f"{HELPER}:masked": 1.0}},
         },
+        "one rank not answered": base
+        | {
+            "env": {"num_groups": 2, "group_size": 4, "rows_per_call": 4, "prompts": str(prompts)},
+            "reward": {
+                "weights": {"far": 1.0},
+                "settings": {"far": {"name": "remote", "url": url, "request_s": 5.0, "tries": 1}},
+            },
+        },
         "simulator": simulator,
         "simulator, resumed": simulator,
     }
@@ -157,11 +167,11 @@ def launch(root: Path, processes: int, folder: str, *names: str) -> subprocess.P
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, half_silent: str) -> Path:
     """Every case by one process and by two."""
     root = tmp_path_factory.mktemp("dist")
     (root / f"{HELPER}.py").write_text(SCRIPT)
-    (root / "cases.json").write_text(json.dumps(cases(root)))
+    (root / "cases.json").write_text(json.dumps(cases(root, half_silent)))
     two = launch(root, 2, "two")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(root))
@@ -171,21 +181,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def four(runs: Path) -> None:
-    """Cases with a group for each of four processes."""
-    finish(launch(runs, 4, "four", *IN_FOUR))
+def four(runs: Path) -> Callable[[str], None]:
+    """four(name) has a case run by four processes, a group for each; once."""
+    return functools.cache(lambda name: finish(launch(runs, 4, "four", name)))
 
 
-CASES = ("grpo", "two rewards, minibatches", "ppo", "one rank stopped", "one rank masked", "simulator")
-IN_FOUR = ("grpo", "ppo", "simulator")
+MASKED = ("one rank masked", "one rank not answered")
+CASES = ("grpo", "two rewards, minibatches", "ppo", "one rank stopped", *MASKED, "simulator")
 BY_MORE = [("two", name) for name in CASES]
-BY_MORE += [pytest.param("four", name, marks=pytest.mark.slow) for name in IN_FOUR]
+BY_MORE += [("four", "grpo"), *(pytest.param("four", name, marks=pytest.mark.slow) for name in ("ppo", "simulator"))]
 
 
 @pytest.mark.parametrize(("folder", "name"), BY_MORE)
 def test_weights_and_optimiser_agree(request: pytest.FixtureRequest, runs: Path, folder: str, name: str) -> None:
     if folder == "four":
-        request.getfixturevalue("four")
+        request.getfixturevalue("four")(name)
     one, more = (Checkpoints(runs / n / name).load("last")[1] for n in ("one", folder))
     more["collector"] = [deal(more["collector"], Groups(4, 1))] if name == "simulator" else one["collector"]
     one, more = pack(one)[0], pack(more)[0]
@@ -201,7 +211,7 @@ def test_weights_and_optimiser_agree(request: pytest.FixtureRequest, runs: Path,
 def test_every_metric_agrees(request: pytest.FixtureRequest, runs: Path, folder: str, name: str) -> None:
     """The log of rank 0 speaks for all ranks: each number is that of the whole batch, cost included."""
     if folder == "four":
-        request.getfixturevalue("four")
+        request.getfixturevalue("four")(name)
     one, more = (read_metrics(runs / n / name) for n in ("one", folder))
     assert [(r["iteration"], r["kind"]) for r in one] == [(r["iteration"], r["kind"]) for r in more]
     for a, b in zip(one, more, strict=True):
@@ -212,9 +222,10 @@ def test_every_metric_agrees(request: pytest.FixtureRequest, runs: Path, folder:
                 assert b[key] == pytest.approx(a[key], rel=1e-9, abs=1e-9, nan_ok=True), key
 
 
-def test_one_rank_without_a_score_hangs_nobody(runs: Path) -> None:
+@pytest.mark.parametrize("name", MASKED)
+def test_one_rank_without_a_score_hangs_nobody(runs: Path, name: str) -> None:
     """Half of the rows are masked in every iteration, all of them on one rank, and the others still teach."""
-    rows = [row for row in read_metrics(runs / "two" / "one rank masked") if row["kind"] == "train"]
+    rows = [row for row in read_metrics(runs / "two" / name) if row["kind"] == "train"]
     assert [row["rollout/masked_frac"] for row in rows] == [0.5, 0.5]
     assert all(row["optim/grad_norm"] > 0 and math.isfinite(row["reward/mean"]) for row in rows)
 

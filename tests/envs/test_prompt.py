@@ -22,6 +22,7 @@ from rlflow.rl.advantages import GroupAdvantage
 from rlflow.rl.collector import Collector, permute_rewards
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.types import Chain
 
 PROMPTS = Prompts(tuple({"prompt": f"word {i}", "value": i} for i in (3, 1, 4, 1, 5, 9, 2, 6)))
 SHAPE = (3, 4, 4)
@@ -258,3 +259,25 @@ class TestRollout:
         env.send(action[4:], slice(4, 8))
         sent_twice.set()
         close(env.recv().reward, action.mean((1, 2, 3)))
+
+    def test_the_collector_samples_on_while_the_first_micro_batch_is_scored(self):
+        """The second is not sampled before the first is in its reward, which has no score before the second is sampled."""
+        scoring, sampled, started = threading.Event(), threading.Event(), []
+
+        def waits(images: Tensor) -> Tensor:
+            scoring.set()
+            return images.mean((1, 2, 3)) if sampled.wait(10) else torch.full((len(images),), torch.nan)
+
+        walker = collector(make_env(waits, num_envs=16), Groups(4, 4), rows_per_call=8)
+        sample = walker.policy.sample
+
+        def watched(*args: Any, **kwargs: Any) -> Chain:
+            started.append(not started or scoring.wait(10))
+            chain = sample(*args, **kwargs)
+            sampled.set() if len(started) == 2 else None
+            return chain
+
+        walker.policy.sample = watched  # type: ignore[method-assign]
+        rollout = walker.collect(0)
+        assert started == [True, True]
+        close(rollout.reward[0], rollout.action[0].mean((1, 2, 3)))

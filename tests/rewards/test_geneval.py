@@ -247,6 +247,61 @@ def test_the_whole_runs_on_tiny_checkpoints(
     assert caplog.text.count("'zebra', which the detector does not know") == 1
 
 
+@pytest.fixture(scope="module")
+def owl_folder(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Path:
+    """A random OWLv2 of 16 patches, with CLIP's tokenizer."""
+    from transformers import AutoTokenizer, Owlv2Config, Owlv2ForObjectDetection
+
+    folder = tmp_path_factory.mktemp("owl")
+    tokenizer = AutoTokenizer.from_pretrained(clip_folder)
+    tokenizer.save_pretrained(folder)
+    tower = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = tower | special | {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    vision = tower | {"image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    model = Owlv2ForObjectDetection(Owlv2Config(text_config=text, vision_config=vision, projection_dim=24))
+    for parameter in model.parameters():  # the usual start is sure of everything, in boxes of no size
+        torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else None
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS))
+    return folder
+
+
+def found_by_the_library(folder: Path, pixels: np.ndarray, names: list[str]) -> dict[str, Tensor]:
+    """Scores, labels and boxes of a square picture of the detector's own size."""
+    import transformers
+
+    model = transformers.Owlv2ForObjectDetection.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer([f"a photo of a {name}" for name in names], padding="max_length", return_tensors="pt")
+    with torch.no_grad():
+        out = model(pixel_values=torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1, **tokens)
+    sizes = torch.tensor([pixels.shape[:2]])
+    return transformers.Owlv2ImageProcessor().post_process_object_detection(out, Owl.threshold, sizes)[0]
+
+
+def test_an_owl_of_a_folder_finds_what_the_library_finds(owl_folder: Path, clip_folder: Path) -> None:
+    """And the reward counts it: right with as many as there are, wrong with one more."""
+    reward = GenEval(str(owl_folder), str(clip_folder))
+    assert isinstance(reward.detector, Owl)
+    assert (reward.threshold, reward.counting_threshold, reward.max_overlap) == (0.2, 0.2, 0.5)
+    pixels, names = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8), ["kite", "zebra"]
+    found, right = reward.detector(pixels, names), found_by_the_library(owl_folder, pixels, names)
+    for i, name in enumerate(names):
+        order = right["scores"].argsort(descending=True)
+        order = order[right["labels"][order] == i]
+        assert len(order) > 0
+        assert [f.score for f in found[name]] == pytest.approx(right["scores"][order].tolist(), abs=1e-5)
+        boxes = torch.tensor([f.box for f in found[name]])
+        torch.testing.assert_close(boxes, right["boxes"][order], rtol=0, atol=1e-3)
+    number = len(keep(reward.detector(pixels, ["zebra"])["zebra"], 0.2, 0.5))
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    for asked, score in ((number, 1.0), (number + 1, 0.0)):
+        clauses = {"include": [[{"class": "zebra", "count": asked}]], "exclude": [[]]}
+        assert reward(image, tag=["counting"], **clauses).tolist() == [score]
+
+
 def test_counting_asks_for_more_certainty_than_the_rest() -> None:
     class OneCat:
         def knows(self, name: str) -> bool:

@@ -451,6 +451,23 @@ def test_too_many_waiting_batches_are_sent_away() -> None:
         assert first.result(20).status_code == 200
 
 
+def test_half_a_body_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who sends no more is told so, and the next one is served."""
+    monkeypatch.setattr("rlflow.rewards.serve.UPLOAD_S", 0.2)
+    content = pack(Batch("a", 1, {"prompt": ["a"]}))
+    with served(lambda prompt: [1.0] * len(prompt)) as (url, service, _):
+        Remote(url, wait_s=10.0)
+        address = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        with socket.create_connection(address, timeout=10) as slow:
+            slow.sendall(b"POST /score HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % len(content))
+            slow.sendall(content[: len(content) // 2])
+            said = slow.recv(2**16)
+        assert said.startswith(b"HTTP/1.1 408 "), said
+        assert b"more than 0.2 s to arrive" in said
+        assert service.rows == 0
+        assert httpx2.post(f"{url}/score", content=content).status_code == 200
+
+
 def test_a_reward_that_takes_too_long_is_said() -> None:
     with served(lambda prompt: time.sleep(1.0), timeout_s=0.05) as (url, _, _):
         Remote(url, wait_s=10.0)
