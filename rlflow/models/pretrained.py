@@ -22,6 +22,7 @@ from rlflow.flow.field import VelocityField
 from rlflow.models import lora as lora_files
 from rlflow.models import norms
 from rlflow.models.adapter import Adapter
+from rlflow.models.io import HERE
 from rlflow.models.prompt_table import Encoding, PromptTable
 from rlflow.types import Cond
 
@@ -213,6 +214,8 @@ def pretrained(
     if trains_lora:
         modules = lora_modules or list(border.modules)
         lora_files.attach(border.pipe, lora, lora_alpha, modules, adapter)
+    if adapter is not None:
+        args["adapter"] = HERE  # a saved LoRA is a whole one, its shape included: it starts from itself
     if Path(checkpoint).is_dir():
         args["checkpoint"] = str(Path(checkpoint).resolve())
     return PretrainedField(

@@ -1,6 +1,7 @@
 """What trains on a foreign checkpoint, what a checkpoint of the run holds, and what plain diffusers reads of it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,48 @@ def test_a_saved_lora_loads_again_and_is_a_start(load, tmp_path):
     start = load("sd3", adapter=str(tmp_path))
     torch.testing.assert_close(velocity(start), velocity(field), rtol=1e-6, atol=1e-6)
     assert {n for n, p in start.named_parameters() if p.requires_grad} == set(lora_files.parameters(start))
+
+
+def foreign_lora(pipe: Any, folder: Path, ranks: dict[str, int], **settings: Any) -> None:
+    """A LoRA of random weights with a rank for each layer that is named in full; by plain diffusers."""
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    layers = "|".join(ranks)
+    config = LoraConfig(target_modules=f"({layers})", rank_pattern=ranks, init_lora_weights=False, **settings)
+    pipe.transformer.add_adapter(config, "default")
+    told = _collate_lora_metadata({"transformer": pipe.transformer}) if settings else {}
+    type(pipe).save_lora_weights(folder, get_peft_model_state_dict(pipe.transformer), **told)
+
+
+FOREIGN = {
+    "ranks": {},  # of files that tell no alpha, each layer's is its rank
+    "alphas": {"lora_alpha": 5, "alpha_pattern": {"transformer_blocks.0.attn.to_q": 1.5}},
+    "dora": {"use_dora": True, "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("settings", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_began_as_another_lora_needs_it_no_more(kind, settings, load, tiny_pipeline, tmp_path, monkeypatch):
+    """Whatever its shape, layer by layer: the final `proj_out` alone, and not every layer whose name ends so."""
+    from diffusers import DiffusionPipeline
+
+    ranks = {"transformer_blocks.0.attn.to_q": 2, "transformer_blocks.0.attn.to_k": 3, "proj_out": 4}
+    foreign_lora(DiffusionPipeline.from_pretrained(tiny_pipeline(kind)), tmp_path / "first", ranks, **settings)
+    monkeypatch.chdir(tmp_path)
+    begun = load(kind, adapter="first", weights="bfloat16")
+    assert {p.shape[0] for n, p in begun.named_parameters() if "lora_A" in n} == {2, 3, 4}
+    field = trained(begun)
+    assert (velocity(field) - velocity(load(kind, weights="bfloat16", lora=2))).abs().max() > 1e-2
+    save_field(field, tmp_path / "saved")
+    shutil.rmtree("first")
+    monkeypatch.chdir(tmp_path.parent)
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    again = load_field(str(tmp_path / "moved"))
+    assert set(lora_files.parameters(again)) == set(lora_files.parameters(field))
+    assert torch.equal(velocity(again), velocity(field))
+    assert (tmp_path / "moved/config.json").read_text() == (save_field(again, tmp_path) / "config.json").read_text()
 
 
 def test_a_wholly_tuned_network_is_a_diffusers_transformer(load, tiny_pipeline, tmp_path):
