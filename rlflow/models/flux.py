@@ -23,7 +23,7 @@ class Flux(Adapter):
     encoders = ("text_encoder", "text_encoder_2")
     max_sequence_length = 512
     num_steps, guidance = 28, 1.0
-    embedded_guidance = 3.5
+    embedded_guidance: float | None = 3.5
     modules = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
