@@ -14,6 +14,8 @@ from rlflow import registry
 from rlflow.flow.field import VelocityField
 
 WEIGHTS = "model.safetensors"
+HERE = "THIS_FOLDER"
+"""Among the args of a config.json: the folder that holds it, wherever that is by now."""
 
 
 def embedded() -> list[str]:
@@ -35,7 +37,11 @@ def folder_of(name: str) -> Path:
 
 def read_config(name: str) -> dict[str, Any]:
     """config.json: {"model", "args", "made_by", "judged_by"}."""
-    return json.loads((folder_of(name) / "config.json").read_text(encoding="utf-8"))
+    folder = folder_of(name)
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "args" in config:
+        config["args"] = {k: str(folder) if v == HERE else v for k, v in config["args"].items()}
+    return config
 
 
 def load_field(name: str, trust_code: bool = False) -> VelocityField:

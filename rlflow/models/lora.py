@@ -159,5 +159,5 @@ def model_card(pipeline: str, transformer: str, full: bool, args: dict[str, Any]
         usage += [f'pipe = {pipeline}.from_pretrained("{base}")', 'pipe.load_lora_weights("THIS_FOLDER")']
     what = "the whole transformer" if full else "a LoRA of the transformer"
     about = f"Fine-tuned with reinforcement learning by rlflow: {what} of `{base}`, trained at settings"
-    settings = ", ".join(f"{k}={v}" for k, v in args.items() if k != "checkpoint")
+    settings = ", ".join(f"{k}={v}" for k, v in args.items() if k not in ("checkpoint", "adapter"))
     return "\n".join([*head, "", about, f"{settings or 'of its defaults'}.", "", "```python", *usage, "```", ""])

@@ -22,12 +22,13 @@ from rlflow.flow.field import VelocityField
 from rlflow.models import lora as lora_files
 from rlflow.models import norms
 from rlflow.models.adapter import Adapter
+from rlflow.models.io import HERE
 from rlflow.models.prompt_table import Encoding, PromptTable
 from rlflow.types import Cond
 
 ADAPTERS = {
     "StableDiffusion3Pipeline": "rlflow.models.sd3:SD3",
-    "FluxPipeline": "rlflow.models.flux:Flux",
+    "FluxPipeline": "rlflow.models.flux:flux",
 }
 """By the pipeline's class: what a new family adds besides its file."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -206,13 +207,15 @@ def pretrained(
     border = adapter_of(checkpoint)(lora_files.open_pipeline(checkpoint, DTYPES[weights], quantize))
     if embedded_guidance is not None:
         if border.embedded_guidance is None:
-            raise ValueError(f"{type(border).__name__} has no guidance input: use policy.guidance instead")
+            raise ValueError(f"{checkpoint} has no guidance input: use policy.guidance instead")
         border.embedded_guidance = embedded_guidance
     if vae_tiling:
         border.pipe.vae.enable_tiling()
     if trains_lora:
         modules = lora_modules or list(border.modules)
         lora_files.attach(border.pipe, lora, lora_alpha, modules, adapter)
+    if adapter is not None:
+        args["adapter"] = HERE  # a saved LoRA is a whole one, its shape included: it starts from itself
     if Path(checkpoint).is_dir():
         args["checkpoint"] = str(Path(checkpoint).resolve())
     return PretrainedField(

@@ -1,6 +1,7 @@
 """What trains on a foreign checkpoint, what a checkpoint of the run holds, and what plain diffusers reads of it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_a_lora_trains_alone_and_begins_as_the_base(kind, load):
     torch.testing.assert_close(velocity(field), velocity(base), rtol=0, atol=0)
 
 
-def test_the_reference_is_the_adapter_switched_off_and_holds_no_base_weight(load):
+def test_the_reference_is_the_adapter_switched_off_and_no_weight_set_holds_the_base(load):
     field = load("sd3", lora=3)
     policy = FlowPolicy(field, FlowSDE(), grid=FromScheduler(field), num_steps=3)
     policy.weights.snapshot("ref")
@@ -99,8 +100,9 @@ def test_the_reference_is_the_adapter_switched_off_and_holds_no_base_weight(load
     field.transformer.enable_adapters()
     torch.testing.assert_close(velocity(field), live, rtol=0, atol=0)
     assert (live - reference).abs().max() > 1e-3
-    stored = sum(v.numel() for v in policy.weights.sets["ref"].values())
-    assert stored == sum(p.numel() for p in lora_files.parameters(field).values())
+    policy.weights.blend("ema", 0.9)
+    for name in ("ref", "ema"):
+        assert set(policy.weights.sets[name]) == {f"field.{n}" for n in lora_files.parameters(field)}
 
 
 def test_a_checkpoint_of_a_lora_run_holds_the_lora_only(load):
@@ -138,15 +140,26 @@ def test_full_training_in_half_precision_is_refused(load):
         load("sd3", lora=3, lora_modules=["nowhere"])
 
 
+def count_calls(module: torch.nn.Module) -> list[int]:
+    """A list that grows by an entry at each call of the module."""
+    calls: list[int] = []
+    module.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_recomputed_activations_give_the_same_gradient(kind, load):
+    """And every block does run once more in the backward pass."""
     grads = []
     for on in (False, True):
         torch.manual_seed(0)  # a LoRA's A is drawn
         field = trained(load(kind, lora=2))
         field.grad_checkpointing = on
         assert field.grad_checkpointing is on
+        blocks = [m for m in field.transformer.modules() if type(m).__name__.endswith("TransformerBlock")]
+        counts = [count_calls(block) for block in blocks]
         velocity(field).square().mean().backward()
+        assert [len(calls) for calls in counts] == [2 if on else 1] * 2
         grads.append([p.grad for p in lora_files.parameters(field).values()])
     for plain, recomputed in zip(*grads, strict=True):
         torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7)
@@ -181,13 +194,57 @@ def test_a_saved_lora_loads_again_and_is_a_start(load, tmp_path):
     assert {n for n, p in start.named_parameters() if p.requires_grad} == set(lora_files.parameters(start))
 
 
-def test_a_wholly_tuned_network_is_a_diffusers_transformer(load, tiny_pipeline, tmp_path):
-    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+def foreign_lora(pipe: Any, folder: Path, ranks: dict[str, int], **settings: Any) -> None:
+    """A LoRA of random weights with a rank for each layer that is named in full; by plain diffusers."""
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig, get_peft_model_state_dict
 
-    field = trained(load("sd3"))
+    layers = "|".join(ranks)
+    config = LoraConfig(target_modules=f"({layers})", rank_pattern=ranks, init_lora_weights=False, **settings)
+    pipe.transformer.add_adapter(config, "default")
+    told = _collate_lora_metadata({"transformer": pipe.transformer}) if settings else {}
+    type(pipe).save_lora_weights(folder, get_peft_model_state_dict(pipe.transformer), **told)
+
+
+FOREIGN = {
+    "ranks": {},  # of files that tell no alpha, each layer's is its rank
+    "alphas": {"lora_alpha": 5, "alpha_pattern": {"transformer_blocks.0.attn.to_q": 1.5}},
+    "dora": {"use_dora": True, "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("settings", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_began_as_another_lora_needs_it_no_more(kind, settings, load, tiny_pipeline, tmp_path, monkeypatch):
+    """Whatever its shape, layer by layer: the final `proj_out` alone, and not every layer whose name ends so."""
+    from diffusers import DiffusionPipeline
+
+    ranks = {"transformer_blocks.0.attn.to_q": 2, "transformer_blocks.0.attn.to_k": 3, "proj_out": 4}
+    foreign_lora(DiffusionPipeline.from_pretrained(tiny_pipeline(kind)), tmp_path / "first", ranks, **settings)
+    monkeypatch.chdir(tmp_path)
+    begun = load(kind, adapter="first", weights="bfloat16")
+    assert {p.shape[0] for n, p in begun.named_parameters() if "lora_A" in n} == {2, 3, 4}
+    field = trained(begun)
+    assert (velocity(field) - velocity(load(kind, weights="bfloat16", lora=2))).abs().max() > 1e-2
+    save_field(field, tmp_path / "saved")
+    shutil.rmtree("first")
+    monkeypatch.chdir(tmp_path.parent)
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    again = load_field(str(tmp_path / "moved"))
+    assert set(lora_files.parameters(again)) == set(lora_files.parameters(field))
+    assert torch.equal(velocity(again), velocity(field))
+    assert (tmp_path / "moved/config.json").read_text() == (save_field(again, tmp_path) / "config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wholly_tuned_network_is_a_diffusers_transformer(kind, load, tiny_pipeline, tmp_path):
+    import diffusers
+
+    field = trained(load(kind))
     save_field(field, tmp_path)
-    transformer = SD3Transformer2DModel.from_pretrained(tmp_path, subfolder="transformer")
-    pipe = StableDiffusion3Pipeline.from_pretrained(tiny_pipeline("sd3"), transformer=transformer)
+    plain = {"sd3": diffusers.SD3Transformer2DModel, "flux": diffusers.FluxTransformer2DModel}[kind]
+    transformer = plain.from_pretrained(tmp_path, subfolder="transformer")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tiny_pipeline(kind), transformer=transformer)
     torch.testing.assert_close(stock_image(field, pipe), image(field), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(velocity(load_field(str(tmp_path))), velocity(field), rtol=0, atol=0)
 
