@@ -120,6 +120,12 @@ def cases(root: Path, url: str = "") -> dict[str, dict]:
             "algorithm": base["algorithm"] | {"num_minibatches": two["num_minibatches"], "target_kl": 1.0},
         },
         "ppo": base | {"advantage": {"name": "gae"}},
+        "nft": base
+        | {
+            "steps": "none",
+            "likelihood": {"name": "cfm", "draws": 3, "joint": False},
+            "algorithm": base["algorithm"] | {"nft": {"old_rate": 0.5}},
+        },
         "one rank stopped": base,
         "one rank masked": base
         | {
@@ -187,7 +193,7 @@ def four(runs: Path) -> Callable[[str], None]:
 
 
 MASKED = ("one rank masked", "one rank not answered")
-CASES = ("grpo", "two rewards, minibatches", "ppo", "one rank stopped", *MASKED, "simulator")
+CASES = ("grpo", "two rewards, minibatches", "ppo", "nft", "one rank stopped", *MASKED, "simulator")
 BY_MORE = [("two", name) for name in CASES]
 BY_MORE += [("four", "grpo"), *(pytest.param("four", name, marks=pytest.mark.slow) for name in ("ppo", "simulator"))]
 
