@@ -98,11 +98,24 @@ FLASH = {
     "steps": {"name": "window", "size": 4, "every": 20, "stride": 1, "skip_last": 2, "compress": 0.4},
     "eval.solver": "euler",
 }
+NFT = {
+    "policy.solver": "dpm2m",
+    "policy.guidance": None,
+    "steps": "none",
+    "likelihood": {"name": "cfm", "draws": 9, "joint": False, "on_grid": True},
+    "algorithm.nft": {"beta": 1.0, "clip": 5.0, "old_rate": 0.001, "old_max": 0.5},
+    "algorithm.num_minibatches": 1,
+    "algorithm.kl.beta": 1e-4,
+    "algorithm.kl.kind": "exact",
+    "algorithm.ema_decay": 0.9,
+    "eval.solver": "dpm2m",
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "sd35_flow_grpo_geneval": FLOW_GRPO | {"reward.weights": {"geneval_soft": 1.0}, "env.prompts": "geneval"},
     "sd35_flow_grpo_ocr": FLOW_GRPO | {"reward.weights": {"ocr": 1.0}, "env.prompts": "signs"},
     "sd35_mixgrpo_pickscore": FLOW_GRPO | MIX_GRPO | {"reward.weights": {"pickscore": 1.0}},
     "sd35_24gb": FLOW_GRPO | FAST | {"reward.weights": {"pickscore": 1.0}},
+    "sd35_nft": FLOW_GRPO | NFT | {"reward.weights": {"geneval_soft": 1.0}},
     "flux_mixgrpo": FLUX,
     "flux_mixgrpo_flash": FLUX | FLASH,
     "flux_dance_grpo": FLUX | DANCE,

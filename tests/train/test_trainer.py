@@ -415,7 +415,9 @@ def test_every_recipe_runs_two_iterations(
     before = {k: v.clone() for k, v in made.policy.state_dict().items()}
     made.fit()
     rows = train_rows(tmp_path / "run")
-    assert not ratios or [row["policy/first_log_ratio_max"] for row in rows] == [0, 0]
+    if ratios:
+        iterations = 1 if made.config.algorithm.nft else 2  # of which the samples are of the very weights that learn
+        assert [row.get("policy/first_log_ratio_max") for row in rows][:iterations] == [0] * iterations
     assert [row["reward/masked_frac"] for row in rows] == [0, 0], "its rewards know its prompts"
     assert all(math.isfinite(row[k]) for row in rows for k in ("policy/loss", "reward/mean", "optim/grad_norm"))
     assert any(not torch.equal(v, made.policy.state_dict()[k]) for k, v in before.items())
