@@ -7,6 +7,7 @@ was distilled for it (dev) takes the guidance scale as an input, so that guidanc
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +18,12 @@ from rlflow.models.prompt_table import Encoding
 
 
 class Flux(Adapter):
-    """FluxPipeline: dev and schnell."""
+    """FluxPipeline: dev, whose network takes the guidance scale."""
 
     encoders = ("text_encoder", "text_encoder_2")
     max_sequence_length = 512
     num_steps, guidance = 28, 1.0
-    embedded_guidance = 3.5
+    embedded_guidance: float | None = 3.5
     modules = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
@@ -64,7 +65,7 @@ class Flux(Adapter):
         return self.unpack(out, rows, columns)
 
     def _guidance(self, num: int, x: Tensor) -> Tensor | None:
-        if not self.pipe.transformer.config.guidance_embeds:
+        if self.embedded_guidance is None:
             return None
         return torch.full((num,), self.embedded_guidance, device=x.device, dtype=torch.float32)
 
@@ -76,6 +77,19 @@ class Flux(Adapter):
         """Inverse of `pack`."""
         patches = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (rows, columns))
         return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+class Schnell(Flux):
+    """FluxPipeline: schnell, distilled to few steps of an unshifted grid, without guidance, on shorter texts."""
+
+    max_sequence_length = 256
+    num_steps = 4
+    embedded_guidance = None
+
+
+def flux(pipe: Any) -> Flux:
+    """The adapter of a FluxPipeline, by whether its network has a guidance input."""
+    return (Flux if pipe.transformer.config.guidance_embeds else Schnell)(pipe)
 
 
 def _places(rows: int, columns: int) -> Tensor:

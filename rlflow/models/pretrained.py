@@ -28,7 +28,7 @@ from rlflow.types import Cond
 
 ADAPTERS = {
     "StableDiffusion3Pipeline": "rlflow.models.sd3:SD3",
-    "FluxPipeline": "rlflow.models.flux:Flux",
+    "FluxPipeline": "rlflow.models.flux:flux",
 }
 """By the pipeline's class: what a new family adds besides its file."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -207,7 +207,7 @@ def pretrained(
     border = adapter_of(checkpoint)(lora_files.open_pipeline(checkpoint, DTYPES[weights], quantize))
     if embedded_guidance is not None:
         if border.embedded_guidance is None:
-            raise ValueError(f"{type(border).__name__} has no guidance input: use policy.guidance instead")
+            raise ValueError(f"{checkpoint} has no guidance input: use policy.guidance instead")
         border.embedded_guidance = embedded_guidance
     if vae_tiling:
         border.pipe.vae.enable_tiling()

@@ -17,7 +17,7 @@ TEXT_WIDTH, POOLED = 32, 16
 
 
 def make_tiny(kind: str, folder: str | Path, seed: int = 0, **scheduler: Any) -> Path:
-    """Write a tiny pipeline of `kind` (sd3, flux) into `folder`; `scheduler` overrides its config."""
+    """Write a tiny pipeline of `kind` (sd3, flux, flux_schnell) into `folder`; `scheduler` overrides its config."""
     if kind not in KINDS:
         raise ValueError(f"no tiny checkpoint of kind {kind!r}: choose from {sorted(KINDS)}")
     with torch.random.fork_rng(devices=[]):
@@ -120,11 +120,11 @@ def _sd3(folder: Path, scheduler: dict[str, Any]) -> Any:
     )
 
 
-def _flux(folder: Path, scheduler: dict[str, Any]) -> Any:
+def _flux(folder: Path, scheduler: dict[str, Any], guidance_embeds: bool = True) -> Any:
     from diffusers import FluxPipeline, FluxTransformer2DModel
 
     sizes = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "axes_dims_rope": (4, 2, 2)}
-    heads = {"attention_head_dim": 8, "num_attention_heads": 2, "guidance_embeds": True}
+    heads = {"attention_head_dim": 8, "num_attention_heads": 2, "guidance_embeds": guidance_embeds}
     text = {"joint_attention_dim": TEXT_WIDTH, "pooled_projection_dim": POOLED}
     tokenizer, pieces = clip_tokenizer(folder / "tokenizer"), t5_tokenizer()
     return FluxPipeline(
@@ -138,4 +138,8 @@ def _flux(folder: Path, scheduler: dict[str, Any]) -> Any:
     )
 
 
-KINDS: dict[str, Callable[[Path, dict[str, Any]], Any]] = {"sd3": _sd3, "flux": _flux}
+def _flux_schnell(folder: Path, scheduler: dict[str, Any]) -> Any:
+    return _flux(folder, {"shift": 1.0, "use_dynamic_shifting": False, **scheduler}, guidance_embeds=False)
+
+
+KINDS: dict[str, Callable[[Path, dict[str, Any]], Any]] = {"sd3": _sd3, "flux": _flux, "flux_schnell": _flux_schnell}

@@ -56,7 +56,10 @@ class Stock:
         return float((self.ours(x_0, ours or guidance, grid) - theirs).norm() / theirs.norm())
 
 
-@pytest.fixture(scope="module", params=[(m, s) for m in ("sd3", "flux") for s in SHIFTS], ids="-".join)
+STOCK = [*((m, s) for m in ("sd3", "flux") for s in SHIFTS)]
+
+
+@pytest.fixture(scope="module", params=STOCK, ids="-".join)
 def stock(request, tiny_pipeline) -> Stock:
     from diffusers import DiffusionPipeline
 
@@ -239,6 +242,16 @@ def test_a_scale_of_ones_own_enters_flux(tiny_pipeline):
         again = field(x, t, 0 * t, field.encode(field.tokenize(["a cat"])))
     assert not torch.allclose(*mine, rtol=1e-3)
     assert torch.equal(again, mine[1])
+
+
+def test_schnell_takes_no_scale_and_few_steps(tiny_pipeline):
+    """The published settings: 4 steps of an even grid, texts of 256 tokens, one pass; a scale would change nothing."""
+    folder = tiny_pipeline("flux_schnell")
+    with pytest.raises(ValueError, match="flux_schnell.* has no guidance input: use policy.guidance"):
+        pretrained(str(folder), resolution=SIDE, embedded_guidance=9.0)
+    policy = rf.load(folder, resolution=SIDE)
+    assert policy.field.max_sequence_length == 256
+    torch.testing.assert_close(policy.plan().t, torch.tensor([0, 0.25, 0.5, 0.75, 1.0]).to(policy.plan().t))
 
 
 def test_tiles_are_the_vaes_own(tiny_pipeline):
