@@ -56,7 +56,7 @@ class Stock:
         return float((self.ours(x_0, ours or guidance, grid) - theirs).norm() / theirs.norm())
 
 
-STOCK = [*((m, s) for m in ("sd3", "flux") for s in SHIFTS)]
+STOCK = [*((m, s) for m in ("sd3", "flux") for s in SHIFTS), ("flux_schnell", "static")]
 
 
 @pytest.fixture(scope="module", params=STOCK, ids="-".join)
