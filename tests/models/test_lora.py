@@ -86,7 +86,7 @@ def test_a_lora_trains_alone_and_begins_as_the_base(kind, load):
     torch.testing.assert_close(velocity(field), velocity(base), rtol=0, atol=0)
 
 
-def test_the_reference_is_the_adapter_switched_off_and_holds_no_base_weight(load):
+def test_the_reference_is_the_adapter_switched_off_and_no_weight_set_holds_the_base(load):
     field = load("sd3", lora=3)
     policy = FlowPolicy(field, FlowSDE(), grid=FromScheduler(field), num_steps=3)
     policy.weights.snapshot("ref")
@@ -100,8 +100,9 @@ def test_the_reference_is_the_adapter_switched_off_and_holds_no_base_weight(load
     field.transformer.enable_adapters()
     torch.testing.assert_close(velocity(field), live, rtol=0, atol=0)
     assert (live - reference).abs().max() > 1e-3
-    stored = sum(v.numel() for v in policy.weights.sets["ref"].values())
-    assert stored == sum(p.numel() for p in lora_files.parameters(field).values())
+    policy.weights.blend("ema", 0.9)
+    for name in ("ref", "ema"):
+        assert set(policy.weights.sets[name]) == {f"field.{n}" for n in lora_files.parameters(field)}
 
 
 def test_a_checkpoint_of_a_lora_run_holds_the_lora_only(load):
@@ -139,15 +140,26 @@ def test_full_training_in_half_precision_is_refused(load):
         load("sd3", lora=3, lora_modules=["nowhere"])
 
 
+def count_calls(module: torch.nn.Module) -> list[int]:
+    """A list that grows by an entry at each call of the module."""
+    calls: list[int] = []
+    module.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_recomputed_activations_give_the_same_gradient(kind, load):
+    """And every block does run once more in the backward pass."""
     grads = []
     for on in (False, True):
         torch.manual_seed(0)  # a LoRA's A is drawn
         field = trained(load(kind, lora=2))
         field.grad_checkpointing = on
         assert field.grad_checkpointing is on
+        blocks = [m for m in field.transformer.modules() if type(m).__name__.endswith("TransformerBlock")]
+        counts = [count_calls(block) for block in blocks]
         velocity(field).square().mean().backward()
+        assert [len(calls) for calls in counts] == [2 if on else 1] * 2
         grads.append([p.grad for p in lora_files.parameters(field).values()])
     for plain, recomputed in zip(*grads, strict=True):
         torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7)
@@ -224,13 +236,15 @@ def test_what_began_as_another_lora_needs_it_no_more(kind, settings, load, tiny_
     assert (tmp_path / "moved/config.json").read_text() == (save_field(again, tmp_path) / "config.json").read_text()
 
 
-def test_a_wholly_tuned_network_is_a_diffusers_transformer(load, tiny_pipeline, tmp_path):
-    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wholly_tuned_network_is_a_diffusers_transformer(kind, load, tiny_pipeline, tmp_path):
+    import diffusers
 
-    field = trained(load("sd3"))
+    field = trained(load(kind))
     save_field(field, tmp_path)
-    transformer = SD3Transformer2DModel.from_pretrained(tmp_path, subfolder="transformer")
-    pipe = StableDiffusion3Pipeline.from_pretrained(tiny_pipeline("sd3"), transformer=transformer)
+    plain = {"sd3": diffusers.SD3Transformer2DModel, "flux": diffusers.FluxTransformer2DModel}[kind]
+    transformer = plain.from_pretrained(tmp_path, subfolder="transformer")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tiny_pipeline(kind), transformer=transformer)
     torch.testing.assert_close(stock_image(field, pipe), image(field), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(velocity(load_field(str(tmp_path))), velocity(field), rtol=0, atol=0)
 

@@ -201,6 +201,20 @@ def test_long_prompts_are_cut_as_in_the_pipeline(tiny_pipeline):
     torch.testing.assert_close(found["tokens"][0], found["tokens"][1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_padding_is_part_of_the_text(kind, tiny_pipeline):
+    """The same short prompt, padded further, is another velocity: so padding is never trimmed to the batch."""
+    folder, found = str(tiny_pipeline(kind)), []
+    for length in (LENGTH, 2 * LENGTH):
+        field = pretrained(folder, resolution=SIDE, max_sequence_length=length)
+        text = field.table(numbers := field.tokenize(["a cat", PROMPTS[0]]))["tokens"]
+        assert text.shape[1] == length + (77 if kind == "sd3" else 0)
+        x, t = torch.ones(2, *field.event_shape), torch.tensor([0.3, 0.3])
+        with torch.no_grad():
+            found.append(field(x, t, 0 * t, field.encode(numbers)))
+    assert ((found[0] - found[1]).flatten(1).norm(dim=1) > 1e-2 * found[0].flatten(1).norm(dim=1)).all()
+
+
 def test_the_negative_prompt_is_what_guidance_subtracts(tiny_pipeline):
     plain, negative = sd3(tiny_pipeline), sd3(tiny_pipeline, negative_prompt="ugly")
     x, t = torch.randn(1, *plain.event_shape), torch.tensor([0.3])
@@ -254,9 +268,19 @@ def test_schnell_takes_no_scale_and_few_steps(tiny_pipeline):
     torch.testing.assert_close(policy.plan().t, torch.tensor([0, 0.25, 0.5, 0.75, 1.0]).to(policy.plan().t))
 
 
+def decoder_calls(field: PretrainedField) -> int:
+    """For two pictures."""
+    calls: list[int] = []
+    field.adapter.pipe.vae.decoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert field.decode(torch.randn(2, *field.event_shape)).shape == (2, 3, field.resolution, field.resolution)
+    return len(calls)
+
+
 def test_tiles_are_the_vaes_own(tiny_pipeline):
-    assert not sd3(tiny_pipeline).adapter.pipe.vae.use_tiling
-    assert sd3(tiny_pipeline, vae_tiling=True).adapter.pipe.vae.use_tiling
+    """Of 8 x 8 latents every 6: three by three for 16 x 16, and one for what fits in it."""
+    assert decoder_calls(sd3(tiny_pipeline, resolution=64)) == 2
+    assert decoder_calls(sd3(tiny_pipeline, resolution=64, vae_tiling=True)) == 2 * 9
+    assert decoder_calls(sd3(tiny_pipeline, resolution=32, vae_tiling=True)) == 2
 
 
 # -- loading --------------------------------------------------------------------------------------
