@@ -83,19 +83,37 @@ def test_models_of_one_size_refuse_another(tmp_path):
         Trainer("t2i_flow_grpo", tmp_path, overrides=["policy.grid=scheduler", "train.iterations=1"])
 
 
-def test_a_reference_on_the_host_is_the_same_reference(trainer, monkeypatch):
-    """Stored where it was told to be, put back by each checkpoint, and without effect on the numbers."""
-    plain, offloaded = (
-        trainer("a", "train.iterations=2"),
-        trainer("b", "train.iterations=2", "policy.offload_reference=true"),
-    )
+def reference_rows(made: Trainer) -> list[int]:
+    """A list that grows by the rows of each network pass under the reference weights."""
+    rows: list[int] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if made.policy.weights.active == "ref":
+            rows.append(len(kwargs["hidden_states"]))
+
+    made.policy.field.unguided.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    return rows
+
+
+TRAINED = {"lora": ("policy.field.lora=2",), "full": ("policy.field.lora=null", "policy.field.weights=float32")}
+
+
+@pytest.mark.parametrize("trained", TRAINED.values(), ids=TRAINED)
+def test_a_reference_on_the_host_is_the_same_reference(trained, trainer):
+    """Stored where it was told to be, put back by each checkpoint, without effect on the numbers; for the KL it runs
+    once per scored pair, 8 samples at 3 of the 5 steps, with guidance."""
+    settings = ("train.iterations=2", "algorithm.micro_batch=12", *trained)
+    plain, offloaded = trainer("a", *settings), trainer("b", *settings, "policy.offload_reference=true")
     assert offloaded.policy.weights.places == {"ref": torch.device("cpu")}
     offloaded.policy.weights.places["other"] = torch.device("meta")
     offloaded.policy.weights.snapshot("other")
     assert {v.device.type for v in offloaded.policy.weights.sets.pop("other").values()} == {"meta"}
+    counts = [reference_rows(made) for made in (plain, offloaded)]
     plain.fit()
     offloaded.fit()
-    a, b = (dict(lora_files.parameters(m.policy.field.unguided.transformer)) for m in (plain, offloaded))
+    assert [sum(rows) for rows in counts] == [2 * 8 * 3 * 2] * 2
+    a, b = (made.policy.weights.parameters() for made in (plain, offloaded))
+    assert a.keys() == b.keys() == offloaded.policy.weights.sets["ref"].keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
