@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ ADAPTER = "default"
 """Name of the LoRA that trains."""
 FULL = "transformer"
 """Subfolder of a wholly tuned network."""
+QUANTISERS = {"int8": "torchao", "nf4": "bitsandbytes"}
+"""Packages by what they quantise to."""
 
 
 def _diffusers() -> Any:
@@ -59,7 +62,12 @@ def open_pipeline(checkpoint: str, dtype: torch.dtype, quantize: str | None = No
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:
-    """How diffusers is to quantise the base; ImportError names the package."""
+    """How diffusers is to quantise the base; ValueError names the package that is missing."""
+    try:
+        importlib.import_module(QUANTISERS[kind])
+    except ImportError as error:
+        package = QUANTISERS[kind]
+        raise ValueError(f"quantize={kind} needs {package} ({error}): pip install {package}") from error
     if kind == "nf4":
         from diffusers import BitsAndBytesConfig
 

@@ -204,6 +204,8 @@ def pretrained(
             "the whole network trains in float32 only (a small step vanishes in anything less): set lora=32, or "
             "weights=float32 and no quantize"
         )
+    if adapter is not None and (lora_alpha is not None or lora_modules is not None):
+        raise ValueError("adapter brings its own alpha and modules: leave lora_alpha and lora_modules out with it")
     border = adapter_of(checkpoint)(lora_files.open_pipeline(checkpoint, DTYPES[weights], quantize))
     if embedded_guidance is not None:
         if border.embedded_guidance is None:

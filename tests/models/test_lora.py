@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,8 @@ def test_full_training_in_half_precision_is_refused(load):
         load("sd3", weights="bfloat16")
     with pytest.raises(ValueError, match="leave lora out"):
         load("sd3", lora=3, adapter="somewhere")
+    with pytest.raises(ValueError, match="leave lora_alpha and lora_modules out"):
+        load("sd3", lora_alpha=3.0, adapter="somewhere")
     with pytest.raises(ValueError, match=r"no layer ends in \['nowhere'\]|Target modules"):
         load("sd3", lora=3, lora_modules=["nowhere"])
 
@@ -163,6 +166,28 @@ def test_recomputed_activations_give_the_same_gradient(kind, load):
         grads.append([p.grad for p in lora_files.parameters(field).values()])
     for plain, recomputed in zip(*grads, strict=True):
         torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("kind", "package"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
+def test_a_missing_quantiser_is_named(kind, package, load, monkeypatch):
+    load("sd3")  # diffusers looks for quantisers once, when it first needs them, and must not remember this test
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"^quantize={kind} needs {package} \(.*\): pip install {package}$"):
+        load("sd3", lora=3, quantize=kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_int8_base_has_nearly_the_velocity_and_the_gradient_of_the_base(kind, load):
+    pytest.importorskip("torchao")
+    velocities, grads = [], []
+    for quantize in (None, "int8"):
+        torch.manual_seed(0)  # a LoRA's A is drawn
+        field = trained(load(kind, lora=3, quantize=quantize))
+        velocities.append(found := velocity(field))
+        found.square().mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in lora_files.parameters(field).values()]))
+    for plain, quantised in (velocities, grads):
+        assert 1e-4 < (quantised - plain).norm() / plain.norm() < 0.05
 
 
 # -- what is saved --------------------------------------------------------------------------------
