@@ -128,19 +128,23 @@ def test_more_processes_and_whole_networks(tmp_path: Path, processes: int, shard
 
 
 @pytest.mark.slow
-def test_the_lora_of_a_pretrained_network_in_parts(tmp_path: Path, tiny_pipeline: Callable[..., Any]) -> None:
-    """A Stable Diffusion 3 of which each process holds half: frozen base and LoRA, float32 throughout."""
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_the_lora_of_a_pretrained_network_in_parts(
+    tmp_path: Path, tiny_pipeline: Callable[..., Any], weights: str
+) -> None:
+    """A Stable Diffusion 3 of which each process holds half: frozen base and float32 LoRA, as the recipes have them."""
     values = recipe(tmp_path)
-    field = {"name": "pretrained", "checkpoint": str(tiny_pipeline("sd3")), "lora": 4}
+    field = {"name": "pretrained", "checkpoint": str(tiny_pipeline("sd3")), "lora": 4, "weights": weights}
     field |= {"resolution": 32, "max_sequence_length": 12}
     values["policy"] = {"field": field, "kernel": "flow_sde", "grid": "scheduler", "num_steps": 4}
-    values["policy"] |= {"precision": "float32", "guidance": {"name": "cfg", "scale": 1.5}}
+    values["policy"] |= {"precision": weights, "guidance": {"name": "cfg", "scale": 1.5}}
     values["steps"] = {"name": "all_but_last", "skip_last": 2}
     straight, sharded = str(tmp_path / "straight"), str(tmp_path / "sharded")
     launch(tmp_path, 2, [(sharded, values, None)])
     Trainer(values, straight, quiet=True).fit()
     one = saved(Path(straight))
     assert any("lora_B" in name and value.abs().max() > 0 for name, value in one.items())
+    assert {value.dtype for name, value in one.items() if "lora_" in name} == {torch.float32}
     agree(one, saved(Path(sharded)), 1e-4)
     files = [load_file(f"{run}/model/pytorch_lora_weights.safetensors") for run in (straight, sharded)]
     agree(*files, 1e-4)

@@ -14,7 +14,7 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Heun
 from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rewards.judges import base_distance
-from rlflow.train.build import heldout_prompts, make_policy
+from rlflow.train.build import heldout_prompts, make_parts, make_policy
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.evaluate import Evaluation, Evaluator, evenly
 from rlflow.train.trainer import Trainer
@@ -158,3 +158,35 @@ def test_evaluating_does_not_touch_the_training(tmp_path: Path, trainer: Callabl
     a, b = (Checkpoints(tmp_path / name).load("last")[1] for name in ("a", "b"))
     for part in ("policy", "weight_sets"):
         assert all(torch.equal(value, b[part][name]) for name, value in a[part].items())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("kind", ["embedded", "sd3"])
+def test_pictures_are_float32_from_0_to_1(
+    kind: str, precision: str, tiny: list[str], scenes_field: str, tiny_pipeline: Callable
+) -> None:
+    """Those that rewards are given in training, those that judges are given, and those of an Evaluation."""
+    checkpoint = f"{{name: pretrained, checkpoint: {tiny_pipeline('sd3')}, lora: 2, resolution: 32}}"
+    field = {"embedded": scenes_field, "sd3": checkpoint}[kind]
+    overrides = [*tiny, f"policy.field={field}", "train.minutes=", "train.iterations=1", "policy.num_steps=4"]
+    parts = make_parts(
+        recipes.load("t2i_flow_grpo", [*overrides, "policy.frozen=null", f"policy.precision={precision}"])
+    )
+    given: list[Tensor] = []
+
+    def seen(images: Tensor) -> Tensor:
+        given.append(images)
+        return images.mean((1, 2, 3))
+
+    def compared(images: Tensor, base_images: Tensor) -> Tensor:
+        given.extend((images, base_images))
+        return images.mean((1, 2, 3))
+
+    parts.collector.env.rewards = RewardSet([Reward("seen", seen)])
+    parts.collector.collect(0)
+    made = Evaluator(parts.policy, table(4), RewardSet([Reward("compared", compared)]), num=4)()
+    assert len(given) == 3
+    for images in (*given, made.images):
+        assert images.dtype == torch.float32
+        assert images.shape[1:] == ((3, 16, 16) if kind == "embedded" else (3, 32, 32))
+        assert 0 <= images.min() < images.max() <= 1
