@@ -107,7 +107,7 @@ def config_of(name: str, rows: int, tiny: bool) -> tuple[Config, Config]:
     recipe, changes = RECIPES[name]
     small = [f"env.num_groups=1 env.group_size={rows} env.rows_per_call={rows} algorithm.num_minibatches=1"]
     changes = [*changes, *" ".join(small).split(), "algorithm.micro_batch=8", "eval.metrics={brightness: brightness}"]
-    changes += ["reward.weights={brightness: 1.0}"]
+    changes += ["reward.weights={brightness: 1.0}", "policy.field.release_encoders=true"]
     if tiny:
         changes += ["policy.field.resolution=64", "policy.max_kappa=1000"]
     made = "policy.field.name=bench_sd35:random_medium"

@@ -30,13 +30,15 @@ VAE = {
 
 @dataclass(frozen=True)
 class Known:
-    """A transformer's class and numbers, its scheduler's, and how many CLIP tokens stand before T5's."""
+    """A transformer's class and numbers, its scheduler's, how many CLIP tokens stand before T5's, and the parameters of
+    its text encoders."""
 
     adapter: type
     transformer: str
     numbers: Mapping[str, Any]
     scheduler: Mapping[str, Any]
     text_tokens: int
+    encoders: Mapping[str, int]
 
 
 SD35_MEDIUM = {
@@ -50,10 +52,17 @@ SD35_MEDIUM = {
     "dual_attention_layers": tuple(range(13)),
     "qk_norm": "rms_norm",
 }
+CLIP_L, CLIP_G, T5_XXL = 123_650_304, 694_659_840, 4_762_310_656
+SD3_TEXT = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5_XXL}
+FLUX_TEXT = {"text_encoder": CLIP_L - 768 * 768, "text_encoder_2": T5_XXL}  # its CLIP has no projection
 DYNAMIC = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 KNOWN = {
-    "stabilityai/stable-diffusion-3.5-medium": Known(SD3, "SD3Transformer2DModel", SD35_MEDIUM, {"shift": 3.0}, 77),
-    "black-forest-labs/FLUX.1-dev": Known(Flux, "FluxTransformer2DModel", {"guidance_embeds": True}, DYNAMIC, 0),
+    "stabilityai/stable-diffusion-3.5-medium": Known(
+        SD3, "SD3Transformer2DModel", SD35_MEDIUM, {"shift": 3.0}, 77, SD3_TEXT
+    ),
+    "black-forest-labs/FLUX.1-dev": Known(
+        Flux, "FluxTransformer2DModel", {"guidance_embeds": True}, DYNAMIC, 0, FLUX_TEXT
+    ),
 }
 
 
@@ -75,11 +84,9 @@ class NoText:
 
 def shape_of(checkpoint: str, settings: Mapping[str, Any]) -> PretrainedField:
     """The field of a recipe's `policy.field` on the meta device; ValueError for a model that is not in the table."""
-    if checkpoint not in KNOWN:
-        raise ValueError(f"plan knows the shapes of {sorted(KNOWN)}, and not of {checkpoint!r}")
     import diffusers
 
-    known, dtype = KNOWN[checkpoint], DTYPES[settings.get("weights", "float32")]
+    known, dtype = _known(checkpoint), DTYPES[settings.get("weights", "float32")]
     with torch.device("meta"):
         transformer = getattr(diffusers, known.transformer)(**known.numbers)
         nn.Module.to(transformer, dtype)  # that of diffusers warns of layers it does not have
@@ -90,6 +97,7 @@ def shape_of(checkpoint: str, settings: Mapping[str, Any]) -> PretrainedField:
             lora_files.attach(pipe, settings["lora"], settings.get("lora_alpha"), modules, None)
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**known.scheduler)
     pipe.vae.to = lambda *_: pipe.vae  # what has no storage is nowhere
+    pipe.encoder_parameters = known.encoders
     pipe.vae_scale_factor, pipe.default_sample_size = 8, 128
     if settings.get("vae_tiling"):
         pipe.vae.enable_tiling()
@@ -97,6 +105,25 @@ def shape_of(checkpoint: str, settings: Mapping[str, Any]) -> PretrainedField:
     field = PretrainedField(border, dict(settings), settings.get("resolution") or border.default_resolution)
     field.table = NoText(known.text_tokens + length, field.num_features)  # type: ignore[assignment]
     return field
+
+
+def _known(checkpoint: str) -> Known:
+    if checkpoint not in KNOWN:
+        raise ValueError(f"plan knows the shapes of {sorted(KNOWN)}, and not of {checkpoint!r}")
+    return KNOWN[checkpoint]
+
+
+def encoder_bytes(field: nn.Module) -> int:
+    """Of the text encoders of a field of `shape_of`, in the precision of its weights; 0 of any other."""
+    if not isinstance(field, PretrainedField):
+        return 0
+    numbers = sum(field.adapter.pipe.encoder_parameters.values())
+    return int(numbers * DTYPES[field.args.get("weights", "float32")].itemsize)
+
+
+def releases_encoders(field: nn.Module) -> bool:
+    """Whether a field of `shape_of` encodes all texts before it trains, and lets go of the encoders."""
+    return isinstance(field, PretrainedField) and bool(field.args.get("release_encoders"))
 
 
 def beside(field: nn.Module) -> list[nn.Module]:
