@@ -1,6 +1,8 @@
 """What lies on the card beside the policy: text encoders and the networks of rewards, in the plan's memory."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ import transformers
 from rlflow import recipes
 from rlflow.cli import main
 from rlflow.config import Config
-from rlflow.models.shapes_of import KNOWN
+from rlflow.models.known import KNOWN
+from rlflow.models.pretrained import pretrained
 from rlflow.train.plan import Planner, _staying, not_counted
 from rlflow.train.reward_networks import PARAMETERS, reward_networks
 from rlflow.train.skeleton import skeleton
@@ -149,3 +152,32 @@ def test_the_command_shows_them(tiny: list[str], scenes_field: str, capsys: pyte
     said = capsys.readouterr().out
     assert f"Not counted: {found['not_counted'][0]}" in said
     assert "hps" in found["not_counted"][0]
+
+
+@pytest.mark.parametrize("named", ["settings", "the folder alone"])
+def test_a_local_pipeline_is_planned_with_its_encoders(
+    named: str, tiny: list[str], tiny_pipeline: Callable[..., Path]
+) -> None:
+    """Weights and VAE are those of the pipeline; the peak falls by its text encoders once they are released."""
+    folder = str(tiny_pipeline("sd3"))
+    field = folder if named != "settings" else f"{{name: pretrained, checkpoint: {folder}, lora: 4}}"
+    base = [*tiny, "policy.grid=uniform", "policy.frozen=", "steps=all_but_last", "reward.weights={brightness: 1}"]
+    config = recipes.load("t2i_flow_grpo", [*base, f"policy.field={field}"])
+    found = Planner(config).estimate(config).memory
+    pipe = pretrained(folder).adapter.pipe
+    encoders = [getattr(pipe, name) for name in SD3]
+    assert found.staying["text encoders"] == sum(_bytes(encoder, buffers=False) for encoder in encoders)
+    assert found.staying["VAE"] == _bytes(pipe.vae)
+    if named != "settings":
+        assert found.staying["weights, trained"] == _bytes(pipe.transformer, buffers=False)
+        return
+    assert found.staying["weights, frozen"] == _bytes(pipe.transformer)
+    released = recipes.load("t2i_flow_grpo", [*base, f"policy.field={field}", "policy.field.release_encoders=true"])
+    less = Planner(released).estimate(released).memory
+    assert found.peak - less.peak == found.staying["text encoders"]
+
+
+def _bytes(module: torch.nn.Module, buffers: bool = True) -> int:
+    """Of weights, and of buffers that a file holds."""
+    stored = [*module.parameters(), *(module.buffers() if buffers else [])]
+    return sum(v.numel() * v.element_size() for v in stored)
