@@ -21,6 +21,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,7 +33,7 @@ from rlflow import recipes
 from rlflow.config import Config
 from rlflow.flow.noise import Key
 from rlflow.flow.steps import AllButLast
-from rlflow.models import shapes_of
+from rlflow.models.known import KNOWN
 from rlflow.models.pretrained import PretrainedField
 from rlflow.models.shapes_of import NoText, shape_of
 from rlflow.rl.likelihood import ChainLikelihood
@@ -107,7 +108,7 @@ def config_of(name: str, rows: int, tiny: bool) -> tuple[Config, Config]:
     recipe, changes = RECIPES[name]
     small = [f"env.num_groups=1 env.group_size={rows} env.rows_per_call={rows} algorithm.num_minibatches=1"]
     changes = [*changes, *" ".join(small).split(), "algorithm.micro_batch=8", "eval.metrics={brightness: brightness}"]
-    changes += ["reward.weights={brightness: 1.0}"]
+    changes += ["reward.weights={brightness: 1.0}", "policy.field.release_encoders=true"]
     if tiny:
         changes += ["policy.field.resolution=64", "policy.max_kappa=1000"]
     made = "policy.field.name=bench_sd35:random_medium"
@@ -197,11 +198,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file, rewritten after every part")
     args = parser.parse_args()
     if args.tiny:
-        known = shapes_of.KNOWN[MEDIUM]
-        numbers = {**known.numbers, **TINY}
-        shapes_of.KNOWN[MEDIUM] = shapes_of.Known(
-            known.adapter, known.transformer, numbers, known.scheduler, known.text_tokens
-        )
+        KNOWN[MEDIUM] = replace(KNOWN[MEDIUM], numbers={**KNOWN[MEDIUM].numbers, **TINY})
     cuda = torch.cuda.is_available()
     setting = {"device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__}
     out: dict[str, Any] = {"setting": setting, "iterations": {}, "first_log_ratio": {}}

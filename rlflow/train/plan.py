@@ -19,11 +19,12 @@ from rlflow import registry
 from rlflow.config import Config
 from rlflow.console import terminal
 from rlflow.flow.field import VelocityField
-from rlflow.models.shapes_of import beside
+from rlflow.models.shapes_of import beside, encoder_bytes, releases_encoders
 from rlflow.rl.groups import Groups
 from rlflow.shards import blocks
 from rlflow.train.cost import Cost, Ratios, Sampling
 from rlflow.train.gpus import GPU
+from rlflow.train.reward_networks import reward_networks
 from rlflow.train.skeleton import Skeleton, learner, skeleton
 from rlflow.train.trace import Trace, parameter_bytes
 from rlflow.types import tree_leaves
@@ -164,14 +165,25 @@ def _staying(config: Config, bare: Skeleton, gpus: int) -> dict[str, float]:
     reference = trained if needed and not config.policy.offload_reference else 0
     reference += 0 if learner(config).nft is None else numbers * max(FLOAT, element)  # the weights that sample
     critic = 0 if bare.critic is None else 4 * parameter_bytes(bare.critic, trained=True)
+    network = bare.policy.field.unguided
     return {
         "weights, frozen": parameter_bytes(bare.policy, trained=False) / shares,
-        "VAE": sum(parameter_bytes(part, trained=False) for part in beside(bare.policy.field.unguided)),
+        "VAE": sum(parameter_bytes(part, trained=False) for part in beside(network)),
+        "text encoders": 0 if releases_encoders(network) else encoder_bytes(network),
+        "rewards": reward_networks(config).bytes,
         "weights, trained": trained,
         "average (ema) and reference": numbers * max(FLOAT, element) + reference,
         "optimiser": 2 * trained,
         "critic with its optimiser": critic,
     }
+
+
+def not_counted(config: Config, bare: Skeleton) -> list[str]:
+    """What the card also holds, always or for a moment, that is in no part of the memory."""
+    network, found = bare.policy.field.unguided, []
+    if releases_encoders(network):
+        found.append(f"text encoders ({encoder_bytes(network) / 2**20:,.1f} MiB beside the weights, before training)")
+    return [*found, *reward_networks(config).not_counted]
 
 
 def _gathered(bare: Skeleton) -> float:
@@ -302,6 +314,7 @@ def plan_as_json(planner: Planner, gpu: GPU, gpus: int) -> dict[str, Any]:
         "network_rows_per_iteration": {**asdict(found.cost), "total": found.cost.total},
         "network_rows_per_sample": {**per_image, "total": sum(per_image.values())},
         "memory_bytes": dict(found.memory.parts),
+        "not_counted": not_counted(planner.config, planner.traced(planner.config.policy.grad_checkpointing)[0]),
         "worst_moment": found.memory.worst,
         "peak_bytes": found.memory.peak,
         "limit_bytes": RESERVE * 1e9 * gpu.gigabytes,
@@ -329,6 +342,8 @@ def print_plan(planner: Planner, gpu: GPU, gpus: int) -> None:
     memory.add_row("peak", f"{values['peak_bytes'] / 2**20:,.1f}")
     memory.add_row(f"limit: {RESERVE:.0%} of {gpu.gigabytes:g} GB", f"{values['limit_bytes'] / 2**20:,.1f}")
     console.print(memory)
+    if values["not_counted"]:
+        console.print(f"Not counted: {', '.join(values['not_counted'])}", soft_wrap=True)
     console.print(_verdict(values, gpu), soft_wrap=True)
     if values["settings_that_fit"] is None:
         console.print(_help(values, gpu) + _other_ways(planner.config), soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -15,6 +16,7 @@ from rlflow.envs.prompts import load_prompts
 from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import read_config
+from rlflow.models.pretrained import is_hub_id, is_pipeline
 from rlflow.models.scratch import make_field
 from rlflow.models.shapes_of import beside, shape_of
 from rlflow.rl.critic import Critic
@@ -66,13 +68,20 @@ def _field(config: Config, trust_code: bool) -> tuple[VelocityField, Tree, int]:
     spec = config.policy.field
     if config.env.name == "prompt":
         text = str(load_prompts(config.env.prompts, "train").rows[0]["prompt"])
-        field = _known(spec, trust_code) if isinstance(spec, str) else shape_of(str(spec.get("checkpoint")), spec)
+        field = _of_prompts(spec, trust_code)
         return field, field.tokenize([text])[0], 1
     env = make_simulator(config, 1, trust_code)
     if isinstance(spec, str) and spec not in registry.TABLE["model"]:
         return _known(spec, trust_code), env.obs_spec, env.horizon
     with META:
         return make_field(spec, env.obs_spec, env.action_shape, trust_code), env.obs_spec, env.horizon
+
+
+def _of_prompts(spec: Any, trust_code: bool) -> VelocityField:
+    """A checkpoint of ours, or a diffusers pipeline, by its name alone or with settings."""
+    if not isinstance(spec, str):
+        return shape_of(str(spec.get("checkpoint")), spec)
+    return shape_of(spec, {}) if is_pipeline(spec) or is_hub_id(spec) else _known(spec, trust_code)
 
 
 def _known(name: str, trust_code: bool) -> VelocityField:

@@ -267,3 +267,20 @@ def test_memory_of_a_large_network_is_that_measured_on_a_gpu(name: str, monkeypa
     measured = json.loads((root / "docs" / "sd35_h100.json").read_text())["runs"][-1]["iterations"][name]
     peak = Planner(planned).estimate(planned).memory.peak
     assert peak == pytest.approx(measured["peak_bytes"], rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "fits"),
+    [
+        (["sd35_24gb"], True),
+        (["flux_mixgrpo", "policy.field.lora=32", "policy.field.weights=bfloat16"], False),
+    ],
+    ids=["sd35", "flux"],
+)
+def test_what_a_card_of_24_gb_takes(words: list[str], fits: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stable Diffusion 3.5 medium with its LoRA; not FLUX.1 dev, whose 12 billion weights are 24 GB in bfloat16."""
+    main(["plan", *words, "--gpu", "24GB"])
+    said = capsys.readouterr().out
+    assert ("Fits." in said, "Does not fit" in said) == (fits, not fits)
+    assert "text encoders" in said

@@ -1,0 +1,130 @@
+"""Text-to-image models as numbers: published ones from a table, a local one from the json files of its folder.
+
+No weights are read and nothing is fetched; `shapes_of` builds a network without storage from them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlflow.models.adapter import Adapter
+from rlflow.models.flux import Flux
+from rlflow.models.pretrained import adapter_of, is_pipeline
+from rlflow.models.sd3 import SD3
+
+VAE = {
+    "latent_channels": 16,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "sample_size": 1024,
+}
+
+
+@dataclass(frozen=True)
+class Known:
+    """A pipeline: the transformer's class and configuration, the scheduler's, the VAE's, how many CLIP tokens stand
+    before T5's, and the parameters of each text encoder."""
+
+    adapter: Callable[[Any], Adapter]
+    transformer: str
+    numbers: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    clip_tokens: int
+    encoders: Mapping[str, int]
+    vae: Mapping[str, Any]
+
+
+CLIP_L, CLIP_G, T5_XXL = 123_650_304, 694_659_840, 4_762_310_656
+SD3_TEXT = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5_XXL}
+FLUX_TEXT = {"text_encoder": CLIP_L - 768 * 768, "text_encoder_2": T5_XXL}  # its CLIP has no projection
+STATIC = {"shift": 3.0}
+DYNAMIC = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+
+
+def _sd3(heads: int, places: int, **more: Any) -> Known:
+    """As many layers as heads of 64 numbers, positions on a square of `places` patches a side."""
+    numbers = {
+        "sample_size": 128,
+        "num_layers": heads,
+        "num_attention_heads": heads,
+        "caption_projection_dim": 64 * heads,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": places,
+        **more,
+    }
+    return Known(SD3, "SD3Transformer2DModel", numbers, STATIC, 77, SD3_TEXT, VAE)
+
+
+def _flux(scheduler: Mapping[str, Any], guidance: bool) -> Known:
+    return Known(Flux, "FluxTransformer2DModel", {"guidance_embeds": guidance}, scheduler, 0, FLUX_TEXT, VAE)
+
+
+KNOWN = {
+    "stabilityai/stable-diffusion-3-medium-diffusers": _sd3(24, 192),
+    "stabilityai/stable-diffusion-3.5-medium": _sd3(
+        24, 384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13))
+    ),
+    "stabilityai/stable-diffusion-3.5-large": _sd3(38, 192, qk_norm="rms_norm"),
+    "stabilityai/stable-diffusion-3.5-large-turbo": _sd3(38, 192, qk_norm="rms_norm"),
+    "black-forest-labs/FLUX.1-dev": _flux(DYNAMIC, guidance=True),
+    "black-forest-labs/FLUX.1-schnell": _flux({"shift": 1.0}, guidance=False),
+}
+
+
+def known(checkpoint: str) -> Known:
+    """Of a hub id in the table, or of a local folder; ValueError for any other."""
+    if is_pipeline(checkpoint):
+        return _local(Path(checkpoint))
+    if checkpoint not in KNOWN:
+        raise ValueError(
+            f"plan knows the shapes of {sorted(KNOWN)}, and of folders that save_pretrained wrote, and not of "
+            f"{checkpoint!r}"
+        )
+    return KNOWN[checkpoint]
+
+
+def _local(folder: Path) -> Known:
+    index, adapter = _read(folder / "model_index.json"), adapter_of(str(folder))
+    return Known(
+        adapter,
+        index["transformer"][1],
+        _read(folder / "transformer" / "config.json"),
+        _read(folder / "scheduler" / "scheduler_config.json"),
+        _read(folder / "tokenizer" / "tokenizer_config.json")["model_max_length"] if adapter is SD3 else 0,
+        {name: _parameters(folder / name, index[name][1]) for name in index if _is_encoder(name, index[name])},
+        _read(folder / "vae" / "config.json"),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """ValueError that names the file where it is missing."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: give the folder that save_pretrained wrote")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _is_encoder(name: str, entry: Any) -> bool:
+    """Whether an entry of model_index.json is a text encoder that the folder has."""
+    return name.startswith("text_encoder") and entry[1] is not None
+
+
+def _parameters(folder: Path, kind: str) -> int:
+    """Of a network of transformers, from its config.json."""
+    import transformers
+
+    network = getattr(transformers, kind)
+    with torch.device("meta"):
+        made = network(network.config_class(**_read(folder / "config.json")))
+    return sum(p.numel() for p in made.parameters())
