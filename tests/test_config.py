@@ -14,6 +14,7 @@ from rlflow import limits, recipes, registry
 from rlflow.config import (
     MAY_CHANGE_ON_RESUME,
     Config,
+    NFTConfig,
     OptimizerConfig,
     difference,
     merge,
@@ -21,6 +22,7 @@ from rlflow.config import (
     read_yaml,
     set_value,
 )
+from rlflow.rl.nft import NFT
 from rlflow.rl.optim import AdamW
 
 RECIPE = "t2i_flow_grpo"
@@ -299,6 +301,12 @@ def test_the_optimizer_section_is_the_optimizer() -> None:
     assert {k: v for k, v in mine.items() if k != "__pydantic_config__"} == theirs
 
 
+def test_the_nft_section_is_the_loss() -> None:
+    mine, theirs = typing.get_type_hints(NFTConfig), typing.get_type_hints(NFT)
+    assert {k: v for k, v in mine.items() if k != "__pydantic_config__"} == theirs
+    assert dataclasses.asdict(NFTConfig()) == dataclasses.asdict(NFT())
+
+
 READ_ELSEWHERE = {
     "about": "`rlflow list recipes` prints it",
     "video": "episodes are filmed, images are not",
@@ -353,6 +361,12 @@ def test_every_key_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         watch(cls)
     torch.set_num_threads(1)
     Trainer(config, tmp_path / "run", quiet=True).fit()
+    nft = {
+        "steps": "none",
+        "likelihood": {"name": "cfm", "joint": False},
+        "algorithm": {"nft": {"beta": 0.5}, "kl": {"kind": "exact"}},
+    }
+    Trainer(parse_unseen(recipes.merge(config.to_dict(), nft), False), tmp_path / "nft", quiet=True).fit()
     from rlflow.envs.demos import Episode, write_demos
 
     obs, action = {"state": torch.zeros(5, 2), "goal": torch.ones(5, 2)}, torch.zeros(5, 2)
