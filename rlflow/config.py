@@ -101,8 +101,8 @@ class AlgorithmConfig:
     target_kl: float | None = None
     anchor: float = 0.0  # weight of the squared distance to the un-tuned policy's action from the same start noise
     denoising_gamma: float = 1.0  # each earlier denoising step counts this much less (DPPO)
-    nft: NFTConfig | None = None
     clip_base: float | None = None  # clip of the noisiest step, growing to clip_low and clip_high at the last (DPPO)
+    nft: NFTConfig | None = None  # its loss in place of the ratio's
     critic_steps: int = 1  # optimiser steps of the critic per step of the policy
     critic_lr: float = 1e-3
     critic_width: int = 128

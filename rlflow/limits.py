@@ -156,9 +156,11 @@ def _check_policy_gradient(config: Config, trust_code: bool) -> None:
 
 def _check_nft(config: Config, likelihood: Any) -> None:
     """ValueError for settings of a ratio beside a loss that has none, and for other evidence than matching draws."""
+    from rlflow.rl.nft import NFT
+
     c: Any = config.algorithm
-    if type(likelihood).__name__ != "CFMLikelihood" or likelihood.joint:
-        raise ValueError("algorithm.nft: is a loss of matching draws; set likelihood={name: cfm, joint: false}")
+    with registry.located("algorithm.nft"):
+        NFT().check(likelihood)
     for name, usual in (("trust_region", "clip"), ("target_kl", None)):
         if getattr(c, name) != usual:
             raise ValueError(f"algorithm.{name}: holds a ratio, and algorithm.nft has none; leave it at {usual!r}")

@@ -60,7 +60,7 @@ class FlowPolicy(nn.Module):
         self.autocast, self.storage_dtype = autocast, storage_dtype
         self.network_rows, self.graph_rows = 0, 0  # rows evaluated; those of them with a graph
         self.encoder_rows = 0
-        self.multiple = CPU_ROWS
+        self.multiple = CPU_ROWS  # a pass on the CPU is filled up to; a trace of what a GPU would do sets 1
         self._check_velocity()
         self.weights = WeightSets(self)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rlflow.rl.cfm import CFMLikelihood
@@ -52,8 +53,9 @@ class NFT:
 
 
 def _error(velocity: Tensor, evidence: Evidence) -> Tensor:
-    """(M, R) D of the predicted sample."""
+    """(M, R) D of the predicted sample; actions of a chunk that were not carried out have no error."""
     left = (1 - evidence.t)[(..., *[None] * (velocity.ndim - 2))]
-    error = (left * (velocity - (evidence.x_next - evidence.x))).flatten(2)
+    error = left * (velocity - (evidence.x_next - evidence.x))
+    error = (error if evidence.counts is None else torch.where(evidence.counts, error, 0.0)).flatten(2)
     scale = error.detach().abs().mean(-1).clamp(min=SMALLEST)
     return error.square().mean(-1) / scale

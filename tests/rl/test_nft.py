@@ -1,5 +1,7 @@
 """DiffusionNFT: its loss in closed form, its gradient, its optimum, and the weights that sample."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -48,6 +50,17 @@ class TestLoss:
         (error,) = torch.autograd.grad(_error(v, e).sum(), v)
         expected = advantage.clamp(-5, 5)[..., None, None] * error
         torch.testing.assert_close(found, expected)
+
+    def test_what_was_not_carried_out_has_no_gradient_and_changes_nothing(self):
+        """The last action of a chunk of two, cut off by the end of an episode."""
+        counts = torch.tensor([True, False])[:, None].expand(5, 3, 2, 4)
+        e, advantage = replace(evidence_of(), counts=counts), torch.ones(5, 1, dtype=torch.float64)
+        v = torch.randn_like(e.old_mean).requires_grad_()
+        loss = NFT().loss(v, e, advantage)
+        (gradient,) = torch.autograd.grad(loss.sum(), v)
+        assert not gradient[~counts].any()
+        assert gradient[counts].all()
+        torch.testing.assert_close(NFT().loss(torch.where(counts, v, 9.0), e, advantage), loss)
 
     def test_without_an_advantage_both_branches_pull_alike(self):
         e = evidence_of()
@@ -120,7 +133,7 @@ class TestLearner:
     @pytest.mark.parametrize(
         ("override", "said"),
         [
-            ("likelihood=cfm", r"algorithm\.nft: is a loss of matching draws; set likelihood="),
+            ("likelihood=cfm", r"algorithm\.nft: nft is a loss of matching draws: set likelihood="),
             ("algorithm.target_kl=0.1", r"algorithm\.target_kl: holds a ratio"),
             ("algorithm.trust_region=spo", r"algorithm\.trust_region: holds a ratio"),
             ("algorithm.guard=true", "GRPO-Guard"),
