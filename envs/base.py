@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlflow import dist
+from rlflow.parallel import dist
 from rlflow.rewards.base import RewardSet
 from rlflow.types import Step, Tree, tree_leaves
 

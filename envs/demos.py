@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlflow.moments import merge, no_moments
+from rlflow.parallel.moments import merge, no_moments
 from rlflow.types import Tree
 
 FORMAT = 1

@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlflow.dist import num_cpus
 from rlflow.envs.camera import Camera
 from rlflow.envs.demos import Episode
 from rlflow.envs.sim import Outcome, Sim, SimEnv
+from rlflow.parallel.dist import num_cpus
 from rlflow.types import Tree
 
 try:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlflow import dist
 from rlflow.envs.base import VecEnv, reward_metrics
 from rlflow.envs.prompts import Prompts
+from rlflow.parallel import dist
 from rlflow.rewards.base import RewardSet
 from rlflow.types import Step, Tree
 

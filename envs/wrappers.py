@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlflow import dist
 from rlflow.envs.base import VecEnv, reward_metrics
-from rlflow.moments import merge, no_moments, scale
+from rlflow.parallel import dist
+from rlflow.parallel.moments import merge, no_moments, scale
 from rlflow.rewards.base import RewardSet
 from rlflow.types import Step, Tree, tree_map, tree_where
 

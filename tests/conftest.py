@@ -142,12 +142,12 @@ class ThreadWorld:
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[int], Any]], list[Any]]:
-    """ranks(size, fn) -> [fn(0), fn(1), ...], each in a process of its own as far as rlflow.dist can tell."""
+    """ranks(size, fn) -> [fn(0), fn(1), ...], each in a process of its own as far as rlflow.parallel.dist can tell."""
 
     def run(size: int, fn: Callable[[int], Any]) -> list[Any]:
         with monkeypatch.context() as patch:
             world = ThreadWorld(size)
-            patch.setattr("rlflow.dist.dist", world)
+            patch.setattr("rlflow.parallel.dist.dist", world)
             return world.run(fn)
 
     return run

@@ -35,7 +35,7 @@ def _run_train(args: argparse.Namespace) -> None:
     if args.processes > 1:
         _train_shared(args)
         return
-    from rlflow import dist
+    from rlflow.parallel import dist
 
     try:
         if seeds is None:
@@ -66,8 +66,9 @@ def _train_seeds(args: argparse.Namespace, seeds: list[int]) -> None:
 
 
 def _train_shared(args: argparse.Namespace) -> None:
-    from rlflow import dist, recipes
+    from rlflow import recipes
     from rlflow.cli import main
+    from rlflow.parallel import dist
     from rlflow.train.trainer import default_run
 
     recipes.load(args.recipe, args.overrides, args.trust_code)  # an error is said once

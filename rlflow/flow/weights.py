@@ -15,8 +15,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rlflow import shards
 from rlflow.flow.path import at_least_float
+from rlflow.parallel import shards
 
 
 class WeightSets:

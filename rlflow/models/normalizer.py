@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from rlflow.flow.path import at_least_float
-from rlflow.moments import merge, no_moments, scale
+from rlflow.parallel.moments import merge, no_moments, scale
 
 LIMIT = 10.0
 

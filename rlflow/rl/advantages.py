@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlflow import dist
+from rlflow.parallel import dist
 from rlflow.rl.losses import weighted_sum
 from rlflow.types import Rollout
 

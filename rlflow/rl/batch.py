@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlflow import dist
 from rlflow.flow.policy import FlowPolicy
+from rlflow.parallel import dist
 from rlflow.rl.advantages import Advantages
 from rlflow.rl.anchor import Anchor
 from rlflow.rl.losses import weighted_sum

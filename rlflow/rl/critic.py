@@ -10,9 +10,9 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.functional import silu
 
-from rlflow import dist
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.mlp import mlp
+from rlflow.parallel import dist
 from rlflow.rl.advantages import moments
 from rlflow.rl.losses import weighted_sum
 from rlflow.rl.optim import AdamW, Optimizer

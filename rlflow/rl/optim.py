@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rlflow import dist, shards
+from rlflow.parallel import dist, shards
 
 
 class NonFiniteError(FloatingPointError):

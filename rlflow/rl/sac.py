@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlflow import dist
 from rlflow.flow.noise import Key, generator
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import Steps
+from rlflow.parallel import dist
 from rlflow.rl.losses import weighted_sum
 from rlflow.rl.offline import Offline, clone
 from rlflow.rl.optim import AdamW, Deferred

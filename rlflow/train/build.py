@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rlflow import dist, registry, shards
+from rlflow import registry
 from rlflow.config import Config
 from rlflow.envs.base import VecEnv
 from rlflow.envs.prompt import PromptEnv
@@ -22,6 +22,7 @@ from rlflow.flow.squash import SQUASHES
 from rlflow.models.io import embedded, load_field
 from rlflow.models.pretrained import is_hub_id, is_pipeline, pretrained
 from rlflow.models.scratch import make_field
+from rlflow.parallel import dist, shards
 from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rewards.component import make_reward
 from rlflow.rl.algorithm import Algorithm

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlflow import dist
 from rlflow.envs.base import VecEnv
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Solver
 from rlflow.flow.steps import Steps
+from rlflow.parallel import dist
 from rlflow.registry import located
 from rlflow.train.evaluate import deployed
 from rlflow.train.film import Film

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlflow import dist
 from rlflow.envs.prompts import Prompts
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Solver
+from rlflow.parallel import dist
 from rlflow.registry import located
 from rlflow.rewards.base import RewardSet
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from rlflow import __version__, dist
+from rlflow import __version__
+from rlflow.parallel import dist
 from rlflow.train.checkpoint import write_text
 
 

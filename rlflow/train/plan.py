@@ -20,8 +20,8 @@ from rlflow.config import Config
 from rlflow.console import terminal
 from rlflow.flow.field import VelocityField
 from rlflow.models.shapes_of import beside, encoder_bytes, releases_encoders
+from rlflow.parallel.shards import blocks
 from rlflow.rl.groups import Groups
-from rlflow.shards import blocks
 from rlflow.train.cost import Cost, Ratios, Sampling
 from rlflow.train.gpus import GPU
 from rlflow.train.reward_networks import reward_networks

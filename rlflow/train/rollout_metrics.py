@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rlflow import dist
+from rlflow.parallel import dist
 from rlflow.rl.advantages import moments
 from rlflow.types import Rollout
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import yaml
 
-from rlflow import dist, recipes, shards
+from rlflow import recipes
 from rlflow.config import Config, difference, parse
 from rlflow.flow.noise import generator
 from rlflow.models.io import save_field
+from rlflow.parallel import dist, shards
 from rlflow.rl.collector import permute_rewards
 from rlflow.rl.optim import NonFiniteError
 from rlflow.train.build import judged_by, make_evaluator, make_parts, whole_field

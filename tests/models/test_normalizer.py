@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from rlflow import dist
 from rlflow.flow.guidance import CFG
 from rlflow.flow.kernels import LearnedNoise
 from rlflow.flow.noise import Key
@@ -12,7 +11,8 @@ from rlflow.flow.steps import All
 from rlflow.models.io import load_field, save_field
 from rlflow.models.mlp import MLPField
 from rlflow.models.normalizer import Normalizer
-from rlflow.moments import merge, no_moments, scale
+from rlflow.parallel import dist
+from rlflow.parallel.moments import merge, no_moments, scale
 from rlflow.rl.likelihood import ChainLikelihood
 
 

@@ -92,7 +92,7 @@ def read_gradient(parts: Parts, rollout: Rollout) -> tuple[Tensor, dict[str, flo
     optimizer = parts.algorithm.optimizer
 
     def step() -> float:
-        from rlflow import dist
+        from rlflow.parallel import dist
 
         dist.sum_gradients(optimizer.parameters)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in optimizer.parameters]

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlflow import dist
 from rlflow.flow.field import VelocityField
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.kernels import Kernel
 from rlflow.flow.noise import Key, noise
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import All, AllButLast, LastN, OneRandom, Window
+from rlflow.parallel import dist
 from rlflow.rl.advantages import GAE
 from rlflow.rl.critic import explained_variance
 from rlflow.rl.groups import Groups

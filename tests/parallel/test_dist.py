@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlflow import dist
 from rlflow.envs import scenes
 from rlflow.models.dit import DiT
 from rlflow.models.io import save_field
+from rlflow.parallel import dist
 from rlflow.rl.groups import Groups
 from rlflow.train.checkpoint import Checkpoints, deal, pack
 from rlflow.train.logger import read_metrics
@@ -37,7 +37,7 @@ from pathlib import Path
 
 import torch
 
-from rlflow import dist
+from rlflow.parallel import dist
 from rlflow.rewards.colour import brightness
 from rlflow.train.trainer import Trainer
 

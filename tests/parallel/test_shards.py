@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlflow import config, shards
+from rlflow import config
 from rlflow.envs import scenes
 from rlflow.models.dit import DiT
 from rlflow.models.io import load_field, save_field
+from rlflow.parallel import shards
 from rlflow.rl.groups import Groups
 from rlflow.rl.optim import AdamW, Optimizer
 from rlflow.train.build import check_sharding
@@ -29,7 +30,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
-from rlflow import dist
+from rlflow.parallel import dist
 from rlflow.train.trainer import Trainer
 
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlflow import dist
+from rlflow.parallel import dist
 
 CONSTANT = 1e-6
 """A feature whose std is below this share of its mean (or of 1) does not vary: float32 resolves hardly less."""

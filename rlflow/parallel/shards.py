@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rlflow import dist
+from rlflow.parallel import dist
 
 METHODS = ("encode", "decode")
 """Of a network, that read weights outside `forward`."""
