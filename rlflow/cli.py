@@ -6,14 +6,19 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from rlflow.commands import look, make, use
 from rlflow.console import say_error, user_errors
+
+COMMANDS = ("train", "sweep", "compare", "pretrain", "eval", "sample", "list", "serve_reward")
+COMMANDS += ("plan", "doctor", "report", "bench")
+"""In the order of `rlflow --help`; each is a file of rlflow.commands."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; user errors are one line and exit code 2."""
     args = parse(argv)
+    args.main = main  # for processes that run the same command
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it warns of, a recipe's user cannot mend
     try:
         args.run_command(args)
@@ -46,6 +51,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rlflow {__version__}")
     parser.add_argument("--debug", action="store_true", help="full traceback of errors")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (make, use, look):
-        group.add(commands)
+    for name in COMMANDS:
+        import_module(f"rlflow.commands.{name}").add(commands)
     return parser

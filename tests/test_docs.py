@@ -178,7 +178,7 @@ def test_every_setting_is_documented():
 
 
 def test_every_component_is_listed_by_the_command_line():
-    from rlflow.commands.use import KINDS
+    from rlflow.commands.list import KINDS
 
     for kind in KINDS.values():
         assert all(registry.about(kind).values()), f"a {kind} has no docstring"

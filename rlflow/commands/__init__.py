@@ -1,1 +1,1 @@
-"""The commands of `rlflow`, by what they are for; each loads what it needs when it runs."""
+"""The commands of `rlflow`, a file each; a file loads what its command needs when it runs."""

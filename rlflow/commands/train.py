@@ -1,4 +1,4 @@
-"""Commands that make models and runs: train, sweep, compare, pretrain."""
+"""train: fine-tune a policy with a recipe, in one process or several, one seed or several."""
 
 from __future__ import annotations
 
@@ -7,18 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rlflow.arguments import command, json_flag, positive, recipe_argument, trust_flag
-from rlflow.console import print_json
+from rlflow.commands.arguments import command, positive, recipe_argument, trust_flag
 
 
 def add(commands: Any) -> None:
-    """Enter the commands of this file."""
-    for one in (_train, _sweep, _compare, _pretrain):
-        one(commands)
-
-
-def _train(commands: Any) -> None:
-    p = command(commands, "train", _run_train, "Fine-tune a policy with a recipe.")
+    """Enter the command."""
+    p = command(commands, "train", _run, "Fine-tune a policy with a recipe.")
     recipe_argument(p)
     p.add_argument("--run", metavar="DIR", help="run folder (default runs/RECIPE-TIME)")
     p.add_argument("--resume", metavar="last|PATH", help="continue the run in --run from a checkpoint")
@@ -28,7 +22,7 @@ def _train(commands: Any) -> None:
     trust_flag(p)
 
 
-def _run_train(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
     if args.resume and not args.run:
         raise ValueError("--resume needs --run DIR, the folder of the run to continue")
     seeds = None if args.seeds is None else _seeds(args.seeds)
@@ -67,13 +61,12 @@ def _train_seeds(args: argparse.Namespace, seeds: list[int]) -> None:
 
 def _train_shared(args: argparse.Namespace) -> None:
     from rlflow import recipes
-    from rlflow.cli import main
     from rlflow.parallel import dist
     from rlflow.train.trainer import default_run
 
     recipes.load(args.recipe, args.overrides, args.trust_code)  # an error is said once
     words = args.words if args.run else [*args.words, "--run", str(default_run(args.recipe))]
-    dist.launch(args.processes, main, [*words, "--processes", "1"])
+    dist.launch(args.processes, args.main, [*words, "--processes", "1"])
 
 
 def _train_one(args: argparse.Namespace, run: Path | str | None, overrides: list[str], resume: str | None) -> bool:
@@ -88,49 +81,3 @@ def _train_one(args: argparse.Namespace, run: Path | str | None, overrides: list
         state = "stopped by a signal, resume with --resume last" if trainer.interrupted else "finished"
         print(f"{state}: {trainer.iteration} iterations, {trainer.seconds:.0f} s of training; run folder {trainer.run}")
     return trainer.interrupted
-
-
-def _sweep(commands: Any) -> None:
-    p = command(commands, "sweep", _run_sweep, "Run a table of recipes and seeds; prints the plan and its cost first.")
-    p.add_argument("table", metavar="TABLE.yaml")
-    p.add_argument("--run", metavar="DIR", required=True, help="folder of all runs; finished ones are skipped")
-    p.add_argument("--jobs", type=positive, default=None, help="processes side by side")
-    p.add_argument("--dry", action="store_true", help="print the plan and its cost only")
-    trust_flag(p)
-
-
-def _run_sweep(args: argparse.Namespace) -> None:
-    from rlflow.train.sweep import run_sweep
-
-    run_sweep(Path(args.table), Path(args.run), dry=args.dry, jobs=args.jobs, trust_code=args.trust_code)
-
-
-def _compare(commands: Any) -> None:
-    p = command(commands, "compare", _run_compare, "Compare runs: last evaluation, cost, paired differences.")
-    p.add_argument("runs", nargs="+", metavar="RUN")
-    json_flag(p)
-
-
-def _run_compare(args: argparse.Namespace) -> None:
-    from rlflow.train.compare import compare, print_comparison
-
-    result = compare([Path(r) for r in args.runs])
-    print_json(result) if args.json else print_comparison(result)
-
-
-def _pretrain(commands: Any) -> None:
-    p = command(
-        commands, "pretrain", _run_pretrain, "Pre-train an embedded model from data the program draws or plays."
-    )
-    p.add_argument("world", metavar="NAME", help="shapes, words, robot_bc_hopper, ...")
-    p.add_argument("rest", nargs=argparse.REMAINDER, metavar="--steps N --seed N --out DIR ...")
-
-
-def _run_pretrain(args: argparse.Namespace) -> None:
-    from rlflow.registry import nearest
-    from rlflow.train.worlds import WORLDS
-    from rlflow.train.worlds import main as pretrain
-
-    if args.world not in WORLDS:
-        raise ValueError(f"unknown world {args.world!r}{nearest(args.world, WORLDS)}")
-    pretrain(WORLDS[args.world], args.rest)

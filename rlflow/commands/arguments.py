@@ -35,3 +35,9 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def which_weights(parser: argparse.ArgumentParser) -> None:
+    """--checkpoint and --weights of a run."""
+    parser.add_argument("--checkpoint", default="last", help="of a run: last, best or an iteration")
+    parser.add_argument("--weights", choices=["live", "ema"], help="of a run; default: the ones it evaluates")

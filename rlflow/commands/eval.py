@@ -1,0 +1,47 @@
+"""eval: a run or a checkpoint on held-out prompts or episodes."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rlflow.commands.arguments import command, json_flag, positive, trust_flag, which_weights
+from rlflow.console import print_json
+
+
+def add(commands: Any) -> None:
+    """Enter the command."""
+    p = command(commands, "eval", _run, "Evaluate a run or a checkpoint on held-out prompts, noise off.")
+    p.add_argument("source", metavar="RUN|CHECKPOINT", help="a run folder, a checkpoint folder, or shapes / words")
+    p.add_argument("--steps", type=positive, metavar="K", help="denoising steps")
+    p.add_argument("--solver", metavar="NAME")
+    p.add_argument("--seed", type=int, default=None, help="of the initial noise")
+    p.add_argument("--num", type=positive, help="number of samples")
+    which_weights(p)
+    trust_flag(p)
+    json_flag(p)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from rlflow.train.runs import evaluator_of
+
+    evaluator = evaluator_of(
+        args.source,
+        num=args.num,
+        num_steps=args.steps,
+        solver=args.solver,
+        seed=args.seed,
+        checkpoint=args.checkpoint,
+        weights=args.weights,
+        trust_code=args.trust_code,
+    )
+    result = evaluator()
+    means = {f"eval/heldout/{name}": value for name, value in result.means().items()}
+    means |= {f"eval/task/{name}": value for name, value in result.by_task().items()}
+    if args.json:
+        print_json({"samples": len(result), **means})
+        return
+    print(f"{result.about}, deployment sampler")
+    width = max(28, *(len(name) for name in means))
+    for name, value in means.items():
+        print(f"  {name:{width}s} {value:.4f}")

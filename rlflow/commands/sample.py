@@ -1,0 +1,61 @@
+"""sample: images, or a film of episodes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rlflow.commands.arguments import command, positive, trust_flag, which_weights
+
+
+def add(commands: Any) -> None:
+    """Enter the command."""
+    p = command(commands, "sample", _run, "Images of a run or a checkpoint, or a film of a robot's episodes.")
+    p.add_argument("source", metavar="RUN|CHECKPOINT|PIPELINE", help="PIPELINE: diffusers' folder or hub id")
+    p.add_argument("--prompt", action="append", default=[], help="of images; may be repeated")
+    p.add_argument("--out", required=True, metavar="x.png|x.mp4")
+    p.add_argument("--num", type=positive, default=4, help="images per prompt, or episodes")
+    p.add_argument("--steps", type=positive, metavar="K", help="denoising steps")
+    p.add_argument("--seed", type=int, default=0)
+    which_weights(p)
+    trust_flag(p)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from rlflow.train.figures import image_grid
+    from rlflow.train.runs import load, sample, world_of
+
+    env = world_of(args.source, args.trust_code)
+    if env != "prompt":
+        if args.prompt:
+            raise ValueError(f"--prompt: {args.source} takes no text, it acts in {env}; leave it out")
+        _film(args)
+        return
+    if not args.prompt:
+        raise ValueError(f"{args.source} makes images: say of what, with --prompt")
+    if Path(args.out).suffix != ".png":
+        raise ValueError(f"{args.out}: {args.source} makes images, name a file that ends in .png")
+    policy = load(args.source, checkpoint=args.checkpoint, weights=args.weights, trust_code=args.trust_code)
+    prompts = [text for text in args.prompt for _ in range(args.num)]
+    images = sample(policy, prompts, seed=args.seed, num_steps=args.steps)
+    image_grid(images, prompts, Path(args.out))
+    print(f"{len(prompts)} images in {args.out}")
+
+
+def _film(args: argparse.Namespace) -> None:
+    from rlflow.train.runs import film
+
+    episodes = film(
+        args.source,
+        args.out,
+        num=args.num,
+        num_steps=args.steps,
+        seed=args.seed,
+        checkpoint=args.checkpoint,
+        weights=args.weights,
+        trust_code=args.trust_code,
+    )
+    for row in range(len(episodes)):
+        print(f"episode {row}: " + ", ".join(f"{name} {float(v[row]):,.4g}" for name, v in episodes.scores.items()))
+    print(f"{len(episodes)} episodes in {args.out}")
