@@ -29,8 +29,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from rlflow import recipes
-from rlflow.config import Config
+from rlflow.config import recipes
+from rlflow.config.schema import Config
 from rlflow.flow.noise import Key
 from rlflow.flow.steps import AllButLast
 from rlflow.models.known import KNOWN

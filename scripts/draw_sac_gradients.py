@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlflow import recipes
+from rlflow.config import recipes
 from rlflow.rl.algorithm import Algorithm
 from rlflow.rl.sac import SAC
 from rlflow.train.build import make_parts, make_policy

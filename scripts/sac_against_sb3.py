@@ -24,7 +24,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
-from rlflow import recipes, registry
+from rlflow import registry
+from rlflow.config import recipes
 from rlflow.envs.experts import play, versions
 from rlflow.envs.sb3 import Vectorised
 from rlflow.train.build import make_parts

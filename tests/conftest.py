@@ -22,7 +22,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from rlflow import recipes
+from rlflow.config import recipes
 from rlflow.rewards.colour import brightness
 from rlflow.rewards.wire import answer, unpack
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlflow import cli, console, recipes
+from rlflow import cli, console
+from rlflow.config import recipes
 from rlflow.train.evaluate import Evaluation
 from rlflow.train.trainer import Trainer
 

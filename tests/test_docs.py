@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 
 import rlflow as rf
-from rlflow import config, recipes, registry
+from rlflow import registry
 from rlflow.cli import main, parse
+from rlflow.config import recipes
+from rlflow.config.parse import parse as parse_config
+from rlflow.config.schema import Config, SACConfig
+from rlflow.config.values import merge, read_yaml
 from rlflow.train.sweep import plan
 
 ROOT = Path(__file__).parents[1]
@@ -42,10 +46,10 @@ def test_python_snippets_run(page, text, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("page", "text"), blocks("yaml"))
 def test_recipe_snippets_are_valid(page, text):
-    values = config.read_yaml(text)
+    values = read_yaml(text)
     if "policy" in values or "steps" in values or "base" in values:
         base = values.pop("base", "t2i_flow_grpo")
-        config.parse(config.merge(recipes.read(base), values))
+        parse_config(merge(recipes.read(base), values))
 
 
 @pytest.fixture
@@ -168,12 +172,12 @@ def test_every_setting_is_documented():
     import dataclasses
 
     text = (ROOT / "docs" / "cli.md").read_text()
-    for section in dataclasses.fields(config.Config):
-        value = getattr(config.Config(), section.name)
+    for section in dataclasses.fields(Config):
+        value = getattr(Config(), section.name)
         if dataclasses.is_dataclass(value):
             for f in dataclasses.fields(value):
                 assert f"`{f.name}" in text, f"{section.name}.{f.name} is not in docs/cli.md"
-    for f in dataclasses.fields(config.SACConfig):
+    for f in dataclasses.fields(SACConfig):
         assert f"`{f.name}`" in text, f"algorithm.{f.name} of sac is not in docs/cli.md"
 
 

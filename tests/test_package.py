@@ -159,7 +159,7 @@ def test_imports_point_downwards(module):
         ("rlflow.rl.losses", "from rlflow.train import dist", True),
         ("rlflow.rl.losses", "from rlflow.flow.path import score", False),
         ("rlflow.train.trainer", "from rlflow.cli import main", True),
-        ("rlflow.train.trainer", "from rlflow.rl.losses import clip\nfrom rlflow.config import load", False),
+        ("rlflow.train.trainer", "from rlflow.rl.losses import clip\nfrom rlflow.config.schema import load", False),
         ("rlflow.__main__", "from rlflow.cli import main", False),
     ],
 )

@@ -45,6 +45,6 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _recipes() -> dict[str, str]:
-    from rlflow import recipes
+    from rlflow.config import recipes
 
     return {name: str(recipes.read(name).get("about", "")) for name in recipes.names()}

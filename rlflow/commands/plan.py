@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from rlflow import recipes
+    from rlflow.config import recipes
     from rlflow.train.gpus import find_gpu
     from rlflow.train.plan import Planner, plan_as_json, print_plan
 

@@ -60,7 +60,7 @@ def _train_seeds(args: argparse.Namespace, seeds: list[int]) -> None:
 
 
 def _train_shared(args: argparse.Namespace) -> None:
-    from rlflow import recipes
+    from rlflow.config import recipes
     from rlflow.parallel import dist
     from rlflow.train.trainer import default_run
 

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlflow.config import Config, parse
+from rlflow.config.parse import parse
+from rlflow.config.schema import Config
 from rlflow.envs import scenes
 from rlflow.flow.field import VelocityField
 from rlflow.flow.steps import Plan

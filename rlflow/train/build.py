@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rlflow import registry
-from rlflow.config import Config
+from rlflow.config.schema import Config
 from rlflow.envs.base import VecEnv
 from rlflow.envs.prompt import PromptEnv
 from rlflow.envs.prompts import Prompts, load_prompts

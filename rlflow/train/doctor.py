@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlflow.config import Config
+from rlflow.config.schema import Config
 from rlflow.console import finite, terminal
 from rlflow.flow.steps import Plan
 from rlflow.train.build import Parts, make_parts

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from rlflow import registry
-from rlflow.config import AlgorithmConfig, Config, SACConfig
+from rlflow.config.limits import LARGEST
+from rlflow.config.schema import AlgorithmConfig, Config, SACConfig
 from rlflow.flow.density import euler_log_prob
 from rlflow.flow.solvers import Euler
-from rlflow.limits import LARGEST
 from rlflow.rl.batch import Batch
 from rlflow.rl.cfm import calibration
 from rlflow.rl.path_entropy import highest_entropy

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlflow import registry
-from rlflow.config import AlgorithmConfig, Config, OfflineConfig, SACConfig
+from rlflow.config.schema import AlgorithmConfig, Config, OfflineConfig, SACConfig
 from rlflow.flow.policy import FlowPolicy
 from rlflow.rl.algorithm import Algorithm
 from rlflow.rl.groups import Groups

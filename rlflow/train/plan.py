@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 
 from rlflow import registry
-from rlflow.config import Config
+from rlflow.config.schema import Config
 from rlflow.console import terminal
 from rlflow.flow.field import VelocityField
 from rlflow.models.shapes_of import beside, encoder_bytes, releases_encoders

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rlflow import registry
-from rlflow.config import Config
+from rlflow.config.schema import Config
 
 NETWORKS = {
     "clip_score": ("model",),

@@ -12,7 +12,9 @@ import yaml
 from torch import Tensor
 
 from rlflow import registry
-from rlflow.config import Config, merge, parse
+from rlflow.config.parse import parse
+from rlflow.config.schema import Config
+from rlflow.config.values import merge
 from rlflow.flow.field import VelocityField
 from rlflow.flow.grid import FromScheduler
 from rlflow.flow.guidance import CFG

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlflow import registry
-from rlflow.config import AlgorithmConfig, Config
+from rlflow.config.schema import AlgorithmConfig, Config
 from rlflow.envs.prompts import load_prompts
 from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy

@@ -24,8 +24,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from rlflow import recipes
-from rlflow.config import Config, difference
+from rlflow.config import recipes
+from rlflow.config.parse import difference
+from rlflow.config.schema import Config
 from rlflow.registry import nearest
 from rlflow.train.aggregate import aggregate
 from rlflow.train.checkpoint import Checkpoints

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import yaml
 
-from rlflow import recipes
-from rlflow.config import Config, difference, parse
+from rlflow.config import recipes
+from rlflow.config.parse import difference, parse
+from rlflow.config.schema import Config
 from rlflow.flow.noise import generator
 from rlflow.models.io import save_field
 from rlflow.parallel import dist, shards

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlflow import config
+from rlflow.config.parse import parse
 from rlflow.envs import scenes
 from rlflow.models.dit import DiT
 from rlflow.models.io import load_field, save_field
@@ -176,6 +176,6 @@ def test_whole_parameters_are_left_as_they_are() -> None:
 def test_what_could_hang_is_refused(tmp_path: Path) -> None:
     values = recipe(tmp_path)
     with pytest.raises(ValueError, match=r"env\.num_groups to a multiple of 8"):
-        check_sharding(config.parse(values | {"env": {"num_groups": 4}}), Groups(4, 4, 0, 4))
+        check_sharding(parse(values | {"env": {"num_groups": 4}}), Groups(4, 4, 0, 4))
     with pytest.raises(ValueError, match=r"train\.sharding: .* images"):
-        config.parse({"env": {"name": "toy_reach", "mode": "steps"}, "advantage": "gae", "train": values["train"]})
+        parse({"env": {"name": "toy_reach", "mode": "steps"}, "advantage": "gae", "train": values["train"]})

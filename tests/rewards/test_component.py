@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rlflow import registry
-from rlflow.config import difference, merge, parse
+from rlflow.config.parse import difference, parse
+from rlflow.config.values import merge
 from rlflow.rewards.base import Reward, RewardSet, column_names
 from rlflow.rewards.component import make_reward, reads
 from rlflow.train.build import judged_by, make_judges, make_rewards

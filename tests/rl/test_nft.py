@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlflow import recipes
+from rlflow.config import recipes
 from rlflow.flow.steps import NoSteps
 from rlflow.rl.cfm import CFMLikelihood
 from rlflow.rl.likelihood import ChainLikelihood

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rlflow import recipes
+from rlflow.config import recipes
 from rlflow.envs.prompts import Prompts, load_prompts
 from rlflow.rl.sac import SAC
 from rlflow.train.build import make_parts

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlflow import recipes
+from rlflow.config import recipes
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.grid import Shifted, Uniform
 from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, LearnedNoise

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlflow import recipes
+from rlflow.config import recipes
 from rlflow.envs.prompts import Prompts, load_prompts
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Heun

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from rlflow import recipes
 from rlflow.cli import main
-from rlflow.config import Config
+from rlflow.config import recipes
+from rlflow.config.schema import Config
 from rlflow.train import plan as plan_module
 from rlflow.train.build import make_parts
 from rlflow.train.gpus import GPU, find_gpu

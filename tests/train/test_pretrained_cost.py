@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rlflow import recipes
+from rlflow.config import recipes
 from rlflow.train.build import make_parts
 from rlflow.train.cost import iteration_cost
 from rlflow.train.doctor import NO_LIMIT

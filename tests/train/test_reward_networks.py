@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 
-from rlflow import recipes
 from rlflow.cli import main
-from rlflow.config import Config
+from rlflow.config import recipes
+from rlflow.config.schema import Config
 from rlflow.models.known import KNOWN
 from rlflow.models.pretrained import pretrained
 from rlflow.train.plan import Planner, _staying, not_counted

@@ -13,8 +13,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from rlflow import recipes
-from rlflow.config import AlgorithmConfig, parse
+from rlflow.config import recipes
+from rlflow.config.parse import parse
+from rlflow.config.schema import AlgorithmConfig
 from rlflow.envs.demos import Episode, write_demos
 from rlflow.models.io import load_field
 from rlflow.rl.optim import NonFiniteError

@@ -9,19 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlflow import config as config_module
-from rlflow import limits, recipes, registry
-from rlflow.config import (
-    MAY_CHANGE_ON_RESUME,
-    Config,
-    NFTConfig,
-    OptimizerConfig,
-    difference,
-    merge,
-    parse,
-    read_yaml,
-    set_value,
-)
+from rlflow import registry
+from rlflow.config import limits, recipes
+from rlflow.config import parse as parsing
+from rlflow.config import schema as config_module
+from rlflow.config.parse import MAY_CHANGE_ON_RESUME, difference, parse
+from rlflow.config.schema import Config, NFTConfig, OptimizerConfig
+from rlflow.config.values import merge, read_yaml, set_value
 from rlflow.rl.nft import NFT
 from rlflow.rl.optim import AdamW
 
@@ -160,7 +154,7 @@ def test_every_path_with_a_range_is_a_setting() -> None:
             kind = section.rpartition(".")[2]
             assert any(key in registry.settings(registry.find(kind, name)) for name in components[section]), path
         else:
-            assert key in config_module._field_names(Config, section.split(".")), path
+            assert key in parsing._field_names(Config, section.split(".")), path
 
 
 def test_the_largest_number_is_allowed() -> None:
@@ -243,7 +237,7 @@ def test_an_override_changes_exactly_its_key(override: str, path: str, value: ob
 
 def _all_differences(before: dict, after: dict) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config_module, "MAY_CHANGE_ON_RESUME", ())
+        patch.setattr(parsing, "MAY_CHANGE_ON_RESUME", ())
         return difference(before, after)
 
 
@@ -292,7 +286,11 @@ def test_a_recipe_file_inherits_and_overrides(tmp_path: Path) -> None:
 
 def sections() -> Iterator[type]:
     """Every dataclass of the config."""
-    return (c for c in vars(config_module).values() if dataclasses.is_dataclass(c) and c.__module__ == "rlflow.config")
+    return (
+        c
+        for c in vars(config_module).values()
+        if dataclasses.is_dataclass(c) and c.__module__ == "rlflow.config.schema"
+    )
 
 
 def test_the_optimizer_section_is_the_optimizer() -> None:

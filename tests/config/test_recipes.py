@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from rlflow import recipes, registry
+from rlflow import registry
+from rlflow.config import recipes
 from rlflow.envs.prompts import load_prompts
 from rlflow.rewards.component import column_names
 from rlflow.train.build import heldout_prompts

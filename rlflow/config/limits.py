@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rlflow import registry
 
 if TYPE_CHECKING:
-    from rlflow.config import Config
+    from rlflow.config.schema import Config
 
 POSITIVE = (
     *("policy.num_steps", "policy.max_kappa", "env.num_groups", "env.group_size", "env.rows_per_call"),

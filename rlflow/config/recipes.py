@@ -10,7 +10,9 @@ from typing import Any
 
 import yaml
 
-from rlflow.config import Config, merge, parse, read_yaml, set_value
+from rlflow.config.parse import parse
+from rlflow.config.schema import Config
+from rlflow.config.values import merge, read_yaml, set_value
 from rlflow.registry import nearest
 
 
