@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from rlflow.config import recipes
+from rlflow.report.metrics_file import read_metrics
 from rlflow.rl.algorithm import Algorithm
 from rlflow.rl.sac import SAC
 from rlflow.train.build import make_parts, make_policy
-from rlflow.train.logger import read_metrics
 from rlflow.train.trainer import Trainer
 
 FIELDS = {

@@ -11,9 +11,9 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image
 
-from rlflow.train.curves import curves
-from rlflow.train.figures import before_after
-from rlflow.train.record import RunRecord
+from rlflow.report.curves import curves
+from rlflow.report.figures import before_after
+from rlflow.report.record import RunRecord
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -35,9 +35,9 @@ from rlflow.envs.demos import Demos
 from rlflow.envs.experts import play, versions
 from rlflow.envs.sb3 import Vectorised
 from rlflow.models.normalizer import Normalizer
+from rlflow.report.metrics_file import read_metrics
 from rlflow.train.cloning import demos_of
 from rlflow.train.episodes import SEEDS
-from rlflow.train.logger import read_metrics
 from rlflow.train.pretrain import learning_rate_factor
 
 NUM_ENVS, NUM_STEPS, ROWS = 32, 128, 512

@@ -53,7 +53,7 @@ TOY_RUN = (
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """toy(*words): train a toy for two iterations in tmp_path/run."""
-    monkeypatch.setattr("rlflow.train.report.write_report", lambda run: Path(run))
+    monkeypatch.setattr("rlflow.report.report.write_report", lambda run: Path(run))
     return lambda *words: cli.main(["train", *TOY_RUN, "--run", str(tmp_path / "run"), "--quiet", *words])
 
 
@@ -132,7 +132,7 @@ def test_errors_a_user_can_mend_are_one_line(
     def broken(run: Path) -> Path:
         raise error
 
-    monkeypatch.setattr("rlflow.train.report.write_report", broken)
+    monkeypatch.setattr("rlflow.report.report.write_report", broken)
     assert fails("report", str(tmp_path)) == f"rlflow: error: {error.args[0]}"
     with pytest.raises(type(error)):
         cli.main(["--debug", "report", str(tmp_path)])
@@ -222,7 +222,7 @@ def test_json_holds_null_for_what_is_not_finite(
     cli.main(["eval", "shapes", "--json"])
     said = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert said == {"samples": 2, "eval/heldout/strict": None, "eval/heldout/soft": 0.5}
-    monkeypatch.setattr("rlflow.train.compare.compare", lambda runs: {"runs": [{"interval": (1.0, math.inf)}]})
+    monkeypatch.setattr("rlflow.report.compare.compare", lambda runs: {"runs": [{"interval": (1.0, math.inf)}]})
     cli.main(["compare", "a", "--json"])
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"runs": [{"interval": [1.0, None]}]}
 

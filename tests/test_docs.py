@@ -118,7 +118,7 @@ def trusted(*words):
 
 def test_an_own_model_and_recipe_work_in_every_command(own_code, monkeypatch, capsys):
     """The page's steps: save the network, then train, eval and sample by file and folder."""
-    monkeypatch.setattr("rlflow.train.report.write_report", lambda run: Path(run))
+    monkeypatch.setattr("rlflow.report.report.write_report", lambda run: Path(run))
     subprocess.run([sys.executable, "my_models.py"], check=True, timeout=300)
     assert json.loads((own_code / "my_model/config.json").read_text())["model"] == "my_models:BagOfWords"
     trusted("train", "my.yaml", *SMALL, "--run", "run", "--quiet")
@@ -145,7 +145,7 @@ def test_a_sweep_trusts_as_it_is_told(own_code):
 
 
 def test_an_own_environment_trains(own_code, monkeypatch, capsys):
-    monkeypatch.setattr("rlflow.train.report.write_report", lambda run: Path(run))
+    monkeypatch.setattr("rlflow.report.report.write_report", lambda run: Path(run))
     page = (ROOT / "docs" / "extending.md").read_text()
     words = shlex.split(next(line for line in page.splitlines() if "env.name=my_envs" in line))[1:]
     assert words.pop() == "--trust-code"

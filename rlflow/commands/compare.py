@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from rlflow.train.compare import compare, print_comparison
+    from rlflow.report.compare import compare, print_comparison
 
     result = compare([Path(r) for r in args.runs])
     print_json(result) if args.json else print_comparison(result)

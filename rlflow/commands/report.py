@@ -16,6 +16,6 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from rlflow.train.report import write_report
+    from rlflow.report.report import write_report
 
     print(f"Report: {write_report(Path(args.run)).resolve()}")

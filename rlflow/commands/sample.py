@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from rlflow.train.figures import image_grid
+    from rlflow.report.figures import image_grid
     from rlflow.train.runs import load, sample, world_of
 
     env = world_of(args.source, args.trust_code)

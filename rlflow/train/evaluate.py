@@ -57,7 +57,7 @@ class Evaluation:
 
     def show(self, folder: Path, iteration: int, num: int) -> None:
         """Write `num` of the images, spread over the captions, as a captioned picture and as tensors."""
-        from rlflow.train.figures import image_grid
+        from rlflow.report.figures import image_grid
 
         some = torch.linspace(0, len(self) - 1, min(num, len(self))).long()
         image_grid(self.images[some], [self.captions[i] for i in some], folder / f"eval_{iteration:06d}.png")

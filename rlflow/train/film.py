@@ -9,7 +9,7 @@ from types import TracebackType
 from torch import Tensor
 
 from rlflow.envs.base import VecEnv
-from rlflow.train.video import write_video
+from rlflow.report.video import SECONDS, write_video
 
 
 class Film:
@@ -20,7 +20,7 @@ class Film:
     word where the environment draws no pictures at all.
     """
 
-    SECONDS, FPS, DEFAULT = 8.0, 25.0, 2
+    FPS, DEFAULT = 25.0, 2
 
     def __init__(self, env: VecEnv | None = None, num: int | None = 0):
         self.env = None if env is None else env.unwrapped
@@ -46,7 +46,7 @@ class Film:
         if self.steps % self.every == 0 and self.env is not None:
             try:
                 for row, frames in enumerate(self.frames):
-                    if not self.ended[row] and len(frames) < self.SECONDS * self.fps:
+                    if not self.ended[row] and len(frames) < SECONDS * self.fps:
                         frames.append(self.env.render(row))
             except RuntimeError as error:  # NotImplementedError: it never draws
                 if self.asked or not isinstance(error, NotImplementedError):

@@ -22,11 +22,11 @@ from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import load_field, read_config, save_field
 from rlflow.models.pretrained import PretrainedField, is_hub_id, is_pipeline, pretrained
+from rlflow.report.video import write_video
 from rlflow.train.build import device, heldout_prompts, judged_by, make_evaluator, make_policy
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.episodes import EpisodeEvaluator, Episodes
 from rlflow.train.evaluate import Evaluator
-from rlflow.train.video import write_video
 
 
 def is_run(path: str | Path) -> bool:

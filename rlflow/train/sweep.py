@@ -28,10 +28,10 @@ from rlflow.config import recipes
 from rlflow.config.parse import difference
 from rlflow.config.schema import Config
 from rlflow.registry import nearest
-from rlflow.train.aggregate import aggregate
+from rlflow.report.aggregate import aggregate
+from rlflow.report.glossary import duration
+from rlflow.report.metrics_file import read_metrics
 from rlflow.train.checkpoint import Checkpoints
-from rlflow.train.glossary import duration
-from rlflow.train.logger import read_metrics
 from rlflow.train.workers import Workers
 
 State = Literal["new", "interrupted", "finished"]

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlflow.train.glossary import describe, duration, show
+from rlflow.report.glossary import describe, duration, show
 
 SHOWN = {  # while training, in this order
     "reward/mean": "reward",

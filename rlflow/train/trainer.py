@@ -20,6 +20,7 @@ from rlflow.config.schema import Config
 from rlflow.flow.noise import generator
 from rlflow.models.io import save_field
 from rlflow.parallel import dist, shards
+from rlflow.report.metrics_file import read_metrics
 from rlflow.rl.collector import permute_rewards
 from rlflow.rl.optim import NonFiniteError
 from rlflow.train.build import judged_by, make_evaluator, make_parts, whole_field
@@ -27,7 +28,7 @@ from rlflow.train.checkpoint import Checkpoints, deal, pack, rng_state, set_rng_
 from rlflow.train.episodes import Episodes
 from rlflow.train.evaluate import Evaluation
 from rlflow.train.head import write_head
-from rlflow.train.logger import RunLogger, import_wandb, read_metrics
+from rlflow.train.logger import RunLogger, import_wandb
 from rlflow.train.rollout_metrics import rollout_metrics
 from rlflow.train.signals import Signals
 from rlflow.types import Rollout
@@ -360,7 +361,7 @@ class Trainer:
         self._report()
 
     def _report(self) -> None:
-        from rlflow.train.report import write_report
+        from rlflow.report.report import write_report
 
         if dist.rank() == 0:
             write_report(self.run)

@@ -21,9 +21,9 @@ from rlflow.envs import scenes
 from rlflow.models.dit import DiT
 from rlflow.models.io import save_field
 from rlflow.parallel import dist
+from rlflow.report.metrics_file import read_metrics
 from rlflow.rl.groups import Groups
 from rlflow.train.checkpoint import Checkpoints, deal, pack
-from rlflow.train.logger import read_metrics
 from rlflow.train.trainer import Trainer
 
 WALL_CLOCK = ("time/", "perf/samples_per_s", "perf/env_steps_per_s", "cost/train_seconds_total")

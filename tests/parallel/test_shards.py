@@ -18,11 +18,11 @@ from rlflow.envs import scenes
 from rlflow.models.dit import DiT
 from rlflow.models.io import load_field, save_field
 from rlflow.parallel import shards
+from rlflow.report.metrics_file import read_metrics
 from rlflow.rl.groups import Groups
 from rlflow.rl.optim import AdamW, Optimizer
 from rlflow.train.build import check_sharding
 from rlflow.train.checkpoint import Checkpoints, pack
-from rlflow.train.logger import read_metrics
 from rlflow.train.trainer import Trainer
 
 HANGS = 580

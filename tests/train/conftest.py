@@ -49,7 +49,7 @@ def tiny() -> list[str]:
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the seconds that matplotlib takes."""
-    monkeypatch.setattr("rlflow.train.report.write_report", lambda run: Path(run))
+    monkeypatch.setattr("rlflow.report.report.write_report", lambda run: Path(run))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlflow.envs.base import VecEnv
+from rlflow.report.video import SECONDS
 from rlflow.train.film import Film
 
 NEVER = NotImplementedError("Blind draws no pictures")
@@ -70,10 +71,10 @@ def test_every_row_is_filmed_until_its_first_end():
 
 def test_no_film_is_longer_than_it_says():
     """Of steps of .1 s, each is a frame; of 10 ms every fourth is, and 25 of them are a second."""
-    for seconds, num in ((0.1, Film.SECONDS / 0.1), (0.01, Film.SECONDS * 25)):
+    for seconds, num in ((0.1, SECONDS / 0.1), (0.01, SECONDS * 25)):
         env = Watched()
         env.step_seconds = seconds
         with Film(env, 1) as film:
             env.step_all(2000)
         assert len(film.frames[0]) == num
-        assert len(film.frames[0]) / film.fps == pytest.approx(Film.SECONDS)
+        assert len(film.frames[0]) / film.fps == pytest.approx(SECONDS)

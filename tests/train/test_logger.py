@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlflow.report.metrics_file import METRICS, read_metrics
 from rlflow.train import terminal
-from rlflow.train.logger import METRICS, RunLogger, read_metrics
+from rlflow.train.logger import RunLogger
 
 
 def make(folder: Path, **options) -> RunLogger:
@@ -240,7 +241,7 @@ def test_wandb_gets_finite_numbers_and_resumes_the_same_run(tmp_path, monkeypatc
 def test_nothing_heavy_is_loaded_before_it_is_used():
     """`rlflow --help` stays fast: matplotlib, rich and tensorboard load on first use."""
     code = (
-        "import sys, rlflow.train.logger, rlflow.train.figures, rlflow.train.report;"
+        "import sys, rlflow.train.logger, rlflow.report.figures, rlflow.report.report;"
         "print([m for m in ('matplotlib', 'rich', 'tensorboard', 'wandb') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

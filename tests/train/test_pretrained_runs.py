@@ -24,7 +24,7 @@ SMALL = (
 @pytest.fixture
 def trainer(tiny_pipeline, tmp_path, monkeypatch) -> Callable[..., Trainer]:
     """trainer(run name, override, ...) -> a small Flow-GRPO run on the tiny Stable Diffusion 3."""
-    monkeypatch.setattr("rlflow.train.report.write_report", lambda run: Path(run))
+    monkeypatch.setattr("rlflow.report.report.write_report", lambda run: Path(run))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"{i} cats\n" for i in range(12)))
 

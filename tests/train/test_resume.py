@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 
+from rlflow.report.metrics_file import read_metrics
 from rlflow.train import checkpoint
 from rlflow.train.checkpoint import Checkpoints, pack
-from rlflow.train.logger import read_metrics
 from rlflow.train.trainer import Trainer
 
 Make = Callable[..., Trainer]
@@ -251,9 +251,9 @@ def _train(run: str, field: str, overrides: list[str]) -> None:
     torch.set_num_threads(1)
     for name in ("save_file", "_sync", "_remove"):
         setattr(checkpoint, name, _slow(getattr(checkpoint, name)))
-    import rlflow.train.report
+    import rlflow.report.report
 
-    rlflow.train.report.write_report = lambda folder: Path(folder)
+    rlflow.report.report.write_report = lambda folder: Path(folder)
     resume = "last" if (Path(run) / "config.yaml").exists() else None
     Trainer("t2i_flow_grpo", run, overrides=[*overrides, f"policy.field={field}"], resume=resume, quiet=True).fit()
 
@@ -264,7 +264,7 @@ def test_kill_9_at_random_moments(tmp_path: Path, scenes_field: str, tiny: list[
     overrides = [*tiny, "train.minutes=", *KILLED]
     trainer(tmp_path / "straight", *KILLED).fit()
     spawn = multiprocessing.get_context("forkserver")
-    spawn.set_forkserver_preload(["rlflow.train.trainer", "rlflow.train.report"])
+    spawn.set_forkserver_preload(["rlflow.train.trainer", "rlflow.report.report"])
     rng, run = random.Random(0), tmp_path / "killed"
     for _ in range(8):
         process = spawn.Process(target=_train, args=(str(run), scenes_field, overrides))

@@ -10,8 +10,8 @@ pytest.importorskip("mujoco")
 
 from rlflow.envs.demos import Episode, write_demos
 from rlflow.envs.experts import GaussianExpert, embedded_expert, play
+from rlflow.report.metrics_file import METRICS, encode_row
 from rlflow.train.episodes import SEEDS
-from rlflow.train.logger import METRICS, encode_row
 
 
 @pytest.fixture(scope="module")

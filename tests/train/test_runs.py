@@ -9,9 +9,9 @@ import torch
 import rlflow as rf
 from rlflow.flow.noise import Key
 from rlflow.models.io import read_config, save_field
+from rlflow.report.metrics_file import read_metrics
 from rlflow.train.build import judged_by
 from rlflow.train.checkpoint import Checkpoints
-from rlflow.train.logger import read_metrics
 from rlflow.train.runs import evaluator_of, judging_config
 from rlflow.train.trainer import Trainer
 from rlflow.train.worlds import IMAGES
@@ -64,7 +64,7 @@ def test_a_checkpoint_that_says_nothing_and_reads_no_scenes_is_an_error(words_fi
 def run(tmp_path_factory: pytest.TempPathFactory, scenes_field: str) -> Path:
     """Three iterations at a rate that moves every weight set apart from the others."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlflow.train.report.write_report", lambda run: Path(run))
+        patch.setattr("rlflow.report.report.write_report", lambda run: Path(run))
         folder = tmp_path_factory.mktemp("runs") / "run"
         overrides = [*TINY, f"policy.field={scenes_field}", "train.minutes=", "train.iterations=3"]
         overrides += ["algorithm.optimizer.lr=1e-2", "train.checkpoint_every=1"]

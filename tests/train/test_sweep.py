@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlflow.train.aggregate import NETWORK_ROWS, SECONDS, Spread, aggregate, eval_at
+from rlflow.report.aggregate import NETWORK_ROWS, SECONDS, Spread, aggregate, eval_at
+from rlflow.report.metrics_file import read_metrics
+from rlflow.report.record import RunRecord
 from rlflow.train.checkpoint import Checkpoints
-from rlflow.train.logger import RunLogger, read_metrics
-from rlflow.train.record import RunRecord
+from rlflow.train.logger import RunLogger
 from rlflow.train.sweep import describe_plan, parse_table, plan, run_sweep, state
 from rlflow.train.trainer import Trainer
 from rlflow.train.workers import Workers

@@ -18,10 +18,10 @@ from rlflow.config.parse import parse
 from rlflow.config.schema import AlgorithmConfig
 from rlflow.envs.demos import Episode, write_demos
 from rlflow.models.io import load_field
+from rlflow.report.metrics_file import read_metrics
 from rlflow.rl.optim import NonFiniteError
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.evaluate import Evaluation
-from rlflow.train.logger import read_metrics
 from rlflow.train.trainer import Trainer
 
 Make = Callable[..., Trainer]
@@ -303,7 +303,7 @@ def test_non_finite_steps_end_the_run_and_the_checkpoints_before_them_stay(
 ) -> None:
     """Bad steps are skipped, counted, never saved and prune nothing; the run stops, says why, and is reported."""
     run, reported = tmp_path / "run", []
-    monkeypatch.setattr("rlflow.train.report.write_report", reported.append)
+    monkeypatch.setattr("rlflow.report.report.write_report", reported.append)
     overrides = ["train.iterations=12", "train.checkpoint_every=1", f"train.keep={keep}"]
     made = trainer(run, *overrides, "algorithm.optimizer.max_bad_steps=5", callbacks=[poison_after(3)])
     with pytest.raises(NonFiniteError, match=r"5 optimiser steps in a row.*--resume 2\); \[3\] may be spoilt$"):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rlflow.train.glossary import describe, show
+from rlflow.report.glossary import describe, show
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
-from rlflow.train import page, sections
-from rlflow.train.beside import before_after
-from rlflow.train.comparison import compare_report
-from rlflow.train.curves import Panel, curves
-from rlflow.train.glossary import describe, duration, share, show
-from rlflow.train.record import HELDOUT, Change, RunRecord
+from rlflow.report import page, sections
+from rlflow.report.beside import before_after
+from rlflow.report.comparison import compare_report
+from rlflow.report.curves import Panel, curves
+from rlflow.report.glossary import describe, duration, share, show
+from rlflow.report.record import HELDOUT, Change, RunRecord
 
 __all__ = ["compare_report", "write_report"]
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlflow.train.glossary import MISSING, describe, duration, share, show, signed
-from rlflow.train.logger import Row
-from rlflow.train.record import HELDOUT, RunRecord
+from rlflow.report.glossary import MISSING, describe, duration, share, show, signed
+from rlflow.report.metrics_file import Row
+from rlflow.report.record import HELDOUT, RunRecord
 
 SECONDS, NETWORK_ROWS, SAMPLES = "cost/train_seconds_total", "cost/network_rows_total", "cost/samples_total"
 COSTS = {"seconds": SECONDS, "network_rows": NETWORK_ROWS, "samples": SAMPLES}

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from rlflow.train.curves import Panel, curves
+from rlflow.report.curves import Panel, curves
 
 __all__ = ["Panel", "before_after", "curves", "image_grid", "read_captions", "tiles"]
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from rlflow.train.video import html_video, write_video
+from rlflow.report.video import html_video, write_video
 
 ffmpeg = pytest.importorskip("imageio_ffmpeg")
 

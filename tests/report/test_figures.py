@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rlflow.train.curves import Panel, curves, series
-from rlflow.train.figures import RIGHT, WRONG, before_after, image_grid, read_captions, tiles
+from rlflow.report.curves import Panel, curves, series
+from rlflow.report.figures import RIGHT, WRONG, before_after, image_grid, read_captions, tiles
 
 
 def colors(path) -> set[tuple[int, int, int]]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+SECONDS = 8.0  # of an episode that a film shows at most
 QUALITY = 28  # constant rate factor of H.264: 18 looks like the original, 28 is a third of the bytes
 
 

@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from rlflow.console import terminal
-from rlflow.train.aggregate import NETWORK_ROWS, SECONDS
-from rlflow.train.glossary import MISSING, describe, duration, share, show, signed
-from rlflow.train.record import HELDOUT, RunRecord
-from rlflow.train.stats import paired_bootstrap
+from rlflow.report.aggregate import NETWORK_ROWS, SECONDS
+from rlflow.report.glossary import MISSING, describe, duration, share, show, signed
+from rlflow.report.record import HELDOUT, RunRecord
+from rlflow.report.stats import paired_bootstrap
 
 PAIRED_SETTINGS = ("eval.prompts", "eval.num", "eval.seed", "env.name", "env.settings.env_id", "env.prompts")
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlflow.registry import TABLE
-from rlflow.train.curves import series
-from rlflow.train.figures import read_captions
-from rlflow.train.glossary import describe, share, signed
-from rlflow.train.logger import Row, read_metrics
-from rlflow.train.stats import Interval, paired_bootstrap
+from rlflow.report.curves import series
+from rlflow.report.figures import read_captions
+from rlflow.report.glossary import describe, share, signed
+from rlflow.report.metrics_file import Row, read_metrics
+from rlflow.report.stats import Interval, paired_bootstrap
 
 HELDOUT = "eval/heldout/"
 HEADLINE = HELDOUT + "strict"

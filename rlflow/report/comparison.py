@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from rlflow.train import page
-from rlflow.train.curves import AXES, Panel, curves, series
-from rlflow.train.glossary import MISSING, describe, duration, share, show, signed
-from rlflow.train.record import HEADLINE, HELDOUT, RunRecord
+from rlflow.report import page
+from rlflow.report.curves import AXES, Panel, curves, series
+from rlflow.report.glossary import MISSING, describe, duration, share, show, signed
+from rlflow.report.record import HEADLINE, HELDOUT, RunRecord
 
 Groups = dict[str, list[RunRecord]]
 SEED = "train.seed"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from rlflow.train import curves
+from rlflow.report import curves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from rlflow.train import page
-from rlflow.train.film import Film
-from rlflow.train.glossary import show
-from rlflow.train.record import Pictures, RunRecord
-from rlflow.train.video import html_video
+from rlflow.report import page
+from rlflow.report.glossary import show
+from rlflow.report.record import Pictures, RunRecord
+from rlflow.report.video import SECONDS, html_video
 
 PAIRS = 32  # images shown at most
 
@@ -84,7 +83,7 @@ def _films(run: RunRecord, first: int, last: int) -> tuple[str, str]:
         cells.append(f'<div class="{kind}">{"<span>&rarr;</span>".join(shown)}</div>')
     note = "Left before, right after training: " if len(at) == 2 else ""
     note += f"the first {len(rows)} of the evaluated episodes, not chosen by result; the starts of both are the same."
-    note += f" At most {Film.SECONDS:g} seconds of an episode are shown; a film ends where its episode does."
+    note += f" At most {SECONDS:g} seconds of an episode are shown; a film ends where its episode does."
     return f'<div class="pairs films">{"".join(cells)}</div>', note
 
 

@@ -10,11 +10,12 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from rlflow.train.figures import image_grid
-from rlflow.train.glossary import MISSING
-from rlflow.train.logger import METRICS, RunLogger
-from rlflow.train.record import RunRecord
-from rlflow.train.report import compare_report, write_report
+from rlflow.report.figures import image_grid
+from rlflow.report.glossary import MISSING
+from rlflow.report.metrics_file import METRICS
+from rlflow.report.record import RunRecord
+from rlflow.report.report import compare_report, write_report
+from rlflow.train.logger import RunLogger
 
 EVIL = '<script>alert("x")</script> & http://evil.example/x.png'
 CAPTIONS = ["one red circle", EVIL, "two blue squares", "three squares"]

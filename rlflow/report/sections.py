@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterator
 from html import escape
 
-from rlflow.train import page
-from rlflow.train.curves import series
-from rlflow.train.glossary import MISSING, describe, duration, order, share, show, signed
-from rlflow.train.record import HEADLINE, HELDOUT, Change, RunRecord
+from rlflow.report import page
+from rlflow.report.curves import series
+from rlflow.report.glossary import MISSING, describe, duration, order, share, show, signed
+from rlflow.report.record import HEADLINE, HELDOUT, Change, RunRecord
 
 TASK = "eval/task/"
 FALL = 0.02  # of a judge that counts, where no interval is known

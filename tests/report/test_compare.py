@@ -9,10 +9,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from rlflow.train.aggregate import NETWORK_ROWS, SECONDS
-from rlflow.train.compare import compare, print_comparison
+from rlflow.report.aggregate import NETWORK_ROWS, SECONDS
+from rlflow.report.compare import compare, print_comparison
+from rlflow.report.stats import paired_bootstrap
 from rlflow.train.logger import RunLogger
-from rlflow.train.stats import paired_bootstrap
 
 STRICT = "eval/heldout/strict"
 NUM = 120

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rlflow.train.stats import bootstrap_mean, paired_bootstrap
+from rlflow.report.stats import bootstrap_mean, paired_bootstrap
 
 
 def test_independent_rows_give_the_closed_form():

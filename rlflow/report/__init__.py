@@ -1,0 +1,1 @@
+"""What a run folder shows: the record, tables, figures, films, the HTML page, and comparisons of several runs."""
