@@ -31,6 +31,8 @@ from torch import Tensor
 
 from rlflow.config import recipes
 from rlflow.config.schema import Config
+from rlflow.cost.formula import iteration_cost
+from rlflow.cost.plan import Planner
 from rlflow.flow.noise import Key
 from rlflow.flow.steps import AllButLast
 from rlflow.models.known import KNOWN
@@ -39,8 +41,6 @@ from rlflow.models.shapes_of import NoText, shape_of
 from rlflow.rl.likelihood import ChainLikelihood
 from rlflow.train.bench import Bare, listen
 from rlflow.train.build import PRECISION, device, make_parts
-from rlflow.train.cost import iteration_cost
-from rlflow.train.plan import Planner
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 TINY = {"sample_size": 16, "num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128}

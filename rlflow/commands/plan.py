@@ -21,8 +21,8 @@ def add(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from rlflow.config import recipes
-    from rlflow.train.gpus import find_gpu
-    from rlflow.train.plan import Planner, plan_as_json, print_plan
+    from rlflow.cost.gpus import find_gpu
+    from rlflow.cost.plan import Planner, plan_as_json, print_plan
 
     gpu, config = find_gpu(args.gpu), recipes.load(args.recipe, args.overrides, args.trust_code)
     planner = Planner(config, args.trust_code)

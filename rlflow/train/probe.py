@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rlflow.cost.formula import Cost
 from rlflow.flow.noise import generator
 from rlflow.flow.policy import FlowPolicy
 from rlflow.rl.batch import cond_of
 from rlflow.rl.policy_gradient import PolicyGradient
 from rlflow.train.build import Parts
-from rlflow.train.cost import Cost
 from rlflow.types import Rollout
 
 

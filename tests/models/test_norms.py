@@ -5,10 +5,10 @@ import torch
 import torch.nn as nn
 from diffusers.models import normalization
 
+from rlflow.cost.trace import as_on_gpu
 from rlflow.models import norms
 from rlflow.models.lora import _OutsideAutocast
 from rlflow.models.pretrained import pretrained
-from rlflow.train.trace import as_on_gpu
 
 KINDS = {
     "layer": lambda: nn.LayerNorm(64, eps=1e-6),

@@ -89,7 +89,7 @@ class TestAnchor:
         assert not torch.equal(*seen)
 
     def test_ignores_masked_rows_and_costs_what_it_says(self, make, gradient):
-        from rlflow.train.cost import iteration_cost
+        from rlflow.cost.formula import iteration_cost
 
         parts = make(anchor=0.5, epochs=2)
         rows = parts.policy.network_cost

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rlflow.config import recipes
+from rlflow.cost.formula import iteration_cost, solver_calls
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.grid import Shifted, Uniform
 from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, LearnedNoise
@@ -20,7 +21,6 @@ from rlflow.rl.likelihood import ChainLikelihood, Score
 from rlflow.train import doctor as doctor_module
 from rlflow.train import examine
 from rlflow.train.build import make_parts
-from rlflow.train.cost import iteration_cost, solver_calls
 from rlflow.train.doctor import Check, checks_as_json, doctor, few_rows, print_checks
 from rlflow.train.examine import calibrated
 from rlflow.train.marginal import MEAN, STD, end_error, end_moments

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from rlflow.config import recipes
+from rlflow.cost.formula import iteration_cost
+from rlflow.cost.plan import Planner
 from rlflow.train.build import make_parts
-from rlflow.train.cost import iteration_cost
 from rlflow.train.doctor import NO_LIMIT
-from rlflow.train.plan import Planner
 
 PAGE = (Path(__file__).parents[2] / "docs" / "pretrained.md").read_text()
 STATED = {name: int(rows) for name, rows in re.findall(r"^\| `(\w+)` \| (\d+) \|", PAGE, re.M)}

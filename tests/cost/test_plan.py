@@ -14,13 +14,13 @@ from torch.profiler import ProfilerActivity, profile
 from rlflow.cli import main
 from rlflow.config import recipes
 from rlflow.config.schema import Config
-from rlflow.train import plan as plan_module
+from rlflow.cost import plan as plan_module
+from rlflow.cost.gpus import GPU, find_gpu
+from rlflow.cost.plan import Memory, Planner, make_fit, more_gpus
+from rlflow.cost.skeleton import skeleton
+from rlflow.cost.trace import LiveBytes, Trace, parameter_bytes
 from rlflow.train.build import make_parts
-from rlflow.train.gpus import GPU, find_gpu
-from rlflow.train.plan import Memory, Planner, make_fit, more_gpus
 from rlflow.train.probe import Probe
-from rlflow.train.skeleton import skeleton
-from rlflow.train.trace import LiveBytes, Trace, parameter_bytes
 
 SMALL = ("train.minutes=", "train.iterations=2", "env.num_groups=4", "env.group_size=8", "env.rows_per_call=16")
 KINDS = {

@@ -11,11 +11,11 @@ import transformers
 from rlflow.cli import main
 from rlflow.config import recipes
 from rlflow.config.schema import Config
+from rlflow.cost.plan import Planner, _staying, not_counted
+from rlflow.cost.reward_networks import PARAMETERS, reward_networks
+from rlflow.cost.skeleton import skeleton
 from rlflow.models.known import KNOWN
 from rlflow.models.pretrained import pretrained
-from rlflow.train.plan import Planner, _staying, not_counted
-from rlflow.train.reward_networks import PARAMETERS, reward_networks
-from rlflow.train.skeleton import skeleton
 
 L, H = PARAMETERS["openai/clip-vit-large-patch14"], PARAMETERS["yuvalkirstain/PickScore_v1"]
 SD3 = KNOWN["stabilityai/stable-diffusion-3.5-medium"].encoders

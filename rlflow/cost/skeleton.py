@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlflow import registry
 from rlflow.config.schema import AlgorithmConfig, Config
+from rlflow.cost.trace import fake_mode
 from rlflow.envs.prompts import load_prompts
 from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
@@ -22,7 +23,6 @@ from rlflow.models.shapes_of import beside, shape_of
 from rlflow.rl.critic import Critic
 from rlflow.rl.likelihood import Likelihood
 from rlflow.train.build import make_simulator, policy_around
-from rlflow.train.trace import fake_mode
 from rlflow.types import Tree
 
 META = torch.device("meta")

@@ -18,15 +18,15 @@ import torch.nn as nn
 from rlflow import registry
 from rlflow.config.schema import Config
 from rlflow.console import terminal
+from rlflow.cost.formula import Cost, Ratios, Sampling
+from rlflow.cost.gpus import GPU
+from rlflow.cost.reward_networks import reward_networks
+from rlflow.cost.skeleton import Skeleton, learner, skeleton
+from rlflow.cost.trace import Trace, parameter_bytes
 from rlflow.flow.field import VelocityField
 from rlflow.models.shapes_of import beside, encoder_bytes, releases_encoders
 from rlflow.parallel.shards import blocks
 from rlflow.rl.groups import Groups
-from rlflow.train.cost import Cost, Ratios, Sampling
-from rlflow.train.gpus import GPU
-from rlflow.train.reward_networks import reward_networks
-from rlflow.train.skeleton import Skeleton, learner, skeleton
-from rlflow.train.trace import Trace, parameter_bytes
 from rlflow.types import tree_leaves
 
 ITERATIONS = 200
