@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from rlflow.train.bench_envs import TASKS, Player, bench_envs, compare, random_play
-from rlflow.train.bench_robot import acting, flow_policy
+from rlflow.bench.envs import TASKS, Player, bench_envs, compare, random_play
+from rlflow.bench.robot import acting, flow_policy
 
 
 def bench_warp(name: str, num_envs: int, chunk: int, seconds: float, repeats: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from rlflow.bench.images import Bare, listen
 from rlflow.config import recipes
 from rlflow.config.schema import Config
 from rlflow.cost.formula import iteration_cost
@@ -39,7 +40,6 @@ from rlflow.models.known import KNOWN
 from rlflow.models.pretrained import PretrainedField
 from rlflow.models.shapes_of import NoText, shape_of
 from rlflow.rl.likelihood import ChainLikelihood
-from rlflow.train.bench import Bare, listen
 from rlflow.train.build import PRECISION, device, make_parts
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"

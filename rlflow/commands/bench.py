@@ -19,11 +19,11 @@ def add(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     if args.what == "robot":
-        from rlflow.train.bench_robot import bench_robot
+        from rlflow.bench.robot import bench_robot
 
         result = bench_robot(args.paper)
     else:
-        from rlflow.train.bench import bench_t2i
+        from rlflow.bench.images import bench_t2i
 
         result = bench_t2i()
     if args.json:

@@ -1,1 +1,1 @@
-"""What a recipe will cost before it starts: rows by formula, memory and time by tracing its own code without storage."""
+"""What a recipe will cost before it starts: rows by formula, memory and time by tracing its code without storage."""

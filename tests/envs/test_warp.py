@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlflow.bench.robot import flow_policy
 from rlflow.envs import mujoco
 from rlflow.envs.conformance import CHECKS, Subject
 from rlflow.envs.sim import SimEnv
@@ -15,7 +16,6 @@ from rlflow.flow.steps import All
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihood import ChainLikelihood
-from rlflow.train.bench_robot import flow_policy
 from rlflow.types import Step
 
 pytest.importorskip("mujoco_warp")

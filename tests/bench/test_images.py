@@ -5,11 +5,7 @@ import statistics
 import pytest
 import torch
 
-from rlflow.envs import scenes
-from rlflow.flow.steps import AllButLast, Window
-from rlflow.models.dit import DiT
-from rlflow.models.io import save_field
-from rlflow.train.bench import (
+from rlflow.bench.images import (
     Real,
     Setting,
     _even,
@@ -20,6 +16,10 @@ from rlflow.train.bench import (
     methods,
     num_positions,
 )
+from rlflow.envs import scenes
+from rlflow.flow.steps import AllButLast, Window
+from rlflow.models.dit import DiT
+from rlflow.models.io import save_field
 
 GRID = torch.linspace(0, 1, 26, dtype=torch.float64)
 SLIDE = range(20)

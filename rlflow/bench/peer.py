@@ -8,17 +8,16 @@ paper (Zhang et al., 2025) and its settings for Hopper; only its costs are meant
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
 from torch import Tensor
 
+from rlflow.bench.size import Size
+from rlflow.bench.stopwatch import Phases
 from rlflow.models.mlp import mlp
-
-if TYPE_CHECKING:
-    from rlflow.train.bench_robot import Size
 
 LOW, HIGH = math.log(0.10), math.log(0.24)  # bounds of the noise
 MINIBATCHES = 4
@@ -50,8 +49,6 @@ class PlainLoop:
     """Iterations of the loop; `phases` and `env_steps` as ReinFlow has them."""
 
     def __init__(self, size: Size, duplicates: int = 10) -> None:
-        from rlflow.train.bench_robot import Phases
-
         torch.manual_seed(0)
         self.size, self.duplicates, self.phases, self.env_steps = size, duplicates, Phases(), 0
         makers = [lambda: Chunked(gymnasium.make("Hopper-v5"), size.chunk)] * size.num_envs

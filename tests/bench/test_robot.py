@@ -6,9 +6,11 @@ import time
 import pytest
 import torch
 
-from rlflow.train.bench import listen
-from rlflow.train.bench_peer import PlainLoop
-from rlflow.train.bench_robot import Phases, ReinFlow, Size, bench_paper, bench_robot
+from rlflow.bench.images import listen
+from rlflow.bench.peer import PlainLoop
+from rlflow.bench.robot import ReinFlow, bench_paper, bench_robot
+from rlflow.bench.size import Size
+from rlflow.bench.stopwatch import Phases
 
 TINY = Size(num_envs=4, num_chunks=3, chunk=2, width=8, depth=1, num_steps=2, num_minibatches=1, epochs=2)
 ROWS = 4 * 3 * 2  # environments, chunks, denoising steps

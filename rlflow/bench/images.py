@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlflow.bench.stopwatch import Times
 from rlflow.config.parse import parse
 from rlflow.config.schema import Config
 from rlflow.envs import scenes
@@ -30,7 +31,6 @@ from rlflow.models.dit import DiT
 from rlflow.models.io import embedded, save_field
 from rlflow.registry import build
 from rlflow.train.build import PRECISION, make_parts
-from rlflow.train.stopwatch import Times
 from rlflow.types import Tree, tree_map
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "single_file_flow_grpo.py"

@@ -10,13 +10,16 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from rlflow.bench.envs import TASKS, Player, bench_envs
+from rlflow.bench.images import Bare, listen
+from rlflow.bench.size import PAPER, Size
+from rlflow.bench.stopwatch import Phases, Times
 from rlflow.envs.base import VecEnv
 from rlflow.envs.mujoco import HOPPER, MujocoSim
 from rlflow.envs.sim import SimEnv
@@ -31,64 +34,8 @@ from rlflow.rl.groups import Groups
 from rlflow.rl.likelihood import ChainLikelihood
 from rlflow.rl.optim import AdamW
 from rlflow.rl.policy_gradient import PolicyGradient
-from rlflow.train.bench import Bare, listen
-from rlflow.train.bench_envs import TASKS, Player, bench_envs
-from rlflow.train.stopwatch import Times
 
 GAMMA = 0.9975  # .99 for a chunk of four
-
-
-@dataclass(frozen=True)
-class Size:
-    """Shapes of a ReinFlow iteration on Hopper."""
-
-    num_envs: int = 40
-    num_chunks: int = 50
-    chunk: int = 4
-    width: int = 256
-    depth: int = 3
-    num_steps: int = 4  # denoising steps
-    num_minibatches: int = 2
-    epochs: int = 5
-
-
-PAPER = Size(num_chunks=500, width=512, num_minibatches=10)
-"""The published Hopper setting (Zhang et al., 2025); minibatches of 2,000 chunks."""
-
-
-class Phases:
-    """Wall seconds by phase; inside one phase the calls of another are its own."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._busy = False
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside to `name`, unless a phase is running already."""
-        if self._busy:
-            yield
-            return
-        self._busy, begin = True, time.perf_counter()
-        try:
-            yield
-        finally:
-            self._busy = False
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
-
-    def listen(self, owner: object, method: str, name: str) -> None:
-        """Count every call of a method of `owner` to phase `name`."""
-        call = getattr(owner, method)
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            with self.phase(name):
-                return call(*args, **kwargs)
-
-        setattr(owner, method, counted)
-
-    def shares(self, total: float) -> dict[str, float]:
-        """Of `total` seconds, with the rest as "other"."""
-        return {n: s / total for n, s in self.seconds.items()} | {"other": 1 - sum(self.seconds.values()) / total}
 
 
 def flow_policy(env: VecEnv, width: int, depth: int, num_steps: int) -> FlowPolicy:
@@ -210,7 +157,7 @@ def latency(size: Size, steps: list[int], batches: list[int], calls: int) -> dic
 
 def bench_paper(size: Size = PAPER, threads: int = 0) -> dict[str, Any]:
     """An iteration of the published size beside the same of a plain loop; minutes, for the loop scores all tenfold."""
-    from rlflow.train.bench_peer import PlainLoop
+    from rlflow.bench.peer import PlainLoop
 
     peer = PlainLoop(size)
     contenders: dict[str, ReinFlow | PlainLoop] = {"ours": ReinFlow(size, threads), "plain_loop": peer}

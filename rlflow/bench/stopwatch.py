@@ -37,3 +37,38 @@ class Times:
         """`average` of the samples of one over that of the other."""
         a, b = ([getattr(s, clock) for s in self.samples[n]] for n in (name, other))
         return average(a) / average(b)
+
+
+class Phases:
+    """Wall seconds by phase; inside one phase the calls of another are its own."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._busy = False
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside to `name`, unless a phase is running already."""
+        if self._busy:
+            yield
+            return
+        self._busy, begin = True, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._busy = False
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def listen(self, owner: object, method: str, name: str) -> None:
+        """Count every call of a method of `owner` to phase `name`."""
+        call = getattr(owner, method)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with self.phase(name):
+                return call(*args, **kwargs)
+
+        setattr(owner, method, counted)
+
+    def shares(self, total: float) -> dict[str, float]:
+        """Of `total` seconds, with the rest as "other"."""
+        return {n: s / total for n, s in self.seconds.items()} | {"other": 1 - sum(self.seconds.values()) / total}
