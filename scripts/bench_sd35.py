@@ -39,8 +39,9 @@ from rlflow.flow.steps import AllButLast
 from rlflow.models.known import KNOWN
 from rlflow.models.pretrained import PretrainedField
 from rlflow.models.shapes_of import NoText, shape_of
+from rlflow.parallel.dist import device
 from rlflow.rl.likelihood import ChainLikelihood
-from rlflow.train.build import PRECISION, device, make_parts
+from rlflow.train.build import PRECISION, make_parts
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 TINY = {"sample_size": 16, "num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128}

@@ -15,8 +15,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from rlflow.envs import scenes
+from rlflow.pretrain.latent_scenes import LENGTH, SIDE
 from rlflow.rewards.shapes import shapes_strict
-from rlflow.train.latent_scenes import LENGTH, SIDE
 
 
 def accuracy(pipe: Any, captions: list[str], num_steps: int, seed: int) -> float:

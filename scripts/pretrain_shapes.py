@@ -1,8 +1,8 @@
-"""Pre-train the embedded shapes checkpoint on data the script draws; see rlflow/train/worlds.py."""
+"""Pre-train the embedded shapes checkpoint on data the script draws; see rlflow/pretrain/worlds.py."""
 
 from pathlib import Path
 
-from rlflow.train.worlds import WORLDS, main
+from rlflow.pretrain.worlds import WORLDS, main
 
 ASSETS = Path(__file__).parents[1] / "rlflow" / "assets"
 

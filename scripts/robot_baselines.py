@@ -35,10 +35,10 @@ from rlflow.envs.demos import Demos
 from rlflow.envs.experts import play, versions
 from rlflow.envs.sb3 import Vectorised
 from rlflow.models.normalizer import Normalizer
+from rlflow.pretrain.cloning import demos_of
+from rlflow.pretrain.matching import learning_rate_factor
 from rlflow.report.metrics_file import read_metrics
-from rlflow.train.cloning import demos_of
 from rlflow.train.episodes import SEEDS
-from rlflow.train.pretrain import learning_rate_factor
 
 NUM_ENVS, NUM_STEPS, ROWS = 32, 128, 512
 GAMMA = {"hopper": 0.99, "walker2d": 0.99, "halfcheetah": 0.98}

@@ -16,9 +16,9 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from rlflow.pretrain.worlds import WORLDS
+    from rlflow.pretrain.worlds import main as pretrain
     from rlflow.registry import nearest
-    from rlflow.train.worlds import WORLDS
-    from rlflow.train.worlds import main as pretrain
 
     if args.world not in WORLDS:
         raise ValueError(f"unknown world {args.world!r}{nearest(args.world, WORLDS)}")

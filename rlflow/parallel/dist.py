@@ -150,3 +150,8 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     dist.all_reduce(flat)
     for p, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.grad = summed.view_as(p).clone()
+
+
+def device() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -23,6 +23,7 @@ from rlflow.models.io import embedded, load_field
 from rlflow.models.pretrained import is_hub_id, is_pipeline, pretrained
 from rlflow.models.scratch import make_field
 from rlflow.parallel import dist, shards
+from rlflow.parallel.dist import device
 from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rewards.component import make_reward
 from rlflow.rl.algorithm import Algorithm
@@ -33,11 +34,6 @@ from rlflow.train.evaluate import Evaluator
 from rlflow.train.learners import make_algorithm, make_likelihood
 
 PRECISION = {"float32": None, "float64": None, "bfloat16": torch.bfloat16}
-
-
-def device() -> torch.device:
-    """The GPU of this process, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def make_policy(config: Config, trust_code: bool = False) -> FlowPolicy:

@@ -12,6 +12,7 @@ import torch
 from rlflow import registry
 from rlflow.config.schema import AlgorithmConfig, Config, OfflineConfig, SACConfig
 from rlflow.flow.policy import FlowPolicy
+from rlflow.pretrain.cloning import demos_of
 from rlflow.rl.algorithm import Algorithm
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihood import Likelihood
@@ -23,7 +24,6 @@ from rlflow.rl.policy_gradient import KL, PolicyGradient
 from rlflow.rl.replay import Replay
 from rlflow.rl.sac import SAC
 from rlflow.rl.twin import TwinSettings
-from rlflow.train.cloning import demos_of
 
 
 def make_likelihood(config: Config, trust_code: bool = False) -> Likelihood | None:

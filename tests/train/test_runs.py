@@ -9,12 +9,12 @@ import torch
 import rlflow as rf
 from rlflow.flow.noise import Key
 from rlflow.models.io import read_config, save_field
+from rlflow.pretrain.images import IMAGES
 from rlflow.report.metrics_file import read_metrics
 from rlflow.train.build import judged_by
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.runs import evaluator_of, judging_config
 from rlflow.train.trainer import Trainer
-from rlflow.train.worlds import IMAGES
 
 TINY = (
     *("env.num_groups=2", "env.group_size=4", "env.rows_per_call=8", "eval.num=6", "train.tensorboard=false"),

@@ -14,8 +14,9 @@ import rlflow
 from rlflow.envs import scenes
 from rlflow.models.dit import DiT
 from rlflow.models.io import save_field
-from rlflow.train.pretrain import drop_condition, learning_rate_factor, pretrain, update_average
-from rlflow.train.worlds import IMAGES, WORLDS, World, main
+from rlflow.pretrain.images import IMAGES, World
+from rlflow.pretrain.matching import drop_condition, learning_rate_factor, pretrain, update_average
+from rlflow.pretrain.worlds import WORLDS, main
 
 ASSETS = Path(rlflow.__file__).parent / "assets"
 
@@ -124,7 +125,7 @@ def test_the_command_writes_here_and_over_nothing(tmp_path, monkeypatch):
 
 
 def test_shapes_are_made_without_text_recognition():
-    code = "import sys; sys.modules['rapidocr'] = sys.modules['rapidfuzz'] = None; import rlflow.train.worlds"
+    code = "import sys; sys.modules['rapidocr'] = sys.modules['rapidfuzz'] = None; import rlflow.pretrain.worlds"
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 

@@ -24,8 +24,9 @@ from rlflow.envs import scenes
 from rlflow.models.pretrained import PretrainedField
 from rlflow.models.sd3 import SD3
 from rlflow.models.tiny import clip_text, clip_tokenizer, t5, t5_tokenizer
-from rlflow.train.build import device
-from rlflow.train.pretrain import pretrain, report
+from rlflow.parallel.dist import device
+from rlflow.pretrain.images import judge_scenes
+from rlflow.pretrain.matching import pretrain, report
 
 SIDE, CHANNELS, WIDTH, HEADS, LAYERS = 32, 4, 128, 4, 6
 LENGTH = 10
@@ -50,8 +51,6 @@ class LatentScenes:
 
     def make(self, out: Path, args: argparse.Namespace) -> dict[str, Any]:
         """Train the VAE, then the transformer; returns made_by.json's content."""
-        from rlflow.train.worlds import judge_scenes
-
         torch.manual_seed(args.seed)
         begin = time.process_time()
         vae = train_vae(args.vae_steps, args.seed)

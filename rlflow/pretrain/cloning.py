@@ -29,7 +29,7 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import save_field
 from rlflow.models.mlp import MLPField
 from rlflow.models.vla import VLA
-from rlflow.train.pretrain import pretrain, report
+from rlflow.pretrain.matching import pretrain, report
 
 COUPLINGS: dict[str, Coupling] = {"independent": independent, "ot": minibatch_ot}
 DIGITS = {"return": 1, "success": 3}

@@ -1,6 +1,6 @@
-"""What `rlflow pretrain` makes: the two embedded text-to-image checkpoints, here, and the robots of cloning.py.
+"""The two embedded text-to-image checkpoints, pre-trained on pictures that the program draws.
 
-Everything is drawn, or played, by the program itself. A checkpoint folder holds model.safetensors and config.json,
+A checkpoint folder holds model.safetensors and config.json,
 whose "made_by" names the command, seed and time that made it and how good it is, whose "judged_by" what
 `rlflow eval` judges it by.
 """
@@ -8,7 +8,6 @@ whose "made_by" names the command, seed and time that made it and how good it is
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -26,10 +25,8 @@ from rlflow.envs import scenes, words
 from rlflow.models.dit import DiT
 from rlflow.models.io import save_field
 from rlflow.models.pretrained import PretrainedField
+from rlflow.pretrain.matching import pretrain, report
 from rlflow.rewards.shapes import shapes_strict
-from rlflow.train.cloning import CLONINGS, Cloning
-from rlflow.train.latent_scenes import LatentScenes
-from rlflow.train.pretrain import pretrain, report
 
 EVALUATION_STEPS = 10
 ROWS = 64
@@ -151,22 +148,3 @@ IMAGES = {
     "shapes": World("shapes", scenes.VOCAB, draw_scene, judge_scenes, 750, "scenes", SHAPES_METRICS),
     "words": World("words", words.VOCAB, draw_word, judge_words, 500, "words", WORDS_METRICS),
 }
-WORLDS: dict[str, World | LatentScenes | Cloning] = {**IMAGES, "sd3_scenes": LatentScenes(), **CLONINGS}
-
-
-def main(world: World | LatentScenes | Cloning, argv: list[str] | None = None, out: Path | None = None) -> None:
-    """The command line of `rlflow pretrain` and scripts/pretrain_*.py; --out is ./NAME unless `out` is given.
-
-    The shipped checkpoint is written where it ships only by the scripts, which say so.
-    """
-    parser = argparse.ArgumentParser(description=f"pre-train the embedded model of {world.name}")
-    parser.add_argument("--steps", type=int, default=world.steps)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=out or Path(world.asset))
-    parser.add_argument("--threads", type=int, default=1)
-    world.add_options(parser)
-    args = parser.parse_args(argv)
-    if out is None and any((args.out / name).exists() for name in ("config.json", "model_index.json")):
-        raise FileExistsError(f"{args.out} holds a checkpoint: give another --out")
-    torch.set_num_threads(args.threads)
-    print(json.dumps(world.make(args.out, args), indent=1))

@@ -13,9 +13,9 @@ from rlflow.flow.matching import ShortcutLoss, cfm_loss
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import load_field
 from rlflow.models.mlp import MLPField
-from rlflow.train.cloning import CLONINGS, demos_of, validation_loss
-from rlflow.train.pretrain import pretrain
-from rlflow.train.worlds import WORLDS, main
+from rlflow.pretrain.cloning import CLONINGS, demos_of, validation_loss
+from rlflow.pretrain.matching import pretrain
+from rlflow.pretrain.worlds import WORLDS, main
 
 
 def two_modes(num: int = 40):

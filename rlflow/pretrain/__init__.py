@@ -1,0 +1,1 @@
+"""Pre-training by flow matching, of the embedded models of images and of robots: `rlflow pretrain`."""

@@ -1,0 +1,36 @@
+"""What `rlflow pretrain` makes, by name: images.py, latent_scenes.py, and the robots of cloning.py.
+
+Everything is drawn, or played, by the program itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from rlflow.pretrain.cloning import CLONINGS, Cloning
+from rlflow.pretrain.images import IMAGES, World
+from rlflow.pretrain.latent_scenes import LatentScenes
+
+WORLDS: dict[str, World | LatentScenes | Cloning] = {**IMAGES, "sd3_scenes": LatentScenes(), **CLONINGS}
+
+
+def main(world: World | LatentScenes | Cloning, argv: list[str] | None = None, out: Path | None = None) -> None:
+    """The command line of `rlflow pretrain` and scripts/pretrain_*.py; --out is ./NAME unless `out` is given.
+
+    The shipped checkpoint is written where it ships only by the scripts, which say so.
+    """
+    parser = argparse.ArgumentParser(description=f"pre-train the embedded model of {world.name}")
+    parser.add_argument("--steps", type=int, default=world.steps)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=out or Path(world.asset))
+    parser.add_argument("--threads", type=int, default=1)
+    world.add_options(parser)
+    args = parser.parse_args(argv)
+    if out is None and any((args.out / name).exists() for name in ("config.json", "model_index.json")):
+        raise FileExistsError(f"{args.out} holds a checkpoint: give another --out")
+    torch.set_num_threads(args.threads)
+    print(json.dumps(world.make(args.out, args), indent=1))
