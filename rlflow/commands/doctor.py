@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from rlflow.config import recipes
-    from rlflow.train.doctor import checks_as_json, doctor, print_checks
+    from rlflow.doctor.doctor import checks_as_json, doctor, print_checks
 
     checks = doctor(recipes.load(args.recipe, args.overrides, args.trust_code), args.trust_code)
     print_json(checks_as_json(checks)) if args.json else print_checks(checks)

@@ -19,8 +19,8 @@ from rlflow.cost.gpus import GPU, find_gpu
 from rlflow.cost.plan import Memory, Planner, make_fit, more_gpus
 from rlflow.cost.skeleton import skeleton
 from rlflow.cost.trace import LiveBytes, Trace, parameter_bytes
+from rlflow.doctor.probe import Probe
 from rlflow.train.build import make_parts
-from rlflow.train.probe import Probe
 
 SMALL = ("train.minutes=", "train.iterations=2", "env.num_groups=4", "env.group_size=8", "env.rows_per_call=16")
 KINDS = {

@@ -8,8 +8,8 @@ import pytest
 from rlflow.config import recipes
 from rlflow.cost.formula import iteration_cost
 from rlflow.cost.plan import Planner
+from rlflow.doctor.doctor import NO_LIMIT
 from rlflow.train.build import make_parts
-from rlflow.train.doctor import NO_LIMIT
 
 PAGE = (Path(__file__).parents[2] / "docs" / "pretrained.md").read_text()
 STATED = {name: int(rows) for name, rows in re.findall(r"^\| `(\w+)` \| (\d+) \|", PAGE, re.M)}

@@ -133,7 +133,7 @@ def test_encoders_run_once_per_prompt_in_a_whole_run(trainer):
 
 
 def test_doctor_passes_on_a_recipe_of_a_checkpoint(trainer):
-    from rlflow.train.doctor import doctor
+    from rlflow.doctor.doctor import doctor
 
     checks = doctor(trainer("run", "train.iterations=1").config)
     assert [c.name for c in checks if c.passed is False] == []

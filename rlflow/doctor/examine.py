@@ -13,6 +13,8 @@ from torch import Tensor
 from rlflow import registry
 from rlflow.config.limits import LARGEST
 from rlflow.config.schema import AlgorithmConfig, Config, SACConfig
+from rlflow.doctor.check import Check
+from rlflow.doctor.probe import Probe
 from rlflow.flow.density import euler_log_prob
 from rlflow.flow.solvers import Euler
 from rlflow.rl.batch import Batch
@@ -21,8 +23,6 @@ from rlflow.rl.path_entropy import highest_entropy
 from rlflow.rl.policy_gradient import PolicyGradient
 from rlflow.rl.sac import SAC
 from rlflow.train.build import Parts, make_policy
-from rlflow.train.check import Check
-from rlflow.train.probe import Probe
 
 GPU_LOG_RATIO = 1e-2
 """Largest first log-ratio that passes where kernels of different batch sizes round differently."""

@@ -22,14 +22,14 @@ from torch import Tensor
 from rlflow.config.schema import Config
 from rlflow.console import finite, terminal
 from rlflow.cost.formula import iteration_cost
+from rlflow.doctor.check import Check
+from rlflow.doctor.examine import at_work, few_updates, of_the_learner
+from rlflow.doctor.marginal import STD, end_error
+from rlflow.doctor.probe import GradientWatch, Probe, bare_seconds
 from rlflow.flow.steps import Plan
 from rlflow.report.metrics_file import read_metrics
 from rlflow.train.build import Parts, make_parts
-from rlflow.train.check import Check
 from rlflow.train.checkpoint import Checkpoints, pack
-from rlflow.train.examine import at_work, few_updates, of_the_learner
-from rlflow.train.marginal import STD, end_error
-from rlflow.train.probe import GradientWatch, Probe, bare_seconds
 from rlflow.train.trainer import Trainer
 
 ROWS_OF_A_GROUP = 4

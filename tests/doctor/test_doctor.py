@@ -11,6 +11,12 @@ import torch
 
 from rlflow.config import recipes
 from rlflow.cost.formula import iteration_cost, solver_calls
+from rlflow.doctor import doctor as doctor_module
+from rlflow.doctor import examine
+from rlflow.doctor.doctor import Check, checks_as_json, doctor, few_rows, print_checks
+from rlflow.doctor.examine import calibrated
+from rlflow.doctor.marginal import MEAN, STD, end_error, end_moments
+from rlflow.doctor.probe import Probe
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.grid import Shifted, Uniform
 from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, LearnedNoise
@@ -18,13 +24,7 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import DPMSolver2M, Euler, FireFlow, Heun, Midpoint, Solver
 from rlflow.flow.steps import AllButLast, Fraction, OneRandom, Plan, Window, deterministic
 from rlflow.rl.likelihood import ChainLikelihood, Score
-from rlflow.train import doctor as doctor_module
-from rlflow.train import examine
 from rlflow.train.build import make_parts
-from rlflow.train.doctor import Check, checks_as_json, doctor, few_rows, print_checks
-from rlflow.train.examine import calibrated
-from rlflow.train.marginal import MEAN, STD, end_error, end_moments
-from rlflow.train.probe import Probe
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -85,7 +85,7 @@ def test_a_batch_that_does_not_fit_fails(tiny: list[str], scenes_field: str, mon
     def full(*args) -> Probe:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr("rlflow.train.doctor.Probe", full)
+    monkeypatch.setattr("rlflow.doctor.doctor.Probe", full)
     (check,) = doctor_module._real_size(config, trust_code=False)
     assert (check.verdict, check.detail) == ("FAIL", "CUDA out of memory.")
     monkeypatch.undo()
@@ -307,8 +307,8 @@ def test_solver_calls_by_hand(solver: Solver, calls: int) -> None:
 
 def monte_carlo(kernel: Kernel, solver: Solver, plan: Plan, num: int) -> tuple[float, float]:
     """Mean and std at the end by sampling the same chain with the policy's own loop."""
+    from rlflow.doctor.marginal import exact_velocity
     from rlflow.flow.field import VelocityField
-    from rlflow.train.marginal import exact_velocity
     from rlflow.types import Cond
 
     class Exact(VelocityField):
