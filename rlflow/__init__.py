@@ -9,10 +9,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES: dict[str, str] = {
-    "load": "rlflow.train.runs",
-    "save": "rlflow.train.runs",
-    "sample": "rlflow.train.runs",
-    "evaluate": "rlflow.train.runs",
+    "load": "rlflow.deploy.runs",
+    "save": "rlflow.deploy.runs",
+    "sample": "rlflow.deploy.runs",
+    "evaluate": "rlflow.deploy.runs",
     "Trainer": "rlflow.train.trainer",
     "FlowPolicy": "rlflow.flow.policy",
     "Reward": "rlflow.rewards.base",

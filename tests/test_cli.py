@@ -218,7 +218,7 @@ def test_json_holds_null_for_what_is_not_finite(
     """NaN and Infinity are not JSON."""
     scores = {"strict": torch.tensor([torch.nan, torch.nan]), "soft": torch.tensor([0.25, 0.75])}
     result = Evaluation(scores, torch.zeros(2, 3, 4, 4), ["a", "b"], torch.arange(2))
-    monkeypatch.setattr("rlflow.train.runs.evaluator_of", lambda *args, **settings: lambda: result)
+    monkeypatch.setattr("rlflow.deploy.runs.evaluator_of", lambda *args, **settings: lambda: result)
     cli.main(["eval", "shapes", "--json"])
     said = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert said == {"samples": 2, "eval/heldout/strict": None, "eval/heldout/soft": 0.5}

@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from rlflow.train.runs import evaluator_of
+    from rlflow.deploy.runs import evaluator_of
 
     evaluator = evaluator_of(
         args.source,

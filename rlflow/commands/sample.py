@@ -23,8 +23,8 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from rlflow.deploy.runs import load, sample, world_of
     from rlflow.report.figures import image_grid
-    from rlflow.train.runs import load, sample, world_of
 
     env = world_of(args.source, args.trust_code)
     if env != "prompt":
@@ -44,7 +44,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _film(args: argparse.Namespace) -> None:
-    from rlflow.train.runs import film
+    from rlflow.deploy.runs import film
 
     episodes = film(
         args.source,

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 import rlflow as rf
+from rlflow.deploy.runs import evaluator_of
 from rlflow.models import lora as lora_files
 from rlflow.train.checkpoint import Checkpoints, pack
-from rlflow.train.runs import evaluator_of
 from rlflow.train.trainer import Trainer
 
 SMALL = (

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from rlflow.deploy.predict import Predictor, export
 from rlflow.flow.kernels import LearnedNoise
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Heun
 from rlflow.flow.squash import Tanh
 from rlflow.models.mlp import MLPField
-from rlflow.predict import Predictor, export
 
 SPEC = torch.empty(4, device="meta")
 
