@@ -31,7 +31,7 @@ TABLE: dict[str, dict[str, str]] = {
         "gated": "rlflow.models.gated:GatedField",
         "decoder": "rlflow.models.decoder:DecoderField",
         "gaussian": "rlflow.models.gaussian:GaussianField",
-        "pretrained": "rlflow.models.pretrained:pretrained",
+        "pretrained": "rlflow.models.pretrained.pipeline:pretrained",
     },
     "kernel": {
         "flow_sde": "rlflow.flow.kernels:FlowSDE",

@@ -36,9 +36,9 @@ from rlflow.cost.formula import iteration_cost
 from rlflow.cost.plan import Planner
 from rlflow.flow.noise import Key
 from rlflow.flow.steps import AllButLast
-from rlflow.models.known import KNOWN
-from rlflow.models.pretrained import PretrainedField
-from rlflow.models.shapes_of import NoText, shape_of
+from rlflow.models.pretrained.known import KNOWN
+from rlflow.models.pretrained.pipeline import PretrainedField
+from rlflow.models.pretrained.shapes_of import NoText, shape_of
 from rlflow.parallel.dist import device
 from rlflow.rl.likelihood import ChainLikelihood
 from rlflow.train.build import PRECISION, make_parts

@@ -27,7 +27,7 @@ from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import OneRandom
-from rlflow.models.lerobot import LeRobotField, save_policy
+from rlflow.models.pretrained.lerobot import LeRobotField, save_policy
 from rlflow.rl.likelihood import ChainLikelihood
 from rlflow.types import Tree
 

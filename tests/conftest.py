@@ -156,7 +156,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[int], Any
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """tiny_pipeline("sd3" | "flux", **scheduler) -> the folder of a random checkpoint in the real format, made once."""
-    from rlflow.models.tiny import make_tiny
+    from rlflow.models.pretrained.tiny import make_tiny
 
     made: dict[tuple[Any, ...], Any] = {}
 

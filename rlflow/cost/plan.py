@@ -24,7 +24,7 @@ from rlflow.cost.reward_networks import reward_networks
 from rlflow.cost.skeleton import Skeleton, learner, skeleton
 from rlflow.cost.trace import Trace, parameter_bytes
 from rlflow.flow.field import VelocityField
-from rlflow.models.shapes_of import beside, encoder_bytes, releases_encoders
+from rlflow.models.pretrained.shapes_of import beside, encoder_bytes, releases_encoders
 from rlflow.parallel.shards import blocks
 from rlflow.rl.groups import Groups
 from rlflow.types import tree_leaves

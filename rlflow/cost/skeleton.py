@@ -17,9 +17,9 @@ from rlflow.envs.prompts import load_prompts
 from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import read_config
-from rlflow.models.pretrained import is_hub_id, is_pipeline
+from rlflow.models.pretrained.pipeline import is_hub_id, is_pipeline
+from rlflow.models.pretrained.shapes_of import beside, shape_of
 from rlflow.models.scratch import make_field
-from rlflow.models.shapes_of import beside, shape_of
 from rlflow.rl.critic import Critic
 from rlflow.rl.likelihood import Likelihood
 from rlflow.train.build import make_simulator, policy_around

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlflow.flow.policy import FlowPolicy
-from rlflow.models.shapes_of import beside
+from rlflow.models.pretrained.shapes_of import beside
 from rlflow.rl.likelihood import Likelihood
 from rlflow.types import Cond, Evidence, Tree, tree_leaves, tree_map
 

@@ -21,7 +21,7 @@ from rlflow.flow.guidance import CFG
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import load_field, read_config, save_field
-from rlflow.models.pretrained import PretrainedField, is_hub_id, is_pipeline, pretrained
+from rlflow.models.pretrained.pipeline import PretrainedField, is_hub_id, is_pipeline, pretrained
 from rlflow.parallel.dist import device
 from rlflow.report.video import write_video
 from rlflow.train.build import heldout_prompts, judged_by, make_evaluator, make_policy

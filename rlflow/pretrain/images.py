@@ -24,7 +24,7 @@ from rlflow import registry
 from rlflow.envs import scenes, words
 from rlflow.models.dit import DiT
 from rlflow.models.io import save_field
-from rlflow.models.pretrained import PretrainedField
+from rlflow.models.pretrained.pipeline import PretrainedField
 from rlflow.pretrain.matching import pretrain, report
 from rlflow.rewards.shapes import shapes_strict
 

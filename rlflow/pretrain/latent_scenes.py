@@ -21,9 +21,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from rlflow.envs import scenes
-from rlflow.models.pretrained import PretrainedField
-from rlflow.models.sd3 import SD3
-from rlflow.models.tiny import clip_text, clip_tokenizer, t5, t5_tokenizer
+from rlflow.models.pretrained.pipeline import PretrainedField
+from rlflow.models.pretrained.sd3 import SD3
+from rlflow.models.pretrained.tiny import clip_text, clip_tokenizer, t5, t5_tokenizer
 from rlflow.parallel.dist import device
 from rlflow.pretrain.images import judge_scenes
 from rlflow.pretrain.matching import pretrain, report

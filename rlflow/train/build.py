@@ -20,7 +20,7 @@ from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.squash import SQUASHES
 from rlflow.models.io import embedded, load_field
-from rlflow.models.pretrained import is_hub_id, is_pipeline, pretrained
+from rlflow.models.pretrained.pipeline import is_hub_id, is_pipeline, pretrained
 from rlflow.models.scratch import make_field
 from rlflow.parallel import dist, shards
 from rlflow.parallel.dist import device

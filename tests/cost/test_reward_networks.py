@@ -14,8 +14,8 @@ from rlflow.config.schema import Config
 from rlflow.cost.plan import Planner, _staying, not_counted
 from rlflow.cost.reward_networks import PARAMETERS, reward_networks
 from rlflow.cost.skeleton import skeleton
-from rlflow.models.known import KNOWN
-from rlflow.models.pretrained import pretrained
+from rlflow.models.pretrained.known import KNOWN
+from rlflow.models.pretrained.pipeline import pretrained
 
 L, H = PARAMETERS["openai/clip-vit-large-patch14"], PARAMETERS["yuvalkirstain/PickScore_v1"]
 SD3 = KNOWN["stabilityai/stable-diffusion-3.5-medium"].encoders

@@ -7,8 +7,8 @@ from diffusers.models import normalization
 
 from rlflow.cost.trace import as_on_gpu
 from rlflow.models import norms
-from rlflow.models.lora import _OutsideAutocast
-from rlflow.models.pretrained import pretrained
+from rlflow.models.pretrained.lora import _OutsideAutocast
+from rlflow.models.pretrained.pipeline import pretrained
 
 KINDS = {
     "layer": lambda: nn.LayerNorm(64, eps=1e-6),

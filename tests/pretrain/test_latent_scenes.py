@@ -16,9 +16,8 @@ from rlflow.envs import scenes
 from rlflow.flow.grid import FromScheduler
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
-from rlflow.models import lora
-from rlflow.models.pretrained import pretrained
-from rlflow.models.tiny import clip_tokenizer, t5_tokenizer
+from rlflow.models.pretrained.pipeline import lora, pretrained
+from rlflow.models.pretrained.tiny import clip_tokenizer, t5_tokenizer
 from rlflow.pretrain import latent_scenes, worlds
 
 

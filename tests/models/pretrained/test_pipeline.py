@@ -14,9 +14,9 @@ from rlflow.flow.guidance import CFG
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import AllButLast
-from rlflow.models.flux import Flux
-from rlflow.models.pretrained import PretrainedField, pretrained
-from rlflow.models.sd3 import SD3
+from rlflow.models.pretrained.flux import Flux
+from rlflow.models.pretrained.pipeline import PretrainedField, pretrained
+from rlflow.models.pretrained.sd3 import SD3
 
 SIDE, LENGTH, STEPS = 32, 24, 6
 PROMPTS = ["a red cat", "two dogs in front of a very long house with many windows, at night, and a third dog"]

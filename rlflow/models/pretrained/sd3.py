@@ -12,7 +12,7 @@ import copy
 import torch
 from torch import Tensor
 
-from rlflow.models.adapter import Adapter, resolution_shift
+from rlflow.models.pretrained.adapter import Adapter, resolution_shift
 from rlflow.models.prompt_table import Encoding
 
 

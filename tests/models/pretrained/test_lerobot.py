@@ -13,7 +13,7 @@ from rlflow.flow.kernels import FlowSDE, LearnedNoise
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import All, OneRandom
 from rlflow.models.io import save_field
-from rlflow.models.lerobot import LeRobotField, save_policy
+from rlflow.models.pretrained.lerobot import LeRobotField, save_policy
 from rlflow.rl.advantages import GAE
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups

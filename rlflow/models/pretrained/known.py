@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from rlflow.models.adapter import Adapter
-from rlflow.models.flux import Flux
-from rlflow.models.pretrained import adapter_of, is_pipeline
-from rlflow.models.sd3 import SD3
+from rlflow.models.pretrained.adapter import Adapter
+from rlflow.models.pretrained.flux import Flux
+from rlflow.models.pretrained.pipeline import adapter_of, is_pipeline
+from rlflow.models.pretrained.sd3 import SD3
 
 VAE = {
     "latent_channels": 16,

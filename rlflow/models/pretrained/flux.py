@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlflow.models.adapter import Adapter, resolution_shift
+from rlflow.models.pretrained.adapter import Adapter, resolution_shift
 from rlflow.models.prompt_table import Encoding
 
 

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from rlflow.models.known import known
-from rlflow.models.pretrained import pretrained
-from rlflow.models.shapes_of import beside, encoder_bytes, shape_of
+from rlflow.models.pretrained.known import known
+from rlflow.models.pretrained.pipeline import pretrained
+from rlflow.models.pretrained.shapes_of import beside, encoder_bytes, shape_of
 
 
 def shapes(module):

@@ -19,16 +19,16 @@ import torch.nn as nn
 from torch import Tensor
 
 from rlflow.flow.field import VelocityField
-from rlflow.models import lora as lora_files
 from rlflow.models import norms
-from rlflow.models.adapter import Adapter
 from rlflow.models.io import HERE
+from rlflow.models.pretrained.adapter import Adapter
+from rlflow.models.pretrained.pipeline import lora as lora_files
 from rlflow.models.prompt_table import Encoding, PromptTable
 from rlflow.types import Cond
 
 ADAPTERS = {
-    "StableDiffusion3Pipeline": "rlflow.models.sd3:SD3",
-    "FluxPipeline": "rlflow.models.flux:flux",
+    "StableDiffusion3Pipeline": "rlflow.models.pretrained.sd3:SD3",
+    "FluxPipeline": "rlflow.models.pretrained.flux:flux",
 }
 """By the pipeline's class: what a new family adds besides its file."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,7 +39,7 @@ NEGATIVE = 0
 class PretrainedField(VelocityField):
     """The network of an adapter's pipeline; prompts are numbers of a table, so a condition is small."""
 
-    builder = "rlflow.models.pretrained:pretrained"
+    builder = "rlflow.models.pretrained.pipeline:pretrained"
     own_format = True
 
     def __init__(
