@@ -78,7 +78,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "algorithm": {
         "policy_gradient": "rlflow.rl.policy_gradient:PolicyGradient",
-        "sac": "rlflow.rl.sac:SAC",
+        "sac": "rlflow.rl.off_policy.sac:SAC",
     },
     "env": {
         "prompt": "rlflow.envs.prompt:PromptEnv",

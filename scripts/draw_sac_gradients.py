@@ -21,7 +21,7 @@ from torch import Tensor
 from rlflow.config import recipes
 from rlflow.report.metrics_file import read_metrics
 from rlflow.rl.algorithm import Algorithm
-from rlflow.rl.sac import SAC
+from rlflow.rl.off_policy.sac import SAC
 from rlflow.train.build import make_parts, make_policy
 from rlflow.train.trainer import Trainer
 

@@ -20,8 +20,8 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Solver
 from rlflow.flow.steps import Plan
 from rlflow.rl.likelihood import Likelihood
+from rlflow.rl.off_policy.sac import SAC
 from rlflow.rl.policy_gradient import PolicyGradient
-from rlflow.rl.sac import SAC
 from rlflow.train.build import Parts
 
 

@@ -1,1 +1,1 @@
-"""What was trained, used: run folders and checkpoints opened again, images and films of them, actions for others to call."""
+"""What was trained, used: run folders opened again, images and films of them, actions for others to call."""

@@ -19,9 +19,9 @@ from rlflow.flow.density import euler_log_prob
 from rlflow.flow.solvers import Euler
 from rlflow.rl.batch import Batch
 from rlflow.rl.cfm import calibration
-from rlflow.rl.path_entropy import highest_entropy
+from rlflow.rl.off_policy.path_entropy import highest_entropy
+from rlflow.rl.off_policy.sac import SAC
 from rlflow.rl.policy_gradient import PolicyGradient
-from rlflow.rl.sac import SAC
 from rlflow.train.build import Parts, make_policy
 
 GPU_LOG_RATIO = 1e-2

@@ -18,12 +18,12 @@ from rlflow.rl.groups import Groups
 from rlflow.rl.likelihood import Likelihood
 from rlflow.rl.losses import TRUST_REGIONS, PerStep
 from rlflow.rl.nft import NFT
-from rlflow.rl.offline import Offline, offline_data
+from rlflow.rl.off_policy.offline import Offline, offline_data
+from rlflow.rl.off_policy.replay import Replay
+from rlflow.rl.off_policy.sac import SAC
+from rlflow.rl.off_policy.twin import TwinSettings
 from rlflow.rl.optim import AdamW
 from rlflow.rl.policy_gradient import KL, PolicyGradient
-from rlflow.rl.replay import Replay
-from rlflow.rl.sac import SAC
-from rlflow.rl.twin import TwinSettings
 
 
 def make_likelihood(config: Config, trust_code: bool = False) -> Likelihood | None:

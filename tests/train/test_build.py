@@ -7,7 +7,7 @@ import pytest
 
 from rlflow.config import recipes
 from rlflow.envs.prompts import Prompts, load_prompts
-from rlflow.rl.sac import SAC
+from rlflow.rl.off_policy.sac import SAC
 from rlflow.train.build import make_parts
 from rlflow.train.trainer import Trainer
 

@@ -1,1 +1,1 @@
-"""Published models at our border: diffusers' text-to-image families, their LoRA, LeRobot's policies; shapes for planning."""
+"""Published models at our border: diffusers' text-to-image families, their LoRA, LeRobot's policies."""

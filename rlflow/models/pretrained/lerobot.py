@@ -96,7 +96,8 @@ class LeRobotField(VelocityField):
     def save_weights(self, folder: Path) -> None:
         """Refused: this format could not be read again."""
         raise ValueError(
-            "a LeRobot policy is saved in LeRobot's own format: rlflow.models.pretrained.lerobot.save_policy(field, DIR)"
+            "a LeRobot policy is saved in LeRobot's own format: "
+            "rlflow.models.pretrained.lerobot.save_policy(field, DIR)"
         )
 
     @torch.no_grad()

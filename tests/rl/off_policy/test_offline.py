@@ -9,10 +9,10 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.squash import Tanh
 from rlflow.flow.steps import All
 from rlflow.models.gated import GatedField
-from rlflow.rl.offline import Offline, clone, offline_data
-from rlflow.rl.replay import Replay
-from rlflow.rl.sac import SAC
-from rlflow.rl.twin import TwinSettings
+from rlflow.rl.off_policy.offline import Offline, clone, offline_data
+from rlflow.rl.off_policy.replay import Replay
+from rlflow.rl.off_policy.sac import SAC
+from rlflow.rl.off_policy.twin import TwinSettings
 
 GAMMA, CPU = 0.5, torch.device("cpu")
 

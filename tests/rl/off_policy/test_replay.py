@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlflow.rl.replay import Replay
+from rlflow.rl.off_policy.replay import Replay
 from rlflow.types import Rollout, tree_map
 
 GAMMA = 0.9

@@ -19,8 +19,8 @@ from rlflow.envs.demos import Demos
 from rlflow.flow.matching import cfm_loss
 from rlflow.flow.noise import generator
 from rlflow.flow.policy import FlowPolicy
+from rlflow.rl.off_policy.replay import Transitions
 from rlflow.rl.optim import AdamW, Deferred
-from rlflow.rl.replay import Transitions
 from rlflow.types import tree_map
 
 CLONING_LR = 1e-3

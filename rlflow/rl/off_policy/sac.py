@@ -22,12 +22,12 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import Steps
 from rlflow.parallel import dist
 from rlflow.rl.losses import weighted_sum
-from rlflow.rl.offline import Offline, clone
+from rlflow.rl.off_policy.offline import Offline, clone
+from rlflow.rl.off_policy.path_entropy import entropy_target, path_log_prob
+from rlflow.rl.off_policy.replay import Replay, Transitions
+from rlflow.rl.off_policy.temperature import Temperature
+from rlflow.rl.off_policy.twin import Twin, TwinSettings
 from rlflow.rl.optim import AdamW, Deferred
-from rlflow.rl.path_entropy import entropy_target, path_log_prob
-from rlflow.rl.replay import Replay, Transitions
-from rlflow.rl.temperature import Temperature
-from rlflow.rl.twin import Twin, TwinSettings
 from rlflow.types import Cond, Rollout
 
 

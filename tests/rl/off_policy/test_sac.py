@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.rl.test_replay import rollout
 
 from rlflow.envs.toy import ToyReach
 from rlflow.flow.kernels import FlowSDE, LearnedNoise
@@ -17,14 +18,13 @@ from rlflow.models.gaussian import GaussianField
 from rlflow.models.mlp import MLPField
 from rlflow.rl.collector import Collector, permute_rewards
 from rlflow.rl.groups import Groups
+from rlflow.rl.off_policy.path_entropy import entropy_target, highest_entropy, path_log_prob
+from rlflow.rl.off_policy.replay import Replay, Transitions
+from rlflow.rl.off_policy.sac import SAC
+from rlflow.rl.off_policy.temperature import Temperature
+from rlflow.rl.off_policy.twin import Ensemble, Twin, TwinSettings
 from rlflow.rl.optim import AdamW, Deferred, NonFiniteError, Optimizer
-from rlflow.rl.path_entropy import entropy_target, highest_entropy, path_log_prob
-from rlflow.rl.replay import Replay, Transitions
-from rlflow.rl.sac import SAC
-from rlflow.rl.temperature import Temperature
-from rlflow.rl.twin import Ensemble, Twin, TwinSettings
 from rlflow.types import Cond
-from tests.rl.test_replay import rollout
 
 CPU = torch.device("cpu")
 
