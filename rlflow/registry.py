@@ -69,8 +69,8 @@ TABLE: dict[str, dict[str, str]] = {
         "cfg_zero": "rlflow.flow.guidance:CFGZero",
     },
     "likelihood": {
-        "chain": "rlflow.rl.likelihood:ChainLikelihood",
-        "cfm": "rlflow.rl.cfm:CFMLikelihood",
+        "chain": "rlflow.rl.likelihoods.chain:ChainLikelihood",
+        "cfm": "rlflow.rl.likelihoods.cfm:CFMLikelihood",
     },
     "advantage": {
         "group": "rlflow.rl.advantages:GroupAdvantage",

@@ -40,7 +40,7 @@ from rlflow.models.pretrained.known import KNOWN
 from rlflow.models.pretrained.pipeline import PretrainedField
 from rlflow.models.pretrained.shapes_of import NoText, shape_of
 from rlflow.parallel.dist import device
-from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.train.build import PRECISION, make_parts
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"

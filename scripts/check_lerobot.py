@@ -28,7 +28,7 @@ from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import OneRandom
 from rlflow.models.pretrained.lerobot import LeRobotField, save_policy
-from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.types import Tree
 
 ROWS, STEPS, LIMIT = 4, 4, 1e-4

@@ -36,10 +36,11 @@ from rlflow.flow.steps import All, NoSteps, Steps
 from rlflow.models.gaussian import GaussianField
 from rlflow.models.mlp import MLPField
 from rlflow.rl.advantages import GAE
-from rlflow.rl.cfm import CFMLikelihood
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
-from rlflow.rl.likelihood import ChainLikelihood, Likelihood
+from rlflow.rl.likelihoods.base import Likelihood
+from rlflow.rl.likelihoods.cfm import CFMLikelihood
+from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.optim import AdamW
 from rlflow.rl.policy_gradient import KL, PolicyGradient
 

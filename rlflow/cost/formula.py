@@ -19,7 +19,7 @@ import torch
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Solver
 from rlflow.flow.steps import Plan
-from rlflow.rl.likelihood import Likelihood
+from rlflow.rl.likelihoods.base import Likelihood
 from rlflow.rl.off_policy.sac import SAC
 from rlflow.rl.policy_gradient import PolicyGradient
 from rlflow.train.build import Parts

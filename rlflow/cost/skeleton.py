@@ -21,7 +21,7 @@ from rlflow.models.pretrained.pipeline import is_hub_id, is_pipeline
 from rlflow.models.pretrained.shapes_of import beside, shape_of
 from rlflow.models.scratch import make_field
 from rlflow.rl.critic import Critic
-from rlflow.rl.likelihood import Likelihood
+from rlflow.rl.likelihoods.base import Likelihood
 from rlflow.train.build import make_simulator, policy_around
 from rlflow.types import Tree
 

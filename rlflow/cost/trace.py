@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.pretrained.shapes_of import beside
-from rlflow.rl.likelihood import Likelihood
+from rlflow.rl.likelihoods.base import Likelihood
 from rlflow.types import Cond, Evidence, Tree, tree_leaves, tree_map
 
 FEW = 4

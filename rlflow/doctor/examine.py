@@ -18,7 +18,7 @@ from rlflow.doctor.probe import Probe
 from rlflow.flow.density import euler_log_prob
 from rlflow.flow.solvers import Euler
 from rlflow.rl.batch import Batch
-from rlflow.rl.cfm import calibration
+from rlflow.rl.likelihoods.cfm import calibration
 from rlflow.rl.off_policy.path_entropy import highest_entropy
 from rlflow.rl.off_policy.sac import SAC
 from rlflow.rl.policy_gradient import PolicyGradient

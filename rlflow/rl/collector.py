@@ -11,7 +11,7 @@ from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import Plan, Steps
 from rlflow.rl.groups import Groups
-from rlflow.rl.likelihood import Likelihood
+from rlflow.rl.likelihoods.base import Likelihood
 from rlflow.types import Chain, Cond, Evidence, Rollout, Step, Tree, tree_map, tree_stack
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlflow.flow.gaussian import Gaussian, Reduce, reduce_events
-from rlflow.rl.likelihood import Score
+from rlflow.rl.likelihoods.base import Score
 from rlflow.types import Evidence
 
 KLKind = Literal["exact", "velocity", "released"]

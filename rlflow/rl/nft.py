@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlflow.rl.cfm import CFMLikelihood
-from rlflow.rl.likelihood import Likelihood
+from rlflow.rl.likelihoods.base import Likelihood
+from rlflow.rl.likelihoods.cfm import CFMLikelihood
 from rlflow.types import Evidence
 
 SMALLEST = 1e-5

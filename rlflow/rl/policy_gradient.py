@@ -28,7 +28,7 @@ from rlflow.rl.anchor import Anchor
 from rlflow.rl.batch import Batch, Meter, Pairs
 from rlflow.rl.critic import CriticLearner, explained_variance
 from rlflow.rl.groups import Groups
-from rlflow.rl.likelihood import Likelihood, Score
+from rlflow.rl.likelihoods.base import Likelihood, Score
 from rlflow.rl.losses import PerStep, weighted_sum
 from rlflow.rl.nft import NFT
 from rlflow.rl.optim import AdamW, Optimizer

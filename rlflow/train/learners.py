@@ -15,7 +15,7 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.pretrain.cloning import demos_of
 from rlflow.rl.algorithm import Algorithm
 from rlflow.rl.groups import Groups
-from rlflow.rl.likelihood import Likelihood
+from rlflow.rl.likelihoods.base import Likelihood
 from rlflow.rl.losses import TRUST_REGIONS, PerStep
 from rlflow.rl.nft import NFT
 from rlflow.rl.off_policy.offline import Offline, offline_data

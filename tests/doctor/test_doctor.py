@@ -23,7 +23,8 @@ from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, Le
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import DPMSolver2M, Euler, FireFlow, Heun, Midpoint, Solver
 from rlflow.flow.steps import AllButLast, Fraction, OneRandom, Plan, Window, deterministic
-from rlflow.rl.likelihood import ChainLikelihood, Score
+from rlflow.rl.likelihoods.base import Score
+from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.train.build import make_parts
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -186,7 +187,7 @@ class _Detached(ChainLikelihood):
 def test_a_wrong_ratio_fails(
     tiny: list[str], scenes_field: str, monkeypatch: pytest.MonkeyPatch, broken: type, fails: str
 ) -> None:
-    monkeypatch.setattr("rlflow.rl.likelihood.ChainLikelihood", broken)
+    monkeypatch.setattr("rlflow.rl.likelihoods.chain.ChainLikelihood", broken)
     monkeypatch.setattr(doctor_module, "_resume", lambda *a: Check("resume", 0))
     found = by_name(doctor(load(tiny, scenes_field, "algorithm.kl.beta=0")))
     assert found[fails].verdict == "FAIL"

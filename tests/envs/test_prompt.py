@@ -21,7 +21,7 @@ from rlflow.rewards.judges import base_distance, diversity
 from rlflow.rl.advantages import GroupAdvantage
 from rlflow.rl.collector import Collector, permute_rewards
 from rlflow.rl.groups import Groups
-from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.types import Chain
 
 PROMPTS = Prompts(tuple({"prompt": f"word {i}", "value": i} for i in (3, 1, 4, 1, 5, 9, 2, 6)))

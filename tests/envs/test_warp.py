@@ -15,7 +15,7 @@ from rlflow.envs.sim import SimEnv
 from rlflow.flow.steps import All
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
-from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.types import Step
 
 pytest.importorskip("mujoco_warp")

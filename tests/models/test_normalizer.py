@@ -13,7 +13,7 @@ from rlflow.models.mlp import MLPField
 from rlflow.models.normalizer import Normalizer
 from rlflow.parallel import dist
 from rlflow.parallel.moments import merge, no_moments, scale
-from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.likelihoods.chain import ChainLikelihood
 
 
 def draw(num: int = 100, seed: int = 0) -> torch.Tensor:

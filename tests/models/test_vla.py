@@ -15,7 +15,7 @@ from rlflow.models.vla import VLA
 from rlflow.rl.advantages import GAE, GroupAdvantage
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
-from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.policy_gradient import PolicyGradient
 from rlflow.types import Tree
 

@@ -26,10 +26,11 @@ from rlflow.flow.solvers import Euler, Heun, Solver
 from rlflow.flow.steps import All, AllButLast, Fraction, LastN, NoSteps, OneRandom, RandomWindow, Window
 from rlflow.models.mlp import MLPField
 from rlflow.rl.advantages import GAE, GroupAdvantage
-from rlflow.rl.cfm import CFMLikelihood
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
-from rlflow.rl.likelihood import ChainLikelihood, Likelihood
+from rlflow.rl.likelihoods.base import Likelihood
+from rlflow.rl.likelihoods.cfm import CFMLikelihood
+from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.optim import AdamW
 from rlflow.rl.policy_gradient import KL, PolicyGradient
 

@@ -20,7 +20,7 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import DPMSolver2M
 from rlflow.flow.steps import All, AllButLast, Fraction, OneRandom, Steps, Window
 from rlflow.models.mlp import MLPField
-from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.types import Cond, Evidence
 
 MEAN, STD = 2.0, 0.5

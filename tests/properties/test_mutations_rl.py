@@ -26,7 +26,7 @@ from rlflow.rl import advantages, batch, losses, policy_gradient
 from rlflow.rl.advantages import GAE, GroupAdvantage
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
-from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.optim import AdamW
 from rlflow.rl.policy_gradient import KL, PolicyGradient
 from rlflow.types import Rollout

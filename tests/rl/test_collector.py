@@ -16,7 +16,7 @@ from rlflow.models.mlp import MLPField, side_by_side
 from rlflow.rl.advantages import GAE
 from rlflow.rl.collector import Collector, permute_rewards
 from rlflow.rl.groups import Groups
-from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.types import Rollout, Step, tree_leaves
 
 PLANS = [AllButLast(), Window(size=2), OneRandom(), Fraction(0.6)]

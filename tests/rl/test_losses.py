@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.grid import Shifted
 from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, LearnedNoise
-from rlflow.rl.likelihood import Score
+from rlflow.rl.likelihoods.base import Score
 from rlflow.rl.losses import (
     clip_fraction,
     clipped_surrogate,

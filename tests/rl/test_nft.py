@@ -8,8 +8,8 @@ from torch import Tensor
 
 from rlflow.config import recipes
 from rlflow.flow.steps import NoSteps
-from rlflow.rl.cfm import CFMLikelihood
-from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.likelihoods.cfm import CFMLikelihood
+from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.nft import NFT, _error
 from rlflow.types import Evidence
 

@@ -13,7 +13,7 @@ from rlflow.flow.steps import AllButLast, Fraction, LastN, OneRandom, RandomWind
 from rlflow.models.mlp import MLPField
 from rlflow.rl.advantages import GAE, GroupAdvantage
 from rlflow.rl.groups import Groups
-from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.losses import PerStep
 from rlflow.rl.optim import AdamW, NonFiniteError
 from rlflow.rl.policy_gradient import KL

@@ -17,7 +17,7 @@ from rlflow.parallel import dist
 from rlflow.rl.advantages import GAE
 from rlflow.rl.critic import explained_variance
 from rlflow.rl.groups import Groups
-from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.losses import PerStep, clipped_surrogate, step_index
 from rlflow.types import Chain, Cond
 

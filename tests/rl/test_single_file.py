@@ -28,7 +28,7 @@ from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rl.advantages import GroupAdvantage
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
-from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.optim import AdamW
 from rlflow.rl.policy_gradient import KL, PolicyGradient
 from rlflow.types import Rollout

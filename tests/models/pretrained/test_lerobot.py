@@ -17,7 +17,7 @@ from rlflow.models.pretrained.lerobot import LeRobotField, save_policy
 from rlflow.rl.advantages import GAE
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
-from rlflow.rl.likelihood import ChainLikelihood
+from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.policy_gradient import PolicyGradient
 from rlflow.types import Tree
 

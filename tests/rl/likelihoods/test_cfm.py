@@ -18,7 +18,7 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import All, AllButLast, NoSteps
 from rlflow.models.mlp import MLPField
 from rlflow.rl.advantages import GAE
-from rlflow.rl.cfm import CFMLikelihood, calibration
+from rlflow.rl.likelihoods.cfm import CFMLikelihood, calibration
 from rlflow.rl.losses import TRUST_REGIONS, reference_kl
 from rlflow.rl.policy_gradient import KL
 from rlflow.types import Chain, Cond, Evidence

@@ -1,13 +1,8 @@
-"""Likelihoods: evidence recorded while sampling, scored again at update time, R columns per row.
-
-A log-ratio is `score - old`. Both come from the same function of the same stored pair, so at unchanged weights
-it is exactly 0. Here are the contract and the exact density of denoising steps; `cfm.py` has FPO's surrogate.
-"""
+"""The exact Gaussian likelihood of the denoising steps that were scored (Flow-GRPO, ReinFlow, pi_RL and others)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -17,84 +12,8 @@ from rlflow.flow.gaussian import Gaussian, Reduce
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import Plan, Steps
+from rlflow.rl.likelihoods.base import Likelihood, Score, carried_out, only
 from rlflow.types import Chain, Cond, Evidence
-
-
-@dataclass(frozen=True)
-class Score:
-    """What one network pass over an Evidence gives: log_prob (N, R) and the distributions (N, R, *D)."""
-
-    log_prob: Tensor
-    dist: Gaussian
-
-
-class Likelihood:
-    """Base of all likelihoods: `reduce` is over event dims, `joint` makes one ratio per row of the R columns."""
-
-    reduce: Reduce
-    joint: bool
-    scores_steps: ClassVar[bool]
-    """True when a column is a denoising step with its own density, kernel and std."""
-
-    def check(self, policy: FlowPolicy, steps: Steps) -> None:
-        """ValueError, before anything is sampled, where this likelihood cannot score what `steps` samples."""
-        raise NotImplementedError
-
-    def num_columns(self, plan: Plan) -> int:
-        """R."""
-        raise NotImplementedError
-
-    def record_rows(self, policy: FlowPolicy) -> int:
-        """Network rows that `record` evaluates for each sample."""
-        raise NotImplementedError
-
-    def record(self, policy: FlowPolicy, cond: Cond, chain: Chain, key: Key, row_ids: Tensor) -> Evidence:
-        """Evidence (N, R, ...) of a sampled chain; what it draws is a function of (key, row_ids (N,)) only."""
-        raise NotImplementedError
-
-    def score(self, policy: FlowPolicy, cond: Cond, evidence: Evidence) -> Score:
-        """One network pass over the N * R stored pairs; `cond` has N rows."""
-        raise NotImplementedError
-
-    def log_ratio(self, log_prob: Tensor, evidence: Evidence) -> Tensor:
-        """(N, R), or (N, 1) when joint; invalid columns count as ratio 1."""
-        raise NotImplementedError
-
-    def gain(self, policy: FlowPolicy, evidence: Evidence) -> Tensor:
-        """(N, R) |dmean / dv| of the distributions that `score` gives."""
-        raise NotImplementedError
-
-    def executed(self, evidence: Evidence, num_steps: Tensor) -> Evidence:
-        """Leave out actions of a chunk that were not carried out: those from num_steps (N,) on; no network call."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def with_reference(
-        self, policy: FlowPolicy, cond_of: Callable[[Tensor], Cond], evidence: Evidence, micro_batch: int
-    ) -> Evidence:
-        """Fill ref_mean, ref_std: one pass of the 'ref' weights over the scored pairs.
-
-        `cond_of(rows)` encodes rows (M,), under the reference weights.
-        """
-        n, r = evidence.t.shape
-        parts = []
-        with policy.using("ref"):
-            for rows in torch.arange(n, device=evidence.t.device).split(max(1, micro_batch // r)):
-                parts.append(self.score(policy, cond_of(rows), evidence.index(rows)).dist)
-        mean, std = torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
-        return replace(evidence, ref_mean=mean, ref_std=std)
-
-
-def carried_out(evidence: Evidence, num_steps: Tensor) -> Tensor:
-    """(N, 1, H) bool: actions of the chunk, x's axis 2, before num_steps (N,)."""
-    return torch.arange(evidence.x.shape[2], device=num_steps.device) < num_steps[:, None, None]
-
-
-def only(evidence: Evidence, done: Tensor, log_prob: Callable[[Tensor], Tensor]) -> Evidence:
-    """The evidence with the actions `done` (N, 1 or R, H) alone; `log_prob(counts)` is of the stored distribution."""
-    counts = done.expand(*evidence.t.shape, done.shape[-1])[(..., *[None] * (evidence.x.ndim - 3))]
-    old = torch.where(counts.flatten(2).all(-1), evidence.old_log_prob, log_prob(counts))
-    return replace(evidence, old_log_prob=old, counts=counts)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from rlflow.flow.matching import on_path
 from rlflow.flow.noise import Key, noise
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import Plan, Steps
-from rlflow.rl.likelihood import Likelihood, Score, carried_out, only
+from rlflow.rl.likelihoods.base import Likelihood, Score, carried_out, only
 from rlflow.types import Chain, Cond, Evidence
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {"velocity": torch.ones_like, "eps": lambda t: t}

@@ -1,0 +1,1 @@
+"""Likelihoods: evidence recorded while sampling, scored again at update time."""
