@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from rlflow.envs import geneval, scenes, signs, words
+from rlflow.envs.captions import geneval, scenes, signs, words
 from rlflow.envs.prompt_files import READERS, read_rows
 from rlflow.flow.noise import generator
 

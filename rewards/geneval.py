@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlflow.envs.geneval import COLORS
+from rlflow.envs.captions.geneval import COLORS
 from rlflow.rewards.base import to_uint8
 from rlflow.rewards.detect import Found, Objects, keep, load_detector
 from rlflow.rewards.embed import Clip, load_clip

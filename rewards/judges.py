@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import rlflow
-from rlflow.envs.scenes import COLORS, RELATIONS, SHAPES, Scene, Thing, parse
+from rlflow.envs.captions.scenes import COLORS, RELATIONS, SHAPES, Scene, Thing, parse
 from rlflow.rewards.memory import BatchMemory
 
 M = TypeVar("M", bound=nn.Module)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from rlflow.envs.scenes import COLORS, SHAPES, Scene, Thing, parse
+from rlflow.envs.captions.scenes import COLORS, SHAPES, Scene, Thing, parse
 from rlflow.rewards.memory import BatchMemory
 
 log = logging.getLogger(__name__)

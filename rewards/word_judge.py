@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import rlflow
-from rlflow.envs.words import LENGTH, LETTERS
+from rlflow.envs.captions.words import LENGTH, LETTERS
 from rlflow.rewards.judges import SIZE, block, load_network, small_images
 from rlflow.rewards.memory import BatchMemory
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from rlflow.envs import scenes
+from rlflow.envs.captions import scenes
 from rlflow.pretrain.latent_scenes import LENGTH, SIDE
 from rlflow.rewards.shapes import shapes_strict
 

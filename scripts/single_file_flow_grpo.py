@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rlflow.envs import scenes
+from rlflow.envs.captions import scenes
 from rlflow.models.dit import DiT
 from rlflow.models.io import embedded, load_field
 from rlflow.rewards.shapes import shapes_soft, shapes_strict

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlflow.envs.scenes import COLORS, RELATIONS, Scene, draw_captions, parse, render
+from rlflow.envs.captions.scenes import COLORS, RELATIONS, Scene, draw_captions, parse, render
 from rlflow.rewards.judges import THINGS, SceneCNN, thing_counts, verdicts
 
 NAMES = list(COLORS)

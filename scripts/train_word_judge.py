@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from train_judge import Lesson, main
 
-from rlflow.envs.words import CAP_HEIGHT, CELL_WIDTH, LENGTH, draw_texts, render
+from rlflow.envs.captions.words import CAP_HEIGHT, CELL_WIDTH, LENGTH, draw_texts, render
 from rlflow.rewards.word_judge import WordCNN, classes
 
 NO_LETTER = 0.2

@@ -24,7 +24,7 @@ from torch import Tensor
 from rlflow.bench.stopwatch import Times
 from rlflow.config.parse import parse
 from rlflow.config.schema import Config
-from rlflow.envs import scenes
+from rlflow.envs.captions import scenes
 from rlflow.flow.field import VelocityField
 from rlflow.flow.steps import Plan
 from rlflow.models.dit import DiT

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlflow import registry
-from rlflow.envs import scenes, words
+from rlflow.envs.captions import scenes, words
 from rlflow.models.dit import DiT
 from rlflow.models.io import save_field
 from rlflow.models.pretrained.pipeline import PretrainedField

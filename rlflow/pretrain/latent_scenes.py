@@ -1,7 +1,7 @@
 """`rlflow pretrain sd3_scenes`: a Stable Diffusion 3 of 3.5 M parameters that draws scenes, in diffusers' own format.
 
 Tokenizers of the captions' words, two CLIPs and a T5 with random weights that stay, a VAE and a transformer that are
-trained here on drawings of envs/scenes.py. For plain diffusers it is a checkpoint like any other.
+trained here on drawings of envs/captions/scenes.py. For plain diffusers it is a checkpoint like any other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rlflow.envs import scenes
+from rlflow.envs.captions import scenes
 from rlflow.models.pretrained.pipeline import PretrainedField
 from rlflow.models.pretrained.sd3 import SD3
 from rlflow.models.pretrained.tiny import clip_text, clip_tokenizer, t5, t5_tokenizer

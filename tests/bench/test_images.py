@@ -16,7 +16,7 @@ from rlflow.bench.images import (
     methods,
     num_positions,
 )
-from rlflow.envs import scenes
+from rlflow.envs.captions import scenes
 from rlflow.flow.steps import AllButLast, Window
 from rlflow.models.dit import DiT
 from rlflow.models.io import save_field

@@ -315,7 +315,7 @@ def test_every_key_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Train one iteration and watch: a key that nobody reads would be a dead one."""
     import torch
 
-    from rlflow.envs import scenes
+    from rlflow.envs.captions import scenes
     from rlflow.models.dit import DiT
     from rlflow.models.io import save_field
     from rlflow.train.trainer import Trainer

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from rlflow.envs import scenes, words
+from rlflow.envs.captions import scenes, words
 from rlflow.envs.prompts import Prompts, load_prompts
 from rlflow.rl.groups import Groups
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from rlflow.envs import scenes, words
+from rlflow.envs.captions import scenes, words
 from rlflow.flow import path
 from rlflow.models.dit import MIN_REMAINING, NULL, PAD, DiT, sincos_2d, sinusoid, split_words
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlflow.envs import scenes
+from rlflow.envs.captions import scenes
 from rlflow.models.dit import DiT
 from rlflow.models.io import save_field
 from rlflow.parallel import dist

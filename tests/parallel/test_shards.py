@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlflow.config.parse import parse
-from rlflow.envs import scenes
+from rlflow.envs.captions import scenes
 from rlflow.models.dit import DiT
 from rlflow.models.io import load_field, save_field
 from rlflow.parallel import shards

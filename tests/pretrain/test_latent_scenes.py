@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("diffusers")
 
 import rlflow as rf
-from rlflow.envs import scenes
+from rlflow.envs.captions import scenes
 from rlflow.flow.grid import FromScheduler
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import rlflow
-from rlflow.envs import scenes
+from rlflow.envs.captions import scenes
 from rlflow.models.dit import DiT
 from rlflow.models.io import save_field
 from rlflow.pretrain.images import IMAGES, World

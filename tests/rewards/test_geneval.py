@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from rlflow.envs import geneval as prompts
+from rlflow.envs.captions import geneval as prompts
 from rlflow.rewards.detect import Found, Mask2Former, Owl, keep, load_detector, overlap
 from rlflow.rewards.geneval import ColorJudge, GenEval, relations, shares
 from rlflow.rewards.hub import OnDevice

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlflow.envs.scenes import draw_captions, parse, render
+from rlflow.envs.captions.scenes import draw_captions, parse, render
 from rlflow.rewards import judges
 from rlflow.rewards.base import column_names
 from rlflow.rewards.judges import JUDGE_FOLDER, THINGS, base_distance, cnn_judge, diversity, load_judge, thing_counts

@@ -1,4 +1,4 @@
-"""OCR reads what envs/words.py draws."""
+"""OCR reads what envs/captions/words.py draws."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("rapidocr")
 
-from rlflow.envs.words import draw_texts, render
+from rlflow.envs.captions.words import draw_texts, render
 from rlflow.rewards import ocr as module
 from rlflow.rewards.base import to_uint8
 from rlflow.rewards.memory import BatchMemory

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlflow.envs.scenes import COLORS, OPPOSITE, SHAPES, draw_captions, parse, render
+from rlflow.envs.captions.scenes import COLORS, OPPOSITE, SHAPES, draw_captions, parse, render
 from rlflow.rewards import shapes
 from rlflow.rewards.base import Reward, RewardSet, to_uint8
 from rlflow.rewards.memory import BatchMemory

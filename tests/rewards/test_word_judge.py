@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlflow.envs.words import draw_texts, render
+from rlflow.envs.captions.words import draw_texts, render
 from rlflow.rewards import word_judge as module
 from rlflow.rewards.base import column_names
 from rlflow.rewards.word_judge import FOLDER, NONE, classes, load_judge, word_judge

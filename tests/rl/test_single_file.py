@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlflow.envs import scenes
+from rlflow.envs.captions import scenes
 from rlflow.envs.prompt import PromptEnv
 from rlflow.envs.prompts import Prompts
 from rlflow.flow.kernels import FlowSDE

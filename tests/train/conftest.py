@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlflow.envs import scenes, words
+from rlflow.envs.captions import scenes, words
 from rlflow.models.dit import DiT
 from rlflow.models.io import save_field
 from rlflow.train.trainer import Trainer

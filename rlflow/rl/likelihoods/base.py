@@ -1,7 +1,7 @@
 """Likelihoods: evidence recorded while sampling, scored again at update time, R columns per row.
 
 A log-ratio is `score - old`. Both come from the same function of the same stored pair, so at unchanged weights
-it is exactly 0. Here are the contract and the exact density of denoising steps; `cfm.py` has FPO's surrogate.
+it is exactly 0. This is the contract; chain.py has the exact density of denoising steps, cfm.py FPO's surrogate.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rlflow.envs import geneval, signs
+from rlflow.envs.captions import geneval, signs
 from rlflow.envs.prompts import load_prompts
 
 ALL = [row for kind in geneval.KINDS for side in (False, True) for row in geneval.rows(kind, side)]

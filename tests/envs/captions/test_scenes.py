@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rlflow.envs.scenes import (
+from rlflow.envs.captions.scenes import (
     COLORS,
     KINDS,
     OPPOSITE,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlflow.envs import words
-from rlflow.envs.words import (
+from rlflow.envs.captions import words
+from rlflow.envs.captions.words import (
     LETTERS,
     caption,
     draw_texts,
