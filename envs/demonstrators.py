@@ -67,10 +67,12 @@ class Oracle:
 OGBENCH = ("torch", "gymnasium", "mujoco", "ogbench")
 DEMONSTRATORS: dict[str, Expert | Oracle] = {
     **{name: Expert(name) for name in ("hopper", "walker2d", "halfcheetah")},
-    "cube_single": Oracle("cube_single", "rlflow.envs.ogbench:single_episodes", 0.7, OGBENCH),
-    "cube_double": Oracle("cube_double", "rlflow.envs.ogbench:double_episodes", 0.4, OGBENCH),
-    "metaworld": Oracle("metaworld", "rlflow.envs.metaworld:episodes", 0.2, ("torch", "envpool", "metaworld")),
-    "tabletop": Oracle("tabletop", "rlflow.envs.tabletop:episodes", 0.3, ("torch",)),
+    "cube_single": Oracle("cube_single", "rlflow.envs.simulators.ogbench:single_episodes", 0.7, OGBENCH),
+    "cube_double": Oracle("cube_double", "rlflow.envs.simulators.ogbench:double_episodes", 0.4, OGBENCH),
+    "metaworld": Oracle(
+        "metaworld", "rlflow.envs.simulators.metaworld:episodes", 0.2, ("torch", "envpool", "metaworld")
+    ),
+    "tabletop": Oracle("tabletop", "rlflow.envs.simulators.tabletop:episodes", 0.3, ("torch",)),
 }
 
 

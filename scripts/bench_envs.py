@@ -24,7 +24,7 @@ from rlflow.bench.robot import acting, flow_policy
 def bench_warp(name: str, num_envs: int, chunk: int, seconds: float, repeats: int) -> dict[str, Any]:
     """One task at one number of worlds."""
     from rlflow.envs.sim import SimEnv
-    from rlflow.envs.warp import WarpSim
+    from rlflow.envs.simulators.warp import WarpSim
 
     task = TASKS[name]
     env, acted, alone = (SimEnv(WarpSim(task, num_envs), chunk) for _ in range(3))

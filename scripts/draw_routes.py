@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Circle
 
-from rlflow.envs.toy import RoutesSim, ToyRoutes
+from rlflow.envs.simulators.toy import RoutesSim, ToyRoutes
 from rlflow.flow.kernels import FlowSDE, LearnedNoise
 from rlflow.flow.matching import cfm_loss
 from rlflow.flow.noise import Key

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlflow.envs import mujoco
 from rlflow.envs.sim import SimEnv
+from rlflow.envs.simulators import mujoco
 
 TASKS = {
     "hopper": mujoco.HOPPER,

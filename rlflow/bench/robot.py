@@ -21,8 +21,8 @@ from rlflow.bench.images import Bare, listen
 from rlflow.bench.size import PAPER, Size
 from rlflow.bench.stopwatch import Phases, Times
 from rlflow.envs.base import VecEnv
-from rlflow.envs.mujoco import HOPPER, MujocoSim
 from rlflow.envs.sim import SimEnv
+from rlflow.envs.simulators.mujoco import HOPPER, MujocoSim
 from rlflow.flow.kernels import LearnedNoise
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rlflow.envs.gym import bounds_of, convert, spec_of
+from rlflow.envs.simulators.gym import bounds_of, convert, spec_of
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import All

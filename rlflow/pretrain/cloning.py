@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from rlflow import registry
 from rlflow.envs.base import VecEnv
 from rlflow.envs.demos import Chunks, Demos
-from rlflow.envs.tabletop import LENGTH, PIXELS, WORDS
+from rlflow.envs.simulators.tabletop import LENGTH, PIXELS, WORDS
 from rlflow.flow.field import VelocityField
 from rlflow.flow.grid import uniform_times
 from rlflow.flow.kernels import FlowSDE
@@ -144,7 +144,7 @@ class MetaWorldCloning(Cloning):
 
     def network(self, demos: Demos) -> tuple[VelocityField, list[Parameter]]:
         """As the tabletop's, without a picture; its state is normalised."""
-        from rlflow.envs import metaworld
+        from rlflow.envs.simulators import metaworld
 
         field = VLA(
             (self.chunk, *demos.action_shape),

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rlflow.envs import camera
-from rlflow.envs.mujoco import HOPPER, MujocoSim, ant, halfcheetah, hopper
 from rlflow.envs.sim import Sim, SimEnv
+from rlflow.envs.simulators.mujoco import HOPPER, MujocoSim, ant, halfcheetah, hopper
 from rlflow.types import tree_leaves
 
 
@@ -97,7 +97,7 @@ def test_simulations_run_without_the_opengl_that_was_chosen():
     """MuJoCo's own import ends where MUJOCO_GL names a library that is missing; a picture is then refused, no more."""
     code = (
         "import sys; sys.modules['mujoco.osmesa'] = type('Missing', (), {'__getattr__': lambda *_: 1 / 0})()\n"
-        "from rlflow.envs.mujoco import hopper; import torch\n"
+        "from rlflow.envs.simulators.mujoco import hopper; import torch\n"
         "e = hopper(1); e.reset(torch.zeros(1).long()); e.step(torch.zeros(1, 4, 3)); e.render(0)"
     )
     environment = os.environ | {"MUJOCO_GL": "osmesa"}
@@ -115,7 +115,7 @@ def test_the_kind_of_opengl_is_the_users_where_set(monkeypatch):
 
 
 def test_nothing_is_complained_of_at_the_end():
-    code = "from rlflow.envs.mujoco import hopper; import torch; e = hopper(1); e.reset(torch.zeros(1).long()); e.render(0)"
+    code = "from rlflow.envs.simulators.mujoco import hopper; import torch; e = hopper(1); e.reset(torch.zeros(1).long()); e.render(0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if "no picture can be drawn" in done.stderr:
         pytest.skip("no OpenGL here")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlflow.envs import gym as gymnasium_envs
-from rlflow.envs import mujoco, tabletop, toy
 from rlflow.envs.conformance import CHECKS, Subject, check
 from rlflow.envs.prompt import PromptEnv
 from rlflow.envs.prompts import Prompts
 from rlflow.envs.sim import SimEnv
+from rlflow.envs.simulators import gym as gymnasium_envs
+from rlflow.envs.simulators import mujoco, tabletop, toy
 from rlflow.envs.wrappers import FrameStack, RewardScaling, RewardWrapper
 from rlflow.rewards.base import Reward, RewardSet
 from rlflow.types import Step, Tree

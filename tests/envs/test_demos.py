@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from rlflow.envs.demonstrators import DEMONSTRATORS, demonstrator, make_demos
 from rlflow.envs.demos import Demos, Episode, write_demos
 from rlflow.envs.experts import GaussianExpert, play
-from rlflow.envs.toy import ToyReach
+from rlflow.envs.simulators.toy import ToyReach
 from rlflow.parallel.moments import scale
 
 LENGTHS = [7, 3, 12, 5, 4]

@@ -11,8 +11,8 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from rlflow.envs.demonstrators import DEMONSTRATORS, Expert
 from rlflow.envs.experts import GaussianExpert
-from rlflow.envs.mujoco import hopper
 from rlflow.envs.sb3 import Vectorised
+from rlflow.envs.simulators.mujoco import hopper
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ pytest.importorskip("mujoco")
 
 from stable_baselines3 import PPO
 
-from rlflow.envs import mujoco
 from rlflow.envs.sb3 import Vectorised
 from rlflow.envs.sim import SimEnv
+from rlflow.envs.simulators import mujoco
 
 ROWS = 3
 

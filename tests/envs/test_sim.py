@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlflow.envs.seeds import episode_seeds, mix, narrow, normal, uniform
 from rlflow.envs.sim import Outcome, Sim, SimEnv
-from rlflow.envs.toy import ToyBandit, ToyReach, ToyRoutes
+from rlflow.envs.simulators.toy import ToyBandit, ToyReach, ToyRoutes
 from rlflow.types import Tree, tree_leaves
 
 

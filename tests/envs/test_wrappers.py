@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlflow.envs.toy import ToyMDP, ToyReach, ToyRoutes
+from rlflow.envs.simulators.toy import ToyMDP, ToyReach, ToyRoutes
 from rlflow.envs.wrappers import FrameStack, RewardScaling, RewardWrapper, _beside
 from rlflow.rewards.base import Reward, RewardSet
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlflow.envs.tabletop import LENGTH, PIXELS, WORDS, Tabletop
+from rlflow.envs.simulators.tabletop import LENGTH, PIXELS, WORDS, Tabletop
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import OneRandom

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlflow.envs.toy import ToyImage, ToyReach
+from rlflow.envs.simulators.toy import ToyImage, ToyReach
 from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, LearnedNoise
 from rlflow.flow.noise import generator
 from rlflow.flow.policy import FlowPolicy

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from rlflow.envs.toy import ToyImage, ToyReach
+from rlflow.envs.simulators.toy import ToyImage, ToyReach
 from rlflow.flow.guidance import CFG
 from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, LearnedNoise
 from rlflow.flow.policy import FlowPolicy

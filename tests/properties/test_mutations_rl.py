@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlflow.envs.prompt import PromptEnv
 from rlflow.envs.prompts import Prompts
-from rlflow.envs.toy import ToyImage
+from rlflow.envs.simulators.toy import ToyImage
 from rlflow.flow.kernels import FlowSDE, Kernel, LearnedNoise
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import AllButLast

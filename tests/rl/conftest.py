@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlflow.envs.toy import ToyImage, ToyReach
+from rlflow.envs.simulators.toy import ToyImage, ToyReach
 from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, LearnedNoise
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import AllButLast, Steps

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlflow.envs.base import VecEnv
-from rlflow.envs.toy import ToyReach
+from rlflow.envs.simulators.toy import ToyReach
 from rlflow.envs.wrappers import RewardScaling
 from rlflow.flow.squash import Tanh
 from rlflow.flow.steps import AllButLast, Fraction, OneRandom, Window

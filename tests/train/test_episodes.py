@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from rlflow.envs.tabletop import TASKS, Tabletop
-from rlflow.envs.toy import ToyBandit, ToyReach
+from rlflow.envs.simulators.tabletop import TASKS, Tabletop
+from rlflow.envs.simulators.toy import ToyBandit, ToyReach
 from rlflow.flow.field import VelocityField
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlflow.envs.tabletop import WORDS, Tabletop
+from rlflow.envs.simulators.tabletop import WORDS, Tabletop
 from rlflow.envs.wrappers import Processed
 from rlflow.flow.kernels import FlowSDE, LearnedNoise
 from rlflow.flow.policy import FlowPolicy

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.rl.test_replay import rollout
 
-from rlflow.envs.toy import ToyReach
+from rlflow.envs.simulators.toy import ToyReach
 from rlflow.flow.kernels import FlowSDE, LearnedNoise
 from rlflow.flow.noise import Key, noise
 from rlflow.flow.policy import FlowPolicy

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rlflow.envs.seeds import episode_seeds
 from rlflow.envs.sim import SimEnv
-from rlflow.envs.toy import CENTRES, RoutesSim, ToyBandit, ToyImage, ToyMDP, ToyReach, ToyRoutes
+from rlflow.envs.simulators.toy import CENTRES, RoutesSim, ToyBandit, ToyImage, ToyMDP, ToyReach, ToyRoutes
 from rlflow.types import tree_leaves
 
 SEEDS = torch.tensor([0, 1, 2, 3, 4, 2**40 + 1])

@@ -18,7 +18,7 @@ from rlflow.envs.demos import Demos, Episode
 from rlflow.envs.experts import play, successes
 from rlflow.envs.seeds import normal, uniform
 from rlflow.envs.sim import Outcome, SimEnv
-from rlflow.envs.toy import ToySim
+from rlflow.envs.simulators.toy import ToySim
 from rlflow.types import Tree
 
 COLOURS = {"red": (0.9, 0.15, 0.15), "green": (0.15, 0.75, 0.2), "blue": (0.2, 0.3, 0.95)}

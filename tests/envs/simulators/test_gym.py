@@ -9,8 +9,8 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from rlflow.envs.gym import gym, gym_vector
 from rlflow.envs.seeds import episode_seeds
+from rlflow.envs.simulators.gym import gym, gym_vector
 
 
 class Walk(gymnasium.Env):

@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("ogbench")
 
-from rlflow.envs import ogbench
 from rlflow.envs.conformance import CHECKS, Subject
 from rlflow.envs.sim import SimEnv
+from rlflow.envs.simulators import ogbench
 from rlflow.registry import TABLE, find
 
 

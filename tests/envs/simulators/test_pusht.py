@@ -6,9 +6,9 @@ import torch
 pytest.importorskip("gym_pusht")
 
 from rlflow.envs.conformance import CHECKS, Subject
-from rlflow.envs.gym import GymSim
-from rlflow.envs.pusht import pusht, pusht_pixels
 from rlflow.envs.sim import SimEnv
+from rlflow.envs.simulators.gym import GymSim
+from rlflow.envs.simulators.pusht import pusht, pusht_pixels
 
 
 def limited(limit: int, chunk: int):

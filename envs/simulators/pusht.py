@@ -6,8 +6,8 @@ second. The disc's goal, 0..512 pixels in x and y, is stretched to [-1, 1].
 
 from __future__ import annotations
 
-from rlflow.envs.gym import GymSim
 from rlflow.envs.sim import SimEnv
+from rlflow.envs.simulators.gym import GymSim
 
 try:
     import gym_pusht  # noqa: F401  (registers its id)

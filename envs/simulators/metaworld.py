@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlflow.envs.demos import Episode
-from rlflow.envs.envpool import make_pool
 from rlflow.envs.experts import play, successes
 from rlflow.envs.seeds import normal
 from rlflow.envs.sim import Outcome, Sim, SimEnv
+from rlflow.envs.simulators.envpool import make_pool
 from rlflow.types import Tree
 
 NAMES = """

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlflow.envs import mujoco
 from rlflow.envs.sim import SimEnv
+from rlflow.envs.simulators import mujoco
 from rlflow.registry import TABLE, find
 
 ALL = (mujoco.HOPPER, mujoco.WALKER2D, mujoco.HALFCHEETAH, mujoco.INVERTED_PENDULUM, mujoco.ANT, mujoco.HUMANOID)

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("envpool")
 
 from rlflow.envs.conformance import CHECKS, Subject
-from rlflow.envs.envpool import envpool
+from rlflow.envs.simulators.envpool import envpool
 
 SUBJECT = Subject(
     lambda num_envs: envpool(num_envs, "Hopper-v5", threads=1, options={"max_episode_steps": 9}),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlflow.envs.demos import Demos
-from rlflow.envs.tabletop import (
+from rlflow.envs.simulators.tabletop import (
     COLOURS,
     CONTACT,
     EDGE,

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlflow.envs.mujoco import HALFCHEETAH, HOPPER, INVERTED_PENDULUM, WALKER2D, Task, root_x
 from rlflow.envs.sim import Outcome, Sim, SimEnv
+from rlflow.envs.simulators.mujoco import HALFCHEETAH, HOPPER, INVERTED_PENDULUM, WALKER2D, Task, root_x
 from rlflow.types import Tree
 
 try:

@@ -5,9 +5,9 @@ import torch
 
 pytest.importorskip("gymnasium")
 
-from rlflow.envs import metaworld
 from rlflow.envs.conformance import CHECKS, Subject
-from rlflow.envs.metaworld import MT10, MT50, WORDS, MetaWorld, tasks_of, tokens
+from rlflow.envs.simulators import metaworld
+from rlflow.envs.simulators.metaworld import MT10, MT50, WORDS, MetaWorld, tasks_of, tokens
 
 
 def test_a_sentence_is_the_tasks_name():

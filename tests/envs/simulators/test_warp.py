@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from rlflow.bench.robot import flow_policy
-from rlflow.envs import mujoco
 from rlflow.envs.conformance import CHECKS, Subject
 from rlflow.envs.sim import SimEnv
+from rlflow.envs.simulators import mujoco
 from rlflow.flow.steps import All
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
@@ -19,7 +19,7 @@ from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.types import Step
 
 pytest.importorskip("mujoco_warp")
-from rlflow.envs import warp
+from rlflow.envs.simulators import warp
 
 TASKS = {t.name: t for t in (mujoco.HOPPER, mujoco.WALKER2D, mujoco.HALFCHEETAH, mujoco.INVERTED_PENDULUM)}
 SEEDS = torch.tensor([3, 11])

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from rlflow.envs.gym import NextStepSim
 from rlflow.envs.seeds import narrow
 from rlflow.envs.sim import SimEnv
+from rlflow.envs.simulators.gym import NextStepSim
 
 
 def make_pool(env_id: str, seeds: list[int], threads: int, options: dict[str, Any]) -> Any:

@@ -1,0 +1,1 @@
+"""Simulators: MuJoCo, MuJoCo Warp, Gymnasium, EnvPool, MetaWorld, OGBench, PushT, and toys of our own."""
