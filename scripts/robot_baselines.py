@@ -31,8 +31,8 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
 from rlflow import registry
-from rlflow.envs.demos import Demos
-from rlflow.envs.experts import play, versions
+from rlflow.envs.demos.dataset import Demos
+from rlflow.envs.demos.dataset.experts import play, versions
 from rlflow.envs.sb3 import Vectorised
 from rlflow.models.normalizer import Normalizer
 from rlflow.pretrain.cloning import demos_of

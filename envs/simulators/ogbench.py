@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlflow.envs.camera import Camera
-from rlflow.envs.demos import Episode
+from rlflow.envs.demos.dataset import Episode
 from rlflow.envs.sim import Outcome, Sim, SimEnv
 from rlflow.parallel.dist import num_cpus
 from rlflow.types import Tree

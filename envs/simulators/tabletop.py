@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlflow.envs import demonstrators
-from rlflow.envs.demos import Demos, Episode
-from rlflow.envs.experts import play, successes
+from rlflow.envs.demos.dataset import Demos, Episode, demonstrators
+from rlflow.envs.demos.dataset.experts import play, successes
 from rlflow.envs.seeds import normal, uniform
 from rlflow.envs.sim import Outcome, SimEnv
 from rlflow.envs.simulators.toy import ToySim

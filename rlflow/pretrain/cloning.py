@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from rlflow import registry
 from rlflow.envs.base import VecEnv
-from rlflow.envs.demos import Chunks, Demos
+from rlflow.envs.demos.dataset import Chunks, Demos
 from rlflow.envs.simulators.tabletop import LENGTH, PIXELS, WORDS
 from rlflow.flow.field import VelocityField
 from rlflow.flow.grid import uniform_times
@@ -178,7 +178,7 @@ CLONINGS = {
 
 def demos_of(env: str, folder: Path, num: int | None = None) -> Demos:
     """Those of a folder; made first, by whoever demonstrates this environment, if it does not exist."""
-    from rlflow.envs.demonstrators import make_demos
+    from rlflow.envs.demos.dataset.demonstrators import make_demos
 
     if not folder.exists():
         print(f"{folder} does not exist: demonstrations of {env} are made", flush=True)

@@ -365,7 +365,7 @@ def test_every_key_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "algorithm": {"nft": {"beta": 0.5}, "kl": {"kind": "exact"}},
     }
     Trainer(parse_unseen(recipes.merge(config.to_dict(), nft), False), tmp_path / "nft", quiet=True).fit()
-    from rlflow.envs.demos import Episode, write_demos
+    from rlflow.envs.demos.dataset import Episode, write_demos
 
     obs, action = {"state": torch.zeros(5, 2), "goal": torch.ones(5, 2)}, torch.zeros(5, 2)
     episode = Episode(obs, action, torch.zeros(5), terminated=True, truncated=False)

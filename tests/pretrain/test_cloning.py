@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlflow.envs.demos import Episode, write_demos
+from rlflow.envs.demos.dataset import Episode, write_demos
 from rlflow.flow.grid import uniform_times
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.matching import ShortcutLoss, cfm_loss

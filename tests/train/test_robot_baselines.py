@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("stable_baselines3")
 pytest.importorskip("mujoco")
 
-from rlflow.envs.demos import Episode, write_demos
-from rlflow.envs.experts import GaussianExpert, embedded_expert, play
+from rlflow.envs.demos.dataset import Episode, write_demos
+from rlflow.envs.demos.dataset.experts import GaussianExpert, embedded_expert, play
 from rlflow.report.metrics_file import METRICS, encode_row
 from rlflow.train.episodes import SEEDS
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from rlflow.config import recipes
 from rlflow.config.parse import parse
 from rlflow.config.schema import AlgorithmConfig
-from rlflow.envs.demos import Episode, write_demos
+from rlflow.envs.demos.dataset import Episode, write_demos
 from rlflow.models.io import load_field
 from rlflow.report.metrics_file import read_metrics
 from rlflow.rl.optim import NonFiniteError

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlflow.envs.demos import Demos
+from rlflow.envs.demos.dataset import Demos
 from rlflow.flow.matching import cfm_loss
 from rlflow.flow.noise import generator
 from rlflow.flow.policy import FlowPolicy

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlflow.envs.demos import Demos
+from rlflow.envs.demos.dataset import Demos
 from rlflow.envs.simulators.tabletop import (
     COLOURS,
     CONTACT,

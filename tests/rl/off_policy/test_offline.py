@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlflow.envs.demos import Episode, write_demos
+from rlflow.envs.demos.dataset import Episode, write_demos
 from rlflow.flow.kernels import LearnedNoise
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.squash import Tanh

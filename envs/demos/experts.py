@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlflow.envs.base import VecEnv
-from rlflow.envs.demos import Episode
+from rlflow.envs.demos.dataset import Episode
 from rlflow.types import Tree, tree_map
 
 

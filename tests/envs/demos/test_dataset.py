@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlflow.envs.demonstrators import DEMONSTRATORS, demonstrator, make_demos
-from rlflow.envs.demos import Demos, Episode, write_demos
-from rlflow.envs.experts import GaussianExpert, play
+from rlflow.envs.demos.dataset import Demos, Episode, write_demos
+from rlflow.envs.demos.dataset.demonstrators import DEMONSTRATORS, demonstrator, make_demos
+from rlflow.envs.demos.dataset.experts import GaussianExpert, play
 from rlflow.envs.simulators.toy import ToyReach
 from rlflow.parallel.moments import scale
 

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 
 from rlflow import registry
-from rlflow.envs.demos import Demos, Episode, write_demos
-from rlflow.envs.experts import GaussianExpert, embedded_expert, play, versions
+from rlflow.envs.demos.dataset import Demos, Episode, write_demos
+from rlflow.envs.demos.dataset.experts import GaussianExpert, embedded_expert, play, versions
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Demonstrations: episodes on disk, and who plays them."""
