@@ -16,8 +16,8 @@ from pathlib import Path
 import torch.nn as nn
 from torch import Tensor
 
-from rlflow.rewards.embed import load_clip
-from rlflow.rewards.hub import Precision, read_weights
+from rlflow.rewards.networks.embed import load_clip
+from rlflow.rewards.networks.hub import Precision, read_weights
 
 
 class Aesthetic:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rlflow.rewards.embed import Clip, read_processor
-from rlflow.rewards.hub import OnDevice, Precision, check_source, need_transformers, read_weights, source_file
+from rlflow.rewards.networks.embed import Clip, read_processor
+from rlflow.rewards.networks.hub import OnDevice, Precision, check_source, need_transformers, read_weights, source_file
 
 FILE = "HPS_v2.1_compressed.pt"
 

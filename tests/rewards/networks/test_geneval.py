@@ -15,9 +15,9 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from rlflow.envs.captions import geneval as prompts
-from rlflow.rewards.detect import Found, Mask2Former, Owl, keep, load_detector, overlap
-from rlflow.rewards.geneval import ColorJudge, GenEval, relations, shares
-from rlflow.rewards.hub import OnDevice
+from rlflow.rewards.networks.detect import Found, Mask2Former, Owl, keep, load_detector, overlap
+from rlflow.rewards.networks.geneval import ColorJudge, GenEval, relations, shares
+from rlflow.rewards.networks.hub import OnDevice
 
 
 def at(x: float, y: float, size: float = 10.0, score: float = 0.95) -> Found:
@@ -207,7 +207,7 @@ def test_the_colour_is_the_objects_and_not_what_surrounds_it() -> None:
 
 
 def crop_of(pixels: np.ndarray, thing: Found) -> np.ndarray:
-    from rlflow.rewards.geneval import crop
+    from rlflow.rewards.networks.geneval import crop
 
     return crop(pixels, thing)
 

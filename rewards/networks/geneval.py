@@ -25,9 +25,9 @@ from torch import Tensor
 
 from rlflow.envs.captions.geneval import COLORS
 from rlflow.rewards.base import to_uint8
-from rlflow.rewards.detect import Found, Objects, keep, load_detector
-from rlflow.rewards.embed import Clip, load_clip
-from rlflow.rewards.hub import Precision
+from rlflow.rewards.networks.detect import Found, Objects, keep, load_detector
+from rlflow.rewards.networks.embed import Clip, load_clip
+from rlflow.rewards.networks.hub import Precision
 
 log = logging.getLogger(__name__)
 

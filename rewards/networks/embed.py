@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlflow.rewards.hub import OnDevice, Precision, check_source, need_transformers
 from rlflow.rewards.memory import BatchMemory
+from rlflow.rewards.networks.hub import OnDevice, Precision, check_source, need_transformers
 
 log = logging.getLogger(__name__)
 

@@ -13,14 +13,14 @@ from torch import Tensor
 pytest.importorskip("transformers")
 from transformers import CLIPConfig
 
-from rlflow.rewards.aesthetic import Aesthetic, linear_layers
 from rlflow.rewards.base import Reward, RewardSet, to_uint8
-from rlflow.rewards.clip import ClipScore
-from rlflow.rewards.embed import Clip, Pixels, load_clip, vector
-from rlflow.rewards.hps import HPS, convert
-from rlflow.rewards.hub import OnDevice, check_source, pick_device, read_weights
-from rlflow.rewards.pickscore import PickScore
-from rlflow.rewards.similarity import ImageSimilarity
+from rlflow.rewards.networks.aesthetic import Aesthetic, linear_layers
+from rlflow.rewards.networks.clip import ClipScore
+from rlflow.rewards.networks.embed import Clip, Pixels, load_clip, vector
+from rlflow.rewards.networks.hps import HPS, convert
+from rlflow.rewards.networks.hub import OnDevice, check_source, pick_device, read_weights
+from rlflow.rewards.networks.pickscore import PickScore
+from rlflow.rewards.networks.similarity import ImageSimilarity
 
 SIDE, WIDTH = 32, 32  # of the tiny CLIP
 TEXTS = ["a red circle", "two blue squares", "a red circle", "cat", "a dog on a mat", "tea"]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlflow.rewards.hub import OnDevice, Precision, check_source, need_transformers
+from rlflow.rewards.networks.hub import OnDevice, Precision, check_source, need_transformers
 
 ALIASES = {
     "mouse": "computer mouse",

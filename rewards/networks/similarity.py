@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlflow.rewards.embed import load_clip
-from rlflow.rewards.hub import Precision
+from rlflow.rewards.networks.embed import load_clip
+from rlflow.rewards.networks.hub import Precision
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from rlflow.rewards.embed import load_clip
-from rlflow.rewards.hub import Precision
+from rlflow.rewards.networks.embed import load_clip
+from rlflow.rewards.networks.hub import Precision
 
 
 class ClipScore:

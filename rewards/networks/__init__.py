@@ -1,0 +1,1 @@
+"""Rewards that pretrained networks give: CLIP and what stands on it, preference models, detectors."""
