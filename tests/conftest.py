@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rlflow.config import recipes
 from rlflow.rewards.colour import brightness
-from rlflow.rewards.wire import answer, unpack
+from rlflow.rewards.remote.wire import answer, unpack
 
 torch.set_num_threads(1)
 

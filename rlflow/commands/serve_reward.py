@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> None:
     from rlflow.config.values import set_value
     from rlflow.rewards.component import check_reward, make_reward
-    from rlflow.rewards.serve import serve
+    from rlflow.rewards.remote.server import serve
 
     settings: dict[str, Any] = {}
     for assignment in args.overrides:

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("uvicorn")
 
 from rlflow.rewards.colour import brightness
-from rlflow.rewards.serve import Service, listen
+from rlflow.rewards.remote.server import Service, listen
 from rlflow.train.trainer import Trainer
 
 REMOTE = (

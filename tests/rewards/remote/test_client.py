@@ -26,13 +26,13 @@ pytest.importorskip("starlette")
 import httpx2
 
 from rlflow import cli
-from rlflow.rewards.ask import Asker, NoAnswer, Patience, Request, check_url, parse_json
 from rlflow.rewards.base import Reward, RewardSet, to_uint8
-from rlflow.rewards.breaker import Breaker
 from rlflow.rewards.jpeg import jpeg_compressibility
-from rlflow.rewards.remote import Remote
-from rlflow.rewards.serve import Service, check_open, listen
-from rlflow.rewards.wire import TYPE, Batch, answer, pack, read_answer, unpack
+from rlflow.rewards.remote.ask import Asker, NoAnswer, Patience, Request, check_url, parse_json
+from rlflow.rewards.remote.client import Remote
+from rlflow.rewards.remote.client.breaker import Breaker
+from rlflow.rewards.remote.server import Service, check_open, listen
+from rlflow.rewards.remote.wire import TYPE, Batch, answer, pack, read_answer, unpack
 
 QUICK = {"request_s": 2.0, "total_s": 4.0, "tries": 2, "backoff_s": 0.01, "wait_s": 0.0}
 IMAGES = torch.arange(7 * 3 * 4 * 4).view(7, 3, 4, 4).float() / 400  # not on the 8-bit grid
@@ -70,7 +70,7 @@ def test_what_is_no_reward_server_is_not_waited_for(monkeypatch: pytest.MonkeyPa
     pauses: list[float] = []
     with served(first_pixel) as (url, _, _):
         monkeypatch.setattr(
-            "rlflow.rewards.remote.time", SimpleNamespace(monotonic=time.monotonic, sleep=pauses.append)
+            "rlflow.rewards.remote.client.time", SimpleNamespace(monotonic=time.monotonic, sleep=pauses.append)
         )
         with pytest.raises(ValueError, match="no reward server at .*/elsewhere .status 404"):
             Remote(f"{url}/elsewhere", wait_s=10.0)
@@ -249,7 +249,7 @@ def wrong_server(behave: Callable[[Any, Batch], None]) -> Iterator[tuple[str, An
 
 @pytest.mark.parametrize("name", sorted(WRONG))
 def test_a_wrong_answer_masks_every_row_and_is_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlflow.rewards.ask.MAX_ANSWER", 2**16)
+    monkeypatch.setattr("rlflow.rewards.remote.ask.MAX_ANSWER", 2**16)
     slow = name in ("drip", "silent")
     with wrong_server(WRONG[name]) as (url, server):
         remote = Remote(url, **QUICK | ({"request_s": 0.5, "tries": 1} if slow else {"request_s": 8.0}))
@@ -453,7 +453,7 @@ def test_too_many_waiting_batches_are_sent_away() -> None:
 
 def test_half_a_body_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who sends no more is told so, and the next one is served."""
-    monkeypatch.setattr("rlflow.rewards.serve.UPLOAD_S", 0.2)
+    monkeypatch.setattr("rlflow.rewards.remote.server.UPLOAD_S", 0.2)
     content = pack(Batch("a", 1, {"prompt": ["a"]}))
     with served(lambda prompt: [1.0] * len(prompt)) as (url, service, _):
         Remote(url, wait_s=10.0)

@@ -18,7 +18,7 @@ from PIL import Image
 pytest.importorskip("httpx2")
 
 from rlflow.rewards.base import Reward, RewardSet, to_uint8
-from rlflow.rewards.vlm import VLMJudge, read_score
+from rlflow.rewards.remote.vlm import VLMJudge, read_score
 
 IMAGES = torch.linspace(0, 1, 4).view(4, 1, 1, 1).expand(4, 3, 6, 5)
 PROMPTS = ["a cat", 'a sign "{low}" {prompt}', "two dogs", "a cat"]

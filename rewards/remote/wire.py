@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from rlflow.rewards.ask import parse_json
 from rlflow.rewards.base import to_uint8
+from rlflow.rewards.remote.ask import parse_json
 
 TYPE = "application/x-safetensors"
 IMAGES = ("images", "base_images")

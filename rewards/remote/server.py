@@ -21,12 +21,12 @@ from typing import Any
 
 from torch import Tensor
 
-from rlflow.rewards.ask import is_loopback
 from rlflow.rewards.base import Scores, as_scores
 from rlflow.rewards.calls import Deadline
 from rlflow.rewards.component import column_names
-from rlflow.rewards.remote import PROTOCOL
-from rlflow.rewards.wire import Batch, answer, unpack
+from rlflow.rewards.remote.ask import is_loopback
+from rlflow.rewards.remote.client import PROTOCOL
+from rlflow.rewards.remote.wire import Batch, answer, unpack
 
 log = logging.getLogger(__name__)
 
