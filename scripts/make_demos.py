@@ -24,8 +24,8 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
 from rlflow import registry
-from rlflow.envs.demos.dataset.demonstrators import DEMONSTRATORS, make_demos
-from rlflow.envs.demos.dataset.experts import GaussianExpert, embedded_expert, versions
+from rlflow.envs.demos.demonstrators import DEMONSTRATORS, make_demos
+from rlflow.envs.demos.experts import GaussianExpert, embedded_expert, versions
 from rlflow.envs.sb3 import Vectorised
 
 NUM_ENVS = 32

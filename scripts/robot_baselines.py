@@ -32,7 +32,7 @@ from torch import Tensor
 
 from rlflow import registry
 from rlflow.envs.demos.dataset import Demos
-from rlflow.envs.demos.dataset.experts import play, versions
+from rlflow.envs.demos.experts import play, versions
 from rlflow.envs.sb3 import Vectorised
 from rlflow.models.normalizer import Normalizer
 from rlflow.pretrain.cloning import demos_of

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rlflow import registry
 from rlflow.config import recipes
-from rlflow.envs.demos.dataset.experts import play, versions
+from rlflow.envs.demos.experts import play, versions
 from rlflow.envs.sb3 import Vectorised
 from rlflow.train.build import make_parts
 from rlflow.train.episodes import SEEDS

@@ -15,7 +15,7 @@ import torch
 
 from rlflow import registry
 from rlflow.envs.demos.dataset import Demos, Episode, write_demos
-from rlflow.envs.demos.dataset.experts import GaussianExpert, embedded_expert, play, versions
+from rlflow.envs.demos.experts import GaussianExpert, embedded_expert, play, versions
 
 
 @dataclass(frozen=True)

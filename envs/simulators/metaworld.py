@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlflow.envs.demos.dataset import Episode
-from rlflow.envs.demos.dataset.experts import play, successes
+from rlflow.envs.demos.experts import play, successes
 from rlflow.envs.seeds import normal
 from rlflow.envs.sim import Outcome, Sim, SimEnv
 from rlflow.envs.simulators.envpool import make_pool

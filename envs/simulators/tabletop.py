@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlflow.envs.demos.dataset import Demos, Episode, demonstrators
-from rlflow.envs.demos.dataset.experts import play, successes
+from rlflow.envs.demos.experts import play, successes
 from rlflow.envs.seeds import normal, uniform
 from rlflow.envs.sim import Outcome, SimEnv
 from rlflow.envs.simulators.toy import ToySim

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from rlflow.rewards.remote.client.breaker import Breaker
+from rlflow.rewards.remote.breaker import Breaker
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""A reward that is computed elsewhere: the client of `rlflow serve-reward` (serve.py).
+"""A reward that is computed elsewhere: the client of `rlflow serve-reward` (server.py).
 
 A batch is cut into requests of `rows` rows, asked at the same time. Rows whose request has no good answer are masked
 and counted; the others keep theirs, in order. A reward that compares the rows of a group gets the batch whole.
@@ -18,7 +18,7 @@ from torch import Tensor
 from rlflow.rewards.base import Elsewhere, SomeRows
 from rlflow.rewards.component import reads
 from rlflow.rewards.remote.ask import Asker, NoAnswer, Patience, Request, check_url, read_token
-from rlflow.rewards.remote.client.breaker import Breaker
+from rlflow.rewards.remote.breaker import Breaker
 from rlflow.rewards.remote.wire import TYPE, Batch, pack, read_answer
 
 PROTOCOL = 1

@@ -178,7 +178,7 @@ CLONINGS = {
 
 def demos_of(env: str, folder: Path, num: int | None = None) -> Demos:
     """Those of a folder; made first, by whoever demonstrates this environment, if it does not exist."""
-    from rlflow.envs.demos.dataset.demonstrators import make_demos
+    from rlflow.envs.demos.demonstrators import make_demos
 
     if not folder.exists():
         print(f"{folder} does not exist: demonstrations of {env} are made", flush=True)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import rlflow as rf
 from rlflow.deploy.runs import evaluator_of
-from rlflow.models.pretrained.pipeline import lora as lora_files
+from rlflow.models.pretrained import lora as lora_files
 from rlflow.train.checkpoint import Checkpoints, pack
 from rlflow.train.trainer import Trainer
 

@@ -9,7 +9,7 @@ pytest.importorskip("stable_baselines3")
 pytest.importorskip("mujoco")
 
 from rlflow.envs.demos.dataset import Episode, write_demos
-from rlflow.envs.demos.dataset.experts import GaussianExpert, embedded_expert, play
+from rlflow.envs.demos.experts import GaussianExpert, embedded_expert, play
 from rlflow.report.metrics_file import METRICS, encode_row
 from rlflow.train.episodes import SEEDS
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from rlflow.flow.field import VelocityField
 from rlflow.models import norms
 from rlflow.models.io import HERE
+from rlflow.models.pretrained import lora as lora_files
 from rlflow.models.pretrained.adapter import Adapter
-from rlflow.models.pretrained.pipeline import lora as lora_files
 from rlflow.models.prompt_table import Encoding, PromptTable
 from rlflow.types import Cond
 

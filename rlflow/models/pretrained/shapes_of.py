@@ -10,9 +10,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from rlflow.models.pretrained import lora as lora_files
 from rlflow.models.pretrained.known import known
 from rlflow.models.pretrained.pipeline import DTYPES, PretrainedField
-from rlflow.models.pretrained.pipeline import lora as lora_files
 
 
 class NoText:

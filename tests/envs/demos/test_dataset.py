@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlflow.envs.demos.dataset import Demos, Episode, write_demos
-from rlflow.envs.demos.dataset.demonstrators import DEMONSTRATORS, demonstrator, make_demos
-from rlflow.envs.demos.dataset.experts import GaussianExpert, play
+from rlflow.envs.demos.demonstrators import DEMONSTRATORS, demonstrator, make_demos
+from rlflow.envs.demos.experts import GaussianExpert, play
 from rlflow.envs.simulators.toy import ToyReach
 from rlflow.parallel.moments import scale
 

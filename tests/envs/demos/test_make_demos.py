@@ -9,8 +9,8 @@ pytest.importorskip("mujoco")
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecNormalize
 
-from rlflow.envs.demos.dataset.demonstrators import DEMONSTRATORS, Expert
-from rlflow.envs.demos.dataset.experts import GaussianExpert
+from rlflow.envs.demos.demonstrators import DEMONSTRATORS, Expert
+from rlflow.envs.demos.experts import GaussianExpert
 from rlflow.envs.sb3 import Vectorised
 from rlflow.envs.simulators.mujoco import hopper
 

@@ -14,8 +14,8 @@ from rlflow.flow.grid import FromScheduler
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import load_field, save_field
+from rlflow.models.pretrained import lora as lora_files
 from rlflow.models.pretrained.pipeline import PretrainedField, pretrained
-from rlflow.models.pretrained.pipeline import lora as lora_files
 
 SIDE, LENGTH = 32, 24
 PROMPT = "a red cat"

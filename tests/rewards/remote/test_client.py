@@ -29,8 +29,8 @@ from rlflow import cli
 from rlflow.rewards.base import Reward, RewardSet, to_uint8
 from rlflow.rewards.jpeg import jpeg_compressibility
 from rlflow.rewards.remote.ask import Asker, NoAnswer, Patience, Request, check_url, parse_json
+from rlflow.rewards.remote.breaker import Breaker
 from rlflow.rewards.remote.client import Remote
-from rlflow.rewards.remote.client.breaker import Breaker
 from rlflow.rewards.remote.server import Service, check_open, listen
 from rlflow.rewards.remote.wire import TYPE, Batch, answer, pack, read_answer, unpack
 
