@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlflow.envs.demos.dataset import Demos, Episode, demonstrators
+from rlflow.envs.demos import demonstrators
+from rlflow.envs.demos.dataset import Demos, Episode
 from rlflow.envs.demos.experts import play, successes
 from rlflow.envs.seeds import normal, uniform
 from rlflow.envs.sim import Outcome, SimEnv

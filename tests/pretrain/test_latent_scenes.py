@@ -16,7 +16,8 @@ from rlflow.envs.captions import scenes
 from rlflow.flow.grid import FromScheduler
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
-from rlflow.models.pretrained import lora, pretrained
+from rlflow.models.pretrained import lora
+from rlflow.models.pretrained.pipeline import pretrained
 from rlflow.models.pretrained.tiny import clip_tokenizer, t5_tokenizer
 from rlflow.pretrain import latent_scenes, worlds
 

@@ -83,7 +83,7 @@ def test_every_batch_has_its_share_and_offline_steps_are_not_owed_again(tmp_path
     average, live = sac.policy.weights.sets["ema"], sac.policy.weights.parameters()
     assert all(torch.equal(average[name], live[name]) for name in live), "the average starts at what was cloned"
     assert sac.updates == 3
-    from tests.rl.test_replay import rollout
+    from tests.rl.off_policy.test_replay import rollout
 
     steps = rollout(500, 6)
     steps.obs, steps.final_obs = steps.obs.expand(-1, -1, 3), steps.final_obs.expand(-1, -1, 3)
@@ -97,7 +97,7 @@ def test_every_batch_has_its_share_and_offline_steps_are_not_owed_again(tmp_path
 @pytest.mark.parametrize("permute", [False, True])
 def test_the_controls_rewards_do_not_tell_demonstrations_from_the_rest(tmp_path, permute):
     """Demonstrations earn less than 30 here and the replay more than 500."""
-    from tests.rl.test_replay import rollout
+    from tests.rl.off_policy.test_replay import rollout
 
     sac = make_sac(tmp_path, batch_size=4000, permute=permute)
     steps = rollout(500, 6)

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.rl.test_replay import rollout
 
 from rlflow.envs.simulators.toy import ToyReach
 from rlflow.flow.kernels import FlowSDE, LearnedNoise
@@ -25,6 +24,7 @@ from rlflow.rl.off_policy.temperature import Temperature
 from rlflow.rl.off_policy.twin import Ensemble, Twin, TwinSettings
 from rlflow.rl.optim import AdamW, Deferred, NonFiniteError, Optimizer
 from rlflow.types import Cond
+from tests.rl.off_policy.test_replay import rollout
 
 CPU = torch.device("cpu")
 
