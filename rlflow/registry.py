@@ -72,6 +72,13 @@ TABLE: dict[str, dict[str, str]] = {
         "chain": "rlflow.rl.likelihoods.chain:ChainLikelihood",
         "cfm": "rlflow.rl.likelihoods.cfm:CFMLikelihood",
     },
+    "objective": {
+        "clip": "rlflow.rl.objectives.clip:Clip",
+        "spo": "rlflow.rl.objectives.clip:SPO",
+        "aspo": "rlflow.rl.objectives.clip:ASPO",
+        "guard": "rlflow.rl.objectives.guard:Guard",
+        "nft": "rlflow.rl.objectives.nft:NFT",
+    },
     "advantage": {
         "group": "rlflow.rl.advantages:GroupAdvantage",
         "gae": "rlflow.rl.advantages:GAE",
@@ -226,6 +233,15 @@ def settings(component: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     hints = typing.get_type_hints(target)
     found = inspect.signature(component).parameters
     return {n: p.replace(annotation=hints.get(n, Any)) for n, p in found.items()}
+
+
+def complete(kind: str, spec: Any) -> Any:
+    """`spec` with the defaults of a registered component written out; others, and no component, as they are."""
+    name, given = split_spec(kind, spec) if isinstance(spec, str | Mapping) and spec else ("", {})
+    if name not in TABLE[kind]:
+        return spec
+    parameters = settings(find(kind, name)).items()
+    return {"name": name} | {n: p.default for n, p in parameters if p.default is not p.empty} | given
 
 
 def validate(kind: str, path: str, spec: Any, supplied: Iterable[str] = (), trust_code: bool = False) -> dict[str, Any]:

@@ -41,8 +41,10 @@ from rlflow.rl.groups import Groups
 from rlflow.rl.likelihoods.base import Likelihood
 from rlflow.rl.likelihoods.cfm import CFMLikelihood
 from rlflow.rl.likelihoods.chain import ChainLikelihood
+from rlflow.rl.objectives.clip import Clip
 from rlflow.rl.optim import AdamW
-from rlflow.rl.policy_gradient import KL, PolicyGradient
+from rlflow.rl.policy_gradient import PolicyGradient
+from rlflow.rl.regularizers import KL
 
 ROWS, SHAPE, GAMMA = 256, ToyRoutes.action_shape, 0.99
 INK, ABOVE, BELOW = "#262a30", "#009e73", "#d97f2b"
@@ -122,7 +124,7 @@ def tune(made: Made, seed: int, iterations: int) -> None:
         likelihood,
         GAE(GAMMA),
         groups,
-        clip_low=made.clip,
+        objective=Clip(likelihood, made.clip),
         epochs=4,
         num_minibatches=4,
         micro_batch=8192,

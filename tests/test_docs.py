@@ -153,6 +153,24 @@ def test_an_own_environment_trains(own_code, monkeypatch, capsys):
     assert "finished: 1 iterations" in capsys.readouterr().out
 
 
+def test_an_own_objective_trains(own_code, monkeypatch, capsys):
+    """The weights move, what it logs is logged, and its settings are checked like any other's."""
+    monkeypatch.setattr("rlflow.report.report.write_report", lambda run: Path(run))
+    page = (ROOT / "docs" / "extending.md").read_text()
+    words = shlex.split(next(line for line in page.splitlines() if "objective=my_objectives" in line))[1:]
+    assert words.pop() == "--trust-code"
+    trusted(*words, *SMALL, "--run", "run", "--quiet")
+    assert "finished: 1 iterations" in capsys.readouterr().out
+    row = json.loads((own_code / "run/metrics.jsonl").read_text().splitlines()[1])
+    assert row["policy/weight"] > 0
+    assert row["optim/grad_norm"] > 0
+    for setting, said in (("betta=1", "did you mean 'beta'"), ("beta=x", "valid number")):
+        with pytest.raises(ValueError, match=said):
+            recipes.load(
+                "t2i_flow_grpo", ["algorithm.objective=my_objectives:Weighted", f"algorithm.objective.{setting}"], True
+            )
+
+
 def test_the_method_table_lists_every_recipe_and_its_section_exists():
     readme, methods = PAGES[0].read_text(), (ROOT / "docs" / "methods.md").read_text()
     for name in recipes.names():

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 
@@ -19,20 +20,15 @@ MAPPED = ("envs", "rewards", "configs")
 FOLDERS = {"rlflow": ROOT / "rlflow", **{f"rlflow.{name}": ROOT / name for name in MAPPED}}
 MAX_LINES = 400
 
-# What each layer may import of rlflow besides itself; modules not named here sit above all of them.
-BELOW = {
-    "types": set(),
-    "registry": set(),
-    "dist": {"types"},
-    "shards": {"types", "dist"},
-    "flow": {"types", "shards"},
-    "moments": {"types", "dist"},
-    "models": {"types", "registry", "dist", "shards", "moments", "flow"},
-    "rewards": {"types", "registry", "flow", "models", "envs"},
-    "envs": {"types", "registry", "dist", "shards", "moments", "flow", "models", "rewards"},
-    "rl": {"types", "registry", "dist", "shards", "flow", "models", "envs", "rewards"},
-}
-ABOVE_ALL = {"cli", "commands", "__main__"}  # nothing but themselves may import these
+MAX_FILES, MAX_PACKAGE_LINES = 16, 3000
+
+# Rooms from the ground up: a module may import its own room and those before it, and no others.
+ROOMS = (
+    *("rlflow", "types", "registry", "console", "parallel", "flow", "models", "models.pretrained"),
+    *("envs.captions", "rewards", "rewards.networks", "rewards.remote", "envs", "envs.demos", "envs.simulators"),
+    *("rl.likelihoods", "rl.objectives", "rl", "rl.off_policy"),
+    *("config", "pretrain", "report", "train", "deploy", "cost", "doctor", "bench", "commands", "cli", "__main__"),
+)
 
 # Slow to import and not needed to print help, list names or reject a misspelt key.
 HEAVY = {
@@ -54,9 +50,11 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def layer(module: str) -> str:
-    """The part of the package that a dotted name is in: "flow" for rlflow.flow.grid, "" for rlflow itself."""
-    return module.partition(".")[2].partition(".")[0]
+def room(module: str) -> str:
+    """The innermost room that a dotted name is in: "flow" for rlflow.flow.grid, "rlflow" for the package itself."""
+    parts = module.split(".")[1:]
+    found = [".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in ROOMS]
+    return found[0] if found else "rlflow"
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -85,10 +83,34 @@ def imports(tree: ast.AST, module: str, is_package: bool) -> set[str]:
 
 def forbidden(module: str, imported: str) -> bool:
     """True when `module` may not import `imported`."""
-    mine, theirs = layer(module), layer(imported)
-    if theirs in ("", "__version__", mine) or mine in ABOVE_ALL:
-        return False
-    return theirs not in BELOW[mine] if mine in BELOW else theirs in ABOVE_ALL
+    return ROOMS.index(room(imported)) > ROOMS.index(room(module))
+
+
+def circles(imported: Mapping[str, Iterable[str]]) -> list[list[str]]:
+    """Groups of names that import each other, directly or not (Tarjan 1972)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in imported.get(name, ()):
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[name] = min(low[name], low[other])
+        if low[name] == index[name]:
+            group = stack[stack.index(name) :]
+            del stack[stack.index(name) :]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for name in imported:
+        if name not in index:
+            visit(name)
+    return found
 
 
 def run_python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -138,6 +160,14 @@ def test_guard_is_the_first_statement(folder):
     assert ast.unparse(first).startswith(f"if __name__ != 'rlflow.{folder}':\n    raise ImportError(")
 
 
+def imported_modules(module: str, code: str | None = None) -> set[str]:
+    """Modules of rlflow that a module, or `code` in its place, imports anywhere."""
+    path = MODULES[module]
+    names = imports(ast.parse(path.read_text() if code is None else code), module, path.name == "__init__.py")
+    found = {name if name in MODULES else name.rpartition(".")[0] for name in names}
+    return {name for name in found if name in MODULES and name != module}
+
+
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_point_downwards(module):
     path = MODULES[module]
@@ -145,27 +175,61 @@ def test_imports_point_downwards(module):
     assert not {name for name in imported if forbidden(module, name)}
 
 
+def test_every_room_is_in_the_order():
+    packages = {module.partition(".")[2] for module, path in MODULES.items() if path.name == "__init__.py"} - {
+        "",
+        "configs",
+    }
+    assert packages <= set(ROOMS)
+    assert {room for room in ROOMS if room != "rlflow"} <= {module.partition(".")[2] for module in MODULES}
+
+
 @pytest.mark.parametrize(
     ("module", "code", "upward"),
     [
         ("rlflow.flow.grid", "from rlflow.models.dit import DiT", True),
         ("rlflow.flow.grid", "from ..models import dit", True),
-        ("rlflow.flow.grid", "def f():\n    import rlflow.registry", True),
+        ("rlflow.flow.grid", "def f():\n    import rlflow.config.schema", True),
         ("rlflow.flow.grid", "from rlflow import models", True),
         ("rlflow.flow.grid", "if TYPE_CHECKING:\n    from rlflow.models.dit import DiT", False),
         ("rlflow.flow.grid", "from .path import score\nfrom rlflow.types import Cond\nimport torch", False),
         ("rlflow.envs.prompt", "from rlflow.rl.collector import Collector", True),
+        ("rlflow.envs.captions.scenes", "from rlflow.envs.base import VecEnv", True),
         ("rlflow.rewards.base", "import rlflow.train.trainer as t", True),
-        ("rlflow.rl.losses", "from rlflow.train import dist", True),
-        ("rlflow.rl.losses", "from rlflow.flow.path import score", False),
+        ("rlflow.rl.objectives.clip", "from rlflow.rl.batch import Batch", True),
+        ("rlflow.rl.batch", "from rlflow.parallel import dist", False),
+        ("rlflow.report.report", "from rlflow.train.trainer import Trainer", True),
         ("rlflow.train.trainer", "from rlflow.cli import main", True),
-        ("rlflow.train.trainer", "from rlflow.rl.losses import clip\nfrom rlflow.config.schema import load", False),
+        ("rlflow.train.trainer", "from rlflow.rl.batch import Batch\nfrom rlflow.config.recipes import load", False),
         ("rlflow.__main__", "from rlflow.cli import main", False),
     ],
 )
 def test_an_upward_import_is_seen(module, code, upward):
     imported = imports(ast.parse(code), module, is_package=False)
     assert any(forbidden(module, name) for name in imported) == upward
+
+
+def test_no_modules_import_each_other():
+    """Not even one of them inside a function."""
+    assert not circles({module: imported_modules(module) for module in MODULES})
+
+
+def test_a_circle_is_seen():
+    graph = {module: imported_modules(module) for module in MODULES}
+    graph["rlflow.flow.path"] = imported_modules(
+        "rlflow.flow.path", "def f():\n    from rlflow.flow.kernels import FlowSDE"
+    )
+    (found,) = circles(graph)
+    assert {"rlflow.flow.path", "rlflow.flow.kernels"} <= set(found)
+
+
+@pytest.mark.parametrize("package", sorted({module.rpartition(".")[0] for module in MODULES} - {""}))
+def test_package_is_small_enough_to_know(package):
+    files = [
+        path for module, path in MODULES.items() if module.rpartition(".")[0] == package and path.name != "__init__.py"
+    ]
+    assert len(files) <= MAX_FILES, "group its files by what a person looks for"
+    assert sum(len(path.read_text().splitlines()) for path in files) <= MAX_PACKAGE_LINES
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

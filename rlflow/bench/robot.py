@@ -32,6 +32,7 @@ from rlflow.rl.advantages import GAE
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihoods.chain import ChainLikelihood
+from rlflow.rl.objectives.clip import Clip
 from rlflow.rl.optim import AdamW
 from rlflow.rl.policy_gradient import PolicyGradient
 
@@ -70,7 +71,7 @@ class ReinFlow:
             GAE(gamma=GAMMA),
             groups,
             optimizer=AdamW(lr=1e-4),
-            clip_low=0.2,
+            objective=Clip(likelihood, low=0.2),
             epochs=size.epochs,
             num_minibatches=size.num_minibatches,
             micro_batch=rows * size.num_steps,

@@ -16,6 +16,7 @@ KINDS = {
     "guidance": "guidance",
     "likelihoods": "likelihood",
     "advantages": "advantage",
+    "objectives": "objective",
     "algorithms": "algorithm",
     "models": "model",
     "rewards": "reward",

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 POSITIVE = (
     *("policy.num_steps", "policy.max_kappa", "env.num_groups", "env.group_size", "env.rows_per_call"),
     *("reward.timeout_s", "algorithm.epochs", "algorithm.num_minibatches", "algorithm.micro_batch"),
-    *("algorithm.clip_low", "algorithm.clip_high", "algorithm.target_kl", "algorithm.critic_steps"),
-    *("algorithm.clip_base", "algorithm.critic_width", "algorithm.denoising_gamma"),
-    *("algorithm.nft.beta", "algorithm.nft.clip"),
+    *("algorithm.critic_steps", "algorithm.critic_width"),
     *("algorithm.optimizer.eps", "algorithm.optimizer.max_bad_steps"),
     *("train.iterations", "train.minutes", "train.threads", "train.checkpoint_every", "train.keep"),
     *("eval.num", "eval.num_steps", "eval.resolution", "eval.rows_per_call", "eval.grid", "advantage.clip"),
@@ -28,16 +26,16 @@ NOT_NEGATIVE = (
     *("eval.every", "eval.video", "algorithm.kl.beta", "algorithm.entropy", "algorithm.optimizer.warmup"),
     *("algorithm.optimizer.weight_decay", "algorithm.optimizer.max_grad_norm", "advantage.eps"),
     *("algorithm.anchor", "algorithm.critic_warmup", "algorithm.start", "algorithm.alpha_lr"),
-    *("algorithm.max_grad_norm", "algorithm.offline.clone", "algorithm.offline.updates", "algorithm.nft.old_rate"),
+    *("algorithm.max_grad_norm", "algorithm.offline.clone", "algorithm.offline.updates"),
 )
 UNIT = (
-    *("algorithm.denoising_gamma", "algorithm.optimizer.final", "env.gamma", "advantage.lam", "algorithm.tau"),
+    *("algorithm.optimizer.final", "env.gamma", "advantage.lam", "algorithm.tau"),
     "policy.guidance.zero_until",
 )
 LEARNING_RATES = ("algorithm.optimizer.lr", "algorithm.critic_lr", "algorithm.lr")
 """Adam's first step is lr long in every weight: above 1 nothing of the network is left."""
 SEEDS = ("train.seed", "eval.seed")
-BELOW_ONE = ("algorithm.ema_decay", "algorithm.optimizer.betas", "algorithm.offline.share", "algorithm.nft.old_max")
+BELOW_ONE = ("algorithm.ema_decay", "algorithm.optimizer.betas", "algorithm.offline.share")
 FINITE = (
     *("algorithm.optimizer.eps", "algorithm.optimizer.weight_decay"),
     *("algorithm.kl.beta", "algorithm.entropy", "algorithm.anchor", "advantage.eps"),
@@ -134,15 +132,7 @@ def _check_policy_gradient(config: Config, trust_code: bool) -> None:
     if name == "group" and c.critic_warmup:
         raise ValueError("algorithm.critic_warmup: group advantages have no critic; set it to 0, or advantage=gae")
     likelihood = registry.build("likelihood", "likelihood", config.likelihood, trust_code=trust_code)
-    if likelihood.joint and (c.clip_base is not None or c.denoising_gamma != 1):
-        raise ValueError(
-            "algorithm.denoising_gamma, algorithm.clip_base: a joint ratio has no single steps; "
-            "set likelihood.joint=false"
-        )
-    if c.guard and likelihood.joint:
-        raise ValueError("algorithm.guard: GRPO-Guard re-scales each step's ratio; set likelihood.joint=false")
-    if c.nft is not None:
-        _check_nft(config, likelihood)
+    registry.build("objective", "algorithm.objective", c.objective, {"likelihood": likelihood}, trust_code)
     if config.env.name == "prompt" and c.num_minibatches > config.env.num_groups:
         raise ValueError(
             f"algorithm.num_minibatches: {c.num_minibatches} is more than "
@@ -152,18 +142,6 @@ def _check_policy_gradient(config: Config, trust_code: bool) -> None:
         raise ValueError("advantage.gamma: the discount, of a primitive step, is env.gamma: set it there")
     if name == "group" and config.env.mode == "steps":
         raise ValueError("env.mode: group advantages compare whole episodes; set env.mode=episodes, or advantage=gae")
-
-
-def _check_nft(config: Config, likelihood: Any) -> None:
-    """ValueError for settings of a ratio beside a loss that has none, and for other evidence than matching draws."""
-    from rlflow.rl.nft import NFT
-
-    c: Any = config.algorithm
-    with registry.located("algorithm.nft"):
-        NFT().check(likelihood)
-    for name, usual in (("trust_region", "clip"), ("target_kl", None)):
-        if getattr(c, name) != usual:
-            raise ValueError(f"algorithm.{name}: holds a ratio, and algorithm.nft has none; leave it at {usual!r}")
 
 
 OF_LEARNERS = {"policy_gradient": _check_policy_gradient, "sac": _check_sac}

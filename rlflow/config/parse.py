@@ -16,8 +16,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from rlflow import registry
+from rlflow.config.former import refuse, translate
 from rlflow.config.limits import check
-from rlflow.config.schema import Config, algorithm_name
+from rlflow.config.schema import AlgorithmConfig, Config, SACConfig, algorithm_name
 from rlflow.config.values import merge
 from rlflow.registry import nearest
 
@@ -97,7 +98,10 @@ OF_IMAGES: dict[str, Any] = {
 }
 """Where a run makes images and names no others; a simulator has a reward of its own."""
 
-UNNAMED: dict[str, Any] = {"likelihood": {"name": "chain"}, "algorithm": {"name": "policy_gradient"}}
+UNNAMED: dict[str, Any] = {
+    "likelihood": {"name": "chain"},
+    "algorithm": {"name": "policy_gradient", "objective": {"name": "clip"}},
+}
 """Components that a section without a name is of."""
 
 
@@ -106,6 +110,8 @@ def parse(values: dict[str, Any], trust_code: bool = False) -> Config:
     if isinstance(name := values.get("algorithm"), str):
         values = values | {"algorithm": {"name": name}}
     values = merge(UNNAMED, values)
+    if values["algorithm"].get("name") == "policy_gradient":
+        refuse(values["algorithm"])
     env = values.get("env")
     if not isinstance(env, dict) or env.get("name", "prompt") == "prompt":
         values = merge(OF_IMAGES, values)
@@ -117,8 +123,43 @@ def parse(values: dict[str, Any], trust_code: bool = False) -> Config:
     return config
 
 
-def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Paths whose values differ, leaving out those that may change on resume."""
+COMPONENTS = {
+    "policy.kernel": "kernel",
+    "policy.solver": "solver",
+    "policy.grid": "grid",
+    "policy.guidance": "guidance",
+    "steps": "steps",
+    "likelihood": "likelihood",
+    "advantage": "advantage",
+    "algorithm.objective": "objective",
+    "eval.solver": "solver",
+}
+"""Paths of components, and their kinds."""
+
+
+def _complete(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """With what components leave to their defaults written out, so that equal runs have equal values."""
+    out = {}
+    for key, value in values.items():
+        kind = COMPONENTS.get(f"{prefix}{key}")
+        inner = _complete(value, f"{prefix}{key}.") if isinstance(value, dict) and kind is None else value
+        out[key] = inner if kind is None else registry.complete(kind, inner)
+    return out
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Paths whose values differ between a saved config and one, leaving out those that may change on resume."""
+    return _difference(_complete(saved(old)), _complete(new), "")
+
+
+def saved(values: dict[str, Any]) -> dict[str, Any]:
+    """The config of a saved run in today's spelling, with what its version did not have at its default."""
+    values = translate(values)
+    learner = SACConfig("sac") if algorithm_name(values.get("algorithm")) == "sac" else AlgorithmConfig()
+    return merge(Config(algorithm=learner).to_dict(), values)
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str) -> list[str]:
     found = []
     for key in {**old, **new}:
         path = f"{prefix}{key}"
@@ -126,7 +167,7 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
             continue
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += difference(a, b, f"{path}.")
+            found += _difference(a, b, f"{path}.")
         elif a != b:
             found.append(f"{path}: {a!r} -> {b!r}")
     return found

@@ -63,36 +63,18 @@ class OptimizerConfig:
 
 
 @dataclass
-class NFTConfig:
-    """DiffusionNFT's loss in place of the clipped ratio; the weights that sample follow the live ones."""
-
-    __pydantic_config__ = STRICT
-    beta: float = 1.0  # b: how far the two branches stand from the sampling weights' velocity
-    clip: float = 5.0  # advantage at which a sample counts as wholly good or bad
-    old_rate: float = 0.001  # the sampling weights keep min(old_rate x iteration, old_max) of themselves
-    old_max: float = 0.5
-
-
-@dataclass
 class AlgorithmConfig:
-    """The clipped policy gradient."""
+    """Descent of an objective of recorded evidence."""
 
     __pydantic_config__ = STRICT
     name: Literal["policy_gradient"] = "policy_gradient"
-    clip_low: float = 2e-3
-    clip_high: float | None = None
-    trust_region: Literal["clip", "spo", "aspo"] = "clip"  # what holds the ratio near 1
+    objective: Spec = "clip"
     epochs: int = 1
     num_minibatches: int = 1
     micro_batch: int = 96
     kl: KLConfig = field(default_factory=KLConfig)
-    guard: bool = False
     entropy: float = 0.0
-    target_kl: float | None = None
     anchor: float = 0.0  # weight of the squared distance to the un-tuned policy's action from the same start noise
-    denoising_gamma: float = 1.0  # each earlier denoising step counts this much less (DPPO)
-    clip_base: float | None = None  # clip of the noisiest step, growing to clip_low and clip_high at the last (DPPO)
-    nft: NFTConfig | None = None  # its loss in place of the ratio's
     critic_steps: int = 1  # optimiser steps of the critic per step of the policy
     critic_lr: float = 1e-3
     critic_width: int = 128

@@ -163,7 +163,7 @@ def _staying(config: Config, bare: Skeleton, gpus: int) -> dict[str, float]:
     element = trained / max(1, numbers)
     needed = learner(config).kl.beta or learner(config).anchor
     reference = trained if needed and not config.policy.offload_reference else 0
-    reference += 0 if learner(config).nft is None else numbers * max(FLOAT, element)  # the weights that sample
+    reference += len(bare.objective.weight_sets) * numbers * max(FLOAT, element)
     critic = 0 if bare.critic is None else 4 * parameter_bytes(bare.critic, trained=True)
     network = bare.policy.field.unguided
     return {

@@ -22,6 +22,7 @@ from rlflow.models.pretrained.shapes_of import beside, shape_of
 from rlflow.models.scratch import make_field
 from rlflow.rl.critic import Critic
 from rlflow.rl.likelihoods.base import Likelihood
+from rlflow.rl.objectives.base import Objective
 from rlflow.train.build import make_simulator, policy_around
 from rlflow.types import Tree
 
@@ -37,6 +38,7 @@ class Skeleton:
     horizon: int
     mode: FakeTensorMode
     likelihood: Likelihood
+    objective: Objective
     critic: Critic | None
 
 
@@ -49,18 +51,20 @@ def learner(config: Config) -> AlgorithmConfig:
 
 def skeleton(config: Config, trust_code: bool = False) -> Skeleton:
     """Of a recipe; ValueError where the network cannot be known without its weights."""
-    learner(config)
+    algorithm = learner(config)
     with registry.located("policy.field"):
         field, obs_spec, horizon = _field(config, trust_code)
     policy, mode, critic = policy_around(field, config, trust_code, META), fake_mode(), None
     if registry.split_spec("advantage", config.advantage)[0] == "gae":
         with META:
-            critic = Critic(policy.field.num_features, config.algorithm.critic_width).to(policy.dtype)
+            critic = Critic(policy.field.num_features, algorithm.critic_width).to(policy.dtype)
     with mode:
         for module in (policy, *([critic] if critic else []), *beside(policy.field.unguided)):
             _pretend(module)
     likelihood = registry.build("likelihood", "likelihood", config.likelihood, trust_code=trust_code)
-    return Skeleton(policy, obs_spec, horizon, mode, likelihood, critic)
+    supplied = {"likelihood": likelihood}
+    objective = registry.build("objective", "algorithm.objective", algorithm.objective, supplied, trust_code)
+    return Skeleton(policy, obs_spec, horizon, mode, likelihood, objective, critic)
 
 
 def _field(config: Config, trust_code: bool) -> tuple[VelocityField, Tree, int]:

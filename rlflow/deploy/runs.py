@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from rlflow import registry
-from rlflow.config.parse import parse
+from rlflow.config.parse import parse, saved
 from rlflow.config.schema import Config
 from rlflow.config.values import merge
 from rlflow.flow.field import VelocityField
@@ -37,7 +37,7 @@ def is_run(path: str | Path) -> bool:
 
 def read_run_config(folder: str | Path, trust_code: bool = False) -> Config:
     """The resolved config of a run folder."""
-    return parse(yaml.safe_load((Path(folder) / "config.yaml").read_text(encoding="utf-8")), trust_code)
+    return parse(saved(yaml.safe_load((Path(folder) / "config.yaml").read_text(encoding="utf-8"))), trust_code)
 
 
 def judging_config(name: str | Path, trust_code: bool = False) -> Config:

@@ -119,9 +119,11 @@ def calibrated(config: Config, probe: Probe, trust_code: bool) -> list[Check]:
     if not bool(known.any()):
         return []
     slope, correlation = calibration(ratio[known], exact[known])
-    nats = math.log1p(algorithm.clip_high) / slope if slope > 0 else math.inf
     detail = f"the surrogate's log-ratio for 1 nat of the exact one, after one update; correlation {correlation:.2f} "
-    detail += f"over {int(known.sum())} samples; the clip of {algorithm.clip_high:g} stands for {nats:.2g} nats"
+    detail += f"over {int(known.sum())} samples"
+    if (high := algorithm.objective.largest_log_ratio) is not None:
+        nats = high / slope if slope > 0 else math.inf
+        detail += f"; the clip of {math.expm1(high):g} stands for {nats:.2g} nats"
     return [Check("calibration of the ratio", slope, detail=detail + "; no bound: it depends on the policy's width")]
 
 

@@ -30,6 +30,11 @@ class Kernel(nn.Module):
     marginal_preserving: ClassVar[bool] = False
     """True when exact velocities give the data law at t = 1 as K grows."""
 
+    @property
+    def learns_std(self) -> bool:
+        """True when the noise has parameters that train."""
+        return any(p.requires_grad for p in self.parameters())
+
     def step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, hidden: Tensor | None) -> Gaussian:
         """The transition; t, t_next are already broadcastable against x."""
         raise NotImplementedError

@@ -6,23 +6,40 @@ All moments are weighted, and summed over every rank before they are used.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from rlflow.parallel import dist
-from rlflow.rl.losses import weighted_sum
+from rlflow.rl.groups import Groups
+from rlflow.rl.masked import weighted_sum
 from rlflow.types import Rollout
 
 
 @dataclass(frozen=True)
 class Advantages:
-    """advantage (T, B), weight (T, B) with 0 where nothing can be learnt, returns (T, B) for a critic."""
+    """advantage (T, B), or (T, B, R) with one for each column of the evidence, returns (T, B) for a critic.
+
+    weight (T, B) is 0 where nothing can be learnt.
+    """
 
     advantage: Tensor
     weight: Tensor
     returns: Tensor | None = None
+
+
+class Advantage:
+    """Base of all advantages; a call gives those of a rollout, with the critic's values where it needs a critic."""
+
+    needs_critic: ClassVar[bool] = False
+
+    def check(self, groups: Groups) -> None:
+        """ValueError where such groups have no advantage."""
+
+    def __call__(self, rollout: Rollout, values: Tensor | None, next_values: Tensor | None) -> Advantages:
+        """values, next_values (T, B) from the critic, if any; next_values are of the states truly reached."""
+        raise NotImplementedError
 
 
 def moments(value: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +76,7 @@ def group_moments(value: Tensor, weight: Tensor, group: Tensor) -> tuple[Tensor,
 
 
 @dataclass(frozen=True)
-class GroupAdvantage:
+class GroupAdvantage(Advantage):
     """A = (r - group mean) / (std + eps), the same for every denoising step (Flow-GRPO, DanceGRPO, MixGRPO).
 
     `std` is the biased one of the group, or of all raw rewards of the iteration ('epoch'), or none.
@@ -71,7 +88,13 @@ class GroupAdvantage:
     eps: float = 1e-4
     unbiased: bool = False
     clip: float = 5.0
-    needs_critic = False
+
+    def check(self, groups: Groups) -> None:
+        """ValueError for groups of one."""
+        if groups.group_size < 2:
+            raise ValueError(
+                "a group of 1 has no group advantage: set group_size >= 2, or use advantage=gae (a critic)"
+            )
 
     def __call__(self, rollout: Rollout, values: Tensor | None, next_values: Tensor | None) -> Advantages:
         """From the undiscounted return of each row (B,), spread over its T steps."""
@@ -142,7 +165,7 @@ def gae(
 
 
 @dataclass(frozen=True)
-class GAE:
+class GAE(Advantage):
     """GAE with a critic, normalised over all ranks; a step without a reward is cut out, as if episodes ended at it.
 
     `gamma` discounts per primitive step: by gamma^h over an action of h of them.
@@ -151,7 +174,7 @@ class GAE:
     gamma: float = 0.99
     lam: float = 0.95
     normalize: bool = True
-    needs_critic = True
+    needs_critic: ClassVar[bool] = True
 
     def __call__(self, rollout: Rollout, values: Tensor | None, next_values: Tensor | None) -> Advantages:
         """values, next_values (T, B) from the critic; next_values are of the states truly reached."""

@@ -19,6 +19,10 @@ class Algorithm(Protocol):
     def micro_batch(self) -> int:
         """Most rows of one network pass."""
 
+    @property
+    def sample_with(self) -> str:
+        """The weights that are to sample, 'live' or another set of the policy."""
+
     def begin(self) -> None:
         """Once, before the first iteration of a run and its first evaluation; not after a resume."""
 

@@ -11,7 +11,7 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.parallel import dist
 from rlflow.rl.advantages import Advantages
 from rlflow.rl.anchor import Anchor
-from rlflow.rl.losses import weighted_sum
+from rlflow.rl.masked import weighted_sum
 from rlflow.types import Cond, Evidence, Rollout, tree_map
 
 
@@ -42,9 +42,18 @@ class Batch:
         self.num_columns = self.evidence.t.shape[1]
         self.row_alive = rollout.weight.reshape(-1)
 
-    def set_advantages(self, out: Advantages) -> None:
-        """Flatten (T, B) advantages and weights to rows."""
-        self.advantage = out.advantage.reshape(-1, 1)
+    def set_advantages(self, out: Advantages, joint: bool) -> None:
+        """Flatten advantages (T, B) or (T, B, R), of rows or of each column, and weights (T, B) to rows."""
+        self.advantage = out.advantage.reshape(len(self.row_alive), -1)
+        if self.advantage.shape[1] not in ((1,) if joint else (1, self.num_columns)):
+            raise ValueError(
+                f"advantages are of {self.advantage.shape[1]} columns, the evidence "
+                + (
+                    "is joint: give one for each row, or set likelihood.joint=false"
+                    if joint
+                    else f"has {self.num_columns}"
+                )
+            )
         self.row_weight = out.weight.reshape(-1)
         if out.returns is not None:
             self.returns = out.returns.reshape(-1)
@@ -59,6 +68,13 @@ class Batch:
         if pairs.columns is None:
             return self.evidence.index(pairs.rows)
         return self.evidence.pairs(pairs.rows, pairs.columns)
+
+    def advantage_of(self, pairs: Pairs) -> Tensor:
+        """(M, 1), of rows or single pairs, or (M, R) where each column of whole rows has its own."""
+        advantage = self.advantage[pairs.rows]
+        if pairs.columns is None or advantage.shape[1] == 1:
+            return advantage
+        return advantage.gather(1, pairs.columns.unsqueeze(1))
 
     def _valid(self, pairs: Pairs) -> Tensor:
         valid = self.evidence.valid[pairs.rows]
@@ -88,7 +104,7 @@ class Batch:
         """Share of rows that took part, and the size of their advantages; over all ranks."""
         used = (self.row_weight > 0).to(self.row_alive.dtype)
         masked = (self.row_alive == 0).to(used.dtype)
-        size = weighted_sum(self.advantage[:, 0].abs(), self.row_weight)
+        size = weighted_sum(self.advantage.abs().mean(1), self.row_weight)
         sums = torch.stack([used.sum(), masked.sum(), size, self.row_weight.sum(), torch.ones_like(used).sum()])
         used_sum, masked_sum, size_sum, weight_sum, total = dist.all_sum(sums).tolist()
         return {

@@ -14,7 +14,7 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.models.mlp import mlp
 from rlflow.parallel import dist
 from rlflow.rl.advantages import moments
-from rlflow.rl.losses import weighted_sum
+from rlflow.rl.masked import weighted_sum
 from rlflow.rl.optim import AdamW, Optimizer
 from rlflow.types import Cond, Rollout, tree_map
 

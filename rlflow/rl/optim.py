@@ -58,6 +58,14 @@ class Optimizer:
         decay = c.final + (1 - c.final) * 0.5 * (1 + math.cos(math.pi * self.progress)) if c.cosine else 1.0
         return c.lr * warm * decay
 
+    def counters(self) -> dict[str, float]:
+        """For the log."""
+        return {
+            "optim/lr": self.learning_rate(),
+            "optim/steps": float(self.steps),
+            "optim/skipped_steps": float(self.skipped),
+        }
+
     def zero_grad(self) -> None:
         """Drop gradients."""
         for p in (*self.parameters, *self.parts):

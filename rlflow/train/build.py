@@ -228,6 +228,7 @@ def make_parts(config: Config, trust_code: bool = False) -> Parts:
     env = _make_env(config, policy, groups, trust_code)
     likelihood = make_likelihood(config, trust_code)
     steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
+    algorithm = make_algorithm(config, policy, likelihood, groups, trust_code)
     collector = Collector(
         env,
         policy,
@@ -238,11 +239,11 @@ def make_parts(config: Config, trust_code: bool = False) -> Parts:
         horizon=config.env.horizon or env.horizon,
         mode=config.env.mode,
         rows_per_call=config.env.rows_per_call,
-        sample_with="old" if getattr(config.algorithm, "nft", None) else "live",
+        sample_with=algorithm.sample_with,
         shared_noise=config.env.shared_noise,
     )
     groups.check_minibatches(collector.horizon, getattr(config.algorithm, "num_minibatches", 1))
-    return Parts(policy, collector, make_algorithm(config, policy, likelihood, groups, trust_code), groups)
+    return Parts(policy, collector, algorithm, groups)
 
 
 def _make_env(config: Config, policy: FlowPolicy, groups: Groups, trust_code: bool) -> VecEnv:

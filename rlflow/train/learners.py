@@ -16,14 +16,13 @@ from rlflow.pretrain.cloning import demos_of
 from rlflow.rl.algorithm import Algorithm
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihoods.base import Likelihood
-from rlflow.rl.losses import TRUST_REGIONS, PerStep
-from rlflow.rl.nft import NFT
 from rlflow.rl.off_policy.offline import Offline, offline_data
 from rlflow.rl.off_policy.replay import Replay
 from rlflow.rl.off_policy.sac import SAC
 from rlflow.rl.off_policy.twin import TwinSettings
 from rlflow.rl.optim import AdamW
-from rlflow.rl.policy_gradient import KL, PolicyGradient
+from rlflow.rl.policy_gradient import PolicyGradient
+from rlflow.rl.regularizers import KL
 
 
 def make_likelihood(config: Config, trust_code: bool = False) -> Likelihood | None:
@@ -53,20 +52,16 @@ def _policy_gradient(
         likelihood,
         registry.build("advantage", "advantage", config.advantage, {"gamma": config.env.gamma}, trust_code),
         groups,
+        objective=registry.build(
+            "objective", "algorithm.objective", c.objective, {"likelihood": likelihood}, trust_code
+        ),
         optimizer=AdamW(**dataclasses.asdict(c.optimizer)),
-        clip_low=c.clip_low,
-        clip_high=c.clip_high,
-        surrogate=TRUST_REGIONS[c.trust_region],
         epochs=c.epochs,
         num_minibatches=c.num_minibatches,
         micro_batch=c.micro_batch,
         kl=KL(c.kl.beta, c.kl.kind),
-        guard=c.guard,
         entropy=c.entropy,
-        target_kl=c.target_kl,
         anchor=c.anchor,
-        per_step=PerStep(c.denoising_gamma, c.clip_base),
-        nft=None if c.nft is None else NFT(**dataclasses.asdict(c.nft)),
         critic_steps=c.critic_steps,
         critic_lr=c.critic_lr,
         critic_width=c.critic_width,

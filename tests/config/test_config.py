@@ -1,6 +1,7 @@
 """A config is checked completely before anything starts, and every one of its keys does something."""
 
 import dataclasses
+import json
 import re
 import typing
 from collections.abc import Iterator
@@ -13,10 +14,9 @@ from rlflow import registry
 from rlflow.config import limits, recipes
 from rlflow.config import parse as parsing
 from rlflow.config import schema as config_module
-from rlflow.config.parse import MAY_CHANGE_ON_RESUME, difference, parse
-from rlflow.config.schema import Config, NFTConfig, OptimizerConfig
+from rlflow.config.parse import MAY_CHANGE_ON_RESUME, difference, parse, saved
+from rlflow.config.schema import Config, OptimizerConfig
 from rlflow.config.values import merge, read_yaml, set_value
-from rlflow.rl.nft import NFT
 from rlflow.rl.optim import AdamW
 
 RECIPE = "t2i_flow_grpo"
@@ -48,7 +48,7 @@ REFUSED = {
     "algorithm.optimizer.lr=fast": r"^algorithm\.optimizer\.lr: Input should be a valid number, got 'fast'$",
     "policy.guidance=2": r"^policy\.guidance: Input should be a name or \{name: \.\.\., setting: \.\.\.\}, got 2$",
     "algorithm={name: sac, offline: {demos: 3}}": r"^algorithm\.offline\.demos: Input should be a valid string, got 3$",
-    "algorithm.guard=1": r"^algorithm\.guard: Input should be a valid boolean, got 1$",
+    "algorithm.objective.low=true": r"^algorithm\.objective\.low: Input should be a valid number, got True$",
     "policy.kernel=5": r"^policy\.kernel: Input should be a name or \{name: .* got 5$",
     "policy.precision=float16": r"^policy\.precision: Input should be 'float32', .* got 'float16'$",
     "advantage.std=epoc": r"^advantage\.std: Input should be 'group', 'epoch' or 'none', got 'epoc'$",
@@ -63,10 +63,10 @@ REFUSED = {
     "policy.grid={name: from_sigmas, sigmas: [1, 0.4, 0.5, 0]}": r"^policy\.grid: a time grid must increase",
     "algorithm.num_minibatches=9": r"^algorithm\.num_minibatches: 9 is more than env\.num_groups = 8",
     "algorithm.critic_warmup=1": r"^algorithm\.critic_warmup: group advantages have no critic; set it to 0",
-    "algorithm.denoising_gamma=1.1": r"^algorithm\.denoising_gamma: must be in \[0, 1\], got 1.1",
+    "algorithm.objective.gamma=1.1": r"^algorithm\.objective: gamma must be in \(0, 1\], got 1.1",
     "algorithm.anchor=-1": r"^algorithm\.anchor: must not be negative, got -1",
     "likelihood.published=true": r"^likelihood: the published ratio is a joint mean: set joint=true and reduce=mean",
-    "algorithm.clip_low=0": r"^algorithm\.clip_low: must be positive, got 0",
+    "algorithm.objective.low=0": r"^algorithm\.objective: low must be positive, got 0",
     "algorithm.kl.beta=-1": r"^algorithm\.kl\.beta: must not be negative, got -1",
     "algorithm.ema_decay=1": r"^algorithm\.ema_decay: must be in \[0, 1\), got 1",
     "train.iterations=0": r"^train\.iterations: must be positive, got 0$",
@@ -86,7 +86,7 @@ REFUSED = {
     "algorithm.critic_lr=2": r"^algorithm\.critic_lr: must be in \(0, 1\], got 2",
     "algorithm.optimizer.weight_decay=1e38": r"^algorithm\.optimizer\.weight_decay: must be at most 1e30, got",
     "algorithm.optimizer.betas=[0.9, -1e40]": r"^algorithm\.optimizer\.betas: must be in \[0, 1\), got -1e\+40",
-    "algorithm.clip_high=1e300": r"^algorithm\.clip_high: must be at most 1e30, got 1e\+300",
+    "algorithm.objective.high=1e300": r"^algorithm\.objective\.high: must be at most 1e30, got 1e\+300",
     "policy.kernel={name: flow_sde, a: 1e200}": r"^policy\.kernel\.a: must be at most 1e30, got",
     "policy.grid={name: from_sigmas, sigmas: [-1e31, 0]}": r"^policy\.grid\.sigmas: must be at most 1e30, got",
     "reward.weights={brightness: -1e38}": r"^reward\.weights\.brightness: must be at most 1e30, got -1",
@@ -94,7 +94,13 @@ REFUSED = {
     "eval.seed=-1": r"^eval\.seed: must be in \[0, 2\*\*63\), got -1$",
     "algorithm.optimizer.betas=[2, 3]": r"^algorithm\.optimizer\.betas: must be in \[0, 1\), got 2",
     "algorithm.critic_lr=-1": r"^algorithm\.critic_lr: must be in \(0, 1\], got -1",
-    "algorithm.target_kl=-1": r"^algorithm\.target_kl: must be positive, got -1",
+    "algorithm.objective.target_kl=-1": r"^algorithm\.objective: target_kl must be positive, got -1",
+    "algorithm.objective=cilp": r"^algorithm\.objective: unknown objective 'cilp'; did you mean 'clip'\?$",
+    # another place now
+    "algorithm.clip_low=0.1": r"^algorithm\.clip_low: is now algorithm\.objective\.low$",
+    "algorithm.denoising_gamma=0.9": r"^algorithm\.denoising_gamma: is now algorithm\.objective\.gamma$",
+    "algorithm.guard=true": r"^algorithm\.guard: set algorithm\.objective to guard$",
+    "algorithm.nft={beta: 1}": r"^algorithm\.nft: set algorithm\.objective to \{name: nft, \.\.\.\}$",
     "advantage={name: gae, gamma: 0.9}": r"^advantage\.gamma: the discount, of a primitive step, is env\.gamma: set it there$",
     "env.gamma=5": r"^env\.gamma: must be in \[0, 1\], got 5",
     "advantage={name: gae, lam: -1}": r"^advantage\.lam: must be in \[0, 1\], got -1",
@@ -135,8 +141,8 @@ def test_every_problem_is_listed_at_once() -> None:
 
 
 def test_guard_needs_ratios_of_single_steps() -> None:
-    with pytest.raises(ValueError, match=r"^algorithm\.guard: .*set likelihood\.joint=false$"):
-        load("algorithm.guard=true", "likelihood.joint=true")
+    with pytest.raises(ValueError, match=r"^algorithm\.objective: GRPO-Guard .*use likelihood\.joint=false with it$"):
+        load("algorithm.objective=guard", "likelihood.joint=true")
 
 
 def test_one_critic_cannot_normalise_each_rewards_advantage() -> None:
@@ -211,7 +217,7 @@ def test_text_stays_text() -> None:
     ("override", "path", "value"),
     [
         ("train.minutes=2", "train.minutes", 2.0),
-        ("algorithm.target_kl=.5", "algorithm.target_kl", 0.5),
+        ("algorithm.objective.target_kl=.5", "algorithm.objective", {"name": "clip", "target_kl": 0.5}),
         ("policy.kernel=ancestral", "policy.kernel", "ancestral"),
         ("policy.kernel.a=0.9", "policy.kernel", {"name": "flow_sde", "a": 0.9}),
         ("steps.skip_last=2", "steps", {"name": "all_but_last", "skip_last": 2}),
@@ -232,7 +238,11 @@ def test_an_override_changes_exactly_its_key(override: str, path: str, value: ob
     for part in path.split("."):
         found = found[part]
     assert found == value
-    assert [line.partition(":")[0] for line in _all_differences(before, after)] in ([path], [f"{path}.a"])
+    assert [line.partition(":")[0] for line in _all_differences(before, after)] in (
+        [path],
+        [f"{path}.a"],
+        [f"{path}.target_kl"],
+    )
 
 
 def _all_differences(before: dict, after: dict) -> list[str]:
@@ -299,12 +309,6 @@ def test_the_optimizer_section_is_the_optimizer() -> None:
     assert {k: v for k, v in mine.items() if k != "__pydantic_config__"} == theirs
 
 
-def test_the_nft_section_is_the_loss() -> None:
-    mine, theirs = typing.get_type_hints(NFTConfig), typing.get_type_hints(NFT)
-    assert {k: v for k, v in mine.items() if k != "__pydantic_config__"} == theirs
-    assert dataclasses.asdict(NFTConfig()) == dataclasses.asdict(NFT())
-
-
 READ_ELSEWHERE = {
     "about": "`rlflow list recipes` prints it",
     "video": "episodes are filmed, images are not",
@@ -359,12 +363,6 @@ def test_every_key_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         watch(cls)
     torch.set_num_threads(1)
     Trainer(config, tmp_path / "run", quiet=True).fit()
-    nft = {
-        "steps": "none",
-        "likelihood": {"name": "cfm", "joint": False},
-        "algorithm": {"nft": {"beta": 0.5}, "kl": {"kind": "exact"}},
-    }
-    Trainer(parse_unseen(recipes.merge(config.to_dict(), nft), False), tmp_path / "nft", quiet=True).fit()
     from rlflow.envs.demos.dataset import Episode, write_demos
 
     obs, action = {"state": torch.zeros(5, 2), "goal": torch.ones(5, 2)}, torch.zeros(5, 2)
@@ -376,6 +374,27 @@ def test_every_key_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     keys = {(cls.__name__, f.name) for cls in sections() for f in dataclasses.fields(cls)}
     dead = sorted(key for key in keys - seen if key[1] not in READ_ELSEWHERE)
     assert not dead
+
+
+SAVED = json.loads((Path(__file__).parent / "saved_configs.json").read_text())
+"""config.yaml of each recipe as the version before objectives wrote it."""
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_saved_run_is_the_run_of_todays_recipe(name: str) -> None:
+    """It resumes, and evaluates as it did."""
+    assert not difference(SAVED[name], recipes.load(name).to_dict())
+    read_again = parse(saved(SAVED[name]))
+    assert not difference(read_again.to_dict(), recipes.load(name).to_dict())
+
+
+def test_a_saved_run_of_another_objective_is_not() -> None:
+    """Translation loses nothing: what differed before differs still."""
+    old = SAVED["robot_dppo"]
+    for key, value in (("clip_low", 0.1), ("target_kl", 0.1), ("clip_base", None), ("trust_region", "spo")):
+        changed = old | {"algorithm": old["algorithm"] | {key: value}}
+        (line,) = difference(changed, recipes.load("robot_dppo").to_dict())
+        assert line.startswith("algorithm.objective.")
 
 
 def test_what_may_change_on_resume_exists() -> None:

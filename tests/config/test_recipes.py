@@ -32,8 +32,7 @@ FLOW_GRPO: dict[str, Any] = ADAMW | {
     "env.num_groups": 48,
     "env.group_size": 24,
     "env.shared_noise": False,
-    "algorithm.clip_low": 1e-4,
-    "algorithm.clip_high": None,
+    "algorithm.objective": {"name": "clip", "low": 1e-4},
     "algorithm.num_minibatches": 2,
     "algorithm.kl.beta": 0.04,
     "algorithm.kl.kind": "released",
@@ -57,7 +56,7 @@ FAST = {  # with the groups of the release's run on one GPU
     "steps": {"name": "random_window", "size": 3, "stop": 5},
     "env.num_groups": 8,
     "env.group_size": 8,
-    "algorithm.clip_low": 1e-5,
+    "algorithm.objective": {"name": "clip", "low": 1e-5},
     "algorithm.kl.beta": 0.0,
 }
 FLUX: dict[str, Any] = (
@@ -77,8 +76,7 @@ FLUX: dict[str, Any] = (
         "env.num_groups": 32,  # one for each GPU
         "reward.weights": {"hps": 1.0, "pickscore": 1.0},  # published: ImageReward too
         "reward.normalize": "advantage",
-        "algorithm.clip_low": 1e-4,
-        "algorithm.clip_high": None,
+        "algorithm.objective": {"name": "clip", "low": 1e-4},
         "algorithm.num_minibatches": 4,  # 12 samples of a group, 3 accumulated
         "algorithm.optimizer.lr": 1e-5,
         "train.iterations": 300,
@@ -104,7 +102,7 @@ NFT = {
     "policy.guidance": None,
     "steps": "none",
     "likelihood": {"name": "cfm", "draws": 9, "joint": False, "on_grid": True},
-    "algorithm.nft": {"beta": 1.0, "clip": 5.0, "old_rate": 0.001, "old_max": 0.5},
+    "algorithm.objective": {"name": "nft", "beta": 1.0, "old_rate": 0.001, "old_max": 0.5},
     "algorithm.num_minibatches": 1,
     "algorithm.kl.beta": 1e-4,
     "algorithm.kl.kind": "exact",

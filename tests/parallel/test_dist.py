@@ -105,7 +105,7 @@ def cases(root: Path, url: str = "") -> dict[str, dict]:
         "steps": "all",
         "likelihood": {"reduce": "sum", "joint": True},
         "advantage": "gae",
-        "algorithm": {"clip_low": 0.2, "micro_batch": 7, "kl": {"beta": 0.1}, "optimizer": {"lr": 1e-3}},
+        "algorithm": {"objective": {"low": 0.2}, "micro_batch": 7, "kl": {"beta": 0.1}, "optimizer": {"lr": 1e-3}},
         "env": {"name": "toy_reach", "settings": {"horizon": 4}, "num_groups": 4, "group_size": 1}
         | {"horizon": 3, "mode": "steps"},
         "reward": {"scale": True},
@@ -117,14 +117,15 @@ def cases(root: Path, url: str = "") -> dict[str, dict]:
         "two rewards, minibatches": base
         | {
             "reward": {"weights": {"brightness": 1.0, "redness": 0.5}, "normalize": "reward"},
-            "algorithm": base["algorithm"] | {"num_minibatches": two["num_minibatches"], "target_kl": 1.0},
+            "algorithm": base["algorithm"]
+            | {"num_minibatches": two["num_minibatches"], "objective": {"low": 0.2, "target_kl": 1.0}},
         },
         "ppo": base | {"advantage": {"name": "gae"}},
         "nft": base
         | {
             "steps": "none",
             "likelihood": {"name": "cfm", "draws": 3, "joint": False},
-            "algorithm": base["algorithm"] | {"nft": {"old_rate": 0.5}},
+            "algorithm": base["algorithm"] | {"objective": {"name": "nft", "old_rate": 0.5}},
         },
         "one rank stopped": base,
         "one rank masked": base

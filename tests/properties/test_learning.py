@@ -6,6 +6,7 @@ would be measuring a drift of its own. Slow: `pytest -m slow`; one of each kind 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,8 +23,12 @@ from rlflow.rl.advantages import GAE, GroupAdvantage
 from rlflow.rl.collector import Collector, permute_rewards
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihoods.chain import ChainLikelihood
+from rlflow.rl.objectives.base import Objective
+from rlflow.rl.objectives.clip import Clip
+from rlflow.rl.objectives.guard import Guard
 from rlflow.rl.optim import AdamW
-from rlflow.rl.policy_gradient import KL, PolicyGradient
+from rlflow.rl.policy_gradient import PolicyGradient
+from rlflow.rl.regularizers import KL
 from rlflow.train.trainer import Trainer
 
 MEAN, SUM, JOINT = ChainLikelihood("mean"), ChainLikelihood("sum"), ChainLikelihood("sum", joint=True)
@@ -40,6 +45,7 @@ class Method:
     advantage: GroupAdvantage | GAE
     likelihood: ChainLikelihood = MEAN
     solver: Solver | None = None
+    objective: Callable[[ChainLikelihood], Objective] = lambda likelihood: Clip(likelihood, low=0.1)
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -59,12 +65,16 @@ METHODS = {
     "cps": Method(lambda _: CPS(0.8), RandomWindow(2), GroupAdvantage("epoch")),
     "ancestral": Method(lambda _: Ancestral(0.7), AllButLast(), GroupAdvantage()),
     "grpo_guard": Method(
-        lambda _: FlowSDE(0.7), AllButLast(), GroupAdvantage("epoch"), settings={"guard": True, "clip_low": 0.02}
+        lambda _: FlowSDE(0.7), AllButLast(), GroupAdvantage("epoch"), objective=partial(Guard, low=0.02)
     ),
     "ppo": Method(lambda _: FlowSDE(0.7), AllButLast(), GAE(0.9), settings=CRITIC),
-    "reinflow": Method(learned, All(), GAE(0.9), JOINT, settings={"clip_low": 0.2, "entropy": 0.003, **CRITIC}),
-    "pi_rl": Method(lambda _: FlowSDE(0.5), OneRandom(), GAE(0.9), SUM, settings={"clip_low": 0.2, **CRITIC}),
-    "flow_noise_grpo": Method(learned, All(), GroupAdvantage(), JOINT, settings={"clip_low": 0.2}),
+    "reinflow": Method(
+        learned, All(), GAE(0.9), JOINT, objective=partial(Clip, low=0.2), settings={"entropy": 0.003, **CRITIC}
+    ),
+    "pi_rl": Method(
+        lambda _: FlowSDE(0.5), OneRandom(), GAE(0.9), SUM, objective=partial(Clip, low=0.2), settings=CRITIC
+    ),
+    "flow_noise_grpo": Method(learned, All(), GroupAdvantage(), JOINT, objective=partial(Clip, low=0.2)),
 }
 
 
@@ -77,7 +87,13 @@ def train(method: Method, env: str, seed: int, *, control: bool = False, iterati
     policy.check_steps(method.steps)
     groups = Groups(8, 8)
     walker = Collector(world, policy, method.likelihood, method.steps, groups, horizon=world.horizon, seed=seed)
-    settings = {"clip_low": 0.1, "epochs": 2, "num_minibatches": 2, "seed": seed, "optimizer": AdamW(lr=5e-3)}
+    settings = {
+        "objective": method.objective(method.likelihood),
+        "epochs": 2,
+        "num_minibatches": 2,
+        "seed": seed,
+        "optimizer": AdamW(lr=5e-3),
+    }
     learner = PolicyGradient(policy, method.likelihood, method.advantage, groups, **(settings | method.settings))
     rewards = []
     for i in range(iterations):
@@ -108,7 +124,7 @@ WITHOUT_CHAINS = {
     "sac_flow": ("robot_reach_sac", ["train.iterations=40"]),
     "fpo": (
         "robot_reach_reinflow",
-        ["train.iterations=40", "steps=none", "policy.kernel=flow_sde", CFM, "algorithm.clip_low=0.05"],
+        ["train.iterations=40", "steps=none", "policy.kernel=flow_sde", CFM, "algorithm.objective.low=0.05"],
     ),
 }
 

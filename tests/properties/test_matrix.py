@@ -31,8 +31,10 @@ from rlflow.rl.groups import Groups
 from rlflow.rl.likelihoods.base import Likelihood
 from rlflow.rl.likelihoods.cfm import CFMLikelihood
 from rlflow.rl.likelihoods.chain import ChainLikelihood
+from rlflow.rl.objectives.guard import Guard
 from rlflow.rl.optim import AdamW
-from rlflow.rl.policy_gradient import KL, PolicyGradient
+from rlflow.rl.policy_gradient import PolicyGradient
+from rlflow.rl.regularizers import KL
 
 KERNELS: dict[str, Callable[[tuple[int, ...]], Kernel]] = {
     "flow_sde": lambda _: FlowSDE(0.7),
@@ -61,7 +63,7 @@ LIKELIHOODS: dict[str, Likelihood] = {
 ADVANTAGES = {"group": GroupAdvantage("group"), "epoch": GroupAdvantage("epoch"), "gae": GAE()}
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "guard": {"guard": True},
+    "guard": {"objective": Guard},
     "kl exact": {"kl": KL(0.1, "exact")},
     "kl velocity": {"kl": KL(0.1, "velocity")},
     "kl released": {"kl": KL(0.1, "released")},
@@ -221,6 +223,8 @@ def build(c: Combination, extra: Extra | None = None) -> tuple[Collector, Policy
         shared_noise=extra.shared_noise,
     )
     settings = {"epochs": 2, "entropy": extra.entropy, "optimizer": AdamW(lr=1e-3)} | ALGORITHMS[c.algorithm]
+    if "objective" in settings:
+        settings["objective"] = settings["objective"](likelihood)
     return walker, PolicyGradient(policy, likelihood, ADVANTAGES[c.advantage], groups, **settings)
 
 

@@ -16,20 +16,24 @@ from torch import Tensor
 from rlflow.envs.prompt import PromptEnv
 from rlflow.envs.prompts import Prompts
 from rlflow.envs.simulators.toy import ToyImage
+from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.kernels import FlowSDE, Kernel, LearnedNoise
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import AllButLast
 from rlflow.flow.weights import WeightSets
 from rlflow.models.mlp import MLPField
 from rlflow.rewards.base import Reward, RewardSet
-from rlflow.rl import advantages, batch, losses, policy_gradient
+from rlflow.rl import advantages, batch, policy_gradient
 from rlflow.rl.advantages import GAE, GroupAdvantage
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
+from rlflow.rl.likelihoods.base import Score
 from rlflow.rl.likelihoods.chain import ChainLikelihood
+from rlflow.rl.objectives import clip, guard
 from rlflow.rl.optim import AdamW
-from rlflow.rl.policy_gradient import KL, PolicyGradient
-from rlflow.types import Rollout
+from rlflow.rl.policy_gradient import PolicyGradient
+from rlflow.rl.regularizers import KL
+from rlflow.types import Evidence, Rollout
 
 Patch = pytest.MonkeyPatch
 
@@ -105,7 +109,7 @@ def a_time_limit_is_worth_its_next_value() -> bool:
 
 def a_clipped_ratio_has_no_gradient() -> bool:
     log_ratio = torch.tensor([0.5, -0.5]).requires_grad_()
-    losses.clipped_surrogate(log_ratio, torch.tensor([1.0, -1.0]), 0.1, 0.1).sum().backward()
+    clip.clipped_surrogate(log_ratio, torch.tensor([1.0, -1.0]), 0.1, 0.1).sum().backward()
     return not log_ratio.grad.any()
 
 
@@ -154,11 +158,11 @@ def guard_is_centred() -> bool:
     g = torch.Generator().manual_seed(0)
     noise, shift = torch.randn(20_000, 1, 8, generator=g), torch.full((20_000, 1, 8), 0.2)
     zero = torch.zeros(20_000, 1)
-    old = losses.Gaussian(torch.zeros_like(shift), torch.ones(20_000, 1, 1))
-    new = losses.Gaussian(shift, old.std)
-    pairs = losses.Evidence(noise, noise, zero, zero + 1, zero, old.mean, old.std, zero == 0)
+    old = Gaussian(torch.zeros_like(shift), torch.ones(20_000, 1, 1))
+    new = Gaussian(shift, old.std)
+    pairs = Evidence(noise, noise, zero, zero + 1, zero, old.mean, old.std, zero == 0)
     log_ratio = new.log_prob(noise, "mean", 2) - old.log_prob(noise, "mean", 2)
-    guarded = losses.guard_log_ratio(log_ratio, losses.Score(log_ratio, new), pairs, "mean")
+    guarded = guard.guard_log_ratio(log_ratio, Score(log_ratio, new), pairs, "mean")
     return bool(guarded.mean().abs() < 5 * guarded.std() / 20_000**0.5)
 
 
@@ -278,7 +282,7 @@ def optimistic_bound(patch: Patch) -> None:
         ratio = log_ratio.exp()
         return torch.minimum(-a * ratio, -a * ratio.clamp(1 - low, 1 + high))
 
-    patch.setattr(losses, "clipped_surrogate", mutant)
+    patch.setattr(clip, "clipped_surrogate", mutant)
 
 
 def mean_of_micro_batch_means(patch: Patch) -> None:
@@ -328,7 +332,7 @@ def kl_in_the_logged_loss(patch: Patch) -> None:
 
 
 def guard_without_centring(patch: Patch) -> None:
-    patch.setattr(losses, "mean_shift", lambda score, evidence, reduce: torch.zeros_like(score.log_prob))
+    patch.setattr(guard, "mean_shift", lambda score, evidence, reduce: torch.zeros_like(score.log_prob))
 
 
 def idle_rows_dropped(patch: Patch) -> None:

@@ -16,7 +16,10 @@ from rlflow.models.mlp import MLPField
 from rlflow.rl.advantages import GAE, GroupAdvantage
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
+from rlflow.rl.likelihoods.base import Likelihood
 from rlflow.rl.likelihoods.chain import ChainLikelihood
+from rlflow.rl.objectives.base import Objective
+from rlflow.rl.objectives.clip import Clip
 from rlflow.rl.optim import AdamW
 from rlflow.rl.policy_gradient import PolicyGradient
 from rlflow.types import Rollout
@@ -62,9 +65,13 @@ def make_parts(
     field: nn.Module | None = None,
     solver: Any = None,
     collector: dict[str, Any] | None = None,
+    objective: Callable[[Likelihood], Objective] = Clip,
     **algorithm: Any,
 ) -> Parts:
-    """A composition on a toy: 4 groups of 4 rows, 5 denoising steps unless told otherwise; equal calls, equal weights."""
+    """A composition on a toy: 4 groups of 4 rows, 5 denoising steps unless told otherwise; equal calls, equal weights.
+
+    `objective` makes one of the likelihood: a class, or partial(Clip, low=...).
+    """
     torch.manual_seed(0)
     kind = ENVS[env]
     groups = groups or Groups(4, 4)
@@ -75,7 +82,7 @@ def make_parts(
     world = kind(groups.num_rows)
     settings = {"horizon": world.horizon} | (collector or {})
     walker = Collector(world, policy, likelihood, steps, groups, **settings)
-    algorithm = {"optimizer": AdamW(lr=1e-2)} | algorithm
+    algorithm = {"optimizer": AdamW(lr=1e-2), "objective": objective(likelihood)} | algorithm
     learner = PolicyGradient(policy, likelihood, advantage or GroupAdvantage(), groups, **algorithm)
     return Parts(policy, world, groups, walker, learner)
 

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from rlflow.models.mlp import MLPField
 from rlflow.rl.advantages import GAE, GroupAdvantage
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihoods.chain import ChainLikelihood
-from rlflow.rl.losses import PerStep
+from rlflow.rl.objectives.clip import Clip
+from rlflow.rl.objectives.guard import Guard
 from rlflow.rl.optim import AdamW, NonFiniteError
-from rlflow.rl.policy_gradient import KL
+from rlflow.rl.regularizers import KL
 from rlflow.types import Cond, Rollout, tree_map
 
 JOINT = ChainLikelihood("sum", joint=True)
@@ -25,11 +27,11 @@ PLANS = [AllButLast(), LastN(1, skip_last=1), Window(size=2), RandomWindow(2), O
 LIKELIHOODS = [ChainLikelihood("mean"), ChainLikelihood("sum"), JOINT]
 TERMS = {
     "plain": {},
-    "guard": {"guard": True},
+    "guard": {"objective": partial(Guard, low=0.02)},
     "kl": {"kl": KL(0.5, "exact")},
     "velocity": {"kl": KL(0.5, "velocity")},
     "joint": {"likelihood": JOINT, "kl": KL(0.5)},
-    "anchor, per step": {"anchor": 0.5, "per_step": PerStep(0.8, 0.005)},
+    "anchor, per step": {"anchor": 0.5, "objective": partial(Clip, low=0.02, gamma=0.8, base=0.005)},
     "entropy": {"kernel": "learned", "entropy": 0.1, "kl": KL(0.5)},
     "joint entropy": {"kernel": "learned", "likelihood": JOINT, "entropy": 0.1, "kl": KL(0.5)},
 }
@@ -65,7 +67,9 @@ class TestGradientIsOfTheMinibatch:
         """1 and 3 pairs a pass are fewer than the 4 columns of a row: joint ratios go column by column."""
 
         def of(micro_batch: int) -> tuple[Tensor, dict[str, float]]:
-            parts = make(env, groups=Groups(2, 3), micro_batch=micro_batch, clip_low=0.02, **terms)
+            parts = make(
+                env, groups=Groups(2, 3), micro_batch=micro_batch, **({"objective": partial(Clip, low=0.02)} | terms)
+            )
             rollout = parts.collect()
             shaken(parts)
             return gradient(parts, rollout)
@@ -123,7 +127,9 @@ class TestGradientIsOfTheMinibatch:
 
 class TestMasks:
     @pytest.mark.parametrize("advantage", [GroupAdvantage(), GAE()], ids=["group", "gae"])
-    @pytest.mark.parametrize("terms", [{}, {"kl": KL(1.0)}, {"guard": True}, {"likelihood": JOINT, "micro_batch": 2}])
+    @pytest.mark.parametrize(
+        "terms", [{}, {"kl": KL(1.0)}, {"objective": Guard}, {"likelihood": JOINT, "micro_batch": 2}]
+    )
     def test_without_any_reward_the_gradient_is_zero_and_not_nan(self, make, gradient, advantage, terms):
         parts = make(advantage=advantage, **terms)
         rollout = parts.collect()
@@ -224,7 +230,7 @@ class TestGradientByHand:
         """Ten joint columns leave the range when a single one does not."""
 
         def of(likelihood: ChainLikelihood) -> dict[str, float]:
-            parts = make(likelihood=likelihood, num_steps=8, clip_low=0.02)
+            parts = make(likelihood=likelihood, num_steps=8, objective=partial(Clip, low=0.02))
             rollout = parts.collect()
             shaken(parts)
             return gradient(parts, rollout)[1]
@@ -333,7 +339,7 @@ class TestWeightSets:
 
     def test_a_strong_kl_term_keeps_the_policy_near_it(self, make):
         def drift(beta: float) -> float:
-            parts = make(kl=KL(beta), epochs=10, clip_low=10.0, likelihood=ChainLikelihood("sum"))
+            parts = make(kl=KL(beta), epochs=10, objective=partial(Clip, low=10.0), likelihood=ChainLikelihood("sum"))
             parts.iterate(0)
             ref = parts.policy.weights.sets["ref"]
             return sum(float((p.detach() - ref[n]).square().sum()) for n, p in parts.policy.named_parameters())
@@ -343,14 +349,25 @@ class TestWeightSets:
 
 class TestStops:
     def test_an_update_ends_when_the_policy_has_moved_too_far(self, make):
-        free, held = (make("reach", epochs=10, num_minibatches=2, target_kl=k) for k in (None, 1e-6))
+        free, held = (
+            make("reach", epochs=10, num_minibatches=2, objective=partial(Clip, target_kl=k)) for k in (None, 1e-6)
+        )
         assert free.iterate(0)["policy/early_stop"] == 0.0
         metrics = held.iterate(0)
         assert metrics["policy/early_stop"] == 1.0
         assert 1 < metrics["optim/steps"] < 20
 
     def test_all_processes_stop_together(self, make, ranks):
-        made = [make("reach", groups=Groups(4, 4, r, 2), epochs=10, num_minibatches=2, target_kl=1e-6) for r in (0, 1)]
+        made = [
+            make(
+                "reach",
+                groups=Groups(4, 4, r, 2),
+                epochs=10,
+                num_minibatches=2,
+                objective=partial(Clip, target_kl=1e-6),
+            )
+            for r in (0, 1)
+        ]
         steps = ranks(2, lambda rank: made[rank].iterate(0)["optim/steps"])
         assert steps[0] == steps[1] < 20
 
@@ -498,12 +515,12 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"clip_low": 0.0}, "must be positive"),
-            ({"clip_high": -0.1}, "must be positive"),
+            ({"objective": partial(Clip, low=0.0)}, "low must be positive"),
+            ({"objective": partial(Clip, high=-0.1)}, "high must be positive"),
             ({"groups": Groups(4, 1)}, "set group_size >= 2, or use advantage=gae"),
             ({"critic_warmup": 1}, "use critic_warmup=0"),
-            ({"guard": True, "likelihood": JOINT}, "use likelihood.joint=false"),
-            ({"guard": True, "kernel": "learned"}, "LearnedNoise learns: use guard=false"),
+            ({"objective": Guard, "likelihood": JOINT}, "use likelihood.joint=false"),
+            ({"objective": Guard, "kernel": "learned"}, "LearnedNoise learns: use objective=clip"),
             ({"kl": KL(0.1, "released"), "kernel": "learned"}, "use kl.kind=exact"),
             ({"entropy": 0.1}, "no gradient: use entropy=0 or kernel=learned_noise"),
         ],
@@ -516,4 +533,4 @@ class TestRefusals:
     def test_without_their_terms_the_same_parts_are_fine(self, make):
         make(kernel="learned", kl=KL(0.0, "released"), entropy=0.1)
         make(groups=Groups(4, 1), advantage=GAE())
-        assert isinstance(make(guard=True).policy.kernel, FlowSDE)
+        assert isinstance(make(objective=Guard).policy.kernel, FlowSDE)

@@ -1,6 +1,7 @@
 """Terms that robots need: anchor, per-step ratios, the published ratio, mid-chunk ends, the critic's books."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from rlflow.rl.advantages import GAE
 from rlflow.rl.critic import explained_variance
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihoods.chain import ChainLikelihood
-from rlflow.rl.losses import PerStep, clipped_surrogate, step_index
+from rlflow.rl.objectives.clip import Clip, clipped_surrogate, step_clip, step_index
 from rlflow.types import Chain, Cond
 
 JOINT = ChainLikelihood("sum", joint=True)
@@ -104,16 +105,13 @@ class TestPerStep:
     K = torch.arange(5, dtype=torch.float64)
 
     def test_schedules_in_closed_form(self):
-        per = PerStep(0.9, 0.01)
-        close(per.discount(self.K, 5), 0.9 ** torch.tensor([4.0, 3, 2, 1, 0], dtype=torch.float64))
         clip = [0.01 + 0.19 * (math.exp(3 * k / 4) - 1) / (math.exp(3) - 1) for k in range(5)]
-        close(per.clip(self.K, 5, 0.2), clip)
+        close(step_clip(self.K, 5, 0.01, 0.2), clip)
         assert clip[0] == 0.01
         assert clip[-1] == pytest.approx(0.2)
 
     def test_the_only_step_is_the_last(self):
-        close(PerStep(0.9, 0.01).clip(torch.zeros(1, dtype=torch.float64), 1, 0.2), [0.2])
-        close(PerStep(0.9, 0.01).discount(torch.zeros(1, dtype=torch.float64), 1), [1.0])
+        close(step_clip(torch.zeros(1, dtype=torch.float64), 1, 0.01, 0.2), [0.2])
 
     @pytest.mark.parametrize(
         "steps", [All(), Window(size=2, every=1), Window(size=2, every=1, compress=0.5), OneRandom()], ids=repr
@@ -129,8 +127,13 @@ class TestPerStep:
     @pytest.mark.parametrize("micro_batch", [3, 1000])
     def test_the_loss_is_each_steps_own(self, make, gradient, micro_batch):
         """A window of the last two of five steps; at moved weights, so that some pairs are clipped."""
-        settings = {"steps": LastN(2), "kernel": "learned", "clip_low": 0.05, "clip_high": 0.08}
-        parts = make("reach", per_step=PerStep(0.5, 0.001), micro_batch=micro_batch, **settings)
+        settings = {"steps": LastN(2), "kernel": "learned"}
+        parts = make(
+            "reach",
+            objective=partial(Clip, low=0.05, high=0.08, gamma=0.5, base=0.001),
+            micro_batch=micro_batch,
+            **settings,
+        )
         rollout = parts.collect()
         with torch.no_grad():
             for p in parts.policy.parameters():
@@ -149,9 +152,9 @@ class TestPerStep:
         assert 0 < metrics["policy/clip_frac"] < 1
 
     def test_a_joint_ratio_has_none(self, make):
-        for per_step in (PerStep(0.9), PerStep(base=0.01)):
+        for by_step in ({"gamma": 0.9}, {"base": 0.01}):
             with pytest.raises(ValueError, match="joint ratio has no single steps"):
-                make(likelihood=JOINT, per_step=per_step)
+                Clip(JOINT, **by_step)
 
 
 class TestPublished:
@@ -323,7 +326,7 @@ class TestBooks:
             assert torch.equal(b, c)
 
     def test_a_kl_stop_looks_at_whole_epochs(self, make):
-        parts = make("reach", epochs=5, num_minibatches=4, target_kl=1e-9)
+        parts = make("reach", epochs=5, num_minibatches=4, objective=partial(Clip, target_kl=1e-9))
         metrics = parts.iterate(0)
         assert (metrics["policy/early_stop"], metrics["optim/steps"]) == (1.0, 4)
 

@@ -29,8 +29,10 @@ from rlflow.rl.advantages import GroupAdvantage
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihoods.chain import ChainLikelihood
+from rlflow.rl.objectives.clip import Clip
 from rlflow.rl.optim import AdamW
-from rlflow.rl.policy_gradient import KL, PolicyGradient
+from rlflow.rl.policy_gradient import PolicyGradient
+from rlflow.rl.regularizers import KL
 from rlflow.types import Rollout
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "single_file_flow_grpo.py"
@@ -85,7 +87,7 @@ class Setting:
             GroupAdvantage(std=std),
             self.groups,
             optimizer=AdamW(lr=1e-12, max_grad_norm=0.0),  # .grad is left as the loss made it
-            clip_low=clip,
+            objective=Clip(likelihood, clip),
             micro_batch=7,
             kl=KL(beta, "exact"),
         )

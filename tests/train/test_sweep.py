@@ -127,8 +127,8 @@ def test_states(tmp_path: Path, tiny: list[str], scenes_field: str, trainer: Cal
     assert state(job, tmp_path) == "finished"
     (longer,) = plan(tiny_table(tiny, scenes_field, runs=[job_line("train.iterations=4")]))
     assert state(longer, tmp_path) == "interrupted"
-    (other,) = plan(tiny_table(tiny, scenes_field, runs=[job_line("algorithm.clip_low=0.5")]))
-    with pytest.raises(ValueError, match=r"holds a run of another config(.|\n)*algorithm\.clip_low: .* -> 0\.5"):
+    (other,) = plan(tiny_table(tiny, scenes_field, runs=[job_line("algorithm.objective.low=0.5")]))
+    with pytest.raises(ValueError, match=r"holds a run of another config(.|\n)*algorithm\.objective\.low: .* -> 0\.5"):
         state(other, tmp_path)
 
 

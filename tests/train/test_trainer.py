@@ -417,7 +417,9 @@ def test_every_recipe_runs_two_iterations(
     made.fit()
     rows = train_rows(tmp_path / "run")
     if ratios:
-        iterations = 1 if made.config.algorithm.nft else 2  # of which the samples are of the very weights that learn
+        iterations = (
+            2 if made.algorithm.sample_with == "live" else 1
+        )  # of which the samples are of the very weights that learn
         assert [row.get("policy/first_log_ratio_max") for row in rows][:iterations] == [0] * iterations
     assert [row["reward/masked_frac"] for row in rows] == [0, 0], "its rewards know its prompts"
     assert all(math.isfinite(row[k]) for row in rows for k in ("policy/loss", "reward/mean", "optim/grad_norm"))

@@ -21,7 +21,7 @@ from rlflow.flow.noise import Key, generator
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import Steps
 from rlflow.parallel import dist
-from rlflow.rl.losses import weighted_sum
+from rlflow.rl.masked import weighted_sum
 from rlflow.rl.off_policy.offline import Offline, clone
 from rlflow.rl.off_policy.path_entropy import entropy_target, path_log_prob
 from rlflow.rl.off_policy.replay import Replay, Transitions
@@ -46,6 +46,8 @@ class SAC:
     `permute` makes the control: a decision drawn from the replay is paid what another, drawn apart, was. Shuffled
     inside their rollout alone, rewards still rise with the policy that earned them, and the replay learns from that.
     """
+
+    sample_with = "live"
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.functional import layer_norm, relu
 
-from rlflow.rl.losses import weighted_sum
+from rlflow.rl.masked import weighted_sum
 from rlflow.rl.optim import AdamW, Deferred
 from rlflow.types import Cond
 

@@ -19,8 +19,9 @@ from rlflow.flow.steps import All, AllButLast, NoSteps
 from rlflow.models.mlp import MLPField
 from rlflow.rl.advantages import GAE
 from rlflow.rl.likelihoods.cfm import CFMLikelihood, calibration
-from rlflow.rl.losses import TRUST_REGIONS, reference_kl
-from rlflow.rl.policy_gradient import KL
+from rlflow.rl.objectives.clip import ASPO, SPO, Clip, asymmetric_surrogate, clipped_surrogate, simple_surrogate
+from rlflow.rl.objectives.guard import Guard
+from rlflow.rl.regularizers import KL, reference_kl
 from rlflow.types import Chain, Cond, Evidence
 
 N = 6
@@ -141,13 +142,13 @@ class TestGradient:
     """The theorem that FPO rests on, per sample and per draw alike."""
 
     @pytest.mark.parametrize("joint", [True, False])
-    @pytest.mark.parametrize("region", TRUST_REGIONS)
+    @pytest.mark.parametrize("objective", [Clip, SPO, ASPO])
     @pytest.mark.parametrize("micro_batch", [3, 5, 1000])
     def test_at_unchanged_weights_is_the_advantage_times_that_of_the_loss(
-        self, make, gradient, joint, region, micro_batch
+        self, make, gradient, joint, objective, micro_batch
     ):
         likelihood = CFMLikelihood(4, joint=joint)
-        parts = make(steps=NoSteps(), likelihood=likelihood, micro_batch=micro_batch, surrogate=TRUST_REGIONS[region])
+        parts = make(steps=NoSteps(), likelihood=likelihood, micro_batch=micro_batch, objective=objective)
         rollout = parts.collect()
         found, _ = gradient(parts, rollout)
         advantage = parts.algorithm.advantage(rollout, None, None).advantage[0]
@@ -237,39 +238,39 @@ class TestTrustRegions:
 
     RATIOS: ClassVar = torch.tensor([0.5, 0.85, 0.95, 1.0, 1.1, 1.15, 1.3, 2.0], dtype=torch.float64)
 
-    def gradient(self, region: str, advantage: float) -> Tensor:
+    def gradient(self, surrogate: Callable[..., Tensor], advantage: float) -> Tensor:
         """d loss / d r."""
         log_ratio = self.RATIOS.log().requires_grad_()
-        loss = TRUST_REGIONS[region](log_ratio, torch.tensor(advantage, dtype=torch.float64), 0.1, 0.2)
+        loss = surrogate(log_ratio, torch.tensor(advantage, dtype=torch.float64), 0.1, 0.2)
         return torch.autograd.grad(loss.sum(), log_ratio)[0] / self.RATIOS
 
-    @pytest.mark.parametrize("region", ["clip", "aspo"])
-    def test_a_good_action_is_held_by_the_clip(self, region):
+    @pytest.mark.parametrize("surrogate", [clipped_surrogate, asymmetric_surrogate])
+    def test_a_good_action_is_held_by_the_clip(self, surrogate):
         expected = -3.0 * (self.RATIOS < 1.2)
-        torch.testing.assert_close(self.gradient(region, 3.0), expected.double())
+        torch.testing.assert_close(self.gradient(surrogate, 3.0), expected.double())
 
     def test_a_bad_action_is_let_go_of_by_the_clip_and_pulled_back_by_the_others(self):
-        clip = self.gradient("clip", -3.0)
+        clip = self.gradient(clipped_surrogate, -3.0)
         torch.testing.assert_close(clip, 3.0 * (self.RATIOS > 0.9).double())
-        for region in ("spo", "aspo"):
-            found = self.gradient(region, -3.0)
+        for surrogate in (simple_surrogate, asymmetric_surrogate):
+            found = self.gradient(surrogate, -3.0)
             torch.testing.assert_close(found, 3.0 + 3.0 * (self.RATIOS - 1) / 0.1)
             assert bool((found[self.RATIOS < 0.9] < 0).all()), "back towards 1"
 
     @pytest.mark.parametrize(("advantage", "best"), [(2.0, 1.2), (-2.0, 0.9)])
     def test_spo_is_least_at_1_plus_the_clip_on_the_advantages_side(self, advantage, best):
         ratio = torch.linspace(0.5, 1.5, 1001, dtype=torch.float64)
-        loss = TRUST_REGIONS["spo"](ratio.log(), torch.tensor(advantage, dtype=torch.float64), 0.1, 0.2)
+        loss = simple_surrogate(ratio.log(), torch.tensor(advantage, dtype=torch.float64), 0.1, 0.2)
         assert float(ratio[loss.argmin()]) == pytest.approx(best, abs=1e-3)
         left, right = (loss.argmin() - 1, loss.argmin() + 1)
         assert all(a > b for a, b in pairwise(loss[: left + 1]))
         assert all(a < b for a, b in pairwise(loss[right:]))
 
-    @pytest.mark.parametrize("region", TRUST_REGIONS)
-    def test_all_agree_at_1(self, region):
+    @pytest.mark.parametrize("surrogate", [clipped_surrogate, simple_surrogate, asymmetric_surrogate])
+    def test_all_agree_at_1(self, surrogate):
         at_1 = self.RATIOS == 1
-        assert self.gradient(region, 1.5)[at_1] == -1.5
-        assert self.gradient(region, -1.5)[at_1] == 1.5
+        assert self.gradient(surrogate, 1.5)[at_1] == -1.5
+        assert self.gradient(surrogate, -1.5)[at_1] == 1.5
 
 
 class TestChunks:
@@ -302,7 +303,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"guard": True}, r"GRPO-Guard .* use guard=false"),
+            ({"objective": Guard}, r"GRPO-Guard .* use objective=clip"),
             ({"kl": KL(0.1, "released")}, r"released KL is of denoising steps.*use kl\.kind=exact"),
             ({"entropy": 0.1}, r"no density.*use entropy=0"),
         ],

@@ -13,43 +13,58 @@ the live ones. At v = v_old the gradient is A times that of D(v), for every b.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from rlflow.rl.likelihoods.base import Likelihood
-from rlflow.rl.likelihoods.cfm import CFMLikelihood
+from rlflow.flow.policy import FlowPolicy
+from rlflow.rl.likelihoods.base import Likelihood, Score
+from rlflow.rl.objectives.base import Losses, Objective
 from rlflow.types import Evidence
 
 SMALLEST = 1e-5
 """Of the error that a branch is divided by."""
 
 
-@dataclass(frozen=True)
-class NFT:
+class NFT(Objective):
     """b is `beta`, c `clip`; the sampling weights keep a share min(`old_rate` x iteration, `old_max`) of themselves."""
 
-    beta: float = 1.0
-    clip: float = 5.0
-    old_rate: float = 0.001
-    old_max: float = 0.5
+    sample_with = "old"
+    weight_sets = ("old",)
 
-    def check(self, likelihood: Likelihood) -> None:
-        """ValueError unless the evidence holds single draws of a matching loss."""
-        if not isinstance(likelihood, CFMLikelihood) or likelihood.joint:
+    def __init__(
+        self,
+        likelihood: Likelihood,
+        beta: float = 1.0,
+        clip: float = 5.0,
+        old_rate: float = 0.001,
+        old_max: float = 0.5,
+    ):
+        super().__init__(likelihood)
+        if likelihood.scores_steps or likelihood.joint:
             raise ValueError("nft is a loss of matching draws: set likelihood={name: cfm, joint: false} with it")
+        for name, value in (("beta", beta), ("clip", clip)):
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if not old_rate >= 0:
+            raise ValueError(f"old_rate must not be negative, got {old_rate}")
+        if not 0 <= old_max < 1:
+            raise ValueError(f"old_max must be in [0, 1), got {old_max}")
+        self.beta, self.clip, self.old_rate, self.old_max = beta, clip, old_rate, old_max
 
-    def old_decay(self, iteration: int) -> float:
-        """Share of the sampling weights that stays after iteration 0, 1, ..."""
-        return min(self.old_rate * iteration, self.old_max)
+    def loss(self, score: Score, evidence: Evidence, advantage: Tensor) -> Losses:
+        """From the live velocities, which are the means of the draws' distributions."""
+        return Losses(self.of(score.dist.mean, evidence, advantage), {})
 
-    def loss(self, v: Tensor, evidence: Evidence, advantage: Tensor) -> Tensor:
+    def of(self, v: Tensor, evidence: Evidence, advantage: Tensor) -> Tensor:
         """(M, R) from the live velocity v (M, R, *D) at the evidence's draws and advantages (M, 1)."""
         good = (advantage / (2 * self.clip) + 0.5).clamp(0, 1)
         ahead = self.beta * (v - evidence.old_mean)
         up, down = (_error(evidence.old_mean + sign * ahead, evidence) for sign in (1, -1))
         return self.clip / self.beta * (good * up + (1 - good) * down)
+
+    def after(self, policy: FlowPolicy, iteration: int) -> None:
+        """The sampling weights take their step towards the live ones."""
+        policy.weights.blend("old", min(self.old_rate * iteration, self.old_max))
 
 
 def _error(velocity: Tensor, evidence: Evidence) -> Tensor:

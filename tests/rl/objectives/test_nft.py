@@ -1,6 +1,7 @@
 """DiffusionNFT: its loss in closed form, its gradient, its optimum, and the weights that sample."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from rlflow.config import recipes
 from rlflow.flow.steps import NoSteps
 from rlflow.rl.likelihoods.cfm import CFMLikelihood
 from rlflow.rl.likelihoods.chain import ChainLikelihood
-from rlflow.rl.nft import NFT, _error
+from rlflow.rl.objectives.nft import NFT, _error
 from rlflow.types import Evidence
 
 DRAWS = CFMLikelihood(3, joint=False)
@@ -28,7 +29,7 @@ class TestLoss:
     def test_is_that_of_the_paper_one_number_at_a_time(self, beta):
         e, v = evidence_of(size=(4,)), torch.randn(5, 3, 4, dtype=torch.float64)
         advantage = torch.tensor([[-9.0], [-2.0], [0.0], [1.0], [5.0]], dtype=torch.float64)
-        found = NFT(beta).loss(v, e, advantage)
+        found = NFT(DRAWS, beta).of(v, e, advantage)
         for i in range(5):
             good = min(1.0, max(0.0, float(advantage[i]) / 10 + 0.5))
             for s in range(3):
@@ -46,7 +47,7 @@ class TestLoss:
         e = evidence_of()
         advantage = torch.tensor([[-9.0], [-2.0], [0.0], [1.0], [5.0]], dtype=torch.float64)
         v = e.old_mean.clone().requires_grad_()
-        (found,) = torch.autograd.grad(NFT(beta).loss(v, e, advantage).sum(), v)
+        (found,) = torch.autograd.grad(NFT(DRAWS, beta).of(v, e, advantage).sum(), v)
         (error,) = torch.autograd.grad(_error(v, e).sum(), v)
         expected = advantage.clamp(-5, 5)[..., None, None] * error
         torch.testing.assert_close(found, expected)
@@ -56,16 +57,16 @@ class TestLoss:
         counts = torch.tensor([True, False])[:, None].expand(5, 3, 2, 4)
         e, advantage = replace(evidence_of(), counts=counts), torch.ones(5, 1, dtype=torch.float64)
         v = torch.randn_like(e.old_mean).requires_grad_()
-        loss = NFT().loss(v, e, advantage)
+        loss = NFT(DRAWS).of(v, e, advantage)
         (gradient,) = torch.autograd.grad(loss.sum(), v)
         assert not gradient[~counts].any()
         assert gradient[counts].all()
-        torch.testing.assert_close(NFT().loss(torch.where(counts, v, 9.0), e, advantage), loss)
+        torch.testing.assert_close(NFT(DRAWS).of(torch.where(counts, v, 9.0), e, advantage), loss)
 
     def test_without_an_advantage_both_branches_pull_alike(self):
         e = evidence_of()
         zero, d = torch.zeros(5, 1, dtype=torch.float64), torch.randn_like(e.old_mean)
-        ahead, behind = (NFT(0.7).loss(e.old_mean + s * d, e, zero) for s in (1, -1))
+        ahead, behind = (NFT(DRAWS, 0.7).of(e.old_mean + s * d, e, zero) for s in (1, -1))
         torch.testing.assert_close(ahead, behind)
 
     def test_where_all_errors_weigh_alike_the_best_velocity_is_that_of_the_paper(self):
@@ -85,7 +86,7 @@ class TestLoss:
         def slope(value: Tensor) -> float:
             w = value.clone().requires_grad_()
             v = torch.stack([w, torch.zeros_like(w)]).expand(num, 1, 2)
-            (found,) = torch.autograd.grad(NFT(beta).loss(v, e, advantage).mean(), w)
+            (found,) = torch.autograd.grad(NFT(DRAWS, beta).of(v, e, advantage).mean(), w)
             return float(found)
 
         assert slope(0 * best) < 0
@@ -96,7 +97,10 @@ class TestLearner:
     def test_the_old_weights_sample_and_follow(self, make):
         """Wholly after iteration 0; then a share min(rate x iteration, max) of them stays."""
         parts = make(
-            steps=NoSteps(), likelihood=DRAWS, nft=NFT(old_rate=0.3, old_max=0.5), collector={"sample_with": "old"}
+            steps=NoSteps(),
+            likelihood=DRAWS,
+            objective=partial(NFT, old_rate=0.3, old_max=0.5),
+            collector={"sample_with": "old"},
         )
         weights = parts.policy.weights
         for iteration, stays in enumerate([0.0, 0.3, 0.5, 0.5]):
@@ -115,7 +119,7 @@ class TestLearner:
     @pytest.mark.parametrize("micro_batch", [3, 5, 1000])
     def test_first_gradient_is_the_advantage_times_that_of_the_error(self, make, gradient, micro_batch):
         """However the pairs are cut into passes."""
-        parts = make(steps=NoSteps(), likelihood=DRAWS, nft=NFT(), micro_batch=micro_batch)
+        parts = make(steps=NoSteps(), likelihood=DRAWS, objective=NFT, micro_batch=micro_batch)
         rollout = parts.collect()
         found, metrics = gradient(parts, rollout)
         advantage = parts.algorithm.advantage(rollout, None, None).advantage[0]
@@ -128,18 +132,20 @@ class TestLearner:
     def test_other_evidence_is_refused(self, make):
         for likelihood in (CFMLikelihood(3, joint=True), ChainLikelihood("mean")):
             with pytest.raises(ValueError, match=r"set likelihood=\{name: cfm, joint: false\}"):
-                make(steps=None if likelihood.scores_steps else NoSteps(), likelihood=likelihood, nft=NFT())
+                make(steps=None if likelihood.scores_steps else NoSteps(), likelihood=likelihood, objective=NFT)
 
     @pytest.mark.parametrize(
         ("override", "said"),
         [
-            ("likelihood=cfm", r"algorithm\.nft: nft is a loss of matching draws: set likelihood="),
-            ("algorithm.target_kl=0.1", r"algorithm\.target_kl: holds a ratio"),
-            ("algorithm.trust_region=spo", r"algorithm\.trust_region: holds a ratio"),
-            ("algorithm.guard=true", "GRPO-Guard"),
-            ("algorithm.nft.beta=0", r"algorithm\.nft\.beta.*must be positive"),
-            ("algorithm.nft.old_max=1", r"algorithm\.nft\.old_max.*must be in \[0, 1\)"),
-            ("algorithm.nft.betta=1", r"algorithm\.nft\.betta: no such setting; did you mean 'beta'"),
+            ("likelihood=cfm", r"algorithm\.objective: nft is a loss of matching draws: set likelihood="),
+            ("algorithm.objective.target_kl=0.1", r"algorithm\.objective\.target_kl: nft has no such setting"),
+            ("algorithm.objective=guard", r"algorithm\.objective: GRPO-Guard"),
+            ("algorithm.objective.beta=0", r"algorithm\.objective: beta must be positive"),
+            ("algorithm.objective.old_max=1", r"algorithm\.objective: old_max must be in \[0, 1\)"),
+            (
+                "algorithm.objective.betta=1",
+                r"algorithm\.objective\.betta: nft has no such setting; did you mean 'beta'",
+            ),
             ("policy.guidance={name: cfg, scale: 2}", "guid"),
         ],
     )

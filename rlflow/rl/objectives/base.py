@@ -1,0 +1,58 @@
+"""Objective: what a policy gradient minimises, pair by pair of recorded evidence.
+
+The learner (policy_gradient.py) records evidence, scores it again under the live weights, and asks its objective for a
+loss of each (row, column) pair; means over masks and processes, regularisers, optimiser and averages are the learner's.
+It never asks which objective it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+
+from rlflow.flow.policy import FlowPolicy
+from rlflow.rl.likelihoods.base import Likelihood, Score
+from rlflow.types import Evidence
+
+
+class Losses(NamedTuple):
+    """Of M rows: `pairs` (M, R), or (M, 1) where the likelihood is joint; `logged` numbers have the same shape."""
+
+    pairs: Tensor
+    logged: dict[str, Tensor]
+
+
+class Objective:
+    """Base of all objectives: constructed with its settings and the likelihood that records its evidence.
+
+    ValueError at construction for evidence that its formula does not hold for, in `attach` for such a policy.
+    """
+
+    sample_with: ClassVar[str] = "live"
+    """The weights that sample, 'live' or one of `weight_sets`."""
+    weight_sets: ClassVar[tuple[str, ...]] = ()
+    """Copies of the weights, made before the first iteration, that it reads or moves."""
+
+    def __init__(self, likelihood: Likelihood):
+        self.likelihood = likelihood
+
+    @property
+    def largest_log_ratio(self) -> float | None:
+        """Up to which a log-ratio gains, for doctor; None where nothing bounds it."""
+        return None
+
+    def attach(self, policy: FlowPolicy) -> None:
+        """Meet the policy that is trained, once, before anything is sampled."""
+
+    def loss(self, score: Score, evidence: Evidence, advantage: Tensor) -> Losses:
+        """Of pairs scored under the live weights, with gradient; `advantage` is (M, 1) or (M, R)."""
+        raise NotImplementedError
+
+    def stop(self, mean: Callable[[str], float]) -> bool:
+        """After an epoch: whether to leave out the iteration's other ones; mean(name) is that of a logged number."""
+        return False
+
+    def after(self, policy: FlowPolicy, iteration: int) -> None:
+        """When iteration 0, 1, ... is over."""

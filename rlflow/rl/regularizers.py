@@ -1,0 +1,68 @@
+"""Regularisers of a policy gradient beside its objective: KL to the reference, and entropy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from rlflow.flow.gaussian import Gaussian, Reduce, reduce_events
+from rlflow.flow.policy import FlowPolicy
+from rlflow.rl.likelihoods.base import Likelihood, Score
+from rlflow.types import Evidence
+
+KLKind = Literal["exact", "velocity", "released"]
+
+
+@dataclass(frozen=True)
+class KL:
+    """beta x KL to the reference weights, of each pair; the kinds are those of `reference_kl`."""
+
+    beta: float = 0.0
+    kind: KLKind = "exact"
+
+    def check(self, policy: FlowPolicy, likelihood: Likelihood) -> None:
+        """ValueError where the released scale, of a fixed std of a step, has no meaning."""
+        if not self.beta or self.kind != "released":
+            return
+        if not likelihood.scores_steps:
+            name = type(likelihood).__name__
+            raise ValueError(f"the released KL is of denoising steps, and {name} has none: use kl.kind=exact")
+        if policy.kernel.learns_std:
+            raise ValueError(
+                f"the released KL is |dmu|^2 / (2 g^2) for one fixed g, but {type(policy.kernel).__name__} learns its "
+                "std: use kl.kind=exact"
+            )
+
+    def pairs(self, policy: FlowPolicy, likelihood: Likelihood, score: Score, evidence: Evidence) -> Tensor:
+        """(M, R) of scored pairs whose reference was recorded, without beta."""
+        gain = likelihood.gain(policy, evidence) if self.kind == "velocity" else None
+        return reference_kl(self.kind, score.dist, evidence, likelihood.reduce, gain)
+
+
+def check_entropy(policy: FlowPolicy, likelihood: Likelihood) -> None:
+    """ValueError where an entropy bonus has no gradient, or there is no density."""
+    if not likelihood.scores_steps:
+        name = type(likelihood).__name__
+        raise ValueError(f"{name} knows no density, so there is no entropy to reward: use entropy=0")
+    if not policy.kernel.learns_std:
+        raise ValueError(
+            f"{type(policy.kernel).__name__} has a fixed std, so its entropy has no gradient: use entropy=0 or "
+            "kernel=learned_noise"
+        )
+
+
+def reference_kl(kind: KLKind, dist: Gaussian, evidence: Evidence, reduce: Reduce, gain: Tensor | None) -> Tensor:
+    """KL to the reference per pair (N, R).
+
+    'exact': the Gaussian KL of the step in nats. 'velocity': |v - v_ref|^2 = |dmu|^2 / gain^2.
+    'released': Flow-GRPO's |dmu|^2 / (2 g^2) with g^2 = S^2 / dt, i.e. dt times the exact KL.
+    """
+    if evidence.ref_mean is None or evidence.ref_std is None:
+        raise ValueError("no reference was recorded: ask the learner for a kl term before the rollout is scored")
+    if kind == "velocity":
+        assert gain is not None
+        return reduce_events((dist.mean - evidence.ref_mean).square(), reduce, batch_dims=2) / gain.square()
+    exact = dist.kl(Gaussian(evidence.ref_mean, evidence.ref_std), reduce, batch_dims=2)
+    return exact if kind == "exact" else exact * (evidence.t_next - evidence.t)
