@@ -166,7 +166,10 @@ def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str) -> list[s
         if any(fnmatchcase(path, pattern) for pattern in MAY_CHANGE_ON_RESUME):
             continue
         a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
+        same = path not in COMPONENTS or (
+            isinstance(a, dict) and isinstance(b, dict) and a.get("name") == b.get("name")
+        )
+        if isinstance(a, dict) and isinstance(b, dict) and same:
             found += _difference(a, b, f"{path}.")
         elif a != b:
             found.append(f"{path}: {a!r} -> {b!r}")

@@ -26,9 +26,10 @@ from rlflow.flow.steps import Plan, Steps, deterministic
 from rlflow.flow.weights import WeightSets
 from rlflow.types import Chain, Cond, Tree, num_rows, tree_leaves, tree_map
 
-CPU_ROWS = 4
-"""Rows of a network pass on the CPU are filled up to a multiple of this: matrix kernels for a few rows add in
-another order, and sampling 96 rows but scoring 7 would give a first ratio of 1 + 1e-7 in place of exactly 1."""
+CPU_ROWS = 16
+"""Rows of a network pass on the CPU are filled up to a multiple of this: matrix kernels for a few rows (up to 3 on one
+maker's processors, 15 on another's) add in another order, and sampling 96 rows but scoring 7 would give a first ratio
+of 1 + 1e-7 in place of exactly 1."""
 
 
 def _filled_up(x: Tensor, multiple: int) -> Tensor | None:

@@ -86,7 +86,7 @@ REFUSED = {
     "algorithm.critic_lr=2": r"^algorithm\.critic_lr: must be in \(0, 1\], got 2",
     "algorithm.optimizer.weight_decay=1e38": r"^algorithm\.optimizer\.weight_decay: must be at most 1e30, got",
     "algorithm.optimizer.betas=[0.9, -1e40]": r"^algorithm\.optimizer\.betas: must be in \[0, 1\), got -1e\+40",
-    "algorithm.objective.high=1e300": r"^algorithm\.objective\.high: must be at most 1e30, got 1e\+300",
+    "algorithm.objective.high=1e300": r"^algorithm\.objective\.high: must be at most 1e30, got 1",
     "policy.kernel={name: flow_sde, a: 1e200}": r"^policy\.kernel\.a: must be at most 1e30, got",
     "policy.grid={name: from_sigmas, sigmas: [-1e31, 0]}": r"^policy\.grid\.sigmas: must be at most 1e30, got",
     "reward.weights={brightness: -1e38}": r"^reward\.weights\.brightness: must be at most 1e30, got -1",
@@ -238,11 +238,8 @@ def test_an_override_changes_exactly_its_key(override: str, path: str, value: ob
     for part in path.split("."):
         found = found[part]
     assert found == value
-    assert [line.partition(":")[0] for line in _all_differences(before, after)] in (
-        [path],
-        [f"{path}.a"],
-        [f"{path}.target_kl"],
-    )
+    (line,) = _all_differences(before, after)
+    assert line.startswith((f"{path}: ", f"{path}."))
 
 
 def _all_differences(before: dict, after: dict) -> list[str]:

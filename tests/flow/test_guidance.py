@@ -116,8 +116,8 @@ class TestWrapper:
 
     def test_policy_counts_both_branches(self, wrapper, field, inputs):
         policy = FlowPolicy(wrapper(field, 3.0), FlowSDE(), num_steps=5)
-        policy.sample(inputs[3].index(torch.arange(4)))  # a multiple of 4: nothing is filled up
-        assert policy.network_rows == 5 * 8 == sum(field.rows)
+        policy.sample(inputs[3].index(torch.arange(16) % 6))  # a multiple of 16: nothing is filled up
+        assert policy.network_rows == 5 * 32 == sum(field.rows)
         assert wrapper(wrapper(field, 3.0), 2.0).calls == 4
 
     def test_a_detached_branch_is_the_same_velocity_in_a_call_without_a_graph(self, wrapper, inputs):

@@ -208,7 +208,9 @@ class TestGradientByHand:
 
     def test_guard_multiplies_each_step_by_its_std_over_its_dt(self, make, gradient):
         """At unchanged weights, where the re-centring has no gradient; one scored step, so one factor."""
-        plain, guarded = (make(steps=LastN(1, skip_last=1), guard=g, clip_low=10.0) for g in (False, True))
+        plain, guarded = (
+            make(steps=LastN(1, skip_last=1), objective=partial(kind, low=10.0)) for kind in (Clip, Guard)
+        )
         rollout = plain.collect()
         t, t_next = rollout.evidence.t[0, 0], rollout.evidence.t_next[0, 0]
         std = 0.7 * ((1 - t) / t * (t_next - t)).sqrt()
@@ -226,6 +228,20 @@ class TestGradientByHand:
         close(difference, torch.cat([g.flatten() for g in expected]))
         assert bool(difference.any())
 
+    @pytest.mark.parametrize("micro_batch", [3, 1000])
+    @pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=repr)
+    def test_the_kl_estimate_is_of_the_ratio_that_is_clipped(self, make, gradient, likelihood, micro_batch):
+        """mean (r - 1 - log r), of the sum of the columns where they are joint."""
+        parts = make(likelihood=likelihood, micro_batch=micro_batch)
+        rollout = parts.collect()
+        shaken(parts)
+        metrics = gradient(parts, rollout)[1]
+        with torch.no_grad():
+            score = likelihood.score(parts.policy, rollout.cond, rollout.evidence)
+        log_ratio = likelihood.log_ratio(score.log_prob, rollout.evidence)
+        expected = (log_ratio.exp() - 1 - log_ratio).mean()
+        assert metrics["policy/approx_kl"] == pytest.approx(float(expected), rel=1e-9)
+
     def test_clip_metrics_are_of_the_ratio_that_is_clipped(self, make, gradient):
         """Ten joint columns leave the range when a single one does not."""
 
@@ -236,7 +252,7 @@ class TestGradientByHand:
             return gradient(parts, rollout)[1]
 
         single, joint = of(ChainLikelihood("sum")), of(JOINT)
-        assert single["policy/approx_kl"] == pytest.approx(joint["policy/approx_kl"])
+        assert joint["policy/approx_kl"] > 3 * single["policy/approx_kl"]
         assert joint["policy/clip_frac"] > single["policy/clip_frac"] > 0
         assert joint["policy/ratio_mean"] != pytest.approx(single["policy/ratio_mean"], abs=1e-6)
 
