@@ -15,8 +15,16 @@ from typing import Any
 
 import torch
 
+SHORTEST, LONGEST = 1e-3, 1e6
+"""Seconds of a limit that somebody can have meant: no answer comes within less, and locks cannot wait for much more."""
 MAX_LATE = 4
 """Threads still busy with calls that timed out, per function; beyond it a call fails at once."""
+
+
+def check_seconds(what: str, value: float) -> None:
+    """ValueError unless `value` is a limit of time that can be kept; `what` names the setting."""
+    if not SHORTEST <= value <= LONGEST:
+        raise ValueError(f"{what} must be seconds from {SHORTEST:g} to {LONGEST:g}, got {value}")
 
 
 class _Call:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlflow.rewards.base import Elsewhere, SomeRows
+from rlflow.rewards.base import Elsewhere
 from rlflow.rewards.component import reads
 from rlflow.rewards.remote.ask import Asker, NoAnswer, Patience, Request, check_url, read_token
 from rlflow.rewards.remote.breaker import Breaker
 from rlflow.rewards.remote.wire import TYPE, Batch, pack, read_answer
+from rlflow.rewards.scores import SomeRows
 
 PROTOCOL = 1
 

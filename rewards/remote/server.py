@@ -21,12 +21,12 @@ from typing import Any
 
 from torch import Tensor
 
-from rlflow.rewards.base import Scores, as_scores
 from rlflow.rewards.calls import Deadline
 from rlflow.rewards.component import column_names
 from rlflow.rewards.remote.ask import is_loopback
 from rlflow.rewards.remote.client import PROTOCOL
 from rlflow.rewards.remote.wire import Batch, answer, unpack
+from rlflow.rewards.scores import Scores, scored
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,11 @@ class Service:
 
     def _score(self, batch: Batch) -> Tensor:
         try:
-            scores = as_scores(self._call({name: batch.columns[name] for name in self.columns}), batch.rows)
+            given = {name: batch.columns[name] for name in self.columns}
+            scores, reason = scored(lambda: self._call(given), batch.rows)
+            if reason is not None:
+                self.errors += 1
+                log.warning("reward %r scored some rows only: %s", self.name, reason)
         except TimeoutError as error:
             self.errors += 1
             raise Refused(504, str(error)) from None

@@ -21,9 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlflow.rewards.base import Elsewhere, SomeRows, to_uint8
+from rlflow.rewards.base import Elsewhere, to_uint8
 from rlflow.rewards.remote.ask import Asker, NoAnswer, Patience, Request, check_url, parse_json, read_token
 from rlflow.rewards.remote.breaker import Breaker
+from rlflow.rewards.scores import SomeRows
 
 QUESTION = """The picture was made from this description: {prompt}
 How well does it show what the description says: every object, number, colour, position and text? Ignore beauty.
