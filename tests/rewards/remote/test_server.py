@@ -20,14 +20,16 @@ from torch import Tensor
 pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 import httpx2
+from safetensors.torch import save
 
 from rlflow import cli
 from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rewards.jpeg import jpeg_compressibility
 from rlflow.rewards.remote.client import Remote
 from rlflow.rewards.remote.door import BUSY
-from rlflow.rewards.remote.server import check_open
+from rlflow.rewards.remote.server import Service, check_open, listen
 from rlflow.rewards.remote.wire import Batch, pack
+from rlflow.rewards.scores import SomeRows
 
 Served = Callable[..., Any]
 QUICK = {"request_s": 2.0, "total_s": 4.0, "tries": 2, "backoff_s": 0.01, "wait_s": 10.0}
@@ -277,9 +279,12 @@ def test_strangers_who_fill_the_room_go_first(served: Served, monkeypatch: pytes
     monkeypatch.setattr("rlflow.rewards.remote.door.MOST_CONNECTIONS", 8)
     with served(brief) as (url, _, server):
         strangers = []
+        content = pack(Batch("a", 1, {"prompt": ["a"]}))
+        ask = HALF_A_HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(content) + content
         for _ in range(20):
             strangers.append(visitor(url, said))
-            assert compute(Remote(url, **QUICK | {"tries": 1}))[0].tolist() == [1.0] * 7
+            with visitor(url, ask) as ours:
+                assert ended(ours).endswith(b'{"id": "a", "scores": [1.0]}')
             assert len(server.server_state.connections) <= 8 + 1, "one that goes may be there still"
         for connection in strangers[:12]:
             assert ended(connection) in (b"", BUSY)
@@ -299,7 +304,9 @@ def test_bytes_that_fill_the_room_make_the_oldest_upload_go(served: Served, monk
         assert service.rows == 1
 
 
-def test_uploads_that_are_broken_off_are_quiet(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+def test_uploads_that_are_broken_off_are_quiet(
+    served: Served, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     with served(brief) as (url, service, _):
         for said in (b"", b"\x16\x03\x01", b"GET", HALF_A_HEAD, HALF_A_BODY, b"\r\n" * 50, b"a" * 2**17):
             for how in (socket.SHUT_WR, socket.SHUT_RDWR):
@@ -308,6 +315,7 @@ def test_uploads_that_are_broken_off_are_quiet(served: Served, caplog: pytest.Lo
         assert compute(Remote(url, **QUICK))[0].tolist() == [1.0] * 7
         assert service.rows == 7
     assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    assert capfd.readouterr().err == "", "nor by the web server's own log"
 
 
 def test_a_port_that_is_taken_is_said_before_the_address() -> None:
