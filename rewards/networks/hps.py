@@ -75,7 +75,10 @@ def _renamed(name: str) -> str:
 def load_hps(checkpoint: Path, base: Source, device: str, offload: bool, precision: Precision) -> Clip:
     """The converted model, the same one for every reward that asks alike."""
     transformers = need_transformers()
-    network = transformers.CLIPModel(base.load(transformers.CLIPConfig.from_pretrained, "config.json of a CLIP"))
+    config = base.load(transformers.AutoConfig.from_pretrained, "config.json of a CLIP")
+    if not isinstance(config, transformers.CLIPConfig):
+        raise SettingError(base.setting, f"{base.name!r} is a {config.model_type}, no clip")
+    network = transformers.CLIPModel(config)
     weights = convert(read_weights(checkpoint))
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     if other := [name for name, value in weights.items() if shapes.get(name, value.shape) != tuple(value.shape)]:

@@ -117,10 +117,17 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a name stands twice")
+    return table
+
+
 def parse_json(content: bytes | str) -> Any:
-    """Strict JSON: no NaN, no Infinity; ValueError with the beginning of what it was instead."""
+    """Strict JSON: no NaN, no Infinity, no name twice; ValueError with the beginning of what it was instead."""
     try:
-        return json.loads(content, parse_constant=_refuse)
+        return json.loads(content, parse_constant=_refuse, object_pairs_hook=_table)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error}): {content[:60]!r}") from None
 

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import socket
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_S = 10.0
 MOST_BYTES = 2**30
 """Of all requests that arrive, wait or are scored."""
 MOST_CONNECTIONS = 256
+QUEUE = 1024
+"""Connections that the system holds until they are let in."""
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
@@ -37,7 +41,7 @@ class Door:
         self.inside: set[Visitor] = set()
 
     def make_room(self) -> None:
-        """Turn away who has owed the longest until all fit; those whose request is here whole stay."""
+        """Turn away who has owed the longest until all fit; those whose first request is here whole stay."""
         while len(self.inside) > self.most or sum(v.held for v in self.inside) > self.most_bytes:
             owing = [v for v in self.inside if v.owes]
             if not owing:
@@ -50,13 +54,13 @@ class Visitor(H11Protocol):
 
     def __init__(self, *args: Any, door: Door, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.door, self.since, self.held = door, 0.0, 0
+        self.door, self.since, self.held, self.answered = door, 0.0, 0, False
         self.patience: asyncio.TimerHandle | None = None
 
     @property
     def owes(self) -> bool:
-        """Whether its request is not here whole."""
-        return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        """Whether its request is not here whole; who has had an answer and asks for more may ask anew."""
+        return self.answered or self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
 
     def turn_away(self) -> None:
         """End the connection; who has had no answer yet gets 503."""
@@ -99,8 +103,19 @@ class Visitor(H11Protocol):
 
     def on_response_complete(self) -> None:
         """They have their answer, and may ask again."""
+        self.answered = True
         self._wait()
         super().on_response_complete()
+
+
+class Host(uvicorn.Server):
+    """A web server at whose door a queue may form, though it lets in but a few at once."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to serve; asyncio takes one number for both, so the queue is made longer afterwards."""
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(QUEUE)
 
 
 def visitors(most: int) -> Callable[..., Visitor]:

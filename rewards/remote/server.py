@@ -164,17 +164,16 @@ def listen(service: Service, host: str, port: int) -> tuple[Any, socket.socket]:
     app = make_app(service)
     import uvicorn
 
-    from rlflow.rewards.remote.door import room, visitors
+    from rlflow.rewards.remote.door import QUEUE, Host, room, visitors
 
     most = room()
-    queue = max(4, most // 4)  # as many are let in at once, before anyone can be turned away
     config = uvicorn.Config(
         app,
         http=visitors(most),
         ws="none",
         log_level="error",
         access_log=False,
-        backlog=queue,
+        backlog=max(4, most // 4),  # as many are let in at once, before anyone can be turned away
         timeout_graceful_shutdown=GRACE_S,
     )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -182,12 +181,12 @@ def listen(service: Service, host: str, port: int) -> tuple[Any, socket.socket]:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen(queue)
+        listener.listen(QUEUE)
     except (OSError, OverflowError) as error:
         listener.close()
         why = error.strerror if isinstance(error, OSError) else error
         raise OSError(f"cannot listen on {host}:{port}: {why}; choose another --port") from None
-    return uvicorn.Server(config), listener
+    return Host(config), listener
 
 
 def check_open(host: str, token: str | None, token_env: str) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+import transformers
 from huggingface_hub import constants
 
 from rlflow.models import hub
@@ -124,9 +125,7 @@ def test_what_is_on_this_disk_needs_no_network(
 
 def test_a_missing_tokenizer_is_not_replaced_by_an_empty_one(without: Callable[..., str]) -> None:
     """transformers makes one that knows two tokens, with which every prompt is alike."""
-    with pytest.raises(
-        ValueError, match=r"model: .*has a tokenizer of \d tokens for a network of 448|holds no tokenizer"
-    ):
+    with pytest.raises(ValueError, match=r"model: .*has a tokenizer of \d tokens for a network of 514:"):
         ClipScore(without(*TOKENIZER))
     with pytest.raises(ValueError, match=rf"model: .* holds no {PREPROCESSOR}"):
         ClipScore(without(PREPROCESSOR))
