@@ -40,5 +40,5 @@ def _tensors(columns: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Te
 
 def _mark(value: Tensor) -> int:
     if value.device.type == "cpu":
-        return zlib.crc32(value.detach().contiguous().flatten().view(torch.uint8).numpy())
+        return zlib.crc32(value.detach().contiguous().flatten().view(torch.uint8).numpy().data)
     return 0 if value.is_inference() else value._version  # one of inference mode cannot be written to elsewhere

@@ -150,6 +150,7 @@ class Asker:
         self.url, self.patience, self.breaker = url, patience, breaker
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
         self._trust_env = not is_loopback(urlsplit(url).hostname)  # proxies of the environment
+        self._certificates = self.httpx.create_ssl_context(trust_env=self._trust_env)  # a tenth of a second each
 
     def ask(self, requests: Sequence[Request]) -> list[Any]:
         """The answer of each request, in order; in its place a NoAnswer where there is none."""
@@ -166,7 +167,10 @@ class Asker:
     def _client(self) -> Any:
         # the time of a whole try is limited here: the client's own limits begin anew with every byte
         return self.httpx.AsyncClient(
-            timeout=None, headers={"accept-encoding": "identity"} | self._headers, trust_env=self._trust_env
+            timeout=None,
+            headers={"accept-encoding": "identity"} | self._headers,
+            trust_env=self._trust_env,
+            verify=self._certificates,
         )
 
     async def _all(self, requests: Sequence[Request]) -> list[Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from rlflow.rewards.component import column_names
 
 
-def annotations(fn: Callable[..., Any]) -> dict[str, Any]:
+def types_of(fn: Callable[..., Any]) -> dict[str, Any]:
     """Types by parameter, as far as they can be had, of a function, a partial one, or a class's `__call__`."""
     target = fn.func if isinstance(fn, functools.partial) else fn
     try:
@@ -32,7 +32,7 @@ class Expected:
     """The columns of a reward with their types."""
 
     def __init__(self, fn: Callable[..., Any]):
-        self.names, types = column_names(fn), annotations(fn)
+        self.names, types = column_names(fn), types_of(fn)
         self._lists: dict[str, pydantic.TypeAdapter[Any]] = {}
         self._tensors = [name for name in self.names if types.get(name) is Tensor]
         for name in set(self.names) & set(types) - set(self._tensors):
