@@ -25,13 +25,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlflow.rewards.calls import Deadline, Pending
+from rlflow.rewards.calls import Deadline, Pending, check_seconds
 from rlflow.rewards.component import column_names
+from rlflow.rewards.scores import Scores, scored
+from rlflow.rewards.watch import Watch, own
 
 log = logging.getLogger(__name__)
 
-Scores = Tensor | NDArray[Any] | Sequence[float | None]
-"""(N,) numbers; None or nan where there is no score."""
 Normalize = Literal["none", "reward", "advantage"]
 MAX_WARNINGS = 20
 
@@ -44,7 +44,7 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Reward:
-    """A named reward function with its weight (0: logged only) and its time limit in seconds per batch."""
+    """A named reward function with its weight (0: logged only) and its time limit in seconds per batch (inf: none)."""
 
     name: str
     fn: Callable[..., Scores | None]
@@ -56,8 +56,8 @@ class Reward:
             raise ValueError(f"reward name {self.name!r}: use letters, digits, _ (it names a metric)")
         if not math.isfinite(self.weight):
             raise ValueError(f"reward {self.name!r}: weight must be finite, got {self.weight}")
-        if not self.timeout_s > 0:
-            raise ValueError(f"reward {self.name!r}: timeout_s must be positive, got {self.timeout_s}")
+        if self.timeout_s != math.inf:
+            check_seconds(f"reward {self.name!r}: timeout_s", self.timeout_s)
         if not self.columns:
             raise ValueError(f"reward {self.name!r} reads no column: name its parameters images, prompt, ...")
 
@@ -69,27 +69,6 @@ class Reward:
 
 class Elsewhere:
     """Base of rewards that wait for another machine: they are asked first, and the others computed meanwhile."""
-
-
-class SomeRows(Exception):
-    """Raised by a reward that could score only some rows: carries their scores, nan elsewhere, and says why."""
-
-    def __init__(self, scores: Scores, reason: str):
-        super().__init__(reason)
-        self.scores = scores
-
-
-def as_scores(value: Scores | None, num_rows: int) -> Tensor:
-    """(N,) float32 on the host, nan for None, nan and inf; ValueError on a wrong length or shape."""
-    if value is None:
-        return torch.full((num_rows,), torch.nan)
-    if isinstance(value, Tensor):
-        scores = value.detach().to("cpu", torch.float32)
-    else:
-        scores = torch.tensor([math.nan if v is None else float(v) for v in value], dtype=torch.float32)
-    if scores.shape != (num_rows,):
-        raise ValueError(f"returned shape {tuple(scores.shape)} for {num_rows} rows, must be ({num_rows},)")
-    return torch.where(scores.isfinite(), scores, torch.nan)
 
 
 def masked_moments(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,6 +153,7 @@ class RewardSet:
         self._meter = {n: _Meter() for n in names}
         self._rows, self._invalid = 0, 0
         self._warned: set[tuple[str, str]] = set()
+        self._spoilers: set[str] = set()
         self._lock = threading.Lock()
 
     @property
@@ -195,33 +175,57 @@ class RewardSet:
                 raise ValueError(f"reward {r.name!r} reads column {name!r}, known: {sorted(available)}{hint}")
 
     def compute(self, columns: Mapping[str, Any], num_rows: int) -> dict[str, Tensor]:
-        """Score a batch: name -> (N,) float32 on the host, nan where there is no score."""
+        """Score a batch: name -> (N,) float32 on the host, nan where there is no score.
+
+        A reward that changes a tensor in place leaves this batch without any score, is named, and gets copies of its
+        own from then on; a list it may change as it likes.
+        """
         self.check_columns(list(columns))
         finite = _finite_rows(columns.get("images"), num_rows)
         with self._lock:
+            watch = Watch(columns)
             asked = [r for r in self.rewards if isinstance(r.fn, Elsewhere)]
-            pending = {r.name: self._call[r.name].start({c: columns[c] for c in r.columns}) for r in asked}
-            here_first = sorted(self.rewards, key=lambda r: r.name in pending)
-            scores = {r.name: self._score(r, columns, finite, pending.get(r.name)) for r in here_first}
-            return {r.name: scores[r.name] for r in self.rewards}
+            pending = {r.name: self._call[r.name].start(self._given(r, columns)) for r in asked}
+            found: dict[str, tuple[Tensor, float]] = {}
+            spoilt = False
+            for r in sorted(self.rewards, key=lambda r: r.name in pending):
+                found[r.name] = self._score(r, columns, finite, pending.get(r.name))
+                if not spoilt and (changed := watch.changed()):
+                    spoilt = True
+                    self._spoils(r.name, changed, num_rows)
+            nothing = torch.full((num_rows,), torch.nan)
+            scores = {r.name: nothing if spoilt else found[r.name][0] for r in self.rewards}
+            for name, values in scores.items():
+                self._count(name, values, found[name][1])
+            return scores
 
-    def _score(self, r: Reward, columns: Mapping[str, Any], finite: Tensor, pending: Pending | None) -> Tensor:
+    def _given(self, r: Reward, columns: Mapping[str, Any]) -> dict[str, Any]:
+        return own(columns, r.columns, copy_tensors=r.name in self._spoilers)
+
+    def _score(
+        self, r: Reward, columns: Mapping[str, Any], finite: Tensor, pending: Pending | None
+    ) -> tuple[Tensor, float]:
+        """Scores (N,) and the seconds they took."""
         num_rows, start = len(finite), time.perf_counter()
         try:
-            value = pending() if pending else self._call[r.name]({c: columns[c] for c in r.columns})
-            scores = as_scores(value, num_rows)
-        except SomeRows as error:
-            scores = as_scores(error.scores, num_rows)
-            self._failed(r.name, str(error), int(scores.isnan().sum()))
+            scores, reason = scored(pending or (lambda: self._call[r.name](self._given(r, columns))), num_rows)
+            if reason is not None:
+                self._failed(r.name, reason, int(scores.isnan().sum()))
         except Exception as error:  # whatever user code raises: the batch has no score, training goes on
             scores = torch.full((num_rows,), torch.nan)
             self._failed(r.name, f"{type(error).__name__}: {error}", num_rows)
-        scores = torch.where(finite, scores, torch.nan)
         spent = pending.spent if pending else time.perf_counter() - start
-        self.masked[r.name] += int(scores.isnan().sum())
-        self.seconds[r.name] += spent
-        self._meter[r.name].add(scores, spent)
-        return scores
+        return torch.where(finite, scores, torch.nan), spent
+
+    def _spoils(self, name: str, changed: Sequence[str], num_rows: int) -> None:
+        self._spoilers.add(name)
+        said = f"it changes {', '.join(changed)} in place, which other rewards read: no score of this batch counts"
+        self._failed(name, f"{said}, and it gets copies of its own from now on (or let it change a clone)", num_rows)
+
+    def _count(self, name: str, scores: Tensor, seconds: float) -> None:
+        self.masked[name] += int(scores.isnan().sum())
+        self.seconds[name] += seconds
+        self._meter[name].add(scores, seconds)
 
     def _failed(self, name: str, message: str, num_rows: int) -> None:
         self.errors[name] += 1

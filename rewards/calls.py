@@ -15,8 +15,18 @@ from typing import Any
 
 import torch
 
+from rlflow.registry import SettingError
+
+SHORTEST, LONGEST = 1e-3, 1e6
+"""Seconds of a limit that somebody can have meant: no answer comes within less, and locks cannot wait for much more."""
 MAX_LATE = 4
 """Threads still busy with calls that timed out, per function; beyond it a call fails at once."""
+
+
+def check_seconds(what: str, value: float, allows_none: bool = False) -> None:
+    """ValueError unless `value` is a time that can be kept, or 0 where that means none; `what` names the setting."""
+    if not SHORTEST <= value <= LONGEST and not (allows_none and value == 0):
+        raise SettingError(what, f"must be seconds from {SHORTEST:g} to {LONGEST:g}, got {value}")
 
 
 class _Call:

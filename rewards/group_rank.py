@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlflow.rewards.base import SomeRows, as_scores
 from rlflow.rewards.component import column_names, make_reward, reads
+from rlflow.rewards.scores import SomeRows, scored
 
 
 class GroupRank:
@@ -28,10 +28,10 @@ class GroupRank:
         """(N,) rank; nan for a row without a score, or without another scored one in its group."""
         group: Tensor = columns["group"]
         given = {name: columns[name] for name in self.columns}
-        try:
-            return ranks(as_scores(self.of(**given), len(group)), group)
-        except SomeRows as some:
-            raise SomeRows(ranks(as_scores(some.scores, len(group)), group), str(some)) from None
+        scores, reason = scored(lambda: self.of(**given), len(group))
+        if reason is not None:
+            raise SomeRows(ranks(scores, group), reason)
+        return ranks(scores, group)
 
 
 def ranks(scores: Tensor, group: Tensor) -> Tensor:

@@ -156,6 +156,13 @@ class UntrustedCodeError(ValueError):
     """A dotted path was met where only registered names are allowed."""
 
 
+class SettingError(ValueError):
+    """A component's own setting is wrong: `located` joins its name to the component's path."""
+
+    def __init__(self, setting: str, message: str):
+        super().__init__(f"{setting}: {message}")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """'; did you mean X?' or the list of what is known."""
     known = sorted(known)
@@ -215,7 +222,7 @@ def located(path: str) -> Iterator[None]:
         if str(error).startswith((f"{path}: ", f"{path}.")):
             raise
         kind = UntrustedCodeError if isinstance(error, UntrustedCodeError) else ValueError
-        raise kind(f"{path}: {error}") from error
+        raise kind(f"{path}{'.' if isinstance(error, SettingError) else ': '}{error}") from error
 
 
 def split_spec(kind: str, spec: Any) -> tuple[str, dict[str, Any]]:

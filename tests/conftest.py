@@ -12,6 +12,7 @@ import json
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
@@ -206,6 +207,29 @@ def half_silent() -> Iterator[str]:
     server.done.set()
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def served() -> Callable[..., Any]:
+    """served(fn, **limits) -> a context: a real server of a reward, as its URL, its Service and the uvicorn server."""
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("starlette")
+    from rlflow.rewards.remote.server import Service, listen
+
+    @contextmanager
+    def serve(fn: Callable[..., Any], **limits: Any) -> Iterator[tuple[str, Service, Any]]:
+        service = Service("r", fn, **limits)
+        server, listener = listen(service, "127.0.0.1", 0)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", service, server
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
+
+    return serve
 
 
 # -- a network of 20k weights that trains in milliseconds, and runs made of it --------------------

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch.nn as nn
 from torch import Tensor
 
+from rlflow.registry import SettingError
 from rlflow.rewards.networks.embed import load_clip
-from rlflow.rewards.networks.hub import Precision, read_weights
+from rlflow.rewards.networks.hub import Precision, Source, read_weights
 
 
 class Aesthetic:
@@ -32,12 +33,13 @@ class Aesthetic:
         precision: Precision = "float32",
     ):
         if not Path(head).is_file():
-            raise ValueError(f"head {head!r}: no such file; give LAION's sac+logos+ava1-l14-linearMSE.pth")
+            raise SettingError("head", f"{head!r}: no such file; give LAION's sac+logos+ava1-l14-linearMSE.pth")
         self.head = linear_layers(read_weights(Path(head)))
-        self.clip = load_clip(model, model, device, offload, precision)
+        source = Source(model, "model")
+        self.clip = load_clip(source, source, device, offload, precision)
         wants, has = self.head[0].in_features, self.clip.network.network.config.projection_dim
         if wants != has:
-            raise ValueError(f"head {head!r} reads vectors of {wants} numbers, model {model!r} makes {has}")
+            raise SettingError("head", f"{head!r} reads vectors of {wants} numbers, model {model!r} makes {has}")
 
     def __call__(self, images: Tensor) -> Tensor:
         """(N,) score."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from rlflow.rewards.networks.embed import load_clip
-from rlflow.rewards.networks.hub import Precision
+from rlflow.rewards.networks.hub import Precision, Source
 
 
 class ClipScore:
@@ -28,7 +28,8 @@ class ClipScore:
         offload: bool = False,
         precision: Precision = "float32",
     ):
-        self.clip = load_clip(model, model, device, offload, precision)
+        source = Source(model, "model")
+        self.clip = load_clip(source, source, device, offload, precision)
         self.scale, self.prefix = scale, prefix
 
     def __call__(self, images: Tensor, prompt: Sequence[str]) -> Tensor:

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlflow.rewards.networks.hub import OnDevice, Precision, check_source, need_transformers
+from rlflow.registry import SettingError
+from rlflow.rewards.networks.hub import OnDevice, Precision, Source, need_transformers
 
 ALIASES = {
     "mouse": "computer mouse",
@@ -191,18 +192,17 @@ class Owl:
         return {name: sorted(found, key=lambda f: -f.score) for name, found in out.items()}
 
 
-def load_detector(model: str, device: str, offload: bool, precision: Precision, side: int) -> Detector:
+def load_detector(source: Source, device: str, offload: bool, precision: Precision, side: int) -> Detector:
     """The detector of a folder or a name on the hub; ValueError for a kind that is not known here."""
     transformers = need_transformers()
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    config = transformers.AutoConfig.from_pretrained(check_source(model, "detector"))
-    pixels, _ = ImageProcessingMixin.get_image_processor_dict(model)
+    config = source.load(transformers.AutoConfig.from_pretrained, "config.json of a network")
     if config.model_type == "mask2former":
-        network = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(model)
-        return Mask2Former(OnDevice(network, device, offload, precision), config.id2label, pixels, side)
+        network = source.network(transformers.Mask2FormerForUniversalSegmentation)
+        placed = OnDevice(network, device, offload, precision)
+        return Mask2Former(placed, config.id2label, source.preprocessor(), side)
     if config.model_type == "owlv2":
-        network = transformers.Owlv2ForObjectDetection.from_pretrained(model)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        return Owl(OnDevice(network, device, offload, precision), tokenizer, pixels)
-    raise ValueError(f"detector {model!r} is a {config.model_type}: give a mask2former of COCO instances, or an owlv2")
+        network = source.network(transformers.Owlv2ForObjectDetection)
+        tokenizer = source.tokenizer(int(config.text_config.vocab_size))
+        return Owl(OnDevice(network, device, offload, precision), tokenizer, source.preprocessor())
+    what = f"{source.name!r} is a {config.model_type}"
+    raise SettingError(source.setting, f"{what}: give a mask2former of COCO instances, or an owlv2")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlflow.rewards.memory import BatchMemory
-from rlflow.rewards.networks.hub import OnDevice, Precision, check_source, need_transformers
+from rlflow.rewards.networks.hub import OnDevice, Precision, Source, need_transformers
 
 log = logging.getLogger(__name__)
 
@@ -120,19 +120,14 @@ class Clip:
         return (self.images(images) * self.texts(texts)).sum(-1)
 
 
-def read_processor(source: str) -> tuple[Any, Pixels]:
-    """Tokenizer and preprocessor of a folder or a name on the hub."""
-    transformers = need_transformers()
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    values, _ = ImageProcessingMixin.get_image_processor_dict(source)
-    return transformers.AutoTokenizer.from_pretrained(source), Pixels.read(values)
+def read_processor(source: Source, config: Any) -> tuple[Any, Pixels]:
+    """Tokenizer and preprocessor, for a network of `config`."""
+    pixels = Pixels.read(source.preprocessor())
+    return source.tokenizer(int(config.text_config.vocab_size)), pixels
 
 
 @functools.cache
-def load_clip(model: str, processor: str, device: str, offload: bool, precision: Precision) -> Clip:
-    """The CLIP model of a folder or a name on the hub; the same one for every reward that asks alike."""
-    transformers = need_transformers()
-    network = transformers.CLIPModel.from_pretrained(check_source(model, "model"))
-    tokenizer, pixels = read_processor(check_source(processor, "processor"))
-    return Clip(OnDevice(network, device, offload, precision), tokenizer, pixels)
+def load_clip(model: Source, processor: Source, device: str, offload: bool, precision: Precision) -> Clip:
+    """The CLIP model with its tokenizer and preprocessor; the same one for every reward that asks alike."""
+    network = model.network(need_transformers().CLIPModel)
+    return Clip(OnDevice(network, device, offload, precision), *read_processor(processor, network.config))

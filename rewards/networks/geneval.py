@@ -27,7 +27,7 @@ from rlflow.envs.captions.geneval import COLORS
 from rlflow.rewards.base import to_uint8
 from rlflow.rewards.networks.detect import Found, Objects, keep, load_detector
 from rlflow.rewards.networks.embed import Clip, load_clip
-from rlflow.rewards.networks.hub import Precision
+from rlflow.rewards.networks.hub import Precision, Source
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +126,9 @@ class GenEval:
         offload: bool = False,
         precision: Precision = "float32",
     ):
-        self.detector = load_detector(detector, device, offload, precision, side)
-        self.colors = ColorJudge(load_clip(clip, clip, device, offload, precision))
+        self.detector = load_detector(Source(detector, "detector"), device, offload, precision, side)
+        source = Source(clip, "clip")
+        self.colors = ColorJudge(load_clip(source, source, device, offload, precision))
         own = self.detector
         self.soft = soft
         self.threshold = own.threshold if threshold is None else threshold

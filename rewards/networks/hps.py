@@ -15,8 +15,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from rlflow.registry import SettingError
 from rlflow.rewards.networks.embed import Clip, read_processor
-from rlflow.rewards.networks.hub import OnDevice, Precision, check_source, need_transformers, read_weights, source_file
+from rlflow.rewards.networks.hub import OnDevice, Precision, Source, need_transformers, read_weights
 
 FILE = "HPS_v2.1_compressed.pt"
 
@@ -71,19 +72,25 @@ def _renamed(name: str) -> str:
 
 
 @functools.cache
-def load_hps(checkpoint: str, base: str, device: str, offload: bool, precision: Precision) -> Clip:
+def load_hps(checkpoint: Path, base: Source, device: str, offload: bool, precision: Precision) -> Clip:
     """The converted model, the same one for every reward that asks alike."""
     transformers = need_transformers()
-    is_file = Path(checkpoint).is_file()
-    path = Path(checkpoint) if is_file else source_file(check_source(checkpoint, "checkpoint"), FILE)
-    network = transformers.CLIPModel(transformers.CLIPConfig.from_pretrained(check_source(base, "base")))
-    missing, unexpected = network.load_state_dict(convert(read_weights(path)), strict=False)
+    config = base.load(transformers.AutoConfig.from_pretrained, "config.json of a CLIP")
+    if not isinstance(config, transformers.CLIPConfig):
+        raise SettingError(base.setting, f"{base.name!r} is a {config.model_type}, no clip")
+    network = transformers.CLIPModel(config)
+    weights = convert(read_weights(checkpoint))
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    if other := [name for name, value in weights.items() if shapes.get(name, value.shape) != tuple(value.shape)]:
+        raise SettingError(
+            "checkpoint", f"{checkpoint} is of another size than base {base.name!r}: {sorted(other)[:3]}"
+        )
+    missing, unexpected = network.load_state_dict(weights, strict=False)
     missing = [name for name in missing if not name.endswith("position_ids")]  # a constant
     if missing or unexpected:
-        raise ValueError(
-            f"{path} does not fit base {base!r}: it lacks {sorted(missing)[:3]} and brings {sorted(unexpected)[:3]}"
-        )
-    return Clip(OnDevice(network, device, offload, precision), *read_processor(base))
+        lacks = f"it lacks {sorted(missing)[:3]} and brings {sorted(unexpected)[:3]}"
+        raise SettingError("checkpoint", f"{checkpoint} does not fit base {base.name!r}: {lacks}")
+    return Clip(OnDevice(network, device, offload, precision), *read_processor(base, network.config))
 
 
 class HPS:
@@ -97,7 +104,9 @@ class HPS:
         offload: bool = False,
         precision: Precision = "float32",
     ):
-        self.clip = load_hps(checkpoint, base, device, offload, precision)
+        given = Path(checkpoint)
+        path = given if given.is_file() else Source(checkpoint, "checkpoint").file(FILE)
+        self.clip = load_hps(path, Source(base, "base"), device, offload, precision)
 
     def __call__(self, images: Tensor, prompt: Sequence[str]) -> Tensor:
         """(N,) cosine."""

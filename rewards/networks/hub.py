@@ -6,18 +6,26 @@ read with weights_only=True: nothing of a stranger's runs here.
 
 from __future__ import annotations
 
+import functools
+import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rlflow.models.hub import only_here, quiet, why_not
+from rlflow.registry import SettingError
+
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -29,7 +37,7 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}; write auto, cpu or cuda") from None
+        raise SettingError("device", f"{name!r}: {str(error).splitlines()[0]}; write auto, cpu or cuda") from None
 
 
 class OnDevice(Generic[M]):
@@ -64,30 +72,73 @@ def need_transformers() -> Any:
     return transformers
 
 
-def check_source(source: str, what: str) -> str:
-    """`source` if it is a folder or may be a name on the hub; ValueError that says what was expected."""
-    if Path(source).is_dir() or (source.count("/") == 1 and not Path(source).is_absolute() and source[0] != "."):
-        return source
-    raise ValueError(f"{what} {source!r}: no such folder, and a name on the hub reads OWNER/NAME")
+@dataclass(frozen=True)
+class Source:
+    """A folder, or a name on the hub, and the setting that says so: two of the same name are equal."""
 
+    name: str
+    setting: str = field(compare=False)
 
-def source_file(source: str, name: str) -> Path:
-    """A file of a folder or of a repository on the hub, downloaded at first use."""
-    if Path(source).is_dir():
-        path = Path(source) / name
-        if not path.is_file():
-            raise FileNotFoundError(f"{source} holds no {name}")
-        return path
-    from huggingface_hub import hf_hub_download
+    def __post_init__(self) -> None:
+        if not self.is_folder and not re.fullmatch(r"[\w.-]*\w[\w.-]*/[\w.-]+", self.name):
+            raise SettingError(self.setting, f"{self.name!r}: no such folder, and a name on the hub reads OWNER/NAME")
 
-    return Path(hf_hub_download(source, name))
+    @property
+    def is_folder(self) -> bool:
+        """Whether it lies on this disk."""
+        return Path(self.name).is_dir()
+
+    def load(self, read: Callable[..., T], holds: str, **options: Any) -> T:
+        """read(name, local_files_only=...) without its noise; SettingError where that fails."""
+        try:
+            with quiet():
+                return read(self.name, local_files_only=only_here(self.name), **options)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # files, networks, access, formats
+            raise SettingError(self.setting, why_not(self.name, holds, error)) from error
+
+    def network(self, kind: Any) -> Any:
+        """A network of a class of transformers; SettingError where weights are missing, which it would draw."""
+        network, info = self.load(kind.from_pretrained, f"weights of a {kind.__name__}", output_loading_info=True)
+        if missing := sorted(set(info["missing_keys"]) & {name for name, _ in network.named_parameters()}):
+            raise SettingError(self.setting, f"{self.name!r} lacks weights of a {kind.__name__}: {missing[:3]}")
+        return network
+
+    def tokenizer(self, num_tokens: int) -> Any:
+        """Its tokenizer, for a network that knows `num_tokens`; transformers makes an empty one where files lack."""
+        found = self.load(need_transformers().AutoTokenizer.from_pretrained, "tokenizer (tokenizer.json, ...)")
+        if not num_tokens / 2 < len(found) <= num_tokens:
+            what = f"{self.name!r} has a tokenizer of {len(found)} tokens for a network of {num_tokens}"
+            raise SettingError(self.setting, f"{what}: give the folder or name that holds the network's own")
+        return found
+
+    def preprocessor(self) -> dict[str, Any]:
+        """Its preprocessor_config.json."""
+        from transformers.image_processing_base import ImageProcessingMixin
+
+        values, _ = self.load(ImageProcessingMixin.get_image_processor_dict, "preprocessor_config.json")
+        return dict(values)
+
+    def file(self, name: str) -> Path:
+        """One of its files, downloaded at first use."""
+        if self.is_folder:
+            if not (path := Path(self.name) / name).is_file():
+                raise SettingError(self.setting, f"the folder {self.name!r} holds no {name}")
+            return path
+        from huggingface_hub import hf_hub_download
+
+        return Path(self.load(functools.partial(hf_hub_download, filename=name), name))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors by name from .safetensors or a torch file, also where they lie under "state_dict"; ValueError else."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    values = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever an unpickler stumbles over in a file that is none of its own
+        raise ValueError(
+            f"{path} cannot be read as weights ({(str(error) or 'it ends early').splitlines()[0]})"
+        ) from error
     values = values.get("state_dict", values) if isinstance(values, Mapping) else values
     if not isinstance(values, Mapping) or not all(isinstance(v, Tensor) for v in values.values()):
         raise ValueError(f"{path} holds no table of weights: give the checkpoint's file")

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from rlflow.registry import SettingError
 from rlflow.rewards.networks.embed import load_clip
-from rlflow.rewards.networks.hub import Precision
+from rlflow.rewards.networks.hub import Precision, Source
 
 
 class PickScore:
@@ -28,8 +29,9 @@ class PickScore:
         precision: Precision = "float32",
     ):
         if divide == 0:
-            raise ValueError("divide must not be 0: write 1 for the score as published")
-        self.clip = load_clip(model, processor, device, offload, precision)
+            raise SettingError("divide", "must not be 0: write 1 for the score as published")
+        sources = Source(model, "model"), Source(processor, "processor")
+        self.clip = load_clip(*sources, device, offload, precision)
         self.divide = divide
 
     def __call__(self, images: Tensor, prompt: Sequence[str]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlflow.rewards.networks.embed import load_clip
-from rlflow.rewards.networks.hub import Precision
+from rlflow.rewards.networks.hub import Precision, Source
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,8 @@ class ImageSimilarity:
         offload: bool = False,
         precision: Precision = "float32",
     ):
-        self.clip = load_clip(model, model, device, offload, precision)
+        source = Source(model, "model")
+        self.clip = load_clip(source, source, device, offload, precision)
         self._known: dict[str, Tensor | None] = {}
 
     def __call__(self, images: Tensor, reference: Sequence[str]) -> Tensor:

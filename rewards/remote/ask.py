@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+from rlflow.registry import SettingError
+from rlflow.rewards.calls import check_seconds
 from rlflow.rewards.remote.breaker import Breaker
 
 log = logging.getLogger(__name__)
@@ -26,6 +28,8 @@ log = logging.getLogger(__name__)
 ASK_AGAIN = (408, 425, 429)
 """Besides 5xx: the request was not at fault."""
 MAX_ANSWER = 16 * 2**20
+MOST = 1000
+"""Tries of a request, requests at the same time."""
 
 
 class NoAnswer(Exception):
@@ -56,8 +60,11 @@ class Patience:
     parallel: int = 4
 
     def __post_init__(self) -> None:
-        if min(self.request_s, self.total_s) <= 0 or self.backoff_s < 0 or min(self.tries, self.parallel) < 1:
-            raise ValueError(f"times must be positive, tries and parallel at least 1, got {self}")
+        for name, allows_none in (("request_s", False), ("total_s", False), ("backoff_s", True)):
+            check_seconds(name, getattr(self, name), allows_none)
+        for name in ("tries", "parallel"):
+            if not 1 <= getattr(self, name) <= MOST:
+                raise SettingError(name, f"must be from 1 to {MOST}, got {getattr(self, name)}")
 
 
 def is_loopback(host: str | None) -> bool:
@@ -72,15 +79,25 @@ def check_url(url: str) -> str:
     """`url` without a slash at its end; ValueError unless it is http(s)://HOST..., without a password in it."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"url {url!r}: write http://HOST:PORT or https://...")
+        raise SettingError("url", f"{url!r} is no address: write http://HOST:PORT or https://...")
     if parts.username or parts.password:
-        raise ValueError("url: a recipe is saved with its run, so no password in it: put a token into the environment")
+        raise SettingError(
+            "url", "a recipe is saved with its run, so no password in it: put a token into the environment"
+        )
     return url.rstrip("/")
 
 
-def read_token(variable: str, url: str) -> str | None:
-    """The token in an environment variable; None without one. It is sent as it is, so only https hides it."""
+def find_token(variable: str) -> str | None:
+    """The token in an environment variable, None without one; ValueError, which does not show it, if none can be so."""
     token = os.environ.get(variable) or None
+    if token and not (token.isascii() and token.isprintable() and " " not in token):
+        raise ValueError(f"{variable} holds a space, a line break or another character that no token has")
+    return token
+
+
+def read_token(variable: str, url: str) -> str | None:
+    """The token to send to `url`, if there is one. It is sent as it is, so only https hides it."""
+    token = find_token(variable)
     parts = urlsplit(url)
     if token and parts.scheme == "http" and not is_loopback(parts.hostname):
         log.warning("%s goes to %s readable for the network between: use https", variable, parts.hostname)
@@ -100,10 +117,17 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a name stands twice")
+    return table
+
+
 def parse_json(content: bytes | str) -> Any:
-    """Strict JSON: no NaN, no Infinity; ValueError with the beginning of what it was instead."""
+    """Strict JSON: no NaN, no Infinity, no name twice; ValueError with the beginning of what it was instead."""
     try:
-        return json.loads(content, parse_constant=_refuse)
+        return json.loads(content, parse_constant=_refuse, object_pairs_hook=_table)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error}): {content[:60]!r}") from None
 
@@ -126,6 +150,7 @@ class Asker:
         self.url, self.patience, self.breaker = url, patience, breaker
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
         self._trust_env = not is_loopback(urlsplit(url).hostname)  # proxies of the environment
+        self._certificates = self.httpx.create_ssl_context(trust_env=self._trust_env)  # a tenth of a second each
 
     def ask(self, requests: Sequence[Request]) -> list[Any]:
         """The answer of each request, in order; in its place a NoAnswer where there is none."""
@@ -142,7 +167,10 @@ class Asker:
     def _client(self) -> Any:
         # the time of a whole try is limited here: the client's own limits begin anew with every byte
         return self.httpx.AsyncClient(
-            timeout=None, headers={"accept-encoding": "identity"} | self._headers, trust_env=self._trust_env
+            timeout=None,
+            headers={"accept-encoding": "identity"} | self._headers,
+            trust_env=self._trust_env,
+            verify=self._certificates,
         )
 
     async def _all(self, requests: Sequence[Request]) -> list[Any]:

@@ -10,13 +10,17 @@ import threading
 import time
 from collections.abc import Callable
 
+from rlflow.registry import SettingError
+from rlflow.rewards.calls import check_seconds
+
 
 class Breaker:
     """Counts failures in a row; thread-safe."""
 
     def __init__(self, failures: int = 6, rest_s: float = 30.0, clock: Callable[[], float] = time.monotonic):
-        if failures < 1 or not rest_s >= 0:
-            raise ValueError(f"a breaker needs failures >= 1 and rest_s >= 0, got {failures} and {rest_s}")
+        if failures < 1:
+            raise SettingError("failures", f"must be 1 or more, got {failures}")
+        check_seconds("rest_s", rest_s, allows_none=True)
         self.failures, self.rest_s, self.clock = failures, rest_s, clock
         self.in_a_row = 0
         self._until = 0.0

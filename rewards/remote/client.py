@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlflow.rewards.base import Elsewhere, SomeRows
+from rlflow.registry import SettingError
+from rlflow.rewards.base import Elsewhere
+from rlflow.rewards.calls import check_seconds
 from rlflow.rewards.component import reads
 from rlflow.rewards.remote.ask import Asker, NoAnswer, Patience, Request, check_url, read_token
 from rlflow.rewards.remote.breaker import Breaker
 from rlflow.rewards.remote.wire import TYPE, Batch, pack, read_answer
+from rlflow.rewards.scores import SomeRows
 
 PROTOCOL = 1
 
@@ -42,13 +45,15 @@ class Remote(Elsewhere):
         token_env: str = "RLFLOW_REWARD_TOKEN",
     ):
         if rows < 1:
-            raise ValueError(f"rows must be 1 or more, got {rows}")
+            raise SettingError("rows", f"must be 1 or more, got {rows}")
+        check_seconds("wait_s", wait_s, allows_none=True)
         url = check_url(url)
         token, patience = read_token(token_env, url), Patience(request_s, total_s, tries, backoff_s, parallel)
+        breaker = Breaker(failures, rest_s)
         columns = _columns(Asker(url, token, patience, Breaker()), wait_s)
         self.__signature__ = reads(columns)
         self.rows = None if "group" in columns else rows
-        self.asker = Asker(f"{url}/score", token, patience, Breaker(failures, rest_s))
+        self.asker = Asker(f"{url}/score", token, patience, breaker)
 
     def __call__(self, **columns: Any) -> Tensor:
         """(N,) scores; SomeRows where some have none."""

@@ -2,18 +2,18 @@
 
     GET  /health   {"status", "reward", "columns", "protocol", "waiting", "rows", "errors"}
     POST /score    a batch of wire.py; answers its scores, or 400 413 (the request), 401 (the token), 408 (too slow),
-                   500 (the reward failed), 503 (too many wait), 504 (the reward took too long)
+                   500 (the reward failed), 503 (too many wait, or no room), 504 (the reward took too long)
 
 One batch is scored at a time, by one thread. It listens on this machine alone unless there is a token, and ends on
-SIGTERM after the batches it has.
+SIGTERM after the batches it has. door.py bounds connections, bytes and idleness.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import logging
-import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +21,12 @@ from typing import Any
 
 from torch import Tensor
 
-from rlflow.rewards.base import Scores, as_scores
-from rlflow.rewards.calls import Deadline
-from rlflow.rewards.component import column_names
-from rlflow.rewards.remote.ask import is_loopback
+from rlflow.rewards.calls import Deadline, check_seconds
+from rlflow.rewards.remote.ask import find_token, is_loopback
 from rlflow.rewards.remote.client import PROTOCOL
-from rlflow.rewards.remote.wire import Batch, answer, unpack
+from rlflow.rewards.remote.columns import Expected
+from rlflow.rewards.remote.wire import Batch, answer, read, widened
+from rlflow.rewards.scores import Scores, scored
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +55,17 @@ class Service:
         max_bytes: int = 256 * 2**20,
         max_waiting: int = 16,
     ):
-        self.name, self.columns, self.max_bytes, self.max_waiting = name, column_names(fn), max_bytes, max_waiting
+        check_seconds("timeout_s (--timeout)", timeout_s)
+        self.name, self.expected, self.max_bytes, self.max_waiting = name, Expected(fn), max_bytes, max_waiting
         self.rows, self.errors, self.waiting = 0, 0, 0
         self._token = token
         self._call = Deadline(name, fn, timeout_s)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="score")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns that the reward reads."""
+        return self.expected.names
 
     def health(self) -> dict[str, Any]:
         """What /health says."""
@@ -96,7 +102,12 @@ class Service:
 
     def _score(self, batch: Batch) -> Tensor:
         try:
-            scores = as_scores(self._call({name: batch.columns[name] for name in self.columns}), batch.rows)
+            columns = widened(batch).columns  # here, or every batch that waits would be four times as large
+            given = {name: columns[name] for name in self.columns}
+            scores, reason = scored(lambda: self._call(given), batch.rows)
+            if reason is not None:
+                self.errors += 1
+                log.warning("reward %r scored some rows only: %s", self.name, reason)
         except TimeoutError as error:
             self.errors += 1
             raise Refused(504, str(error)) from None
@@ -114,11 +125,10 @@ class Service:
         if declared.isdecimal() and int(declared) > self.max_bytes:
             raise Refused(413, f"more than {self.max_bytes} bytes: send fewer rows")
         try:
-            batch = unpack(await self.body(request))
+            batch = read(await self.body(request))
+            self.expected.check(batch.columns)
         except ValueError as error:
             raise Refused(400, str(error)) from None
-        if lacking := [name for name in self.columns if name not in batch.columns]:
-            raise Refused(400, f"reward {self.name!r} reads {list(self.columns)}, the request lacks {lacking}")
         return answer(batch, await self.score(batch))
 
 
@@ -126,42 +136,57 @@ def make_app(service: Service) -> Any:
     """The web application of a service."""
     try:
         from starlette.applications import Starlette
-        from starlette.requests import Request
-        from starlette.responses import JSONResponse
+        from starlette.requests import ClientDisconnect, Request
+        from starlette.responses import Response
         from starlette.routing import Route
     except ImportError:
         raise ImportError("a reward server needs starlette and uvicorn: pip install 'rlflow-torch[remote]'") from None
 
-    async def health(request: Request) -> JSONResponse:
-        return JSONResponse(service.health())
+    def said(value: dict[str, Any], status: int = 200) -> Response:
+        return Response(json.dumps(value), status, media_type="application/json")  # in ASCII, whatever a message holds
 
-    async def score(request: Request) -> JSONResponse:
+    async def health(request: Request) -> Response:
+        return said(service.health())
+
+    async def score(request: Request) -> Response:
         try:
-            return JSONResponse(await service.answer(request))
+            return said(await service.answer(request))
         except Refused as refused:
-            return JSONResponse({"error": str(refused)}, refused.status)
+            return said({"error": str(refused)}, refused.status)
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody reads it
 
     return Starlette(routes=[Route("/health", health), Route("/score", score, methods=["POST"])])
 
 
 def listen(service: Service, host: str, port: int) -> tuple[Any, socket.socket]:
-    """A uvicorn server and its socket, on which `server.run(sockets=[socket])` serves; port 0 takes a free one."""
+    """A uvicorn server and its listening socket, on which `server.run(sockets=[socket])` serves; port 0: a free one."""
     app = make_app(service)
     import uvicorn
 
+    from rlflow.rewards.remote.door import QUEUE, Host, room, visitors
+
+    most = room()
     config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S
+        app,
+        http=visitors(most),
+        ws="none",
+        log_level="error",
+        access_log=False,
+        backlog=max(4, most // 4),  # as many are let in at once, before anyone can be turned away
+        timeout_graceful_shutdown=GRACE_S,
     )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(QUEUE)
     except (OSError, OverflowError) as error:
         listener.close()
         why = error.strerror if isinstance(error, OSError) else error
         raise OSError(f"cannot listen on {host}:{port}: {why}; choose another --port") from None
-    return uvicorn.Server(config), listener
+    return Host(config), listener
 
 
 def check_open(host: str, token: str | None, token_env: str) -> None:
@@ -172,7 +197,7 @@ def check_open(host: str, token: str | None, token_env: str) -> None:
 
 def serve(name: str, fn: Callable[..., Scores | None], host: str, port: int, token_env: str, timeout_s: float) -> None:
     """Serve a reward until SIGTERM or Ctrl-C."""
-    token = os.environ.get(token_env) or None
+    token = find_token(token_env)
     check_open(host, token, token_env)
     service = Service(name, fn, token=token, timeout_s=timeout_s)
     server, listener = listen(service, host, port)

@@ -21,9 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlflow.rewards.base import Elsewhere, SomeRows, to_uint8
+from rlflow.registry import SettingError
+from rlflow.rewards.base import Elsewhere, to_uint8
 from rlflow.rewards.remote.ask import Asker, NoAnswer, Patience, Request, check_url, parse_json, read_token
 from rlflow.rewards.remote.breaker import Breaker
+from rlflow.rewards.scores import SomeRows
 
 QUESTION = """The picture was made from this description: {prompt}
 How well does it show what the description says: every object, number, colour, position and text? Ignore beauty.
@@ -57,10 +59,10 @@ class VLMJudge(Elsewhere):
         rest_s: float = 30.0,
         key_env: str = "OPENAI_API_KEY",
     ):
-        if not low < high:
-            raise ValueError(f"low must be below high, got {low:g} and {high:g}")
+        if not -math.inf < low < high < math.inf:
+            raise SettingError("low", f"must be below high, got {low:g} and {high:g}")
         if "{prompt}" not in question:
-            raise ValueError("question must hold {prompt}, where the description stands")
+            raise SettingError("question", "must hold {prompt}, where the description stands")
         url = check_url(url)
         patience = Patience(request_s, total_s, tries, backoff_s, parallel)
         self.asker = Asker(f"{url}/chat/completions", read_token(key_env, url), patience, Breaker(failures, rest_s))

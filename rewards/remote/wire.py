@@ -25,6 +25,7 @@ from rlflow.rewards.remote.ask import parse_json
 
 TYPE = "application/x-safetensors"
 IMAGES = ("images", "base_images")
+LONGEST_ID = 64
 
 
 @dataclass(frozen=True)
@@ -53,31 +54,49 @@ def _small(name: str, value: Tensor) -> Tensor:
 
 
 def unpack(content: bytes) -> Batch:
-    """The batch of a request; ValueError for anything else."""
+    """The batch of a request, ready to score; ValueError for anything else."""
+    return widened(read(content))
+
+
+def read(content: bytes) -> Batch:
+    """The batch of a request as it came, pictures of 8 bits; ValueError for anything else."""
     try:
         tensors = load(content)
         said = parse_json(bytes(tensors.pop("json").numpy()))
-    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        json.dumps(said, ensure_ascii=False).encode()  # half a character (a lone surrogate) is in no text
+    except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError, UnicodeError) as error:
         raise ValueError(f"not a batch of columns: {type(error).__name__}") from None
-    if not isinstance(said, dict) or not isinstance(said.get("columns"), dict):
+    if not isinstance(said, dict) or not isinstance(lists := said.get("columns"), dict):
         raise ValueError("not a batch of columns")
-    if not isinstance(said.get("id"), str) or not isinstance(said.get("rows"), int) or said["rows"] < 1:
-        raise ValueError("a batch has an id and 1 row or more")
-    columns = {name: _wide(name, value) for name, value in tensors.items()} | said["columns"]
-    for name, value in columns.items():
-        if not isinstance(value, Tensor | list) or len(value) != said["rows"]:
-            raise ValueError(f"column {name!r} has not {said['rows']} rows")
-    return Batch(said["id"], said["rows"], columns)
+    name, rows = said.get("id"), said.get("rows")
+    if not isinstance(name, str) or len(name) > LONGEST_ID or type(rows) is not int or rows < 1:
+        raise ValueError(f"a batch has an id of at most {LONGEST_ID} letters and 1 row or more")
+    if twice := sorted(set(tensors) & set(lists)):
+        raise ValueError(f"columns {twice} come twice, as tensors and as lists")
+    columns = tensors | lists
+    for column, value in columns.items():
+        _check_column(column, value, rows)
+    return Batch(name, rows, columns)
 
 
-def _wide(name: str, value: Tensor) -> Tensor:
-    if name in IMAGES:
-        if value.dtype != torch.uint8 or value.ndim != 4:
-            raise ValueError(f"column {name!r} is not (N, 3, H, W) of 8 bits")
-        return value.float() / 255
-    if value.ndim == 0:
-        raise ValueError(f"column {name!r} has no rows")
-    return value
+def _check_column(name: str, value: Any, rows: int) -> None:
+    if not isinstance(value, Tensor | list) or (isinstance(value, Tensor) and value.ndim == 0) or len(value) != rows:
+        raise ValueError(f"column {name!r} has not {rows} rows")
+    tensor = value if isinstance(value, Tensor) else None
+    if name in IMAGES and (
+        tensor is None or tensor.dtype != torch.uint8 or tensor.ndim != 4 or tensor.shape[1] != 3 or 0 in tensor.shape
+    ):
+        raise ValueError(f"column {name!r} is not (N, 3, H, W) of 8 bits")
+    if name == "group" and (tensor is None or tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex()):
+        raise ValueError(f"column {name!r} is not (N,) of integers")
+    if name == "prompt" and not (tensor is None and all(isinstance(text, str) for text in value)):
+        raise ValueError(f"column {name!r} is no list of texts")
+
+
+def widened(batch: Batch) -> Batch:
+    """The same with its pictures in [0, 1], four times as large."""
+    wide = {name: value.float() / 255 if name in IMAGES else value for name, value in batch.columns.items()}
+    return Batch(batch.id, batch.rows, wide)
 
 
 def answer(batch: Batch, scores: Tensor) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 import logging
 import threading
 import time
+from array import array
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
 from rlflow.rewards.base import Elsewhere, Reward, RewardSet, column_names, standardise, to_uint8
+from rlflow.rewards.scores import SomeRows
 
 NAN = float("nan")
 INF = float("inf")
@@ -67,8 +70,6 @@ def test_none_nan_and_inf_are_masked_and_never_zero(returned, expected):
         (constant([1.0, 2.0]), "(2,)"),
         (constant([1.0] * 4), "(4,)"),
         (constant(torch.ones(3, 1)), "(3, 1)"),
-        (constant(["x", "y", "z"]), "could not convert"),
-        (constant(1.0), "not iterable"),
     ],
 )
 def test_a_failed_call_masks_the_whole_batch_of_that_reward_only(fn, message):
@@ -80,6 +81,123 @@ def test_a_failed_call_masks_the_whole_batch_of_that_reward_only(fn, message):
     assert rewards.errors == {"bad": 1, "good": 0}
     assert rewards.masked == {"bad": 3, "good": 0}
     assert message in rewards.last_error["bad"]
+
+
+@pytest.mark.parametrize("wrap", [lambda value: value, lambda value: SomeRows(value, "some")], ids=["whole", "some"])
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ({1.0: "a", 2.0: "b", 3.0: "c"}, "dict"),
+        ({"a": [1.0, 2.0, 3.0]}, "dict"),
+        ({1.0, 2.0, 3.0}, "set"),
+        (b"123", "bytes"),
+        (bytearray(b"123"), "bytearray"),
+        (memoryview(b"123"), "memoryview"),
+        ("123", "str '123'"),
+        (["1", "2", "3"], "list of shape (3,), whose element 0 is str '1'"),
+        ([1.0, "2", 3.0], "element 1 is str '2'"),
+        ([1.0, 2.0, 3j], "element 2 is complex 3j"),
+        (torch.ones(3, dtype=torch.complex64), "Tensor of shape (3,) and complex64"),
+        (np.ones(3, complex), "ndarray of shape (3,) and complex128"),
+        (np.array(["1", "2", "3"]), "ndarray of shape (3,) and <U1"),
+        (np.array([b"1", b"2", b"3"]), "ndarray of shape (3,) and |S1"),
+        (np.array([1, 2, 3], "datetime64[s]"), "datetime64"),
+        (np.array([1, "2", None], object), "element 1 is str '2'"),
+        (torch.ones(3).to_sparse(), "Tensor of shape (3,)"),
+        (([1.0, 2.0, 3.0], {"n": 1}), "tuple of shape (2,), whose element 0 is list of shape (3,)"),
+        (([1.0], [2.0], [3.0]), "tuple of shape (3, 1)"),
+        ([[1.0]] * 3, "list of shape (3, 1)"),
+        ([torch.ones(1)] * 3, "list of shape (3, 1), whose element 0 is Tensor of shape (1,)"),
+        (np.ones((3, 1)), "ndarray of shape (3, 1)"),
+        (torch.ones(1, 3), "Tensor of shape (1, 3)"),
+        (1.0, "float 1.0"),
+        (iter([1.0, 2.0, 3.0]), "list_iterator"),
+        ([1.0, 2.0], "list of shape (2,)"),
+    ],
+)
+def test_what_is_not_one_real_number_a_row_is_masked_and_named(returned, said, wrap):
+    def fn(prompt):
+        if isinstance(value := wrap(returned), SomeRows):
+            raise value
+        return value
+
+    rewards = RewardSet([reward("bad", fn), reward("good", constant([1.0, 2.0, 3.0]))])
+    scores = rewards.compute(PROMPTS, 3)
+    assert scores["bad"].isnan().all()
+    assert scores["good"].tolist() == [1.0, 2.0, 3.0]
+    assert said in rewards.last_error["bad"]
+    assert rewards.last_error["bad"].endswith("for 3 rows, must be real numbers or None in shape (3,)")
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        (1, 2.0, True),
+        range(1, 4),
+        [torch.tensor(1.0), np.float32(2), np.array(3)],
+        [Fraction(1), np.int8(2), np.bool_(True)],
+        np.array([1, None, 3], object),
+        np.array([1, 2, 3], np.uint16),
+        np.array([1, 2, 3], np.float16)[::-1],
+        torch.tensor([1, 2, 3], dtype=torch.bfloat16, requires_grad=False),
+        array("d", [1, 2, 3]),
+    ],
+)
+def test_real_arrays_and_sequences_of_numbers_are_scores(returned):
+    rewards = RewardSet([reward("r", constant(returned))])
+    expected = [NAN if v is None else float(v) for v in returned]
+    torch.testing.assert_close(rewards.compute(PROMPTS, 3)["r"], torch.tensor(expected), equal_nan=True)
+    assert rewards.errors["r"] == 0
+
+
+def through_numpy(images):
+    pixels = images.numpy()
+    pixels *= 255
+
+
+def through_data(images):
+    images.data.clamp_(0.4, 0.6)
+
+
+@pytest.mark.parametrize("change", [through_numpy, through_data, lambda images: images[:, 0].mul_(2)])
+def test_a_reward_that_changes_images_in_place_is_named_and_reaches_no_other(change, caplog):
+    def changes(images):
+        change(images)
+        return [5.0] * len(images)
+
+    def mean(images):
+        return images.mean((1, 2, 3))
+
+    rewards = RewardSet([reward("before", mean), reward("changes", changes), reward("after", mean)])
+    images = torch.rand(3, 3, 4, 4)
+    first = rewards.compute({"images": images.clone()}, 3)
+    assert all(scores.isnan().all() for scores in first.values()), "who saw what cannot be told"
+    assert rewards.masked == dict.fromkeys(first, 3)
+    assert rewards.errors == {"before": 0, "changes": 1, "after": 0}
+    assert "it changes images in place" in rewards.last_error["changes"]
+    given = images.clone()
+    second = rewards.compute({"images": given}, 3)
+    assert torch.equal(given, images), "from now on it has copies of its own"
+    assert torch.equal(second["after"], mean(images))
+    assert torch.equal(second["before"], mean(images))
+    assert second["changes"].tolist() == [5.0] * 3
+
+
+def test_nothing_is_copied_for_a_reward_that_changes_nothing():
+    images, seen = torch.rand(3, 3, 4, 4), []
+    rewards = RewardSet([reward("r", lambda images, group: seen.extend([images, group]))])
+    rewards.compute({"images": images, "group": torch.arange(3)}, 3)
+    assert seen[0] is images
+
+
+def test_a_list_is_each_rewards_own():
+    def changes(prompt):
+        prompt.reverse()
+        prompt[0][0] = "x"
+        return [1.0] * 3
+
+    rewards = RewardSet([reward("a", changes), reward("b", lambda prompt: [float(p[0]) for p in prompt])])
+    assert rewards.compute({"prompt": [["1"], ["2"], ["3"]]}, 3)["b"].tolist() == [1.0, 2.0, 3.0]
 
 
 def test_a_distinct_error_is_logged_once(caplog):
@@ -147,7 +265,11 @@ def test_a_signature_that_names_no_columns_is_refused(fn):
 
 
 @pytest.mark.parametrize(
-    "options", [{"weight": NAN}, {"weight": INF}, {"timeout_s": 0.0}, {"timeout_s": NAN}, {"name": "a/b"}]
+    "options",
+    [
+        *({"weight": NAN}, {"weight": INF}, {"name": "a/b"}),
+        *({"timeout_s": seconds} for seconds in (0.0, NAN, -1.0, -INF, 1e-300, 1e300)),
+    ],
 )
 def test_bad_options_are_refused(options):
     with pytest.raises(ValueError, match=r"weight|timeout_s|letters"):

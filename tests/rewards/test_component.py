@@ -99,7 +99,7 @@ def test_wrong_settings_are_said_with_their_path(
 
 def test_a_constructor_says_its_path() -> None:
     pytest.importorskip("transformers")
-    with pytest.raises(ValueError, match=r"^reward\.settings\.clip_score: model '/absent': no such folder"):
+    with pytest.raises(ValueError, match=r"^reward\.settings\.clip_score\.model: '/absent': no such folder"):
         make_reward("clip_score", {"clip_score": {"model": "/absent"}})
 
 

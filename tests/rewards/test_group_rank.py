@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlflow.rewards.base import Reward, RewardSet, SomeRows
+from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rewards.group_rank import GroupRank, ranks
+from rlflow.rewards.scores import SomeRows
 
 numbers = st.lists(st.one_of(st.integers(-5, 5).map(float), st.just(float("nan"))), min_size=1, max_size=12)
 

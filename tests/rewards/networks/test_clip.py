@@ -18,7 +18,7 @@ from rlflow.rewards.networks.aesthetic import Aesthetic, linear_layers
 from rlflow.rewards.networks.clip import ClipScore
 from rlflow.rewards.networks.embed import Clip, Pixels, load_clip, vector
 from rlflow.rewards.networks.hps import HPS, convert
-from rlflow.rewards.networks.hub import OnDevice, check_source, pick_device, read_weights
+from rlflow.rewards.networks.hub import OnDevice, Source, pick_device, read_weights
 from rlflow.rewards.networks.pickscore import PickScore
 from rlflow.rewards.networks.similarity import ImageSimilarity
 
@@ -107,7 +107,7 @@ def test_both_generations_of_transformers_are_understood(clip_folder: Path, pict
         def get_text_features(self, **tokens: Tensor) -> Tensor:
             return vector(self.new.get_text_features(**tokens))
 
-    new = load_clip(str(clip_folder), str(clip_folder), "cpu", False, "float32")
+    new = load_clip(Source(str(clip_folder), "model"), Source(str(clip_folder), "model"), "cpu", False, "float32")
     old = Clip(OnDevice(Old(new.network.network), "cpu"), new.tokenizer, new.pixels)
     assert torch.equal(old.cosine(pictures, TEXTS), new.cosine(pictures, TEXTS))
 
@@ -316,8 +316,8 @@ def test_an_offloaded_network_is_on_the_card_only_while_it_is_used() -> None:
 
 def test_wrong_places_are_said() -> None:
     assert pick_device("cpu").type == "cpu"
-    with pytest.raises(ValueError, match="device 'gpu'.*write auto, cpu or cuda"):
+    with pytest.raises(ValueError, match="device: 'gpu'.*write auto, cpu or cuda"):
         pick_device("gpu")
-    with pytest.raises(ValueError, match=r"model '\./here': no such folder, and a name on the hub reads OWNER/NAME"):
-        check_source("./here", "model")
-    assert check_source("owner/name", "model") == "owner/name"
+    with pytest.raises(ValueError, match=r"model: '\./here': no such folder, and a name on the hub reads OWNER/NAME"):
+        Source("./here", "model")
+    assert Source("owner/name", "model") == Source("owner/name", "clip"), "one network, whoever asks"

@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 from rlflow.envs.captions import geneval as prompts
 from rlflow.rewards.networks.detect import Found, Mask2Former, Owl, keep, load_detector, overlap
 from rlflow.rewards.networks.geneval import ColorJudge, GenEval, relations, shares
-from rlflow.rewards.networks.hub import OnDevice
+from rlflow.rewards.networks.hub import OnDevice, Source
 
 
 def at(x: float, y: float, size: float = 10.0, score: float = 0.95) -> Found:
@@ -320,7 +320,7 @@ def test_counting_asks_for_more_certainty_than_the_rest() -> None:
 
 def test_a_detector_of_another_kind_is_refused(clip_folder: Path, detector_folder: Path) -> None:
     with pytest.raises(ValueError, match="is a clip: give a mask2former of COCO instances, or an owlv2"):
-        load_detector(str(clip_folder), "cpu", False, "float32", 800)
+        load_detector(Source(str(clip_folder), "detector"), "cpu", False, "float32", 800)
     with pytest.raises(ValueError, match=r"thresholds below 0\.3 find nothing more"):
         GenEval(str(detector_folder), str(clip_folder), threshold=0.1)
 

@@ -3,17 +3,13 @@
 import asyncio
 import json
 import pickle
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,15 +21,14 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 import httpx2
 
-from rlflow import cli
 from rlflow.rewards.base import Reward, RewardSet, to_uint8
-from rlflow.rewards.jpeg import jpeg_compressibility
+from rlflow.rewards.component import make_reward
 from rlflow.rewards.remote.ask import Asker, NoAnswer, Patience, Request, check_url, parse_json
 from rlflow.rewards.remote.breaker import Breaker
 from rlflow.rewards.remote.client import Remote
-from rlflow.rewards.remote.server import Service, check_open, listen
 from rlflow.rewards.remote.wire import TYPE, Batch, answer, pack, read_answer, unpack
 
+Served = Callable[..., Any]
 QUICK = {"request_s": 2.0, "total_s": 4.0, "tries": 2, "backoff_s": 0.01, "wait_s": 0.0}
 IMAGES = torch.arange(7 * 3 * 4 * 4).view(7, 3, 4, 4).float() / 400  # not on the 8-bit grid
 PROMPTS = [f'say "{i}"\n' for i in range(7)]
@@ -44,28 +39,13 @@ def first_pixel(images: Tensor, prompt: list[str]) -> list[float | None]:
     return [None if '"5"' in p else float(i[0, 0, 0]) + len(p) for i, p in zip(images, prompt, strict=True)]
 
 
-@contextmanager
-def served(fn: Callable[..., Any], **limits: Any) -> Iterator[tuple[str, Service, Any]]:
-    """A real server on a free port of this machine: its URL, its service, and the uvicorn server."""
-    service = Service("r", fn, **limits)
-    server, listener = listen(service, "127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", service, server
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
-
-
 def compute(fn: Callable[..., Any], images: Tensor = IMAGES) -> tuple[Tensor, RewardSet]:
     rewards = RewardSet([Reward("r", fn)])
     columns = {"images": images, "prompt": PROMPTS[: len(images)], "group": torch.arange(len(images)) // 4}
     return rewards.compute({n: columns[n] for n in rewards.columns}, len(images))["r"], rewards
 
 
-def test_what_is_no_reward_server_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_reward_server_is_not_waited_for(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has answered: a path that is not there stays so, and nobody sleeps before asking again."""
     pauses: list[float] = []
     with served(first_pixel) as (url, _, _):
@@ -80,7 +60,7 @@ def test_what_is_no_reward_server_is_not_waited_for(monkeypatch: pytest.MonkeyPa
 # -- the way it is meant --------------------------------------------------------------------------
 
 
-def test_a_served_reward_scores_as_here_in_order_and_in_parts() -> None:
+def test_a_served_reward_scores_as_here_in_order_and_in_parts(served: Served) -> None:
     """On pictures of 8 bits, which is what a reward judges; a row without a score stays without one."""
     eight_bits = torch.from_numpy(to_uint8(IMAGES)).permute(0, 3, 1, 2).float() / 255
     here, _ = compute(first_pixel, eight_bits)
@@ -93,7 +73,7 @@ def test_a_served_reward_scores_as_here_in_order_and_in_parts() -> None:
         assert service.rows == 4 * 7
 
 
-def test_a_reward_of_groups_gets_its_batch_whole() -> None:
+def test_a_reward_of_groups_gets_its_batch_whole(served: Served) -> None:
     sizes = []
 
     def rank(images: Tensor, group: Tensor) -> Tensor:
@@ -106,7 +86,7 @@ def test_a_reward_of_groups_gets_its_batch_whole() -> None:
     assert scores.tolist() == [0, 0, 0, 0, 1, 1, 1]
 
 
-def test_a_server_ends_after_the_batch_it_has() -> None:
+def test_a_server_ends_after_the_batch_it_has(served: Served) -> None:
     asked, ended = threading.Event(), threading.Event()
 
     def slow(images: Tensor) -> Tensor:
@@ -123,7 +103,7 @@ def test_a_server_ends_after_the_batch_it_has() -> None:
         assert waiting.result(20)[0].isfinite().all()
 
 
-def test_an_error_of_the_reward_is_told_and_the_next_batch_is_scored() -> None:
+def test_an_error_of_the_reward_is_told_and_the_next_batch_is_scored(served: Served) -> None:
     calls = []
 
     def fails_first(prompt: list[str]) -> list[float]:
@@ -364,118 +344,6 @@ def test_a_trial_that_is_broken_off_does_not_keep_the_breaker_open() -> None:
     assert breaker.allows()
 
 
-# -- what a server refuses ------------------------------------------------------------------------
-
-
-class Bomb:
-    """Leaves a mark when it is unpickled."""
-
-    mark = ""
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (Path(self.mark),)
-
-
-def test_a_server_takes_nothing_but_batches(tmp_path: Path) -> None:
-    Bomb.mark = str(tmp_path / "ran")
-    good = pack(Batch("a", 2, {"images": torch.rand(2, 3, 4, 4), "prompt": ["a", "b"]}))
-    with served(first_pixel, max_bytes=len(good) + 100) as (url, service, _):
-        Remote(url, wait_s=10.0)
-
-        def post(content: Any, **headers: str) -> tuple[int, str]:
-            said = httpx2.post(f"{url}/score", content=content, headers=headers)
-            return said.status_code, said.text
-
-        assert post(good)[0] == 200
-        assert post(pickle.dumps(Bomb()))[0] == 400
-        assert not (tmp_path / "ran").exists()
-        assert post(good[:-7])[0] == 400
-        assert post(b"")[0] == 400
-        assert post(pack(Batch("a", 2, {"prompt": ["a", "b"]}))) == (
-            400,
-            json.dumps(
-                {"error": "reward 'r' reads ['images', 'prompt'], the request lacks ['images']"}, separators=(",", ":")
-            ),
-        )
-        assert post(pack(Batch("a", 3, {"images": torch.rand(2, 3, 4, 4), "prompt": ["a", "b"]})))[0] == 400
-        assert post(good + b" " * 200)[0] == 413
-        assert post(iter([good, b" " * 200]))[0] == 413, "without a declared length too"
-        assert httpx2.get(f"{url}/score").status_code == 405
-        assert service.rows == 2
-
-
-def test_the_token_is_asked_for_and_said_to_nobody(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("DEBUG")
-    with served(first_pixel, token="s3cret") as (url, service, _):
-        monkeypatch.delenv("RLFLOW_REWARD_TOKEN", raising=False)
-        without = Remote(url, **QUICK | {"wait_s": 10.0})
-        scores, rewards = compute(without)
-        assert scores.isnan().all()
-        assert "401" in rewards.last_error["r"]
-        assert service.rows == 0
-        monkeypatch.setenv("RLFLOW_REWARD_TOKEN", "s3cret")
-        assert compute(Remote(url, **QUICK | {"wait_s": 10.0}))[0][0].isfinite()
-        monkeypatch.setenv("OTHER", "wr0ng")
-        scores, rewards = compute(Remote(url, token_env="OTHER", **QUICK | {"wait_s": 10.0}))
-        assert scores.isnan().all()
-        said = caplog.text + str(rewards.last_error)
-    assert "s3cret" not in said
-    assert "wr0ng" not in said
-
-
-def test_only_this_machine_is_served_without_a_token() -> None:
-    for host in ("127.0.0.1", "localhost", "::1", "127.8.8.8"):
-        check_open(host, None, "T")
-    for host in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
-        with pytest.raises(ValueError, match=rf"--host {host} is open to others: set the environment variable T"):
-            check_open(host, None, "T")
-        check_open(host, "token", "T")
-
-
-def test_too_many_waiting_batches_are_sent_away() -> None:
-    hold, asked = threading.Event(), threading.Event()
-
-    def waits(prompt: list[str]) -> list[float]:
-        asked.set()
-        hold.wait(10)
-        return [1.0] * len(prompt)
-
-    content = pack(Batch("a", 1, {"prompt": ["a"]}))
-    with served(waits, max_waiting=1) as (url, _, _), ThreadPoolExecutor(1) as pool:
-        first = pool.submit(httpx2.post, f"{url}/score", content=content, timeout=20)
-        assert asked.wait(10)
-        assert httpx2.post(f"{url}/score", content=content).status_code == 503
-        hold.set()
-        assert first.result(20).status_code == 200
-
-
-def test_half_a_body_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who sends no more is told so, and the next one is served."""
-    monkeypatch.setattr("rlflow.rewards.remote.server.UPLOAD_S", 0.2)
-    content = pack(Batch("a", 1, {"prompt": ["a"]}))
-    with served(lambda prompt: [1.0] * len(prompt)) as (url, service, _):
-        Remote(url, wait_s=10.0)
-        address = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
-        with socket.create_connection(address, timeout=10) as slow:
-            slow.sendall(b"POST /score HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % len(content))
-            slow.sendall(content[: len(content) // 2])
-            said = slow.recv(2**16)
-            while not said.endswith(b"}") and (more := slow.recv(2**16)):  # head and body may come apart
-                said += more
-        assert said.startswith(b"HTTP/1.1 408 "), said
-        assert b"more than 0.2 s to arrive" in said
-        assert service.rows == 0
-        assert httpx2.post(f"{url}/score", content=content).status_code == 200
-
-
-def test_a_reward_that_takes_too_long_is_said() -> None:
-    with served(lambda prompt: time.sleep(1.0), timeout_s=0.05) as (url, _, _):
-        Remote(url, wait_s=10.0)
-        assert httpx2.post(f"{url}/score", content=pack(Batch("a", 1, {"prompt": ["a"]}))).status_code == 504
-
-
 # -- the wire -------------------------------------------------------------------------------------
 
 
@@ -504,52 +372,39 @@ def test_addresses_and_answers_are_checked() -> None:
     for text in ("NaN", "[Infinity]", "", "{", "<html>"):
         with pytest.raises(ValueError, match="JSON"):
             parse_json(text)
-    with pytest.raises(ValueError, match="times must be positive"):
-        Patience(request_s=0.0)
     assert NoAnswer("x").final is False
 
 
-# -- the command ----------------------------------------------------------------------------------
+TIMES = {
+    "remote": ("request_s", "total_s", "backoff_s", "rest_s", "wait_s"),
+    "vlm_judge": ("request_s", "total_s", "backoff_s", "rest_s"),
+}
+MAY_BE_ZERO = ("backoff_s", "rest_s", "wait_s")
 
 
-def test_the_command_serves_until_it_is_told_to_end() -> None:
-    """As a user starts it: the address is printed, settings count, SIGTERM ends it without an error."""
-    words = [sys.executable, "-m", "rlflow", "serve-reward", "jpeg_compressibility", "quality=10", "--port", "0"]
-    server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        said = server.stdout.readline()
-        assert said.startswith("jpeg_compressibility (columns images) on http://127.0.0.1:")
-        there, _ = compute(Remote(said.split()[-1], wait_s=20.0))
-        assert torch.allclose(there, jpeg_compressibility(IMAGES, 10))
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(30) in (0, -signal.SIGTERM)
-        assert "Traceback" not in server.stderr.read()  # type: ignore[union-attr]
-    finally:
-        server.kill()
+@pytest.mark.parametrize("seconds", [0.0, -1.0, 1e-300, 1e300, float("inf"), float("nan")])
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in TIMES.items() for name in names])
+def test_times_are_checked_before_anyone_is_asked(kind: str, name: str, seconds: float) -> None:
+    if seconds == 0 and name in MAY_BE_ZERO:
+        seconds = -0.5
+    settings = {"url": "http://127.0.0.1:9"} | ({"model": "m"} if kind == "vlm_judge" else {"wait_s": 0.0})
+    with pytest.raises(
+        ValueError, match=rf"^reward\.settings\.{kind}\.{name}: must be seconds from 0\.001 to 1e\+06, got "
+    ):
+        make_reward(kind, {kind: settings | {name: seconds}})
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("redness", "--host", "0.0.0.0"), "--host 0.0.0.0 is open to others"),
-        (("rednes",), "unknown reward 'rednes'; did you mean 'redness'?"),
-        (("jpeg_compressibility", "quality=high"), "jpeg_compressibility.quality: Input should be a valid integer"),
-        (("my:code",), "--trust-code"),
-    ],
+    ("name", "value"), [("tries", 0), ("tries", 10**6), ("parallel", 0), ("failures", 0), ("rows", 0)]
 )
-def test_what_cannot_be_served_is_one_line(
-    words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("RLFLOW_REWARD_TOKEN", raising=False)
-    with pytest.raises(SystemExit) as end:
-        cli.main(["serve-reward", *words, "--port", "0"])
-    assert end.value.code == 2
-    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+def test_numbers_are_checked_before_anyone_is_asked(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=rf"^reward\.settings\.remote\.{name}: must be .*, got {value}$"):
+        make_reward("remote", {"remote": {"url": "http://127.0.0.1:9", name: value}})
 
 
-def test_a_port_that_does_not_exist_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        cli.main(["serve-reward", "redness", "--port", "99999"])
-    assert end.value.code == 2
-    assert "cannot listen on 127.0.0.1:99999" in capsys.readouterr().err
+def test_a_token_that_no_header_carries_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for bad in ("hush\n", "hu sh", "h\u00fcsh"):
+        monkeypatch.setenv("RLFLOW_REWARD_TOKEN", bad)
+        with pytest.raises(ValueError, match="RLFLOW_REWARD_TOKEN holds a space") as error:
+            Remote("http://127.0.0.1:9", wait_s=0.0)
+        assert "sh" not in str(error.value).removeprefix("RLFLOW_REWARD_TOKEN holds a space, a line break or")

@@ -155,7 +155,7 @@ def test_the_scale_and_the_question_are_settings() -> None:
         said = {body["messages"][0]["content"][1]["text"] for _, _, body in asked}
         assert 'Rate "two dogs" {1-5}' in said
         assert all("response_format" not in body for _, _, body in asked)
-    with pytest.raises(ValueError, match="low must be below high"):
+    with pytest.raises(ValueError, match="low: must be below high"):
         VLMJudge(url, "m", low=5.0, high=5.0)
-    with pytest.raises(ValueError, match=re.escape("question must hold {prompt}")):
+    with pytest.raises(ValueError, match=re.escape("question: must hold {prompt}")):
         VLMJudge(url, "m", question="Good?")
