@@ -139,7 +139,7 @@ class Collector:
 
         evidence = [e for o in outs for e in o["evidence"]]
         keep = not self.policy.encoder_trains
-        return Rollout(
+        rollout = Rollout(
             obs=stack("obs"),
             action=stack("action"),
             reward=stack("reward").to(self.policy.dtype),
@@ -158,6 +158,8 @@ class Collector:
             num_steps=None if outs[0]["num_steps"] is None else stack("num_steps"),
             network_calls=network_rows,
         )
+        mask_broken_samples(rollout)
+        return rollout
 
     def state_dict(self) -> dict[str, Any]:
         """The environment's state, that of its wrappers in any case, and the observation in hand.
@@ -187,6 +189,22 @@ def fill_final_obs(outs: list[dict[str, Any]]) -> bool:
         if o["final_obs"] is None:
             o["final_obs"] = o["next_obs"]
     return True
+
+
+def mask_broken_samples(rollout: Rollout) -> None:
+    """Give samples that are not finite weight 0 and the numbers of a sound one: 0 * nan would be nan in the gradient.
+
+    Where none is sound nothing is left to learn from, and the learner's own check of its gradient says so.
+    """
+    sound = rollout.action.isfinite().flatten(2).all(2)
+    if bool(sound.all()) or not bool(sound.any()):
+        return
+    rollout.weight = rollout.weight * sound
+    flat = sound.flatten()
+    rows = torch.where(flat, torch.arange(len(flat), device=flat.device), flat.long().argmax())
+    rollout.action = rollout.action.flatten(0, 1)[rows].view_as(rollout.action)
+    if rollout.evidence is not None:
+        rollout.evidence = rollout.evidence.index(rows)
 
 
 def permute_rewards(rollout: Rollout, generator: torch.Generator) -> None:
