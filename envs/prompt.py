@@ -64,7 +64,7 @@ class PromptEnv(VecEnv):
         self._sent.append((rows, self._pool.submit(self.rewards.compute, columns, len(images))))
 
     def recv(self) -> Step:
-        """Join all scores; a row without one has reward nan, and like one whose latent is not finite it is not valid."""
+        """Join all scores; a row without one has reward nan, and like one of a broken latent it is not valid."""
         parts = {n: torch.full((self.num_envs,), torch.nan) for n in self.rewards.weights}
         sent, self._sent = self._sent, []
         for rows, future in sent:

@@ -192,19 +192,19 @@ def fill_final_obs(outs: list[dict[str, Any]]) -> bool:
 
 
 def mask_broken_samples(rollout: Rollout) -> None:
-    """Give samples that are not finite weight 0 and the numbers of a sound one: 0 * nan would be nan in the gradient.
+    """Give samples that are not finite weight 0 and the evidence of a sound one: 0 * nan is nan in the gradient.
 
-    Where none is sound nothing is left to learn from, and the learner's own check of its gradient says so.
+    Where none is sound their evidence stays, and the learner's own check of its gradient ends the run.
     """
     sound = rollout.action.isfinite().flatten(2).all(2)
-    if bool(sound.all()) or not bool(sound.any()):
+    if bool(sound.all()):
         return
     rollout.weight = rollout.weight * sound
-    flat = sound.flatten()
-    rows = torch.where(flat, torch.arange(len(flat), device=flat.device), flat.long().argmax())
-    rollout.action = rollout.action.flatten(0, 1)[rows].view_as(rollout.action)
-    if rollout.evidence is not None:
-        rollout.evidence = rollout.evidence.index(rows)
+    rollout.action = torch.where(sound.view(*sound.shape, *[1] * (rollout.action.ndim - 2)), rollout.action, 0.0)
+    if rollout.evidence is not None and bool(sound.any()):
+        flat = sound.flatten()
+        own = torch.arange(len(flat), device=flat.device)
+        rollout.evidence = rollout.evidence.index(torch.where(flat, own, flat.long().argmax()))
 
 
 def permute_rewards(rollout: Rollout, generator: torch.Generator) -> None:
