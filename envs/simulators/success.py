@@ -49,6 +49,6 @@ class Success:
 def _numbers(value: Any) -> NDArray[np.float32]:
     """`value` as numbers, nan for None and for what is no number."""
     try:
-        return np.array(value, np.float32)
+        return np.asarray(value, np.float32)
     except (TypeError, ValueError):
         return np.array(np.nan, np.float32)
