@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlflow.envs.base import VecEnv
+from rlflow.envs.base import VecEnv, told_scores
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Solver
@@ -124,7 +124,7 @@ class EpisodeEvaluator:
                 train = self._play(partial(self._trained, self.noisy), Film())
                 mine |= {f"train_{name}": value for name, value in train.items()}
         self.env.metrics()  # says what was not finite
-        scores = _known({name: dist.gather_shares(value, self.num) for name, value in mine.items()})
+        scores = told_scores({name: dist.gather_shares(value, self.num) for name, value in mine.items()})
         if not self.env.tasks:
             return Episodes(scores, film)
         return Episodes(scores, film, dist.gather_shares(self._task, self.num).long(), self.env.tasks)
@@ -179,13 +179,6 @@ class EpisodeEvaluator:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of `state_dict`."""
-
-
-def _known(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the success that no episode tells; where one does, those that are silent have failed."""
-    silent = {n for n, v in scores.items() if n.endswith("success") and bool(v.isnan().all())}
-    known = {n: v for n, v in scores.items() if n not in silent}
-    return {n: v.nan_to_num() if n.endswith("success") else v for n, v in known.items()}
 
 
 def _tell(told: dict[str, Tensor], out: Step, alive: Tensor) -> dict[str, Tensor]:
