@@ -25,6 +25,7 @@ from torch import Tensor
 from rlflow import registry
 from rlflow.envs.demos.columns import check_like, column, numbers
 from rlflow.envs.demos.identity import check_env
+from rlflow.envs.prompt_files import read_text
 from rlflow.parallel.moments import merge, no_moments
 from rlflow.types import Tree, tree_map
 
@@ -273,7 +274,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no demonstrations in {folder}: there is no dataset.json (scripts/make_demos.py makes them)")
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     missing = [key for key in KEYS if key not in about]
