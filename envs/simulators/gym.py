@@ -112,12 +112,21 @@ class GymSim(Sim):
         reward, ends = np.zeros(self.num_envs), np.zeros((2, self.num_envs), bool)
         success = np.full(self.num_envs, np.nan, np.float32)
         for row in np.flatnonzero(~self._over):
-            self._obs[row], reward[row], *ends[:, row], info = self.envs[row].step(actions[row])
+            self._obs[row], paid, *ends[:, row], info = self.envs[row].step(actions[row])
+            reward[row] = self._number(paid)
             success[row] = self.success.of_row(info)
         self._over |= ends.any(0)
         terminated, truncated = torch.from_numpy(ends)
         told = {"success": torch.from_numpy(success)}
         return Outcome(convert(self._obs, self.obs_spec), torch.from_numpy(reward), terminated, truncated, info=told)
+
+    def _number(self, reward: Any) -> float:
+        """A reward, also one in an array of its own; nan for None, as of a reward that has no score."""
+        try:
+            return float(np.asarray(reward, np.float64).item())
+        except (TypeError, ValueError):
+            where = f"{type(self.envs[0].unwrapped).__name__}.step"
+            raise ValueError(f"{where}: reward is {reward!r}, it must be one number") from None
 
     def render(self, row: int, size: tuple[int, int]) -> Tensor:
         """The environment's own picture, scaled to `size`."""

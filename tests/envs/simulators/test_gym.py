@@ -163,6 +163,26 @@ def test_success_is_read_under_its_usual_names(info, told):
             np.testing.assert_equal(Success().of_rows(vector, 1), [told])
 
 
+@pytest.mark.parametrize(("paid", "found"), [(np.array([2.0]), 2.0), (None, np.nan), (np.float32(2), 2.0)])
+def test_a_reward_of_one_number_is_a_reward(monkeypatch, paid, found):
+    np.testing.assert_equal(paying(monkeypatch, paid).reward.tolist(), [found])
+
+
+@pytest.mark.parametrize("paid", [np.ones(2), "much", {"a": 1.0}])
+def test_a_reward_that_is_no_number_is_refused_by_its_environment(monkeypatch, paid):
+    with pytest.raises(ValueError, match="Walk.step: reward is .* it must be one number"):
+        paying(monkeypatch, paid)
+
+
+def paying(monkeypatch: pytest.MonkeyPatch, paid: Any) -> Any:
+    """The first step of an environment that pays this."""
+    right = Walk.step
+    monkeypatch.setattr(Walk, "step", lambda self, action: (right(self, action)[0], paid, *right(self, action)[2:]))
+    env = gym(1, "rlflow_tests/Walk-v0", options={})
+    env.reset(SEEDS[:1])
+    return env.step(torch.zeros(1, 1, 1))
+
+
 def test_silence_means_no_success_where_a_word_was_heard_or_a_name_given():
     found = Success()
     assert np.isnan(found.of_rows({}, 2)).all()
