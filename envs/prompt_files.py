@@ -37,15 +37,15 @@ def read_text(path: Path) -> str:
     """The text of a user's file, without a byte-order mark; ValueError names an encoding that is not UTF-8."""
     data = path.read_bytes()
     marked = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
-    encoding = marked or ("UTF-16 or no text" if b"\0" in data else None)
+    if marked or b"\0" in data:
+        raise ValueError(f"{path} is {marked or 'UTF-16 or no text'}: save it as UTF-8")
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        encoding = encoding or f"not UTF-8 (byte {data[error.start]:#x} in line {line}; Windows-1252 or Latin-1?)"
-    if encoding is not None:
-        raise ValueError(f"{path} is {encoding}: save it as UTF-8")
-    return text
+        byte, line = data[error.start], data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} is not UTF-8 (byte {byte:#x} in line {line}; Windows-1252 or Latin-1?): save it as UTF-8"
+        ) from None
 
 
 def _lines(path: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ import argparse
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from rlflow.flow.matching import Coupling, MatchingLoss, ShortcutLoss, cfm_loss,
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import save_field
+from rlflow.models.normalizer import Normalizer
 from rlflow.models.scratch import scratch
 from rlflow.models.vla import VLA
 from rlflow.pretrain.matching import pretrain, report
@@ -108,17 +109,18 @@ class Cloning:
         name, settings = demos.env["name"], dict(demos.env.get("settings", {}))
         known = registry.settings(registry.find("env", name, trust_code))
         usual = known["chunk"].default if "chunk" in known else 1
-        if settings.pop("chunk", usual) != self.chunk or self.chunk != usual:
-            settings["chunk"] = self.chunk
         if self.chunk != usual and "chunk" not in known:
             raise ValueError(f"env {name} takes no chunks of actions: use --chunk 1")
+        settings.pop("chunk", None)
+        if self.chunk != usual:
+            settings["chunk"] = self.chunk
         return {"name": name, "settings": settings} if settings else {"name": name}
 
     def network(self, demos: Demos) -> tuple[VelocityField, list[Parameter]]:
         """What will be trained, and which of its matrices by Muon."""
         shape = (self.chunk, *demos.action_shape)
         field = scratch(shape, demos.obs_spec, width=256, depth=3, average=self.shortcut, running=False)
-        field.normalizer.moments.copy_(demos.moments)
+        cast(Normalizer, field.normalizer).moments.copy_(demos.moments)
         return field, []
 
     def clone(self, demos: Demos, steps: int, seed: int, coupling: Coupling) -> tuple[VelocityField, float]:

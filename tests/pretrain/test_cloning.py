@@ -178,6 +178,10 @@ class TestBeforeWork:
         with pytest.raises(UntrustedCodeError, match="--trust-code"):
             self.made(tmp_path, SWINGS, {"name": "tests.train.test_broken_rows:Glitch"})
 
+    def test_an_environment_without_chunks(self, tmp_path):
+        with pytest.raises(ValueError, match="env toy_reach takes no chunks of actions: use --chunk 1"):
+            self.made(tmp_path, SWINGS, {"name": "toy_reach"})
+
     def test_settings_it_does_not_have(self, tmp_path):
         with pytest.raises(ValueError, match="env.settings.nothing: gym has no such setting"):
             self.made(tmp_path, SWINGS, {"name": "gym", "settings": ITS["settings"] | {"nothing": 1}})
