@@ -97,3 +97,10 @@ def reward_metrics(rewards: RewardSet) -> dict[str, float]:
     names = [f"reward/{name}/errors" for name in rewards.weights]
     failed = dist.all_sum(torch.tensor([out.pop(name, 0.0) for name in names], dtype=torch.float64))
     return out | {name: number for name, number in zip(names, failed.tolist(), strict=True) if number}
+
+
+def told_scores(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scores of N episodes (N,) without a success that nobody tells; where one tells, the silent ones have failed."""
+    silent = {name for name, value in scores.items() if name.endswith("success") and bool(value.isnan().all())}
+    told = {name: value for name, value in scores.items() if name not in silent}
+    return {name: value.nan_to_num() if name.endswith("success") else value for name, value in told.items()}

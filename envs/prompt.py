@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlflow.envs.base import VecEnv, reward_metrics
+from rlflow.envs.contract import BadRows, finite_rows, keep_rows
 from rlflow.envs.prompts import Prompts
 from rlflow.parallel import dist
 from rlflow.rewards.base import RewardSet
@@ -42,6 +43,7 @@ class PromptEnv(VecEnv):
         self.serial = torch.zeros(0, dtype=torch.long)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="rewards")
         self._sent: list[tuple[slice, Future[dict[str, Tensor]]]] = []
+        self._bad, self._finite = BadRows("env prompt", self.device), torch.ones(num_envs, dtype=torch.bool)
 
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
         """The prompts of serial numbers `seeds`, tokenised."""
@@ -54,13 +56,15 @@ class PromptEnv(VecEnv):
 
     def send(self, action: Tensor, rows: slice) -> None:
         """Decode and score `rows` in the background: whole groups, since a reward may compare a group's images."""
-        images = self.decode(action.detach()).float().cpu()
+        good = finite_rows(action)
+        images = self.decode(keep_rows(good, action.detach())).float().cpu()
+        self._finite[rows] = good.cpu()
         columns: dict[str, Any] = self.prompts.take(self.rows[rows])
         columns |= {"images": images, "group": self.serial[rows]}
         self._sent.append((rows, self._pool.submit(self.rewards.compute, columns, len(images))))
 
     def recv(self) -> Step:
-        """Join all scores; a row without a score has reward nan and valid False."""
+        """Join all scores; a row without one has reward nan, and like one of a broken latent it is not valid."""
         parts = {n: torch.full((self.num_envs,), torch.nan) for n in self.rewards.weights}
         sent, self._sent = self._sent, []
         for rows, future in sent:
@@ -68,8 +72,9 @@ class PromptEnv(VecEnv):
                 parts[name][rows] = score
         everyone = {n: dist.all_gather_rows(v) for n, v in parts.items()}
         reward, valid = self.rewards.total(parts, everyone)
+        self._bad.add(~self._finite)
         done = torch.ones(self.num_envs, dtype=torch.bool)
-        return Step(self.obs, reward, done, ~done, None, valid, {}, parts)
+        return Step(self.obs, reward, done, ~done, None, valid & self._finite, {}, parts)
 
     @property
     def reward_weights(self) -> dict[str, float]:
@@ -77,8 +82,8 @@ class PromptEnv(VecEnv):
         return self.rewards.weights if self.rewards.normalize == "advantage" else {}
 
     def metrics(self) -> dict[str, float]:
-        """Per-reward means, masked shares, seconds and failed calls since the last call."""
-        return reward_metrics(self.rewards)
+        """Per-reward means, masked shares, seconds and failed calls since the last call; latents left out."""
+        return reward_metrics(self.rewards) | self._bad.metrics()
 
 
 def _check_columns(prompts: Prompts, rewards: RewardSet) -> None:

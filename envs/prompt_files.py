@@ -1,8 +1,15 @@
-"""Prompt files of the user: .txt (a prompt a line), .jsonl (an object a line), .csv and .parquet (columns by name)."""
+"""Text files of users, and prompts in them: .txt (a prompt a line), .jsonl (an object a line), .csv (columns by name),
+and .parquet.
+
+Text is UTF-8, with or without a byte-order mark, and its lines end in LF, CRLF or CR: of the other characters that
+Unicode calls line ends (U+2028, U+0085, ...) all may stand inside a prompt.
+"""
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +28,29 @@ def read_rows(path: Path) -> Rows:
     return READERS[path.suffix](path)
 
 
+MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
+MARKS |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+"""How files in other encodings begin; that of UTF-32 begins with that of UTF-16."""
+
+
+def read_text(path: Path) -> str:
+    """The text of a user's file, without a byte-order mark; ValueError names an encoding that is not UTF-8."""
+    data = path.read_bytes()
+    marked = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
+    if marked or b"\0" in data:
+        raise ValueError(f"{path} is {marked or 'UTF-16 or no text'}: save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte, line = data[error.start], data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} is not UTF-8 (byte {byte:#x} in line {line}; Windows-1252 or Latin-1?): save it as UTF-8"
+        ) from None
+
+
 def _lines(path: Path) -> dict[str, str]:
-    text = path.read_text(encoding="utf-8")
-    return {f"{path}:{i}": line.strip() for i, line in enumerate(text.splitlines(), 1) if line.strip()}
+    lines = io.StringIO(read_text(path), newline=None)
+    return {f"{path}:{i}": line.strip() for i, line in enumerate(lines, 1) if line.strip()}
 
 
 def _txt(path: Path) -> Rows:
@@ -48,16 +75,15 @@ def _object(line: str, place: str) -> dict[str, Any]:
 def _csv(path: Path) -> Rows:
     """The first line names the columns; values are text."""
     rows: Rows = {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restkey="", strict=True)
-        try:
-            for row in reader:
-                place = f"{path}:{reader.line_num}"
-                if "" in row or None in row.values():
-                    raise ValueError(f"{place}: not as many values as the first line has names, {reader.fieldnames}")
-                rows[place] = dict(row)
-        except csv.Error as error:
-            raise ValueError(f"{path}:{reader.line_num + 1}: {error}") from None
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), restkey="", strict=True)
+    try:
+        for row in reader:
+            place = f"{path}:{reader.line_num}"
+            if "" in row or None in row.values():
+                raise ValueError(f"{place}: not as many values as the first line has names, {reader.fieldnames}")
+            rows[place] = dict(row)
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num + 1}: {error}") from None
     return rows
 
 

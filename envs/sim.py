@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from rlflow.envs.base import VecEnv
+from rlflow.envs.bounds import Bounds
+from rlflow.envs.contract import check_columns, check_observation
 from rlflow.envs.seeds import episode_seeds
 from rlflow.types import Step, Tree, tree_map, tree_where
 
@@ -40,7 +42,7 @@ class Sim:
     """B, rows of this process."""
     low: Tensor
     high: Tensor
-    """(*A,) bounds of one primitive action; infinite where there is none."""
+    """(*A,) bounds of one primitive action; infinite where there is none, on one side or on both."""
     obs_spec: Tree
     """One row's observation as meta tensors: shapes and dtypes (float32, or uint8 for pixels)."""
     horizon: int
@@ -79,11 +81,11 @@ class Sim:
 class SimEnv(VecEnv):
     """A Sim with action chunks, time limit, automatic reset and episode statistics.
 
-    Actions are clipped to [-1, 1] and stretched to the simulator's bounds; unbounded ones pass unchanged. An
-    ended row starts its next episode at the end of the chunk, from `episode_seeds(first seed, episode number)`.
+    Actions are clipped to [-1, 1] and stretched to the simulator's bounds (`Bounds`). An ended row starts its next
+    episode at the end of the chunk, from `episode_seeds(first seed, episode number)`.
     `info` holds "episode_return" (undiscounted), "episode_length" (primitive steps) and, where the simulator
-    knows it, "success" (ever reached in the episode): nan except where an episode has just ended. Other columns
-    of the simulator are those of the last primitive step carried out.
+    knows it, "success" (ever reached in the episode): nan except where an episode has just ended, and where nothing
+    told it in the whole episode. Other columns of the simulator are those of the last primitive step carried out.
     """
 
     COUNTERS = ("first", "episode", "elapsed", "returns", "success")
@@ -95,19 +97,19 @@ class SimEnv(VecEnv):
             raise ValueError(
                 f"{type(sim).__name__} cannot hold a row that ended in mid-chunk: use chunk={sim.max_chunk}"
             )
+        if sim.horizon < 1:
+            raise ValueError(f"{type(sim).__name__}: the time limit must be at least 1 step, got horizon={sim.horizon}")
         self.sim, self.chunk, self.gamma = sim, chunk, gamma
         self.num_envs, self.device, self.obs_spec = sim.num_envs, sim.device, sim.obs_spec
         self.action_shape = (chunk, *sim.low.shape)
         self.horizon = -(-sim.horizon // chunk)
         self.exact_resume, self.step_seconds, self.tasks = sim.exact_resume, sim.step_seconds, sim.tasks
-        bounded = sim.low.isfinite() & sim.high.isfinite()
-        self._limit = torch.where(bounded, 1.0, torch.inf)
-        self._half = torch.where(bounded, (sim.high - sim.low) / 2, 1.0)
-        self._centre = torch.where(bounded, (sim.high + sim.low) / 2, 0.0)
+        self.bounds, self._looked = Bounds(sim.low, sim.high), False
         self._action = torch.zeros(self.num_envs, *self.action_shape, device=self.device)
         self._nan = torch.full((), torch.nan, device=self.device)
         self.first, self.episode, self.elapsed = torch.zeros(3, self.num_envs, dtype=torch.long, device=self.device)
-        self.returns, self.success = torch.zeros(2, self.num_envs, device=self.device)
+        self.returns = torch.zeros(self.num_envs, device=self.device)
+        self.success = torch.full_like(self.returns, torch.nan)
 
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
         """Episode 0 of `seeds` (B,) in the rows of `mask`; observations (B, ...)."""
@@ -121,7 +123,7 @@ class SimEnv(VecEnv):
         """Start the current episode of the rows of `mask`."""
         self.elapsed = torch.where(mask, 0, self.elapsed)
         self.returns = torch.where(mask, 0.0, self.returns)
-        self.success = torch.where(mask, 0.0, self.success)
+        self.success = torch.where(mask, torch.nan, self.success)
         return tree_map(torch.clone, self.sim.reset(episode_seeds(self.first, self.episode), mask))
 
     def send(self, action: Tensor, rows: slice) -> None:
@@ -130,13 +132,15 @@ class SimEnv(VecEnv):
 
     def recv(self) -> Step:
         """Carry out the chunks sent."""
-        action = self._action.clamp(-self._limit, self._limit) * self._half + self._centre
+        action = self.bounds(self._action)
         before, reward = self.elapsed, torch.zeros_like(self.returns)
         terminated = truncated = ended = torch.zeros_like(self.first, dtype=torch.bool)
         reached: Tree = None
         info: dict[str, Tensor] = {}
         for i in range(self.chunk):
             out = self.sim.advance(action[:, i])
+            if not self._looked:
+                self._look(out)
             if self.watch is not None:
                 self.watch()
             live = ~ended if out.executed is None else out.executed & ~ended
@@ -157,6 +161,16 @@ class SimEnv(VecEnv):
         obs = reached if nothing_ended else self._begin(ended)
         cut = truncated & ~terminated
         return Step(obs, reward.float(), terminated, cut, reached, num_steps > 0, info, num_steps=num_steps)
+
+    def _look(self, out: Outcome) -> None:
+        """ValueError where the simulator's first answer has shapes or dtypes that would broadcast in silence."""
+        where, num = f"{type(self.sim).__name__}.advance", self.num_envs
+        check_observation(f"{where}: obs", num, out.obs, self.obs_spec)
+        check_columns(where, num, "float", {"reward": out.reward})
+        flags = {"terminated": out.terminated, "truncated": out.truncated, "executed": out.executed}
+        check_columns(where, num, "bool", flags)
+        check_columns(where, num, "real", {f"info[{name!r}]": value for name, value in out.info.items()})
+        self._looked = True
 
     @property
     def asked(self) -> Tensor:

@@ -26,7 +26,7 @@ class Wrapper(VecEnv):
         self.env = env
         self.num_envs, self.action_shape, self.horizon = env.num_envs, env.action_shape, env.horizon
         self.device, self.obs_spec, self.exact_resume = env.device, env.obs_spec, env.exact_resume
-        self.tasks = env.tasks
+        self.tasks, self.step_seconds = env.tasks, env.step_seconds
 
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
         return self.env.reset(seeds, mask)
@@ -45,6 +45,9 @@ class Wrapper(VecEnv):
     @property
     def unwrapped(self) -> VecEnv:
         return self.env.unwrapped
+
+    def render(self, row: int, size: tuple[int, int] = (192, 192)) -> Tensor:
+        return self.env.render(row, size)
 
     @property
     def reward_weights(self) -> dict[str, float]:

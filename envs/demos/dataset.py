@@ -22,8 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rlflow import registry
+from rlflow.envs.demos.columns import check_like, column, numbers
+from rlflow.envs.demos.identity import check_env
+from rlflow.envs.prompt_files import read_text
 from rlflow.parallel.moments import merge, no_moments
-from rlflow.types import Tree
+from rlflow.types import Tree, tree_map
 
 FORMAT = 1
 KEYS = ("format", "env", "made_by", "episodes", "moments", "shards")
@@ -31,7 +35,7 @@ KEYS = ("format", "env", "made_by", "episodes", "moments", "shards")
 
 @dataclass(frozen=True)
 class Episode:
-    """One demonstration of L steps; `truncated` is an end by time, `terminated` one by the task."""
+    """One demonstration of L steps, tensors or arrays; `truncated` is an end by time, `terminated` one by the task."""
 
     obs: Tree  # (L, ...)
     action: Tensor  # (L, *A)
@@ -43,12 +47,16 @@ class Episode:
     def columns(self) -> dict[str, Tensor]:
         """Tensors by their names in a shard."""
         obs = {f"obs.{n}": v for n, v in self.obs.items()} if isinstance(self.obs, dict) else {"obs": self.obs}
-        return obs | {"action": self.action.float(), "reward": self.reward.float()}
+        if nested := [name for name, value in obs.items() if isinstance(value, dict)]:
+            raise ValueError(f"{nested} are dictionaries: flatten them, as in the environment")
+        found = {name: column(value) for name, value in obs.items()}
+        return found | {"action": column(self.action).float(), "reward": column(self.reward).float()}
 
-    def row(self, start: int) -> dict[str, Any]:
-        """Its row of the table."""
-        ends = {"terminated": self.terminated, "truncated": self.truncated, "success": self.success}
-        return {"start": start, "length": len(self.reward), "return": float(self.reward.double().sum())} | ends
+    def row(self, start: int, reward: Tensor) -> dict[str, Any]:
+        """Its row of the table; `reward` (L,)."""
+        success = None if self.success is None else bool(self.success)
+        ends = {"terminated": bool(self.terminated), "truncated": bool(self.truncated), "success": success}
+        return {"start": start, "length": len(reward), "return": float(reward.double().sum())} | ends
 
 
 @dataclass
@@ -56,18 +64,23 @@ class _Writer:
     """A dataset while it is being written."""
 
     folder: Path
+    bound: float | None
     episodes: list[dict[str, Any]] = field(default_factory=list)
     shards: list[dict[str, Any]] = field(default_factory=list)
     moments: Tensor | None = None
     waiting: list[dict[str, Tensor]] = field(default_factory=list)
+    first: dict[str, Tensor] = field(default_factory=dict)
     rows: int = 0
 
     def add(self, episode: Episode) -> None:
-        columns = episode.columns()
-        self.episodes.append(episode.row(self.rows))
-        self.rows += len(episode.reward)
+        with registry.located(f"episode {len(self.episodes)}"):
+            columns = episode.columns()
+            self.first = self.first or columns
+            check_like(columns, self.first, self.bound)
+        self.episodes.append(episode.row(self.rows, columns["reward"]))
+        self.rows += len(columns["reward"])
         self.waiting.append(columns)
-        seen = _numbers(columns)
+        seen = numbers(columns)
         moments = no_moments(seen.shape[1:]) if self.moments is None else self.moments
         self.moments = merge(moments, seen, torch.ones(len(seen), dtype=torch.bool))
 
@@ -81,21 +94,21 @@ class _Writer:
             self.waiting = []
 
 
-def _numbers(columns: dict[str, Tensor]) -> Tensor:
-    """What vector policies read: all observations but pixels, side by side in the order of their names (n, D)."""
-    names = sorted(n for n, v in columns.items() if n.startswith("obs") and v.dtype != torch.uint8)
-    return torch.cat([columns[n].flatten(1) for n in names] or [torch.zeros(len(columns["action"]), 0)], 1)
-
-
 def write_demos(
     folder: Path | str,
     episodes: Iterable[Episode],
     env: dict[str, Any],
     made_by: dict[str, Any],
     shard_rows: int = 200_000,
+    bound: float | None = 1.0,
 ) -> Demos:
-    """Write a dataset, at least `shard_rows` steps a shard but the last; FileExistsError if there is one."""
-    writer = _Writer(Path(folder))
+    """Write a dataset, at least `shard_rows` steps a shard but the last; FileExistsError if there is one.
+
+    `env` is {"name", "settings"} as in a config. No action is beyond `bound`; None where the environment has none.
+    ValueError names the episode and the column that is wrong.
+    """
+    check_env(env)
+    writer = _Writer(Path(folder), bound)
     if (writer.folder / "dataset.json").exists():
         raise FileExistsError(f"{folder} holds demonstrations: give another folder")
     writer.folder.mkdir(parents=True, exist_ok=True)
@@ -144,6 +157,19 @@ class Demos:
         """(3, D) statistics of all episodes for a Normalizer: numbers of observations in the order of their names."""
         kept = self.about["moments"]
         return torch.tensor([kept["count"], kept["mean"], kept["deviations"]], dtype=torch.float64)
+
+    @property
+    def obs_spec(self) -> Tree:
+        """One row's observation as meta tensors."""
+        return tree_map(lambda v: v[0].to("meta"), self.observations(torch.zeros(1, dtype=torch.long)))
+
+    def check(self) -> None:
+        """ValueError where a number is not finite; reads everything once."""
+        for number, shard in enumerate(self.shards):
+            for name, value in shard.items():
+                if not bool(value.isfinite().all()):
+                    row = int((~value.isfinite()).nonzero()[0, 0])
+                    raise ValueError(f"{self.folder}: {name} is not finite in row {row} of shard {number}")
 
     @property
     def action_shape(self) -> tuple[int, ...]:
@@ -211,7 +237,11 @@ class Demos:
         last = [(e["start"], e["start"] + e["length"] - num + 1) for e in self.episodes]
         starts = [torch.arange(first, end) for first, end in last if end > first]
         if not starts:
-            raise ValueError(f"{self.folder}: no episode has {num} steps: take shorter chunks")
+            longest = max(e["length"] for e in self.episodes)
+            raise ValueError(
+                f"{self.folder}: of {len(self.episodes)} episodes none fills a chunk of {num} steps, the longest has "
+                f"{longest}: take shorter chunks"
+            )
         return Chunks(self, torch.cat(starts), num)
 
 
@@ -244,12 +274,14 @@ def _read_about(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no demonstrations in {folder}: there is no dataset.json (scripts/make_demos.py makes them)")
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     missing = [key for key in KEYS if key not in about]
     if missing:
         raise ValueError(f"{path} lacks {missing}: make it again")
+    with registry.located(str(path)):
+        check_env(about["env"])
     if about["format"] != FORMAT:
         raise ValueError(f"{path} has format {about['format']}, this version reads {FORMAT}")
     return about

@@ -54,6 +54,7 @@ def envpool(
 ) -> SimEnv:
     """An environment of EnvPool with Box or Dict observations and Box actions; `threads` 0 takes as many as it likes.
 
-    `success` names the entry of its info that says whether the task is done. No chunks: rows reset by themselves.
+    `success` names the entry of its info that says whether the task is done, unless that has a usual name. No chunks:
+    rows reset by themselves.
     """
     return SimEnv(EnvPoolSim(env_id, num_envs, threads, options or {}, success), 1, gamma)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlflow.envs.sim import Outcome, Sim, SimEnv
+from rlflow.envs.simulators.success import Success
 from rlflow.types import Tree, tree_map, tree_where
 
 try:
@@ -59,10 +60,12 @@ def row_of(batched: Any, row: int) -> Any:
 
 
 def time_limit(max_steps: int | None, spec: Any, what: str) -> int:
-    """The steps asked for, or else the registered limit."""
-    limit = max_steps or getattr(spec, "max_episode_steps", None)
+    """The steps asked for, or else the registered limit; ValueError where there is none of at least 1."""
+    limit = getattr(spec, "max_episode_steps", None) if max_steps is None else max_steps
     if limit is None:
         raise ValueError(f"{what} has no time limit of its own: set max_steps")
+    if limit < 1:
+        raise ValueError(f"max_steps: an episode of {what} has at least 1 step, got {limit}")
     return int(limit)
 
 
@@ -72,7 +75,8 @@ def time_limit(max_steps: int | None, spec: Any, what: str) -> int:
 class GymSim(Sim):
     """`num_envs` copies of a registered environment, stepped one after the other; a row rests after its end.
 
-    `options` go to gymnasium.make; `success` names the entry of its info that says whether the task is done.
+    `options` go to gymnasium.make; `success` names the entry of its info that says whether the task is done, where
+    that is none of `SPELLINGS`.
     """
 
     def __init__(
@@ -83,9 +87,11 @@ class GymSim(Sim):
         options: dict[str, Any] | None = None,
         success: str | None = None,
     ):
+        if max_steps is not None:
+            time_limit(max_steps, None, env_id)  # -1 would tell gymnasium to set none
         settings = {"max_episode_steps": max_steps, "disable_env_checker": True} | (options or {})
         self.envs = [gymnasium.make(env_id, **settings) for _ in range(num_envs)]
-        self.num_envs, self.success = num_envs, success
+        self.num_envs, self.success = num_envs, Success(success)
         self.horizon = time_limit(max_steps, self.envs[0].spec, env_id)
         self.obs_spec = spec_of(self.envs[0].observation_space, f"the observation space of {env_id}")
         self.low, self.high = bounds_of(self.envs[0].action_space, f"the action space of {env_id}")
@@ -106,12 +112,21 @@ class GymSim(Sim):
         reward, ends = np.zeros(self.num_envs), np.zeros((2, self.num_envs), bool)
         success = np.full(self.num_envs, np.nan, np.float32)
         for row in np.flatnonzero(~self._over):
-            self._obs[row], reward[row], *ends[:, row], info = self.envs[row].step(actions[row])
-            success[row] = info.get(self.success, np.nan)
+            self._obs[row], paid, *ends[:, row], info = self.envs[row].step(actions[row])
+            reward[row] = self._number(paid)
+            success[row] = self.success.of_row(info)
         self._over |= ends.any(0)
         terminated, truncated = torch.from_numpy(ends)
-        info = {} if self.success is None else {"success": torch.from_numpy(success)}
-        return Outcome(convert(self._obs, self.obs_spec), torch.from_numpy(reward), terminated, truncated, info=info)
+        told = {"success": torch.from_numpy(success)}
+        return Outcome(convert(self._obs, self.obs_spec), torch.from_numpy(reward), terminated, truncated, info=told)
+
+    def _number(self, reward: Any) -> float:
+        """A reward, also one in an array of its own; nan for None, as of a reward that has no score."""
+        try:
+            return float(np.asarray(reward, np.float64).item())
+        except (TypeError, ValueError):
+            where = f"{type(self.envs[0].unwrapped).__name__}.step"
+            raise ValueError(f"{where}: reward is {reward!r}, it must be one number") from None
 
     def render(self, row: int, size: tuple[int, int]) -> Tensor:
         """The environment's own picture, scaled to `size`."""
@@ -145,7 +160,7 @@ class VectorSim(Sim):
     max_chunk = 1
 
     def __init__(self, env: Any, max_steps: int | None = None, success: str | None = None):
-        self.env, self.num_envs, self.success = env, env.num_envs, success
+        self.env, self.num_envs, self.success = env, env.num_envs, Success(success)
         self.horizon = time_limit(max_steps, env.spec, str(env))
         self.obs_spec = spec_of(env.single_observation_space, f"the observation space of {env}")
         self.low, self.high = bounds_of(env.single_action_space, f"the action space of {env}")
@@ -181,7 +196,7 @@ class VectorSim(Sim):
             torch.from_numpy(np.array(terminated)),
             torch.from_numpy(np.array(truncated)),
             self._executed(),
-            self._success(info),
+            {"success": torch.from_numpy(self.success.of_rows(info, self.num_envs))},
         )
 
     def _reached(self, info: dict[str, Any]) -> Tree:
@@ -191,15 +206,6 @@ class VectorSim(Sim):
     def _executed(self) -> Tensor | None:
         """Rows whose action counted."""
         return None
-
-    def _success(self, info: dict[str, Any]) -> dict[str, Tensor]:
-        if self.success is None:
-            return {}
-        found = np.array(info.get(self.success, np.zeros(self.num_envs)), np.float32)
-        final = info.get("final_info", {})
-        if self.success in final:  # of rows that were reset in the same step
-            found = np.where(final[f"_{self.success}"], np.array(final[self.success], np.float32), found)
-        return {"success": torch.from_numpy(found)}
 
 
 class SameStepSim(VectorSim):

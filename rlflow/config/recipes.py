@@ -13,6 +13,7 @@ import yaml
 from rlflow.config.parse import parse
 from rlflow.config.schema import Config
 from rlflow.config.values import merge, read_yaml, set_value
+from rlflow.envs.prompt_files import read_text
 from rlflow.registry import nearest
 
 
@@ -56,7 +57,7 @@ def _text(name: str) -> str:
     if _is_path(name):
         if not Path(name).is_file():
             raise ValueError(f"no recipe file {name!r}")
-        return Path(name).read_text(encoding="utf-8")
+        return read_text(Path(name))
     if name not in names():
         raise ValueError(f"unknown recipe {name!r}{nearest(name, names())}")
     return str((_folder() / f"{name}.yaml").read_text(encoding="utf-8"))

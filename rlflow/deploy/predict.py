@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from rlflow.envs.bounds import Bounds
 from rlflow.envs.simulators.gym import bounds_of, convert, spec_of
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
@@ -28,7 +29,7 @@ class Predictor:
     """`predict(obs, state, episode_start)` -> one primitive action per row, made in chunks of H = event_shape[0].
 
     `obs_spec`: one row's observation as (meta) tensors. Actions are clipped to [-1, 1] and stretched to `low`,
-    `high` where those are finite, as in training. `weights` names the set that acts.
+    `high` as in training (`Bounds`). `weights` names the set that acts.
     """
 
     def __init__(
@@ -49,9 +50,7 @@ class Predictor:
         high = torch.full(shape, 1.0) if high is None else high
         if low.shape != shape or high.shape != shape:
             raise ValueError(f"bounds of shape {tuple(low.shape)} for actions of shape {tuple(shape)}")
-        bounded = low.isfinite() & high.isfinite()
-        self._limit = torch.where(bounded, 1.0, torch.inf)
-        self._half, self._centre = torch.where(bounded, high - low, 2.0) / 2, torch.where(bounded, high + low, 0.0) / 2
+        self.bounds = Bounds(low, high)
 
     @staticmethod
     def for_spaces(
@@ -105,8 +104,7 @@ class Predictor:
         with policy.using(self.weights):
             cond = policy.encode(tree_map(lambda v: v[rows], obs))
             chunk = policy.squash(policy.sample(cond, plan, key=key, row_ids=rows).final)
-        action = chunk.float().cpu().clamp(-self._limit, self._limit)
-        return (action * self._half + self._centre).numpy()
+        return self.bounds(chunk.float().cpu()).numpy()
 
 
 class Deployed(nn.Module):

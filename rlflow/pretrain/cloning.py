@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from rlflow import registry
-from rlflow.envs.base import VecEnv
+from rlflow.envs.base import VecEnv, told_scores
+from rlflow.envs.checked import Checked
 from rlflow.envs.demos.dataset import Chunks, Demos
+from rlflow.envs.demos.identity import check_alike, differences
 from rlflow.envs.simulators.tabletop import LENGTH, PIXELS, WORDS
 from rlflow.flow.field import VelocityField
 from rlflow.flow.grid import uniform_times
@@ -27,11 +29,14 @@ from rlflow.flow.matching import Coupling, MatchingLoss, ShortcutLoss, cfm_loss,
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import save_field
-from rlflow.models.mlp import MLPField
+from rlflow.models.normalizer import Normalizer
+from rlflow.models.scratch import scratch
 from rlflow.models.vla import VLA
 from rlflow.pretrain.matching import pretrain, report
 
 COUPLINGS: dict[str, Coupling] = {"independent": independent, "ot": minibatch_ot}
+GAMMA = 0.99
+"""Of the environment that judges, whose returns are not discounted."""
 DIGITS = {"return": 1, "success": 3}
 """Of the scores that are kept."""
 
@@ -70,14 +75,19 @@ class Cloning:
 
     def make(self, out: Path, args: argparse.Namespace) -> dict[str, Any]:
         """Clone the demonstrations, judge the policy and save it in `out`; returns config.json's "made_by"."""
-        demos = demos_of(self.env, args.demos, self.num_demos)
+        return self.make_of(demos_of(self.env, args.demos, num=self.num_demos), out, args)
+
+    def make_of(self, demos: Demos, out: Path, args: argparse.Namespace, trust_code: bool = False) -> dict[str, Any]:
+        """The same of demonstrations in hand; whatever they do not fit is said before anything is learnt."""
+        world = self.world(demos, trust_code)
+        env = make_env(world, self.judged, trust_code)
+        check_alike(str(demos.folder), demos.obs_spec, demos.action_shape, env)
         begin, begin_cpu = time.perf_counter(), time.process_time()
         field, validation = self.clone(demos, args.steps, args.seed, COUPLINGS[args.coupling])
         seconds = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - begin_cpu}
-        env = registry.find("env", demos.env["name"])(self.judged, chunk=self.chunk)
         made_by = {
             "command": f"rlflow pretrain {self.name} --steps {args.steps} --seed {args.seed}"
-            f" --coupling {args.coupling}",
+            f" --coupling {args.coupling}{self.options(args)}",
             "seed": args.seed,
             "steps": args.steps,
             **{name: round(value) for name, value in seconds.items()},
@@ -86,25 +96,41 @@ class Cloning:
             **self.judge(field, env),
             "demonstrations": {**demos.figures, **demos.about["made_by"]},
         }
-        judged_by = {"policy": {"num_steps": self.num_steps}, "env": demos.env}
+        judged_by = {"policy": {"num_steps": self.num_steps}, "env": world}
         save_field(field, out, made_by, judged_by)
         return made_by
+
+    def options(self, args: argparse.Namespace) -> str:
+        """Of the command that makes the same, beyond those of all."""
+        return ""
+
+    def world(self, demos: Demos, trust_code: bool = False) -> dict[str, Any]:
+        """Name and settings of the environment, with the chunk of this policy."""
+        name, settings = demos.env["name"], dict(demos.env.get("settings", {}))
+        known = registry.settings(registry.find("env", name, trust_code))
+        usual = known["chunk"].default if "chunk" in known else 1
+        if self.chunk != usual and "chunk" not in known:
+            raise ValueError(f"env {name} takes no chunks of actions: use --chunk 1")
+        settings.pop("chunk", None)
+        if self.chunk != usual:
+            settings["chunk"] = self.chunk
+        return {"name": name, "settings": settings} if settings else {"name": name}
 
     def network(self, demos: Demos) -> tuple[VelocityField, list[Parameter]]:
         """What will be trained, and which of its matrices by Muon."""
         shape = (self.chunk, *demos.action_shape)
-        field = MLPField(demos.moments.shape[1], shape, width=256, depth=3, average=self.shortcut)
-        field.normalizer.moments.copy_(demos.moments)
+        field = scratch(shape, demos.obs_spec, width=256, depth=3, average=self.shortcut, running=False)
+        cast(Normalizer, field.normalizer).moments.copy_(demos.moments)
         return field, []
 
     def clone(self, demos: Demos, steps: int, seed: int, coupling: Coupling) -> tuple[VelocityField, float]:
         """(policy, its flow-matching loss on held-out episodes)."""
-        train, held_out = demos.split()
+        train, held_out = (part.chunks(self.chunk) for part in demos.split())
         torch.manual_seed(seed)
         field, hidden = self.network(demos)
         averaged = pretrain(
             field,
-            train.chunks(self.chunk).batches(self.rows, torch.Generator().manual_seed(seed)),
+            train.batches(self.rows, torch.Generator().manual_seed(seed)),
             steps=steps,
             hidden=hidden,
             lr=self.lr,
@@ -118,7 +144,7 @@ class Cloning:
             autocast=False,
             progress=report(steps, every=500),
         )
-        return averaged, validation_loss(averaged, held_out.chunks(self.chunk))
+        return averaged, validation_loss(averaged, held_out)
 
     def judge(self, field: VelocityField, env: VecEnv) -> dict[str, float]:
         """Mean return, and success where it is told, with K denoising steps; with fewer where made for it."""
@@ -128,6 +154,34 @@ class Cloning:
             scores = play_once(field, env, k)
             found |= {f"{name}{suffix}": round(score.mean().item(), DIGITS[name]) for name, score in scores.items()}
         return found
+
+
+class OwnCloning(Cloning):
+    """A policy of whatever environment a folder says that its demonstrations are of."""
+
+    @property
+    def asset(self) -> str:
+        """Of no environment in particular."""
+        return self.name
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """The folder, and what follows from no environment."""
+        parser.add_argument("--demos", type=Path, required=True, help="folder of write_demos")
+        parser.add_argument("--chunk", type=int, default=self.chunk, help="actions made at once")
+        parser.add_argument("--judged", type=int, default=self.judged, help="episodes played in the end")
+        parser.add_argument("--trust-code", action="store_true", help="run an environment outside rlflow")
+        parser.add_argument("--coupling", choices=COUPLINGS, default="independent")
+
+    def make(self, out: Path, args: argparse.Namespace) -> dict[str, Any]:
+        """As of a known environment."""
+        demos = Demos.open(args.demos)
+        demos.check()
+        mine = replace(self, chunk=args.chunk, judged=args.judged)
+        return mine.make_of(demos, out, args, args.trust_code)
+
+    def options(self, args: argparse.Namespace) -> str:
+        trust = " --trust-code" if args.trust_code else ""
+        return f" --demos {args.demos} --chunk {args.chunk} --judged {args.judged}{trust}"
 
 
 class TabletopCloning(Cloning):
@@ -167,6 +221,7 @@ CLONINGS = {
     for c in (
         *(Cloning(f"robot_bc_{env}", env, steps=n) for env, n in STEPS.items()),
         *(Cloning(f"robot_bc_{env}_shortcut", env, shortcut=True, steps=n) for env, n in STEPS.items()),
+        OwnCloning("robot_bc", "", steps=3000),
         Cloning("robot_bc_cube", "cube_single", steps=1000, chunk=5),
         MetaWorldCloning(
             "robot_bc_metaworld", "metaworld", steps=1000, chunk=5, lr=3e-3, average=0.99, judged=500, num_demos=20
@@ -176,17 +231,30 @@ CLONINGS = {
 }
 
 
-def demos_of(env: str, folder: Path, num: int | None = None) -> Demos:
-    """Those of a folder; made first, by whoever demonstrates this environment, if it does not exist."""
+def demos_of(env: str, folder: Path, settings: dict[str, Any] | None = None, num: int | None = None) -> Demos:
+    """Those of a folder, of this environment; made first, by whoever demonstrates it, if there is no folder.
+
+    ValueError where they are of another environment, or of this one under settings that make it another.
+    """
     from rlflow.envs.demos.demonstrators import make_demos
 
-    if not folder.exists():
+    wanted = {"name": env, "settings": settings or {}}
+    absent = not folder.exists()
+    if why := differences({"name": env} if absent else Demos.open(folder).env, wanted):
+        raise ValueError(f"{folder}: demonstrations {'would be' if absent else 'are'} of another env: {'; '.join(why)}")
+    if absent:
         print(f"{folder} does not exist: demonstrations of {env} are made", flush=True)
         print(make_demos(env, folder, num_episodes=num).summary, flush=True)
     demos = Demos.open(folder)
-    if demos.env["name"] != env:
-        raise ValueError(f"{folder} holds demonstrations of {demos.env['name']}, not of {env}")
+    demos.check()
     return demos
+
+
+def make_env(world: dict[str, Any], num_envs: int, trust_code: bool = False) -> VecEnv:
+    """`num_envs` rows of an environment by name and settings."""
+    spec = {**world.get("settings", {}), "name": world["name"]}
+    env = registry.build("env", "env.settings", spec, {"num_envs": num_envs, "gamma": GAMMA}, trust_code)
+    return Checked(env, world["name"])
 
 
 @torch.no_grad()
@@ -216,4 +284,4 @@ def play_once(field: VelocityField, env: VecEnv, num_steps: int, seed: int = 10_
         if not bool(scores["return"].isnan().any()):
             break
         obs = reached.obs
-    return {name: score for name, score in scores.items() if not bool(score.isnan().any())}
+    return told_scores(scores)

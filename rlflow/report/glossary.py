@@ -74,6 +74,12 @@ _FIXED: dict[str, Metric] = {
         -1,
         "Share of samples left out because a reward gave none, failed or was too late; they never count as zero.",
     ),
+    "env/bad_rows": Metric(
+        "steps with broken numbers",
+        "steps",
+        -1,
+        "Steps left out because an observation or an action was not finite; the simulator or the network gave nan.",
+    ),
     "rollout/masked_frac": Metric(
         "masked samples",
         "share",

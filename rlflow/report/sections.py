@@ -161,7 +161,7 @@ def left_out(run: RunRecord) -> str:
 
 
 def _left_out_row(run: RunRecord, name: str) -> list[str] | None:
-    if not name.endswith(("/masked_frac", "/errors", "/skipped_steps")):
+    if not name.endswith(("/masked_frac", "/errors", "/skipped_steps", "/bad_rows")):
         return None
     _, ys = series(run.train, name)
     if not len(ys) or ys.max() == 0:

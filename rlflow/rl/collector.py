@@ -139,7 +139,7 @@ class Collector:
 
         evidence = [e for o in outs for e in o["evidence"]]
         keep = not self.policy.encoder_trains
-        return Rollout(
+        rollout = Rollout(
             obs=stack("obs"),
             action=stack("action"),
             reward=stack("reward").to(self.policy.dtype),
@@ -158,6 +158,8 @@ class Collector:
             num_steps=None if outs[0]["num_steps"] is None else stack("num_steps"),
             network_calls=network_rows,
         )
+        mask_broken_samples(rollout)
+        return rollout
 
     def state_dict(self) -> dict[str, Any]:
         """The environment's state, that of its wrappers in any case, and the observation in hand.
@@ -187,6 +189,22 @@ def fill_final_obs(outs: list[dict[str, Any]]) -> bool:
         if o["final_obs"] is None:
             o["final_obs"] = o["next_obs"]
     return True
+
+
+def mask_broken_samples(rollout: Rollout) -> None:
+    """Give samples that are not finite weight 0 and the evidence of a sound one: 0 * nan is nan in the gradient.
+
+    Where none is sound their evidence stays, and the learner's own check of its gradient ends the run.
+    """
+    sound = rollout.action.isfinite().flatten(2).all(2)
+    if bool(sound.all()):
+        return
+    rollout.weight = rollout.weight * sound
+    rollout.action = torch.where(sound.view(*sound.shape, *[1] * (rollout.action.ndim - 2)), rollout.action, 0.0)
+    if rollout.evidence is not None and bool(sound.any()):
+        flat = sound.flatten()
+        own = torch.arange(len(flat), device=flat.device)
+        rollout.evidence = rollout.evidence.index(torch.where(flat, own, flat.long().argmax()))
 
 
 def permute_rewards(rollout: Rollout, generator: torch.Generator) -> None:

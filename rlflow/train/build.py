@@ -13,6 +13,7 @@ import torch
 from rlflow import registry
 from rlflow.config.schema import Config
 from rlflow.envs.base import VecEnv
+from rlflow.envs.checked import Checked
 from rlflow.envs.prompt import PromptEnv
 from rlflow.envs.prompts import Prompts, load_prompts
 from rlflow.envs.wrappers import FrameStack, RewardScaling, RewardWrapper
@@ -257,6 +258,7 @@ def make_simulator(config: Config, num_envs: int, trust_code: bool = False) -> V
     c = config.env
     supplied = {"num_envs": num_envs, "gamma": c.gamma}
     env: VecEnv = registry.build("env", "env.settings", {**c.settings, "name": c.name}, supplied, trust_code)
+    env = Checked(env, c.name)
     return FrameStack(env, c.frame_stack) if c.frame_stack > 1 else env
 
 

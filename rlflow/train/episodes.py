@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlflow.envs.base import VecEnv
+from rlflow.envs.base import VecEnv, told_scores
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Solver
@@ -123,7 +123,8 @@ class EpisodeEvaluator:
             if self.noisy is not None:
                 train = self._play(partial(self._trained, self.noisy), Film())
                 mine |= {f"train_{name}": value for name, value in train.items()}
-        scores = {name: dist.gather_shares(value, self.num) for name, value in mine.items()}
+        self.env.metrics()  # says what was not finite
+        scores = told_scores({name: dist.gather_shares(value, self.num) for name, value in mine.items()})
         if not self.env.tasks:
             return Episodes(scores, film)
         return Episodes(scores, film, dist.gather_shares(self._task, self.num).long(), self.env.tasks)

@@ -102,7 +102,7 @@ def _offline(config: Config, c: OfflineConfig, policy: FlowPolicy) -> Offline:
     with registry.located("offline"):
         if config.env.frame_stack > 1:
             raise ValueError("demonstrations hold single observations: use env.frame_stack=1")
-        demos = demos_of(config.env.name, Path(c.demos))
+        demos = demos_of(config.env.name, Path(c.demos), config.env.settings)
         data, whole = offline_data(demos, policy.event_shape[0], config.env.gamma, policy.device)
         return Offline(data, whole, c.clone, c.updates, c.share)
 

@@ -27,6 +27,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from rlflow.config import recipes
 from rlflow.config.parse import difference
 from rlflow.config.schema import Config
+from rlflow.envs.prompt_files import read_text
 from rlflow.registry import nearest
 from rlflow.report.aggregate import aggregate
 from rlflow.report.glossary import duration
@@ -104,7 +105,7 @@ def read_table(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no table {str(path)!r}")
     with recipes.yaml_errors(f"table {str(path)!r}"):
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_text(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a table is a YAML mapping with runs, seeds, jobs, at")
     return values

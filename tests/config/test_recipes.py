@@ -1,5 +1,6 @@
 """The numbers of the recipes of large models are the published ones, and rewards find their columns in the prompts."""
 
+import codecs
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -11,6 +12,7 @@ from rlflow.config import recipes
 from rlflow.envs.prompts import load_prompts
 from rlflow.rewards.component import column_names
 from rlflow.train.build import heldout_prompts
+from rlflow.train.sweep import read_table
 
 # -- published numbers ----------------------------------------------------------------------------
 
@@ -179,3 +181,19 @@ def test_prompts_of_another_kind_lack_columns() -> None:
     settings = recipes.load("sd35_flow_grpo_geneval").reward.settings
     assert columns_of("geneval_soft", settings) - scenes == {"tag", "include", "exclude"}
     assert columns_of("ocr", {}) - scenes == {"text"}
+
+
+class TestFilesOfTheUser:
+    def test_a_byte_order_mark_is_no_part_of_a_recipe(self, tmp_path):
+        (tmp_path / "mine.yaml").write_bytes(codecs.BOM_UTF8 + "about: größer\nbase: t2i_nft\n".encode())
+        assert recipes.read(str(tmp_path / "mine.yaml"))["about"] == "größer"
+
+    def test_another_encoding_is_named(self, tmp_path):
+        (tmp_path / "mine.yaml").write_text("about: größer", encoding="latin-1")
+        with pytest.raises(ValueError, match=r"mine\.yaml is not UTF-8 \(byte 0xf6 in line 1"):
+            recipes.read(str(tmp_path / "mine.yaml"))
+
+    def test_of_a_table_too(self, tmp_path):
+        (tmp_path / "t.yaml").write_text("runs: {}", encoding="utf-16")
+        with pytest.raises(ValueError, match=r"t\.yaml is UTF-16"):
+            read_table(tmp_path / "t.yaml")

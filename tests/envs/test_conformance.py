@@ -267,7 +267,7 @@ class NoState(Changed):
 class Unclipped(Changed):
     def __init__(self, num_envs: int, horizon: int = 4):
         super().__init__(num_envs, horizon)
-        self._limit = torch.full((2,), torch.inf)
+        self.bounds = torch.clone
 
 
 class Swapped(Changed):

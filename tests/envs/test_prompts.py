@@ -1,11 +1,13 @@
 """Prompt tables: every prompt once per epoch, from a pure function of the serial number; files and embedded worlds."""
 
+import codecs
 import json
 from collections import Counter
 
 import pytest
 
 from rlflow.envs.captions import scenes, words
+from rlflow.envs.prompt_files import read_rows
 from rlflow.envs.prompts import Prompts, load_prompts
 from rlflow.rl.groups import Groups
 
@@ -140,6 +142,44 @@ class TestLoad:
     def test_a_missing_file_is_named(self):
         with pytest.raises(FileNotFoundError, match=r"nowhere\.txt"):
             load_prompts("nowhere.txt")
+
+
+WORDS = ["one\u2028cat", "two\x85cats\x0bin\x1ca row", 'a sign "OPEN", red']
+FILES = {
+    ".jsonl": lambda prompts: "".join(json.dumps({"prompt": p}, ensure_ascii=False) + "\n" for p in prompts),
+    ".csv": lambda prompts: "prompt\n" + "".join('"{}"\n'.format(p.replace('"', '""')) for p in prompts),
+    ".txt": lambda prompts: "".join(p + "\n" for p in prompts),
+}
+
+
+@pytest.mark.parametrize("suffix", FILES)
+class TestText:
+    """One reader for every format: marks, line ends and encodings mean the same in each."""
+
+    @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+    @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+    def test_only_the_ends_of_lines_end_one(self, tmp_path, suffix, mark, end):
+        """Inside a prompt stand characters that Unicode, or Python, call line ends too."""
+        path = tmp_path / f"p{suffix}"
+        path.write_bytes(mark + FILES[suffix](WORDS).replace("\n", end).encode())
+        assert [row["prompt"] for row in read_rows(path).values()] == WORDS
+        first = 2 if suffix == ".csv" else 1
+        assert list(read_rows(path)) == [f"{path}:{first + i}" for i in range(3)]
+
+    @pytest.mark.parametrize(
+        ("encoding", "message"),
+        [
+            ("utf-16", "is UTF-16: save it as UTF-8"),
+            ("utf-32", "is UTF-32: save it as UTF-8"),
+            ("utf-16-le", "is UTF-16 or no text: save it as UTF-8"),
+            ("latin-1", r"is not UTF-8 \(byte 0xe9 in line \d; Windows-1252 or Latin-1\?\): save it as UTF-8"),
+        ],
+    )
+    def test_another_encoding_is_named(self, tmp_path, suffix, encoding, message):
+        path = tmp_path / f"p{suffix}"
+        path.write_bytes(FILES[suffix](["a cat", "h\xe9llo"]).encode(encoding))
+        with pytest.raises(ValueError, match=rf"p{suffix} {message}"):
+            read_rows(path)
 
 
 class TestFileErrors:

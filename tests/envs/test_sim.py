@@ -1,5 +1,6 @@
 """SimEnv by hand: a counter that pays its own number shows what is counted, discounted, kept and begun anew."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -117,10 +118,64 @@ class TestActions:
         env.step(action)
         assert torch.equal(env.sim.seen[0], action[:, 0])
 
+    @pytest.mark.parametrize(("low", "high", "sent"), [(0.0, torch.inf, 0.0), (-torch.inf, 1.0, 1.0)])
+    def test_of_one_bound_are_unchanged_up_to_it(self, low, high, sent):
+        env = made(1, low=low, high=high)
+        env.step(torch.tensor([[[-3.0, 0.5]], [[3.0, 0.5]], [[0.25, 0.5]]]))
+        assert sent in env.sim.seen[0][:, 0].tolist()
+        assert env.sim.seen[0][2].tolist() == [0.25, 0.5]
+        assert bool(((env.sim.seen[0] >= low) & (env.sim.seen[0] <= high)).all())
+
+    def test_never_leave_the_bounds_by_a_rounding(self):
+        low, high = -0.2944011688232422, 0.8352431654930115  # stretching 1 gives the next float32 above
+        env = made(1, low=low, high=high)
+        env.step(torch.tensor([[[-1.0, 1.0]]]).expand(3, 1, 2))
+        assert float(env.sim.seen[0].max()) <= float(env.sim.high[0])
+        assert float(env.sim.seen[0].min()) >= float(env.sim.low[0])
+
+    @pytest.mark.parametrize(("low", "high"), [(1.0, -1.0), (torch.nan, 1.0)])
+    def test_bounds_that_are_none_are_refused(self, low, high):
+        with pytest.raises(ValueError, match="action bounds need low <= high"):
+            made(1, low=low, high=high)
+
     def test_are_left_alone_where_there_is_no_bound(self):
         env = made(1, low=-torch.inf, high=torch.inf)
         env.step(torch.full((3, 1, 2), 7.0))
         assert env.sim.seen[0].tolist() == [[7.0, 7.0]] * 3
+
+
+class TestContract:
+    """What would broadcast in silence is refused at the first step, by the name of the field."""
+
+    @pytest.mark.parametrize("horizon", [0, -1])
+    def test_a_time_limit_below_one_step_is_refused(self, horizon):
+        with pytest.raises(ValueError, match=f"Counter: the time limit must be at least 1 step, got horizon={horizon}"):
+            made(1, horizon=horizon)
+
+    @pytest.mark.parametrize(
+        ("field", "change", "message"),
+        [
+            ("reward", lambda v: v.sum(), r"reward has shape \(\) and dtype torch.float64, it must be \(3,\) float"),
+            ("reward", lambda v: v.unsqueeze(1), r"reward has shape \(3, 1\)"),
+            ("reward", lambda v: v.long(), "reward has shape .* dtype torch.int64"),
+            ("reward", lambda v: v.tolist(), r"reward is a list, it must be a tensor \(3,\) of float"),
+            ("terminated", lambda v: v.float(), "terminated has shape .* dtype torch.float32, it must be .* bool"),
+            ("truncated", lambda v: torch.zeros(3, 1, dtype=torch.bool), r"truncated has shape \(3, 1\)"),
+            ("info", lambda v: {"clock": v["clock"][:, None]}, r"info\['clock'\] has shape \(3, 1\)"),
+            ("obs", lambda v: v.double(), r"obs has shape \(3, 1\) and dtype torch.float64, .* \(3, 1\) torch.float32"),
+            ("obs", lambda v: v[:, 0], r"obs has shape \(3,\)"),
+            ("obs", lambda v: {"x": v}, "obs is a dict, it must be a tensor"),
+        ],
+    )
+    def test_a_field_of_another_shape_or_dtype_is_refused(self, monkeypatch, field, change, message):
+        right = Counter.advance
+        monkeypatch.setattr(Counter, "advance", lambda s, a: wrong(right(s, a), field, change))
+        with pytest.raises(ValueError, match=rf"Counter.advance: {message}"):
+            made(1).step(torch.zeros(3, 1, 2))
+
+
+def wrong(out: Outcome, field: str, change: Any) -> Outcome:
+    return replace(out, **{field: change(getattr(out, field))})
 
 
 class TestResets:

@@ -6,16 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlflow.envs.demos.dataset import Episode, write_demos
+from rlflow.cli import main as cli
+from rlflow.envs.demos.dataset import Demos, Episode, write_demos
 from rlflow.flow.grid import uniform_times
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.matching import ShortcutLoss, cfm_loss
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import load_field
 from rlflow.models.mlp import MLPField
+from rlflow.pretrain import cloning
 from rlflow.pretrain.cloning import CLONINGS, demos_of, validation_loss
 from rlflow.pretrain.matching import pretrain
 from rlflow.pretrain.worlds import WORLDS, main
+from rlflow.registry import UntrustedCodeError
+from rlflow.train.trainer import Trainer
 
 
 def two_modes(num: int = 40):
@@ -102,8 +106,85 @@ def test_where_success_is_told_it_is_kept(tmp_path):
 
 
 def test_demonstrations_of_another_environment_are_refused(tiny):
-    with pytest.raises(ValueError, match="of hopper, not of walker2d"):
+    with pytest.raises(ValueError, match="are of another env: they are of hopper, not of walker2d"):
         demos_of("walker2d", tiny.folder)
+
+
+def test_demonstrations_of_other_settings_are_refused_before_any_are_made(tmp_path):
+    """Those that would be made are of the default ones."""
+    settings = {"env_id": "Pendulum-v1"}
+    write_demos(tmp_path / "d", SWINGS, {"name": "gym", "settings": settings | {"chunk": 2}}, {})
+    assert demos_of("gym", tmp_path / "d", settings).env["settings"]["chunk"] == 2
+    with pytest.raises(ValueError, match="env.settings.env_id: 'Pendulum-v1' there, 'Other-v0' here"):
+        demos_of("gym", tmp_path / "d", {"env_id": "Other-v0"})
+    with pytest.raises(ValueError, match="would be of another env: env.settings.env_id: None there"):
+        demos_of("gym", tmp_path / "none", settings)
+    assert not (tmp_path / "none").exists()
+
+
+def swing(length: int = 30, numbers: int = 3) -> Episode:
+    return Episode(torch.randn(length, numbers), torch.rand(length, 1) * 2 - 1, -torch.ones(length), False, True)
+
+
+SWINGS = [swing() for _ in range(4)]
+ITS = {"name": "gym", "settings": {"env_id": "Pendulum-v1", "max_steps": 8}}
+
+
+@pytest.mark.slow
+def test_a_clone_of_any_environment_is_judged_and_trains(tmp_path, capsys):
+    """By the command alone: the folder says which environment, with its settings; the checkpoint says so too."""
+    write_demos(tmp_path / "d", SWINGS, ITS, {"command": "by hand"})
+    arguments = ["--steps", "3", "--demos", str(tmp_path / "d"), "--chunk", "2", "--judged", "2"]
+    cli(["pretrain", "robot_bc", *arguments, "--out", str(tmp_path / "mine")])
+    about = json.loads((tmp_path / "mine/config.json").read_text())
+    assert about["judged_by"]["env"] == {"name": "gym", "settings": ITS["settings"] | {"chunk": 2}}
+    assert about["made_by"]["return"] < 0
+    assert "success" not in about["made_by"], "Pendulum does not tell"
+    assert cli(["eval", str(tmp_path / "mine"), "--num", "2"]) in (0, None)
+    field = load_field(str(tmp_path / "mine"))
+    assert torch.equal(field.normalizer.moments, Demos.open(tmp_path / "d").moments)
+    settings = ITS["settings"] | {"chunk": 2}
+    values = [f"policy.field={tmp_path / 'mine'}", "env.name=gym", f"env.settings={settings}", "env.num_groups=4"]
+    values += ["env.horizon=4", "algorithm.num_minibatches=1", "train.iterations=1", "train.minutes=null", "eval.num=2"]
+    trainer = Trainer("robot_reinflow", tmp_path / "run", overrides=values, quiet=True)
+    assert trainer.fit()["eval/heldout/return"] < 0
+    assert (tmp_path / "run/model/config.json").exists()
+
+
+class TestBeforeWork:
+    """What a policy could not be judged, or used, for is said before it is trained."""
+
+    @pytest.fixture(autouse=True)
+    def _nothing_is_trained(self, monkeypatch):
+        monkeypatch.setattr(cloning, "pretrain", lambda *args, **settings: pytest.fail("was trained"))
+
+    def made(self, tmp_path, episodes, env=ITS, *options):
+        write_demos(tmp_path / "d", episodes, env, {})
+        main(WORLDS["robot_bc"], ["--demos", str(tmp_path / "d"), "--out", str(tmp_path / "out"), *options])
+
+    def test_held_out_episodes_shorter_than_a_chunk(self, tmp_path):
+        with pytest.raises(ValueError, match="of 1 episodes none fills a chunk of 4 steps, the longest has 3"):
+            self.made(tmp_path, [swing(8), swing(8), swing(8), swing(3)])
+
+    def test_an_environment_that_shows_something_else(self, tmp_path):
+        with pytest.raises(ValueError, match=r"what was seen is .*\(2,\).* the environment shows .*\(3,\)"):
+            self.made(tmp_path, [swing(numbers=2)] * 2)
+
+    def test_an_environment_that_does_not_exist(self, tmp_path):
+        with pytest.raises(ValueError, match="unknown env 'gymm'"):
+            self.made(tmp_path, SWINGS, {"name": "gymm"})
+
+    def test_an_environment_outside_rlflow_needs_trust(self, tmp_path):
+        with pytest.raises(UntrustedCodeError, match="--trust-code"):
+            self.made(tmp_path, SWINGS, {"name": "tests.train.test_broken_rows:Glitch"})
+
+    def test_an_environment_without_chunks(self, tmp_path):
+        with pytest.raises(ValueError, match="env toy_reach takes no chunks of actions: use --chunk 1"):
+            self.made(tmp_path, SWINGS, {"name": "toy_reach"})
+
+    def test_settings_it_does_not_have(self, tmp_path):
+        with pytest.raises(ValueError, match="env.settings.nothing: gym has no such setting"):
+            self.made(tmp_path, SWINGS, {"name": "gym", "settings": ITS["settings"] | {"nothing": 1}})
 
 
 def test_every_cloning_has_its_own_folder():

@@ -17,6 +17,7 @@ from rlflow.rl.advantages import GAE
 from rlflow.rl.collector import Collector, permute_rewards
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihoods.chain import ChainLikelihood
+from rlflow.rl.optim import AdamW, NonFiniteError
 from rlflow.types import Rollout, Step, tree_leaves
 
 PLANS = [AllButLast(), Window(size=2), OneRandom(), Fraction(0.6)]
@@ -235,6 +236,42 @@ class TestModes:
         monkeypatch.setattr(Scripted, "recv", forgetful)
         with pytest.raises(ValueError, match="without final_obs"):
             walker.collect(0)
+
+
+class TestBrokenSamples:
+    """A chain that ends in nan: 0 * nan would be nan in every gradient, whatever its weight."""
+
+    @pytest.mark.parametrize("env", ["image", "reach"])
+    def test_weigh_nothing_and_leave_nothing_in_the_gradient(self, make, gradient, env, monkeypatch):
+        parts, broken = make(env), make(env)
+        forward, spoilt = broken.policy.field.forward, []
+
+        def once(x: Tensor, t: Tensor, dt: Tensor, cond: Any) -> Tensor:
+            v = forward(x, t, dt, cond)
+            if not spoilt:
+                spoilt.append(1)
+                v = v.clone()
+                v[5] = torch.nan
+            return v
+
+        monkeypatch.setattr(broken.policy.field, "forward", once)
+        clean, rollout = parts.collect(0), broken.collect(0)
+        row = rollout.weight[0] == 0
+        assert row.nonzero().flatten().tolist() == [5]
+        assert bool(rollout.action.isfinite().all())
+        assert torch.equal(rollout.action[0, ~row], clean.action[0, ~row])
+        clean.weight[0, 5] = 0
+        if env == "reach":
+            return  # what follows in the row differs
+        for expected, found in zip(gradient(parts, clean)[:1], gradient(broken, rollout)[:1], strict=True):
+            assert float(found.norm()) > 0
+            close(found, expected)
+
+    def test_where_none_is_sound_the_learner_ends_the_run(self, make):
+        parts = make("image", optimizer=AdamW(max_bad_steps=1))
+        next(parts.policy.field.parameters()).data.fill_(torch.nan)
+        with pytest.raises(NonFiniteError):
+            parts.iterate(0)
 
 
 class TestControl:

@@ -1,5 +1,6 @@
 """Episodes with and without the noise of training: the same starts, the same weights, and the gap between the two."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -50,6 +51,27 @@ def test_without_noisy_steps_the_two_are_the_same_episodes():
         assert torch.equal(scores[name], scores[f"train_{name}"])
     noisy = EpisodeEvaluator(policy, ToyReach, num=6, noisy=OneRandom())().scores
     assert not torch.equal(noisy["return"], noisy["train_return"])
+
+
+class Telling(ToyBandit):
+    """The rows of `told` say that they succeeded, the others nothing."""
+
+    def __init__(self, num_envs, told):
+        super().__init__(num_envs)
+        self.told = told
+
+    def recv(self):
+        step, told = super().recv(), torch.full((self.num_envs,), torch.nan)
+        told[self.told] = 1.0
+        return replace(step, info=step.info | {"success": told})
+
+
+@pytest.mark.parametrize(("told", "share"), [([], None), ([0, 2], 0.5), ([0, 1, 2, 3], 1.0)])
+def test_who_is_silent_about_success_has_none_unless_nobody_speaks_of_it(told, share):
+    policy = FlowPolicy(ToThePeak(), FlowSDE(0.5), num_steps=4)
+    result = EpisodeEvaluator(policy, partial(Telling, told=told), num=4)()
+    assert result.means().get("success") == share
+    assert result.headline == ("return" if share is None else "success")
 
 
 def test_the_headline_stays_the_deployed_score():

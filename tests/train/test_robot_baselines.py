@@ -30,7 +30,7 @@ def linear(tmp_path_factory):
         action = seen @ matrix + 0.1 * torch.randn(200, 3, generator=rng)
         return Episode(100 + 30 * seen, action, torch.ones(200), terminated=True, truncated=False)
 
-    return write_demos(folder, (episode() for _ in range(40)), {"name": "hopper"}, {}), matrix
+    return write_demos(folder, (episode() for _ in range(40)), {"name": "hopper"}, {}, bound=None), matrix
 
 
 def test_the_clones_mean_is_the_demonstrations_and_its_noise_is_as_told(script, linear):

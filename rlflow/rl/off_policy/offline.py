@@ -21,7 +21,7 @@ from rlflow.flow.noise import generator
 from rlflow.flow.policy import FlowPolicy
 from rlflow.rl.off_policy.replay import Transitions
 from rlflow.rl.optim import AdamW, Deferred
-from rlflow.types import tree_map
+from rlflow.types import tree_leaves, tree_map
 
 CLONING_LR = 1e-3
 
@@ -39,6 +39,21 @@ class Offline:
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1:
             raise ValueError(f"share must be in [0, 1), got {self.share}: some of a batch has to come from the replay")
+
+    def check(self, policy: FlowPolicy) -> None:
+        """ValueError where the policy does not see and do what was seen and done."""
+        if self.data.action.shape[1:] != policy.event_shape:
+            done = tuple(self.data.action.shape[1:])
+            raise ValueError(f"offline.demos: chunks of actions there are {done}, the policy's {policy.event_shape}")
+        seen = tree_map(lambda v: v[:1], self.data.obs)
+        try:
+            with torch.no_grad():
+                read = policy.encode(seen)["pooled"].shape[-1] == policy.field.num_features
+        except (RuntimeError, LookupError, TypeError, ValueError):
+            read = False
+        if not read:
+            shapes = [tuple(v.shape[1:]) for v in tree_leaves(seen)]
+            raise ValueError(f"offline.demos: the network of policy.field does not read what is seen there, {shapes}")
 
     def draw(self, num: int, rng: torch.Generator) -> Transitions:
         """`num` decisions, each equally likely."""

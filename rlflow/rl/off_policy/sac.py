@@ -72,6 +72,8 @@ class SAC:
     ):
         if dist.world() > 1:
             raise ValueError("SAC keeps one replay in one process: start it with --processes 1")
+        if offline is not None:
+            offline.check(policy)
         grid = policy.grid(policy.num_steps)
         self.plan = steps(0, grid, torch.zeros(1, dtype=torch.long))
         if self.plan.scored.ndim > 1 or not bool(self.plan.scored.all()):

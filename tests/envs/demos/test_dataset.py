@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from rlflow.envs.demos.dataset import Demos, Episode, write_demos
 from rlflow.envs.demos.demonstrators import DEMONSTRATORS, demonstrator, make_demos
 from rlflow.envs.demos.experts import GaussianExpert, play
+from rlflow.envs.demos.identity import differences
 from rlflow.envs.simulators.toy import ToyReach
 from rlflow.parallel.moments import scale
 
@@ -28,7 +30,7 @@ def episodes(pixels: bool = False) -> list[Episode]:
 
 @pytest.fixture
 def demos(tmp_path) -> Demos:
-    return write_demos(tmp_path / "d", episodes(), {"name": "hopper"}, {"seed": 1}, shard_rows=10)
+    return write_demos(tmp_path / "d", episodes(), {"name": "hopper"}, {"seed": 1}, shard_rows=10, bound=None)
 
 
 def test_round_trip_over_shards(demos):
@@ -59,7 +61,7 @@ def test_moments_are_those_of_all_observations(demos):
 
 
 def test_pixels_stay_bytes_and_out_of_the_moments(tmp_path):
-    demos = write_demos(tmp_path, episodes(pixels=True), {"name": "pusht"}, {})
+    demos = write_demos(tmp_path, episodes(pixels=True), {"name": "pusht"}, {}, bound=None)
     obs = demos.observations(torch.tensor([0, 22]))
     assert obs["pixels"].dtype == torch.uint8
     assert obs["pixels"][:, 0, 0, 0].tolist() == [0, 30]
@@ -104,6 +106,107 @@ def test_batches_are_a_function_of_the_generator(demos):
     assert torch.equal(first, again)
 
 
+def one(length: int = 4, **changes) -> Episode:
+    """An episode of the Hopper, but for the changes."""
+    rows = {"obs": torch.zeros(length, 2), "action": torch.zeros(length, 1), "reward": torch.ones(length)}
+    return Episode(**(rows | {"terminated": True, "truncated": False} | changes))
+
+
+def seen_twice(value: float) -> torch.Tensor:
+    return torch.tensor([[0.0, 0.0], [0.0, 0.0], [value, 0.0], [0.0, 0.0]])
+
+
+class TestWriting:
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_arrays_are_what_tensors_are(self, tmp_path, dtype):
+        rng = np.random.default_rng(0)
+        arrays = {"obs": rng.normal(size=(4, 2)), "action": rng.uniform(-1, 1, (4, 1)), "reward": rng.normal(size=4)}
+        arrays = {name: value.astype(dtype) for name, value in arrays.items()}
+        ends = {"terminated": np.True_, "truncated": np.False_, "success": np.bool_(True)}
+        found = write_demos(tmp_path, [Episode(**arrays, **ends)], {"name": "hopper"}, {})
+        index = torch.arange(4)
+        for name, value in {"obs": found.observations(index), "action": found.actions(index)}.items():
+            assert value.dtype == torch.float32
+            np.testing.assert_array_equal(value.numpy(), arrays[name].astype(np.float32))
+        assert found.episodes[0]["terminated"] is True
+        assert found.success == 1
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            (
+                {"action": torch.full((4, 1), 100.0)},
+                r"actions go up to 100 and the environment takes them in \[-1, 1\]",
+            ),
+            ({"action": torch.full((4, 1), torch.nan)}, "action is not finite in step 0"),
+            ({"obs": seen_twice(torch.inf)}, "obs is not finite in step 2"),
+            ({"reward": torch.tensor([0.0, torch.nan, 0.0, 0.0])}, "reward is not finite in step 1"),
+            ({"reward": torch.ones(3)}, "its columns have lengths .*'reward': 3"),
+            ({"reward": torch.ones(4, 1)}, r"reward has shape \(4, 1\), it must be \(L,\)"),
+            ({"obs": torch.zeros(4, 3)}, "its rows are .* those of the first episode"),
+            ({"obs": {"a": {"b": torch.zeros(4, 2)}}}, "are dictionaries: flatten them"),
+        ],
+    )
+    def test_what_cannot_be_learnt_from_is_refused_with_its_episode(self, tmp_path, changes, message):
+        with pytest.raises(ValueError, match=f"episode 1: .*{message}"):
+            write_demos(tmp_path, [one(), one(**changes)], {"name": "hopper"}, {})
+
+    def test_where_actions_have_no_bounds_any_size_goes(self, tmp_path):
+        found = write_demos(tmp_path, [one(action=torch.full((4, 1), 9.0))], {"name": "hopper"}, {}, bound=None)
+        assert float(found.actions(torch.tensor([0]))) == 9
+
+    @pytest.mark.parametrize("env", [{}, {"name": 3}, {"name": "gym", "env_id": "x"}, {"name": "gym", "settings": [1]}])
+    def test_an_environment_without_a_name_is_refused(self, tmp_path, env):
+        with pytest.raises(ValueError, match="env.*: write"):
+            write_demos(tmp_path, [one()], env, {})
+
+    def test_what_others_wrote_is_checked_when_it_is_taken_up(self, demos):
+        demos.check()
+        path = demos.folder / "00001.safetensors"
+        shard = load_file(path)
+        shard["action"][3] = torch.nan
+        save_file(shard, path)
+        with pytest.raises(ValueError, match="action is not finite in row 3 of shard 1"):
+            Demos.open(demos.folder).check()
+
+
+class TestIdentity:
+    """The name and the settings that make another world; not those of chunks, threads and pictures."""
+
+    @pytest.mark.parametrize(
+        ("mine", "theirs"),
+        [
+            ({}, {}),
+            ({"chunk": 4, "max_steps": 9}, {"chunk": 1, "success": "is_success"}),
+            ({"options": {"render_mode": "rgb_array"}}, {}),
+            ({"options": {}}, {"options": None}),
+        ],
+    )
+    def test_is_the_same(self, mine, theirs):
+        one, two = ({"name": "gym", "settings": {"env_id": "Pendulum-v1", **extra}} for extra in (mine, theirs))
+        assert differences(one, two) == []
+
+    @pytest.mark.parametrize(
+        ("mine", "theirs", "message"),
+        [
+            ({"env_id": "A"}, {"env_id": "B"}, "env.settings.env_id: 'A' there, 'B' here"),
+            ({}, {"env_id": "B"}, "env.settings.env_id: None there, 'B' here"),
+            (
+                {"env_id": "A", "options": {"size": 3}},
+                {"env_id": "A"},
+                "env.settings.options: {'size': 3} there, {} here",
+            ),
+        ],
+    )
+    def test_is_another(self, mine, theirs, message):
+        assert differences({"name": "gym", "settings": mine}, {"name": "gym", "settings": theirs}) == [message]
+
+    def test_defaults_are_settings(self):
+        same = differences({"name": "toy_reach"}, {"name": "toy_reach", "settings": {"device": "cpu"}})
+        assert same == []
+        assert differences({"name": "toy_reach"}, {"name": "toy_mdp"}) == ["they are of toy_reach, not of toy_mdp"]
+
+
 class TestBroken:
     def test_folders_are_named_with_what_is_wrong(self, demos):
         about = demos.folder / "dataset.json"
@@ -142,17 +245,19 @@ class TestBroken:
 
     def test_nothing_is_overwritten(self, demos):
         with pytest.raises(FileExistsError, match="give another folder"):
-            write_demos(demos.folder, episodes(), {}, {})
+            write_demos(demos.folder, episodes(), {"name": "hopper"}, {})
 
     def test_nothing_to_write(self, tmp_path):
         with pytest.raises(ValueError, match="no episodes"):
-            write_demos(tmp_path, [], {}, {})
+            write_demos(tmp_path, [], {"name": "hopper"}, {})
 
     def test_too_long_chunks_and_too_few_episodes(self, demos, tmp_path):
-        with pytest.raises(ValueError, match="no episode has 13 steps"):
+        with pytest.raises(
+            ValueError, match="of 5 episodes none fills a chunk of 13 steps, the longest has 12: take shorter chunks"
+        ):
             demos.chunks(13)
         with pytest.raises(ValueError, match="two are needed"):
-            write_demos(tmp_path, episodes()[:1], {}, {}).split()
+            write_demos(tmp_path, episodes()[:1], {"name": "hopper"}, {}).split()
 
 
 class TestPlay:

@@ -11,6 +11,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from rlflow.envs.seeds import episode_seeds
 from rlflow.envs.simulators.gym import gym, gym_vector
+from rlflow.envs.simulators.success import Success
 
 
 class Walk(gymnasium.Env):
@@ -82,11 +83,13 @@ def test_by_id_is_a_plain_loop_with_the_episodes_seeds():
     assert ends > 6
 
 
+@pytest.mark.parametrize("success", ["is_success", None])
 @pytest.mark.parametrize("mode", AutoresetMode)
-def test_a_vector_env_is_a_plain_loop_in_every_mode(mode):
+def test_a_vector_env_is_a_plain_loop_in_every_mode(mode, success):
+    """Success is found under its usual name, too."""
     own = None if mode == AutoresetMode.DISABLED else []  # else later episodes come from the environment's generator
     vector = SyncVectorEnv([lambda: gymnasium.make("rlflow_tests/Walk-v0")] * 3, autoreset_mode=mode)
-    env = gym_vector(vector, max_steps=4, success="is_success")
+    env = gym_vector(vector, max_steps=4, success=success)
     env.reset(SEEDS)
     loops, at, lost, succeeded = [plain(row, own) for row in range(3)], [0, 0, 0], 0, 0
     for _ in ACTIONS:
@@ -100,8 +103,9 @@ def test_a_vector_env_is_a_plain_loop_in_every_mode(mode):
                 continue
             matches(step, row, loops[row][at[row]])
             if step.ended[row]:
-                assert bool(step.info["success"][row]) == loops[row][at[row]]["success"]
-                succeeded += int(step.info["success"][row])
+                told = float(step.info["success"][row].nan_to_num())  # nan before a word was heard
+                assert bool(told) == loops[row][at[row]]["success"]
+                succeeded += int(told)
             at[row] += 1
     assert succeeded > 0
     assert (lost > 3) == (mode == AutoresetMode.NEXT_STEP)
@@ -134,6 +138,87 @@ def test_a_row_rests_after_its_end():
         step = env.step(actions)
         assert [e.unwrapped.count - b for e, b in zip(env.sim.envs, before, strict=True)] == taken
         assert step.num_steps.tolist() == taken
+
+
+@pytest.mark.parametrize(
+    ("info", "told"),
+    [
+        ({"is_success": True}, 1.0),
+        ({"is_success": np.False_}, 0.0),
+        ({"success": np.array([1.0])}, 1.0),
+        ({"success": torch.tensor(0.0)}, 0.0),
+        ({"goal_achieved": 1}, 1.0),
+        ({"is_success": 0, "success": 1}, 0.0),
+        ({"is_success": None}, np.nan),
+        ({"success": "yes"}, np.nan),
+        ({"success": np.ones(2)}, np.nan),
+        ({"coverage": 1.0}, np.nan),
+    ],
+)
+def test_success_is_read_under_its_usual_names(info, told):
+    np.testing.assert_equal(Success().of_row(info), told)
+    if "is_success" in info and told == told:
+        final = {"final_info": {"is_success": np.array([info["is_success"]]), "_is_success": np.array([True])}}
+        for vector in (final, {"final_info": [info]}, {"is_success": np.array([info["is_success"]], object)}):
+            np.testing.assert_equal(Success().of_rows(vector, 1), [told])
+
+
+@pytest.mark.parametrize(("paid", "found"), [(np.array([2.0]), 2.0), (None, np.nan), (np.float32(2), 2.0)])
+def test_a_reward_of_one_number_is_a_reward(monkeypatch, paid, found):
+    np.testing.assert_equal(paying(monkeypatch, paid).reward.tolist(), [found])
+
+
+@pytest.mark.parametrize("paid", [np.ones(2), "much", {"a": 1.0}])
+def test_a_reward_that_is_no_number_is_refused_by_its_environment(monkeypatch, paid):
+    with pytest.raises(ValueError, match="Walk.step: reward is .* it must be one number"):
+        paying(monkeypatch, paid)
+
+
+def paying(monkeypatch: pytest.MonkeyPatch, paid: Any) -> Any:
+    """The first step of an environment that pays this."""
+    right = Walk.step
+    monkeypatch.setattr(Walk, "step", lambda self, action: (right(self, action)[0], paid, *right(self, action)[2:]))
+    env = gym(1, "rlflow_tests/Walk-v0", options={})
+    env.reset(SEEDS[:1])
+    return env.step(torch.zeros(1, 1, 1))
+
+
+def test_silence_means_no_success_where_a_word_was_heard_or_a_name_given():
+    found = Success()
+    assert np.isnan(found.of_rows({}, 2)).all()
+    assert found.of_rows(
+        {"is_success": np.array([True, False]), "_is_success": np.array([True, False])}, 2
+    ).tolist() == [1, 0]
+    assert found.of_row({}) == 0
+    assert Success("is_success").of_row({}) == 0
+
+
+@pytest.mark.parametrize("limit", [0, -1, -5])
+def test_a_time_limit_below_one_step_is_refused(limit):
+    with pytest.raises(ValueError, match=f"max_steps: an episode of .* has at least 1 step, got {limit}"):
+        gym(1, "rlflow_tests/Walk-v0", max_steps=limit)
+    vector = SyncVectorEnv([lambda: gymnasium.make("rlflow_tests/Walk-v0")])
+    with pytest.raises(ValueError, match="max_steps"):
+        gym_vector(vector, max_steps=limit)
+
+
+class Half(Walk):
+    """Its action has a lower bound alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.action_space = spaces.Box(np.zeros(1, np.float32), np.full(1, np.inf, np.float32))
+
+
+gymnasium.register("rlflow_tests/Half-v0", entry_point=Half, max_episode_steps=4)
+
+
+def test_an_action_stays_in_a_space_with_one_bound():
+    env = gym(1, "rlflow_tests/Half-v0", options={})
+    env.reset(SEEDS[:1])
+    before = env.sim.envs[0].unwrapped.x.copy()
+    env.step(torch.full((1, 1, 1), -3.0))
+    assert env.sim.envs[0].unwrapped.x == before
 
 
 @pytest.mark.parametrize(

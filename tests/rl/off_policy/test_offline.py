@@ -110,6 +110,23 @@ def test_the_controls_rewards_do_not_tell_demonstrations_from_the_rest(tmp_path,
     assert torch.equal(batch.discount < GAMMA, poor), "the discount goes with the reward: ends tell a story too"
 
 
+@pytest.mark.parametrize(
+    ("shape", "numbers", "message"),
+    [
+        ((3, 2), 3, r"chunks of actions there are \(2, 2\), the policy's \(3, 2\)"),
+        ((2, 2), 4, r"the network of policy.field does not read what is seen there, \[\(3,\)\]"),
+        ((2, 2), 1, r"the network of policy.field does not read"),
+    ],
+)
+def test_demonstrations_of_other_shapes_are_refused_at_construction(tmp_path, shape, numbers, message):
+    """One number would be broadcast over three, and be noticed in the middle of a batch."""
+    data, whole = offline_data(demos(tmp_path, (30, True)), 2, GAMMA, CPU)
+    kernel = LearnedNoise(numbers, shape, 0.03, 0.1)
+    policy = FlowPolicy(GatedField(numbers, shape, width=8, gate_width=4), kernel, squash=Tanh())
+    with pytest.raises(ValueError, match=f"offline.demos: {message}"):
+        SAC(policy, All(), Replay(100, GAMMA), offline=Offline(data, whole))
+
+
 def test_a_batch_of_demonstrations_alone_is_refused(tmp_path):
     data, whole = offline_data(demos(tmp_path, (30, True)), 2, GAMMA, CPU)
     with pytest.raises(ValueError, match=r"share must be in \[0, 1\)"):
