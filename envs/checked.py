@@ -73,7 +73,7 @@ class Checked(Wrapper):
             bad = bad | ~finite_rows(leaf)
         if self.device.type == "cpu" and not bool(bad.any()):  # elsewhere the answer would be waited for
             return obs, bad
-        return _filled(obs, self.last), bad
+        return _filled(obs, tree_map(torch.zeros_like, obs) if self.last is None else self.last), bad
 
     def metrics(self) -> dict[str, float]:
         """Those of the environment inside, and the steps that were masked here."""
@@ -81,6 +81,13 @@ class Checked(Wrapper):
 
     def own_state(self) -> dict[str, Any]:
         return {} if self.last is None else {"last": self.last, "blind": self.blind}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`; a state of the environment alone is of a run from before it was checked."""
+        if state.keys() == {"env", "own"}:
+            super().load_state_dict(state)
+        else:
+            self.env.load_state_dict(state)
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         if state:

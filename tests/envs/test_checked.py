@@ -186,3 +186,19 @@ def test_a_latent_that_is_not_finite_is_not_painted_and_not_scored():
     with pytest.warns(UserWarning, match="env prompt: 1 steps met"):
         assert env.metrics()["env/bad_rows"] == 1
     assert env.step(torch.ones(3, 3, 2, 2)).valid.all()
+
+
+def test_a_state_from_before_the_check_still_loads():
+    """A run that was saved without this wrapper goes on."""
+    from rlflow.envs.simulators.toy import ToyReach
+
+    bare, checked = ToyReach(3), Checked(ToyReach(3), "toy")
+    bare.reset(torch.arange(3))
+    state = bare.state_dict()
+    checked.load_state_dict(state)
+    action = torch.full((3, *bare.action_shape), 0.1)
+    after, wanted = checked.step(action), bare.step(action)
+    assert torch.equal(after.reward, wanted.reward)
+    again = Checked(ToyReach(3), "toy")
+    again.load_state_dict(checked.state_dict())
+    assert torch.equal(again.step(action).reward, bare.step(action).reward)
