@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rlflow import registry
 from rlflow.config.limits import check
+from rlflow.config.plain import check_plain
 from rlflow.config.schema import Config, algorithm_name
 from rlflow.config.values import merge
 from rlflow.registry import nearest
@@ -103,6 +104,7 @@ UNNAMED: dict[str, Any] = {"likelihood": {"name": "chain"}, "algorithm": {"name"
 
 def parse(values: dict[str, Any], trust_code: bool = False) -> Config:
     """A checked Config; ValueError lists every problem with its full path."""
+    check_plain(values)
     if isinstance(name := values.get("algorithm"), str):
         values = values | {"algorithm": {"name": name}}
     values = merge(UNNAMED, values)

@@ -11,8 +11,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import ConfigDict, Discriminator, Tag
+
+from rlflow.config import plain
 
 Spec = str | dict[str, Any]
 STRICT = ConfigDict(extra="forbid", strict=True)
@@ -243,4 +244,4 @@ class Config:
 
     def to_yaml(self) -> str:
         """The resolved config; reading it again gives the same run."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return plain.dump(self.to_dict())

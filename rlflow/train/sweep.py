@@ -24,8 +24,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from rlflow.config import recipes
+from rlflow.config import plain, recipes
 from rlflow.config.parse import difference
+from rlflow.config.plain import yaml_errors
 from rlflow.config.schema import Config
 from rlflow.registry import nearest
 from rlflow.report.aggregate import aggregate
@@ -103,8 +104,8 @@ def read_table(path: Path) -> dict[str, Any]:
     """The YAML of a table."""
     if not path.is_file():
         raise ValueError(f"no table {str(path)!r}")
-    with recipes.yaml_errors(f"table {str(path)!r}"):
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    with yaml_errors(f"table {str(path)!r}"):
+        values = plain.load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a table is a YAML mapping with runs, seeds, jobs, at")
     return values
