@@ -144,6 +144,20 @@ TABLE: dict[str, dict[str, str]] = {
     },
 }
 
+MAKES = {
+    "model": "rlflow.flow.field:VelocityField",
+    "kernel": "rlflow.flow.kernels:Kernel",
+    "solver": "rlflow.flow.solvers:Solver",
+    "steps": "rlflow.flow.steps:Steps",
+    "guidance": "rlflow.flow.field:VelocityField",
+    "likelihood": "rlflow.rl.likelihoods.base:Likelihood",
+    "env": "rlflow.envs.base:VecEnv",
+}
+"""What a component of a kind derives from."""
+
+FOREIGN: dict[tuple[str, str], str] = {}
+"""Components outside rlflow that were found so far, by kind and name, with their files: an error in one names it."""
+
 
 class UntrustedCodeError(ValueError):
     """A dotted path was met where only registered names are allowed."""
@@ -174,6 +188,8 @@ def find(kind: str, name: str, trust_code: bool = False) -> Callable[..., Any]:
         found = importlib.import_module(module)
     except ImportError as error:
         raise ValueError(f"{kind} {name!r} cannot be imported: {error}") from error
+    if name not in TABLE[kind]:
+        FOREIGN[kind, name] = str(found.__file__)
     try:
         return getattr(found, attribute)
     except AttributeError:
@@ -273,4 +289,19 @@ def build(kind: str, path: str, spec: Any, supplied: Mapping[str, Any] | None = 
     component = find(kind, name, trust_code)
     mine = {k: v for k, v in supplied.items() if k in settings(component)}
     with located(path):
-        return component(**checked, **mine)
+        if inspect.isabstract(component):
+            missing = ", ".join(sorted(component.__abstractmethods__))
+            raise ValueError(f"{name} does not define {missing}")
+        made = component(**checked, **mine)
+        if name not in TABLE[kind]:
+            _check_contract(kind, name, made)
+        return made
+
+
+def _check_contract(kind: str, name: str, made: Any) -> None:
+    """ValueError for a component from outside that is not what its kind is."""
+    if kind not in MAKES:
+        return
+    module, _, base = MAKES[kind].partition(":")
+    if not isinstance(made, getattr(importlib.import_module(module), base)):
+        raise ValueError(f"{name} made a {type(made).__name__}, which is no {base}: derive it from {module}.{base}")

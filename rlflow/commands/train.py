@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.commands.arguments import command, positive, recipe_argument, trust_flag
+from rlflow.train.signals import StoppedAtOnce, sigterm_is_ctrl_c
 
 
 def add(commands: Any) -> None:
@@ -26,6 +27,17 @@ def _run(args: argparse.Namespace) -> None:
     if args.resume and not args.run:
         raise ValueError("--resume needs --run DIR, the folder of the run to continue")
     seeds = None if args.seeds is None else _seeds(args.seeds)
+    try:
+        with sigterm_is_ctrl_c():
+            _train(args, seeds)
+    except StoppedAtOnce:
+        raise
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("stopped by a signal before the first iteration: nothing was trained")
+
+
+def _train(args: argparse.Namespace, seeds: list[int] | None) -> None:
     if args.processes > 1:
         _train_shared(args)
         return

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlflow import registry
+from rlflow.config.processes import check_sharding
+from rlflow.flow.solvers import check_solver
 
 if TYPE_CHECKING:
     from rlflow.config.schema import Config
@@ -97,7 +99,7 @@ def check_together(config: Config, trust_code: bool = False) -> None:
     """ValueError for settings that exclude each other."""
     OF_LEARNERS[config.algorithm.name](config, trust_code)
     _check_kind(config)
-    _check_sharding(config)
+    check_sharding(config)
     if config.train.iterations is None and config.train.minutes is None:
         raise ValueError("train: give a budget, train.iterations=N or train.minutes=M")
 
@@ -169,15 +171,6 @@ def _check_nft(config: Config, likelihood: Any) -> None:
 OF_LEARNERS = {"policy_gradient": _check_policy_gradient, "sac": _check_sac}
 
 
-def _check_sharding(config: Config) -> None:
-    """ValueError where the number of network passes depends on what happens in a process."""
-    if config.train.sharding == "full" and (config.env.name != "prompt" or config.algorithm.name != "policy_gradient"):
-        raise ValueError(
-            "train.sharding: processes that hold parts of one network must call it equally often, as with images "
-            "and policy_gradient; set it to replicated"
-        )
-
-
 def _check_kind(config: Config) -> None:
     """ValueError for settings of images in a simulator, and the other way round."""
     if config.env.name == "prompt":
@@ -212,7 +205,10 @@ def check(config: Config, trust_code: bool = False) -> None:
         ("solver", "eval.solver", config.eval.solver, {}),
     ):
         if spec is not None:
-            registry.build(kind, path, spec, supplied, trust_code)
+            made = registry.build(kind, path, spec, supplied, trust_code)
+            if kind == "solver":
+                with registry.located(path):
+                    check_solver(made)
     if config.policy.guidance is not None:
         registry.validate("guidance", "policy.guidance", config.policy.guidance, ("field",), trust_code)
     _check_rewards(config, trust_code)

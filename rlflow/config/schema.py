@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Discriminator, Tag
 
@@ -79,6 +79,7 @@ class AlgorithmConfig:
     """The clipped policy gradient."""
 
     __pydantic_config__ = STRICT
+    sizes: ClassVar = ("algorithm.micro_batch",)  # settings that the memory of an update grows with
     name: Literal["policy_gradient"] = "policy_gradient"
     clip_low: float = 2e-3
     clip_high: float | None = None
@@ -118,6 +119,7 @@ class SACConfig:
     """Off-policy, with gradients through the whole chain; a replay of its own."""
 
     __pydantic_config__ = STRICT
+    sizes: ClassVar = ("algorithm.batch_size", "algorithm.capacity")
     name: Literal["sac"]
     batch_size: int = 256
     capacity: int = 1_000_000  # decisions kept

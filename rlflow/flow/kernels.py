@@ -11,6 +11,7 @@ A new SDE overrides `g`. There is no ODE kernel: steps without noise belong to a
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
 import torch
@@ -22,7 +23,7 @@ from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.path import expand
 
 
-class Kernel(nn.Module):
+class Kernel(nn.Module, ABC):
     """Base: subclasses implement `step` in at least float32."""
 
     velocity: ClassVar[Literal["instantaneous", "step"]] = "instantaneous"
@@ -30,9 +31,9 @@ class Kernel(nn.Module):
     marginal_preserving: ClassVar[bool] = False
     """True when exact velocities give the data law at t = 1 as K grows."""
 
+    @abstractmethod
     def step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, hidden: Tensor | None) -> Gaussian:
         """The transition; t, t_next are already broadcastable against x."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, hidden: Tensor | None = None) -> Gaussian:
         """Gaussian over x_next for x, v (N, *D), t, t_next (N,), hidden (N, F) or None."""
@@ -79,9 +80,9 @@ class MarginalSDE(Kernel):
 
     marginal_preserving = True
 
+    @abstractmethod
     def g(self, t: Tensor, t_next: Tensor) -> Tensor:
         """Diffusion coefficient at t, shaped like t."""
-        raise NotImplementedError
 
     def step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, hidden: Tensor | None) -> Gaussian:
         dt, g = t_next - t, self.g(t, t_next)

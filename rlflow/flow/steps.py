@@ -7,6 +7,7 @@ agrees. Each row has the same number R of scored steps; a plan is never empty an
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -60,18 +61,19 @@ def _plan(grid: Tensor, indices: range) -> Plan:
     return Plan(grid, scored, scored)
 
 
-class Steps:
+class Steps(ABC):
     """Base of all selections."""
 
     mixed_rows: ClassVar[bool] = False
     """True when one step is noisy for some rows and an ODE step for others (needs the Euler solver)."""
 
+    @abstractmethod
     def __call__(self, iteration: int, grid: Tensor, row_ids: Tensor) -> Plan:
-        raise NotImplementedError
+        """Pure: the same arguments give the same plan."""
 
+    @abstractmethod
     def possible(self, num_steps: int) -> range:
         """Every step that can ever be scored, for the checks at construction."""
-        raise NotImplementedError
 
 
 def _usable(num_steps: int, skip_last: int, need: int, name: str) -> int:
