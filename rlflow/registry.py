@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlflow import ranges
+
 TABLE: dict[str, dict[str, str]] = {
     "model": {
         "dit": "rlflow.models.dit:DiT",
@@ -239,13 +241,13 @@ def split_spec(kind: str, spec: Any) -> tuple[str, dict[str, Any]]:
 def settings(component: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Parameters of a component, with annotations resolved to types."""
     target = component.__init__ if inspect.isclass(component) else component
-    hints = typing.get_type_hints(target)
+    hints = typing.get_type_hints(target, include_extras=True)
     found = inspect.signature(component).parameters
     return {n: p.replace(annotation=hints.get(n, Any)) for n, p in found.items()}
 
 
 def validate(kind: str, path: str, spec: Any, supplied: Iterable[str] = (), trust_code: bool = False) -> dict[str, Any]:
-    """Settings of `spec` with their types checked; ValueError names the full path and the nearest valid name.
+    """Settings of `spec`, types and ranges checked; ValueError names the full path and the nearest valid name.
 
     `supplied` are parameters the program fills and a config may not set.
     """
@@ -268,6 +270,7 @@ def validate(kind: str, path: str, spec: Any, supplied: Iterable[str] = (), trus
             checked[key] = pydantic.TypeAdapter(p.annotation).validate_json(json.dumps(given[key]), strict=True)
         except (pydantic.ValidationError, TypeError) as error:
             raise ValueError(f"{path}.{key}: {_reason(error)}, got {given[key]!r}") from None
+        ranges.check(f"{path}.{key}", p.annotation, checked[key])
     return checked
 
 

@@ -32,6 +32,9 @@ BELOW = {
     "envs": {"types", "registry", "dist", "shards", "moments", "flow", "models", "rewards"},
     "rl": {"types", "registry", "dist", "shards", "flow", "models", "envs", "rewards"},
 }
+BELOW = {"ranges": set()} | {
+    part: below | {"ranges"} for part, below in BELOW.items()
+}  # what signatures say of numbers
 ABOVE_ALL = {"cli", "commands", "__main__"}  # nothing but themselves may import these
 
 # Slow to import and not needed to print help, list names or reject a misspelt key.

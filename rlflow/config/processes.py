@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlflow import registry
+from rlflow.config.limits import check_sharding
 from rlflow.config.schema import Config
 from rlflow.rl.groups import Groups
 
@@ -30,15 +31,6 @@ def check_updates(config: Config, groups: Groups, horizon: int) -> None:
 
 def _minibatches(config: Config) -> int:
     return getattr(config.algorithm, "num_minibatches", 1)
-
-
-def check_sharding(config: Config) -> None:
-    """ValueError where the number of network passes depends on what happens in a process."""
-    if config.train.sharding == "full" and (config.env.name != "prompt" or config.algorithm.name != "policy_gradient"):
-        raise ValueError(
-            "train.sharding: processes that hold parts of one network must call it equally often, as with images "
-            "and policy_gradient; set it to replicated"
-        )
 
 
 def can_share(config: Config, world: int, horizon: int) -> bool:

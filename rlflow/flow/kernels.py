@@ -21,6 +21,7 @@ from torch import Tensor
 from rlflow.flow import path
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.path import expand
+from rlflow.ranges import Level, Size
 
 
 class Kernel(nn.Module, ABC):
@@ -97,7 +98,7 @@ class FlowSDE(MarginalSDE):
     `final` a at its end.
     """
 
-    def __init__(self, a: float = 0.7, hold: float = 1.0, final: float = 0.5):
+    def __init__(self, a: Level = 0.7, hold: float = 1.0, final: float = 0.5):
         super().__init__()
         if a <= 0:
             raise ValueError(f"FlowSDE needs a > 0, got {a}; without noise there is nothing to score")
@@ -116,7 +117,7 @@ class FlowSDE(MarginalSDE):
 class ConstantSDE(MarginalSDE):
     """g = eta everywhere (DanceGRPO, Xue et al. 2025); unstable on point-like data when eta^2 K > 2."""
 
-    def __init__(self, eta: float = 0.3):
+    def __init__(self, eta: Level = 0.3):
         super().__init__()
         if eta <= 0:
             raise ValueError(f"ConstantSDE needs eta > 0, got {eta}; without noise there is nothing to score")
@@ -189,9 +190,9 @@ class LearnedNoise(Kernel):
         self,
         num_features: int,
         event_shape: tuple[int, ...],
-        std_min: float = 0.08,
-        std_max: float = 0.16,
-        width: int = 64,
+        std_min: Level = 0.08,
+        std_max: Level = 0.16,
+        width: Size = 64,
         hold: float = 1.0,
         final: float = 0.7,
     ):

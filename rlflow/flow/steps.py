@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rlflow.flow.noise import Key, generator, noise
+from rlflow.ranges import Seed
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Window(Steps):
     roll_back: bool = True
     skip_last: int = 2
     compress: float | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.every < 1 or self.stride < 0:
@@ -229,7 +230,7 @@ class RandomWindow(Steps):
 
     size: int = 3
     stop: int | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -261,7 +262,7 @@ class OneRandom(Steps):
 
     mixed_rows = True
     skip_last: int = 1
-    seed: int = 0
+    seed: Seed = 0
 
     def __call__(self, iteration: int, grid: Tensor, row_ids: Tensor) -> Plan:
         num = len(self.possible(len(grid) - 1))
@@ -279,7 +280,7 @@ class Fraction(Steps):
 
     fraction: float = 0.6
     skip_last: int = 1
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlflow.parallel import dist
+from rlflow.ranges import Limit, NotNegative, Unit
 from rlflow.rl.losses import weighted_sum
 from rlflow.types import Rollout
 
@@ -68,9 +69,9 @@ class GroupAdvantage:
     """
 
     std: Literal["group", "epoch", "none"] = "group"
-    eps: float = 1e-4
+    eps: NotNegative = 1e-4
     unbiased: bool = False
-    clip: float = 5.0
+    clip: Limit = 5.0
     needs_critic = False
 
     def __call__(self, rollout: Rollout, values: Tensor | None, next_values: Tensor | None) -> Advantages:
@@ -149,7 +150,7 @@ class GAE:
     """
 
     gamma: float = 0.99
-    lam: float = 0.95
+    lam: Unit = 0.95
     normalize: bool = True
     needs_critic = True
 
