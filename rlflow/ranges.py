@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Iterator
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -69,6 +70,7 @@ BelowOne = Annotated[float, Range("must be in [0, 1)", 0, 1, open_high=True)]
 LearningRate = Annotated[float, Range("must be in (0, 1]", 0, 1, open_low=True)]
 """Adam's first step is lr long in every weight: above 1 nothing of the network is left."""
 Seconds = Annotated[float, Range("must be at least 0.001", 0.001, endless=True)]
+Timeout = Annotated[float, Range("must be at least 0.001", 0.001)]
 
 Count = Annotated[int, Range("must be positive", 1, 10**9)]
 Natural = Annotated[int, Range("must not be negative", 0, 10**9)]
@@ -77,6 +79,7 @@ Size = Annotated[int, Range("must be positive", 1, 65_536)]
 Threads = Annotated[int, Range("must not be negative", 0, 1024)]
 """0: as many as there are CPUs."""
 Seed = Annotated[int, Range("must be in [0, 2**63)", 0, 2**63, open_high=True)]
+Port = Annotated[int, Range("must be in [0, 65535]", 0, 65_535)]
 Text = Annotated[str, MayBeEmpty()]
 
 FINITE = Range()
@@ -94,13 +97,39 @@ def check(path: str, annotation: Any, value: Any) -> None:
         return
     said = list(_metadata(annotation))
     for place, item in _items(path, value, inside=Any not in said):
-        if isinstance(item, str):
-            if not item.strip() and MayBeEmpty() not in said:
-                raise ValueError(f"{place}: must not be empty: leave it out, or name one")
-            continue
-        for limit in [m for m in said if isinstance(m, Range)] or [FINITE if isinstance(item, float) else WHOLE]:
-            if (problem := limit.problem(item)) is not None:
-                raise ValueError(f"{place}: {problem}, got {item}")
+        if (problem := _problem(said, item)) is not None:
+            raise ValueError(f"{place}: {problem}")
+
+
+def argument(annotation: Any) -> Callable[[str], Any]:
+    """The `type` of an argument on a command line, from the annotation of a setting."""
+    plain = (*typing.get_args(annotation), annotation)[0]
+
+    def read(text: str) -> Any:
+        try:
+            value = plain(text)
+        except ValueError:
+            raise ArgumentTypeError(f"must be a {'whole ' if plain is int else ''}number, got {text!r}") from None
+        if (problem := _problem(list(_metadata(annotation)), value)) is not None:
+            raise ArgumentTypeError(problem)
+        return value
+
+    return read
+
+
+filled = argument(str)
+"""A name or a path: `--run=` would mean the folder where the command stands."""
+
+
+def _problem(said: list[Any], item: float | str) -> str | None:
+    """What is wrong with a number or a text under the annotations `said`."""
+    if isinstance(item, str):
+        empty = not item.strip() and MayBeEmpty() not in said
+        return "must not be empty: leave it out, or name one" if empty else None
+    for limit in [m for m in said if isinstance(m, Range)] or [FINITE if isinstance(item, float) else WHOLE]:
+        if (problem := limit.problem(item)) is not None:
+            return f"{problem}, got {item}"
+    return None
 
 
 def _metadata(annotation: Any) -> Iterator[Any]:

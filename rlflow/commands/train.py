@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.commands.arguments import command, positive, recipe_argument, trust_flag
+from rlflow.ranges import filled
 from rlflow.train.signals import StoppedAtOnce, sigterm_is_ctrl_c
 
 
@@ -15,8 +16,8 @@ def add(commands: Any) -> None:
     """Enter the command."""
     p = command(commands, "train", _run, "Fine-tune a policy with a recipe.")
     recipe_argument(p)
-    p.add_argument("--run", metavar="DIR", help="run folder (default runs/RECIPE-TIME)")
-    p.add_argument("--resume", metavar="last|PATH", help="continue the run in --run from a checkpoint")
+    p.add_argument("--run", type=filled, metavar="DIR", help="run folder (default runs/RECIPE-TIME)")
+    p.add_argument("--resume", type=filled, metavar="last|PATH", help="continue the run in --run from a checkpoint")
     p.add_argument("--seeds", metavar="0,1,2", help="one run per seed, in DIR/seed-N")
     p.add_argument("--processes", type=positive, default=1, metavar="N", help="share each iteration among N processes")
     p.add_argument("--quiet", action="store_true", help="no progress display")

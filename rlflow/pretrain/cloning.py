@@ -30,6 +30,7 @@ from rlflow.models.io import save_field
 from rlflow.models.mlp import MLPField
 from rlflow.models.vla import VLA
 from rlflow.pretrain.matching import pretrain, report
+from rlflow.ranges import filled
 
 COUPLINGS: dict[str, Coupling] = {"independent": independent, "ot": minibatch_ot}
 DIGITS = {"return": 1, "success": 3}
@@ -65,12 +66,12 @@ class Cloning:
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Options of this kind of data."""
-        parser.add_argument("--demos", type=Path, default=Path("demos") / self.env, help="folder; made if absent")
+        parser.add_argument("--demos", type=filled, default=f"demos/{self.env}", help="folder; made if absent")
         parser.add_argument("--coupling", choices=COUPLINGS, default="independent")
 
     def make(self, out: Path, args: argparse.Namespace) -> dict[str, Any]:
         """Clone the demonstrations, judge the policy and save it in `out`; returns config.json's "made_by"."""
-        demos = demos_of(self.env, args.demos, self.num_demos)
+        demos = demos_of(self.env, Path(args.demos), self.num_demos)
         begin, begin_cpu = time.perf_counter(), time.process_time()
         field, validation = self.clone(demos, args.steps, args.seed, COUPLINGS[args.coupling])
         seconds = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - begin_cpu}

@@ -57,6 +57,8 @@ class Trainer:
     ):
         self.recipe = config if isinstance(config, str) else "custom"
         self.config = _resolve(config, overrides, trust_code)
+        if run == "":
+            raise ValueError("run: must not be empty: leave it out, or name a folder")
         self.run = Path(run) if run is not None else default_run(self.recipe)
         self.callbacks, self.quiet = list(callbacks), quiet
         if self.config.train.threads:

@@ -247,11 +247,11 @@ def test_gpus_by_name_and_by_size() -> None:
 
 def test_the_command(tiny: list[str], scenes_field: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "t2i_flow_grpo_fast", *tiny, f"policy.field={scenes_field}"]
-    main([*words, "--json", "--gpu", "24GB", "--gpus", "2"])
+    main([*words, "env.num_groups=4", "--json", "--gpu", "24GB", "--gpus", "2"])
     found = json.loads(capsys.readouterr().out)
     assert found["fits"]
     assert sum(found["memory_bytes"].values()) == found["peak_bytes"]
-    assert found["network_rows_per_iteration"]["total"] * 2 == found["network_rows_per_sample"]["total"] * 8
+    assert found["network_rows_per_iteration"]["total"] * 2 == found["network_rows_per_sample"]["total"] * 16
     main([*words, "--gpu", "0.0001GB"])
     said = capsys.readouterr().out
     assert "Does not fit" in said
