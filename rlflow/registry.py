@@ -191,7 +191,7 @@ def find(kind: str, name: str, trust_code: bool = False) -> Callable[..., Any]:
     except ImportError as error:
         raise ValueError(f"{kind} {name!r} cannot be imported: {error}") from error
     if name not in TABLE[kind]:
-        FOREIGN[kind, name] = str(found.__file__)
+        FOREIGN[kind, name] = str(getattr(found, "__file__", ""))  # a built-in module has none
     try:
         return getattr(found, attribute)
     except AttributeError:
@@ -292,9 +292,8 @@ def build(kind: str, path: str, spec: Any, supplied: Mapping[str, Any] | None = 
     component = find(kind, name, trust_code)
     mine = {k: v for k, v in supplied.items() if k in settings(component)}
     with located(path):
-        if inspect.isabstract(component):
-            missing = ", ".join(sorted(component.__abstractmethods__))
-            raise ValueError(f"{name} does not define {missing}")
+        if missing := sorted(getattr(component, "__abstractmethods__", ())):
+            raise ValueError(f"{name} does not define {', '.join(missing)}")
         made = component(**checked, **mine)
         if name not in TABLE[kind]:
             _check_contract(kind, name, made)

@@ -243,7 +243,7 @@ def test_a_signal_before_the_first_iteration_is_one_line(
     monkeypatch.setattr("rlflow.parallel.dist.launch", interrupted)
     cli.main(["train", *REACH, "--run", str(tmp_path / "run"), "--quiet", "--processes", processes])
     out, err = capfd.readouterr()
-    assert out == "stopped by a signal before the first iteration: nothing was trained\n"
+    assert out == "stopped by a signal before the first iteration\n"
     assert err == ""
 
 

@@ -35,7 +35,7 @@ def _run(args: argparse.Namespace) -> None:
         raise
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print("stopped by a signal before the first iteration: nothing was trained")
+            print("stopped by a signal before the first iteration")
 
 
 def _train(args: argparse.Namespace, seeds: list[int] | None) -> None:
