@@ -16,6 +16,7 @@ import yaml
 MOST_VALUES = 100_000
 """Of one text, aliases unfolded: a recipe has a hundred."""
 MOST_DIGITS = 400
+DEEPEST = 100
 YAML = "tag:yaml.org,2002:"
 PATTERNS = {
     "null": r"~|null|Null|NULL|",
@@ -142,8 +143,8 @@ def check_plain(value: Any, path: str = "", inside: tuple[int, ...] = ()) -> Non
     """ValueError with the path of a value that a YAML file could not hold, or of a container that holds itself."""
     if isinstance(value, str | int | float | None):
         return
-    if id(value) in inside:
-        raise ValueError(f"{path}: holds itself")
+    if id(value) in inside or len(inside) > DEEPEST:
+        raise ValueError(f"{path[:80]}: {'holds itself' if id(value) in inside else 'nested too deeply'}")
     inside = (*inside, id(value))
     if isinstance(value, dict):
         for key, item in value.items():

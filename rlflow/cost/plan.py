@@ -109,7 +109,7 @@ class Planner:
         bare, traced = self.traced(config.policy.grad_checkpointing)
         groups, horizon = share(config, world=gpus), config.env.horizon or bare.horizon
         check_updates(config, groups, horizon)
-        shape = _Shape.of(config, bare, groups, horizon)
+        shape = _Shape.of(config, bare, groups, horizon, self.trust_code)
         memory = Memory(_staying(config, bare, gpus), _moments(config, bare, traced, shape, gpus))
         flops = _flops(shape.cost, traced, bare.policy.field)
         return Estimate(gpus, groups.total_rows * horizon, shape.rows, shape.cost, memory, flops)
@@ -127,9 +127,9 @@ class _Shape:
     pairs: int
 
     @staticmethod
-    def of(config: Config, bare: Skeleton, groups: Groups, horizon: int) -> _Shape:
+    def of(config: Config, bare: Skeleton, groups: Groups, horizon: int, trust_code: bool) -> _Shape:
         c, policy, likelihood = learner(config), bare.policy, bare.likelihood
-        steps = registry.build("steps", "steps", config.steps)
+        steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
         grid = policy.grid(policy.num_steps)
         plans = [steps(i, grid, groups.row_ids()) for i in range(ITERATIONS)]
         copies = groups.group_size if horizon == 1 and config.env.mode == "episodes" else 1

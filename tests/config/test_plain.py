@@ -1,6 +1,7 @@
 """YAML is read as plain values or refused with its line; nothing is taken for something that was not written."""
 
 from datetime import date
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,10 @@ def circle() -> dict[str, Any]:
         ({"reward": {"weights": {1: 1.0}}}, r"^reward\.weights: the key 1 is no text$"),
         ({"env": {"settings": {"a": [{2, 3}]}}}, r"^env\.settings\.a\.0: text, a number, .*got \{2, 3\}$"),
         ({"policy": {"field": Path("x")}}, r"^policy\.field: text, a number"),
+        (
+            {"env": {"settings": reduce(lambda inner, _: {"a": inner}, range(500), 1)}},
+            r"^env\.settings.*: nested too deeply$",
+        ),
         (circle(), r"^env\.settings: holds itself$"),
     ],
 )
