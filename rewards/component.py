@@ -49,6 +49,7 @@ def _supplied(spec: Any, trust_code: bool) -> tuple[str, ...]:
 def check_reward(section: str, name: str, settings: Settings, trust_code: bool = False) -> None:
     """ValueError where the reward `name`, asked for in `section`, does not exist or its settings are wrong."""
     spec = _spec(name, settings)
+    registry.split_spec(f"reward.settings.{name}", spec)  # its name is one
     with registry.located(section if spec["name"] == name else f"reward.settings.{name}"):
         supplied = _supplied(spec, trust_code)
     registry.validate("reward", f"reward.settings.{name}", spec, supplied, trust_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -10,7 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from rlflow.ranges import Range
 from rlflow.rewards.base import to_uint8
+
+Quality = Annotated[int, Range("must be in [1, 100]", 1, 100)]
 
 
 def jpeg_kilobytes(images: Tensor, quality: int = 95) -> Tensor:
@@ -18,12 +22,12 @@ def jpeg_kilobytes(images: Tensor, quality: int = 95) -> Tensor:
     return torch.tensor([_num_bytes(pixels, quality) / 1000 for pixels in to_uint8(images)])
 
 
-def jpeg_compressibility(images: Tensor, quality: int = 95) -> Tensor:
+def jpeg_compressibility(images: Tensor, quality: Quality = 95) -> Tensor:
     """(N,) minus the JPEG size in kB."""
     return -jpeg_kilobytes(images, quality)
 
 
-def jpeg_incompressibility(images: Tensor, quality: int = 95) -> Tensor:
+def jpeg_incompressibility(images: Tensor, quality: Quality = 95) -> Tensor:
     """(N,) the JPEG size in kB."""
     return jpeg_kilobytes(images, quality)
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from rlflow.console import say_error, user_errors
+from rlflow.console import say_error
+from rlflow.failures import one_line
 
-COMMANDS = ("train", "sweep", "compare", "pretrain", "eval", "sample", "list", "serve_reward")
+COMMANDS: tuple[str, ...] = ("train", "sweep", "compare", "pretrain", "eval", "sample", "list", "serve_reward")
 COMMANDS += ("plan", "doctor", "report", "bench")
 """In the order of `rlflow --help`; each is a file of rlflow.commands."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; user errors are one line and exit code 2."""
+    """Run one command; user errors are one line and exit code 2, Ctrl-C is one line and 130."""
     args = parse(argv)
     args.main = main  # for processes that run the same command
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it warns of, a recipe's user cannot mend
@@ -24,10 +26,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.run_command(args)
     except BrokenPipeError:  # `rlflow list ... | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nothing more can be written
-    except user_errors() as error:
-        if getattr(args, "debug", False):
+    except KeyboardInterrupt as stop:
+        print(f"rlflow: {str(stop) or 'stopped'}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as error:
+        message = None if args.debug else one_line(error)
+        if message is None:
             raise
-        say_error(error)
+        say_error(message)
         raise SystemExit(2) from None
 
 

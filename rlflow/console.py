@@ -13,16 +13,8 @@ RANK_WAITS = 10.0
 """Seconds: an error that all ranks share ends rank 0, and the launcher the others, before they repeat it."""
 
 
-def user_errors() -> tuple[type[Exception], ...]:
-    """What a user can mend. FloatingPointError: a run that diverged; NotImplementedError: too much asked of a model."""
-    import yaml
-
-    return ValueError, OSError, KeyError, ImportError, FloatingPointError, NotImplementedError, yaml.YAMLError
-
-
-def say_error(error: Exception) -> None:
+def say_error(message: str) -> None:
     """One line on stderr; of several processes rank 0 speaks, another one only if it is still alive a while later."""
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(RANK_WAITS)

@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlflow import ranges
+
 TABLE: dict[str, dict[str, str]] = {
     "model": {
         "dit": "rlflow.models.dit:DiT",
@@ -151,6 +153,20 @@ TABLE: dict[str, dict[str, str]] = {
     },
 }
 
+MAKES = {
+    "model": "rlflow.flow.field:VelocityField",
+    "kernel": "rlflow.flow.kernels:Kernel",
+    "solver": "rlflow.flow.solvers:Solver",
+    "steps": "rlflow.flow.steps:Steps",
+    "guidance": "rlflow.flow.field:VelocityField",
+    "likelihood": "rlflow.rl.likelihoods.base:Likelihood",
+    "env": "rlflow.envs.base:VecEnv",
+}
+"""What a component of a kind derives from."""
+
+FOREIGN: dict[tuple[str, str], str] = {}
+"""Components outside rlflow that were found so far, by kind and name, with their files: an error in one names it."""
+
 
 class UntrustedCodeError(ValueError):
     """A dotted path was met where only registered names are allowed."""
@@ -188,6 +204,8 @@ def find(kind: str, name: str, trust_code: bool = False) -> Callable[..., Any]:
         found = importlib.import_module(module)
     except ImportError as error:
         raise ValueError(f"{kind} {name!r} cannot be imported: {error}") from error
+    if name not in TABLE[kind]:
+        FOREIGN[kind, name] = str(getattr(found, "__file__", ""))  # a built-in module has none
     try:
         return getattr(found, attribute)
     except AttributeError:
@@ -237,7 +255,7 @@ def split_spec(kind: str, spec: Any) -> tuple[str, dict[str, Any]]:
 def settings(component: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Parameters of a component, with annotations resolved to types."""
     target = component.__init__ if inspect.isclass(component) else component
-    hints = typing.get_type_hints(target)
+    hints = typing.get_type_hints(target, include_extras=True)
     found = inspect.signature(component).parameters
     return {n: p.replace(annotation=hints.get(n, Any)) for n, p in found.items()}
 
@@ -252,7 +270,7 @@ def complete(kind: str, spec: Any) -> Any:
 
 
 def validate(kind: str, path: str, spec: Any, supplied: Iterable[str] = (), trust_code: bool = False) -> dict[str, Any]:
-    """Settings of `spec` with their types checked; ValueError names the full path and the nearest valid name.
+    """Settings of `spec`, types and ranges checked; ValueError names the full path and the nearest valid name.
 
     `supplied` are parameters the program fills and a config may not set.
     """
@@ -275,6 +293,7 @@ def validate(kind: str, path: str, spec: Any, supplied: Iterable[str] = (), trus
             checked[key] = pydantic.TypeAdapter(p.annotation).validate_json(json.dumps(given[key]), strict=True)
         except (pydantic.ValidationError, TypeError) as error:
             raise ValueError(f"{path}.{key}: {_reason(error)}, got {given[key]!r}") from None
+        ranges.check(f"{path}.{key}", p.annotation, checked[key])
     return checked
 
 
@@ -296,4 +315,18 @@ def build(kind: str, path: str, spec: Any, supplied: Mapping[str, Any] | None = 
     component = find(kind, name, trust_code)
     mine = {k: v for k, v in supplied.items() if k in settings(component)}
     with located(path):
-        return component(**checked, **mine)
+        if missing := sorted(getattr(component, "__abstractmethods__", ())):
+            raise ValueError(f"{name} does not define {', '.join(missing)}")
+        made = component(**checked, **mine)
+        if name not in TABLE[kind]:
+            _check_contract(kind, name, made)
+        return made
+
+
+def _check_contract(kind: str, name: str, made: Any) -> None:
+    """ValueError for a component from outside that is not what its kind is."""
+    if kind not in MAKES:
+        return
+    module, _, base = MAKES[kind].partition(":")
+    if not isinstance(made, getattr(importlib.import_module(module), base)):
+        raise ValueError(f"{name} made a {type(made).__name__}, which is no {base}: derive it from {module}.{base}")

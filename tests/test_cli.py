@@ -209,6 +209,49 @@ def test_counts_are_at_least_one(flag: str, number: str, fails: Fails) -> None:
         assert f"argument {flag}: must be a whole number of at least 1" in fails(*command, f"{flag}={number}")
 
 
+EMPTY = [
+    ("train", "t2i_flow_grpo", "--run="),
+    ("train", "t2i_flow_grpo", "--run", " "),
+    ("train", "t2i_flow_grpo", "--run", "x", "--resume="),
+    ("train", ""),
+    ("doctor", ""),
+    ("sample", "shapes", "--prompt", "a", "--out="),
+    ("sample", "", "--prompt", "a", "--out", "x.png"),
+    ("eval", ""),
+    ("eval", "shapes", "--checkpoint="),
+    ("sweep", "x.yaml", "--run="),
+    ("report", ""),
+    ("compare", "a", ""),
+    ("pretrain", "shapes", "--out="),
+]
+
+
+@pytest.mark.parametrize("words", EMPTY)
+def test_no_path_is_empty(
+    words: tuple[str, ...], fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--run=$RUN` without RUN would train into the folder where the command stands."""
+    monkeypatch.chdir(tmp_path)
+    assert "must not be empty" in fails(*words)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"^run: must not be empty"):
+        Trainer("t2i_flow_grpo", "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("eval", "shapes", "--seed=-1"),
+        ("sample", "shapes", "--prompt", "a", "--out", "x.png", "--seed", str(2**63)),
+        ("serve-reward", "brightness", "--port", "65536"),
+        ("serve-reward", "brightness", "--port", "0", "--timeout", "nan"),
+        ("serve-reward", "brightness", "--port", "0", "--timeout", "1e-300"),
+    ],
+)
+def test_numbers_of_the_command_line_have_ranges(words: tuple[str, ...], fails: Fails) -> None:
+    assert "must be " in fails(*words)
+
+
 # -- for machines ---------------------------------------------------------------------------------
 
 

@@ -70,7 +70,9 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "rlflow_tests_own.py").write_text(
         "from pathlib import Path\n"
         f"Path({str(tmp_path / 'ran')!r}).touch()\n\n\n"
-        "class Mine:\n    def __init__(self, strength: float = 1.0):\n        self.strength = strength\n\n"
+        "from rlflow.flow.kernels import FlowSDE\n\n\nclass Mine(FlowSDE):\n"
+        "    def __init__(self, strength: float = 1.0):\n        super().__init__()\n"
+        "        self.strength = strength\n\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()

@@ -14,6 +14,7 @@ import torch
 from rlflow.envs.seeds import narrow
 from rlflow.envs.sim import SimEnv
 from rlflow.envs.simulators.gym import NextStepSim
+from rlflow.ranges import Threads
 
 
 def make_pool(env_id: str, seeds: list[int], threads: int, options: dict[str, Any]) -> Any:
@@ -48,7 +49,7 @@ def envpool(
     num_envs: int,
     env_id: str,
     gamma: float = 0.99,
-    threads: int = 0,
+    threads: Threads = 0,
     options: dict[str, Any] | None = None,
     success: str | None = None,
 ) -> SimEnv:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlflow.envs.sim import Outcome, Sim, SimEnv
 from rlflow.envs.simulators.success import Success
+from rlflow.ranges import Count, Size
 from rlflow.types import Tree, tree_map, tree_where
 
 try:
@@ -141,9 +142,9 @@ class GymSim(Sim):
 def gym(
     num_envs: int,
     env_id: str,
-    chunk: int = 1,
+    chunk: Size = 1,
     gamma: float = 0.99,
-    max_steps: int | None = None,
+    max_steps: Count | None = None,
     options: dict[str, Any] | None = None,
     success: str | None = None,
 ) -> SimEnv:

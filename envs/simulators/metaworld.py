@@ -20,6 +20,7 @@ from rlflow.envs.demos.experts import play, successes
 from rlflow.envs.seeds import normal
 from rlflow.envs.sim import Outcome, Sim, SimEnv
 from rlflow.envs.simulators.envpool import make_pool
+from rlflow.ranges import Count, Size, Threads
 from rlflow.types import Tree
 
 NAMES = """
@@ -139,11 +140,11 @@ class MetaWorld(SimEnv):
         self,
         num_envs: int,
         tasks: str | Sequence[str] = "mt10",
-        chunk: int = 5,
-        horizon: int = 150,
+        chunk: Size = 5,
+        horizon: Count = 150,
         gamma: float = 0.99,
         sparse: bool = True,
-        threads: int = 1,
+        threads: Threads = 1,
     ):
         super().__init__(MetaWorldSim(tasks_of(tasks), num_envs, horizon, sparse, threads), chunk, gamma)
 

@@ -26,6 +26,7 @@ from rlflow.envs.camera import Camera
 from rlflow.envs.seeds import normal, uniform
 from rlflow.envs.sim import Outcome, Sim, SimEnv
 from rlflow.parallel.dist import num_cpus
+from rlflow.ranges import Size, Threads
 from rlflow.types import Tree
 
 try:
@@ -296,31 +297,31 @@ class MujocoSim(Sim):
         self._x[:], self._obs[:], self._over[:] = state["x"].numpy(), state["obs"].numpy(), False
 
 
-def hopper(num_envs: int, chunk: int = 4, gamma: float = 0.99, threads: int = 0) -> SimEnv:
+def hopper(num_envs: int, chunk: Size = 4, gamma: float = 0.99, threads: Threads = 0) -> SimEnv:
     """Hopper-v5: one leg, 3 motors, 11 numbers observed; falls."""
     return SimEnv(MujocoSim(HOPPER, num_envs, threads), chunk, gamma)
 
 
-def walker2d(num_envs: int, chunk: int = 4, gamma: float = 0.99, threads: int = 0) -> SimEnv:
+def walker2d(num_envs: int, chunk: Size = 4, gamma: float = 0.99, threads: Threads = 0) -> SimEnv:
     """Walker2d-v5: two legs in a plane, 6 motors, 17 numbers observed; falls."""
     return SimEnv(MujocoSim(WALKER2D, num_envs, threads), chunk, gamma)
 
 
-def halfcheetah(num_envs: int, chunk: int = 4, gamma: float = 0.99, threads: int = 0) -> SimEnv:
+def halfcheetah(num_envs: int, chunk: Size = 4, gamma: float = 0.99, threads: Threads = 0) -> SimEnv:
     """HalfCheetah-v5: a running body in a plane, 6 motors, 17 numbers observed; ends by time only."""
     return SimEnv(MujocoSim(HALFCHEETAH, num_envs, threads), chunk, gamma)
 
 
-def inverted_pendulum(num_envs: int, chunk: int = 4, gamma: float = 0.99, threads: int = 0) -> SimEnv:
+def inverted_pendulum(num_envs: int, chunk: Size = 4, gamma: float = 0.99, threads: Threads = 0) -> SimEnv:
     """InvertedPendulum-v5: a pole on a cart, 1 motor, 4 numbers observed; falls."""
     return SimEnv(MujocoSim(INVERTED_PENDULUM, num_envs, threads), chunk, gamma)
 
 
-def ant(num_envs: int, chunk: int = 4, gamma: float = 0.99, threads: int = 0) -> SimEnv:
+def ant(num_envs: int, chunk: Size = 4, gamma: float = 0.99, threads: Threads = 0) -> SimEnv:
     """Ant-v5: four legs, 8 motors, 105 numbers observed, contact forces among them; falls."""
     return SimEnv(MujocoSim(ANT, num_envs, threads), chunk, gamma)
 
 
-def humanoid(num_envs: int, chunk: int = 4, gamma: float = 0.99, threads: int = 0) -> SimEnv:
+def humanoid(num_envs: int, chunk: Size = 4, gamma: float = 0.99, threads: Threads = 0) -> SimEnv:
     """Humanoid-v5: 17 motors, 348 numbers observed; falls."""
     return SimEnv(MujocoSim(HUMANOID, num_envs, threads), chunk, gamma)

@@ -24,6 +24,7 @@ from rlflow.envs.camera import Camera
 from rlflow.envs.demos.dataset import Episode
 from rlflow.envs.sim import Outcome, Sim, SimEnv
 from rlflow.parallel.dist import num_cpus
+from rlflow.ranges import Size, Threads
 from rlflow.types import Tree
 
 try:
@@ -210,11 +211,15 @@ def demonstration(env: Any, horizon: int, seed: int, noise: float) -> Episode:
 # -- environments ---------------------------------------------------------------------------------
 
 
-def cube_single(num_envs: int, chunk: int = 5, gamma: float = 0.99, sparse: bool = False, threads: int = 0) -> SimEnv:
+def cube_single(
+    num_envs: int, chunk: Size = 5, gamma: float = 0.99, sparse: bool = False, threads: Threads = 0
+) -> SimEnv:
     """cube-single-singletask-v0: one cube, 28 numbers observed, 200 steps."""
     return SimEnv(CubeSim(SINGLE, num_envs, sparse, threads), chunk, gamma)
 
 
-def cube_double(num_envs: int, chunk: int = 5, gamma: float = 0.99, sparse: bool = False, threads: int = 0) -> SimEnv:
+def cube_double(
+    num_envs: int, chunk: Size = 5, gamma: float = 0.99, sparse: bool = False, threads: Threads = 0
+) -> SimEnv:
     """cube-double-singletask-v0: two cubes, 37 numbers observed, 500 steps."""
     return SimEnv(CubeSim(DOUBLE, num_envs, sparse, threads), chunk, gamma)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from rlflow.envs.sim import SimEnv
 from rlflow.envs.simulators.gym import GymSim
+from rlflow.ranges import Size
 
 try:
     import gym_pusht  # noqa: F401  (registers its id)
@@ -25,11 +26,11 @@ def made(num_envs: int, chunk: int, gamma: float, observed: str) -> SimEnv:
     return SimEnv(GymSim("gym_pusht/PushT-v0", num_envs, options=options, success="is_success"), chunk, gamma)
 
 
-def pusht(num_envs: int, chunk: int = 8, gamma: float = 0.99) -> SimEnv:
+def pusht(num_envs: int, chunk: Size = 8, gamma: float = 0.99) -> SimEnv:
     """5 numbers observed, not scaled: disc x, y, T x, y in pixels (0..512), its angle (0..2 pi)."""
     return made(num_envs, chunk, gamma, "state")
 
 
-def pusht_pixels(num_envs: int, chunk: int = 8, gamma: float = 0.99) -> SimEnv:
+def pusht_pixels(num_envs: int, chunk: Size = 8, gamma: float = 0.99) -> SimEnv:
     """Observed: {"pixels": (96, 96, 3) uint8, "agent_pos": (2,) in pixels (0..512)}."""
     return made(num_envs, chunk, gamma, "pixels_agent_pos")

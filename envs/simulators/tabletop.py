@@ -19,6 +19,7 @@ from rlflow.envs.demos.experts import play, successes
 from rlflow.envs.seeds import normal, uniform
 from rlflow.envs.sim import Outcome, SimEnv
 from rlflow.envs.simulators.toy import ToySim
+from rlflow.ranges import Count, Size
 from rlflow.types import Tree
 
 COLOURS = {"red": (0.9, 0.15, 0.15), "green": (0.15, 0.75, 0.2), "blue": (0.2, 0.3, 0.95)}
@@ -129,7 +130,9 @@ class Tabletop(SimEnv):
 
     sim: TabletopSim
 
-    def __init__(self, num_envs: int = 64, chunk: int = 4, horizon: int = 40, gamma: float = 0.99, device: str = "cpu"):
+    def __init__(
+        self, num_envs: int = 64, chunk: Size = 4, horizon: Count = 40, gamma: float = 0.99, device: str = "cpu"
+    ):
         super().__init__(TabletopSim(num_envs, horizon, device), chunk, gamma)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from rlflow.envs.base import VecEnv
 from rlflow.envs.seeds import uniform
 from rlflow.envs.sim import Outcome, Sim, SimEnv
+from rlflow.ranges import Count
 from rlflow.types import Step, Tree, tree_map, tree_where
 
 CENTRES = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
@@ -103,7 +104,7 @@ class ToyReach(SimEnv):
 
     action_shape, obs_dim = (2, 2), 4
 
-    def __init__(self, num_envs: int = 32, horizon: int = 4, gamma: float = 1.0, device: str = "cpu"):
+    def __init__(self, num_envs: int = 32, horizon: Count = 4, gamma: float = 1.0, device: str = "cpu"):
         super().__init__(ReachSim(num_envs, 2, 2 * horizon, device), chunk=2, gamma=gamma)
 
 
@@ -173,7 +174,7 @@ class ToyMDP(SimEnv):
 
     action_shape, obs_dim = (1, 1), 3
 
-    def __init__(self, num_envs: int = 64, horizon: int = 6, device: str = "cpu"):
+    def __init__(self, num_envs: int = 64, horizon: Count = 6, device: str = "cpu"):
         super().__init__(MDPSim(num_envs, 1, horizon, device), chunk=1)
 
     @staticmethod
@@ -224,5 +225,5 @@ class ToyRoutes(SimEnv):
 
     action_shape, obs_dim = (2, 2), 2
 
-    def __init__(self, num_envs: int = 64, horizon: int = 12, gamma: float = 0.99, device: str = "cpu"):
+    def __init__(self, num_envs: int = 64, horizon: Count = 12, gamma: float = 0.99, device: str = "cpu"):
         super().__init__(RoutesSim(num_envs, 2, 2 * horizon, device), chunk=2, gamma=gamma)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlflow.envs.sim import Outcome, Sim, SimEnv
 from rlflow.envs.simulators.mujoco import HALFCHEETAH, HOPPER, INVERTED_PENDULUM, WALKER2D, Task, root_x
+from rlflow.ranges import Size
 from rlflow.types import Tree
 
 try:
@@ -128,21 +129,21 @@ class WarpSim(Sim):
         return {"qpos": self._qpos, "qvel": self._qvel, "warm": self._warm, "time": self._time}
 
 
-def warp_hopper(num_envs: int, chunk: int = 4, gamma: float = 0.99) -> SimEnv:
+def warp_hopper(num_envs: int, chunk: Size = 4, gamma: float = 0.99) -> SimEnv:
     """Hopper-v5 on MuJoCo Warp: `hopper` in float32, for thousands of rows on a GPU."""
     return SimEnv(WarpSim(HOPPER, num_envs), chunk, gamma)
 
 
-def warp_walker2d(num_envs: int, chunk: int = 4, gamma: float = 0.99) -> SimEnv:
+def warp_walker2d(num_envs: int, chunk: Size = 4, gamma: float = 0.99) -> SimEnv:
     """Walker2d-v5 on MuJoCo Warp: `walker2d` in float32, for thousands of rows on a GPU."""
     return SimEnv(WarpSim(WALKER2D, num_envs), chunk, gamma)
 
 
-def warp_halfcheetah(num_envs: int, chunk: int = 4, gamma: float = 0.99) -> SimEnv:
+def warp_halfcheetah(num_envs: int, chunk: Size = 4, gamma: float = 0.99) -> SimEnv:
     """HalfCheetah-v5 on MuJoCo Warp: `halfcheetah` in float32, for thousands of rows on a GPU."""
     return SimEnv(WarpSim(HALFCHEETAH, num_envs), chunk, gamma)
 
 
-def warp_inverted_pendulum(num_envs: int, chunk: int = 4, gamma: float = 0.99) -> SimEnv:
+def warp_inverted_pendulum(num_envs: int, chunk: Size = 4, gamma: float = 0.99) -> SimEnv:
     """InvertedPendulum-v5 on MuJoCo Warp: `inverted_pendulum` in float32, for thousands of rows on a GPU."""
     return SimEnv(WarpSim(INVERTED_PENDULUM, num_envs), chunk, gamma)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from rlflow.ranges import Text
 from rlflow.rewards.networks.embed import load_clip
 from rlflow.rewards.networks.hub import Precision, Source
 
@@ -23,7 +24,7 @@ class ClipScore:
         self,
         model: str = "openai/clip-vit-large-patch14",
         scale: float = 2.5,
-        prefix: str = "",
+        prefix: Text = "",
         device: str = "auto",
         offload: bool = False,
         precision: Precision = "float32",

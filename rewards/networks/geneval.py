@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlflow.envs.captions.geneval import COLORS
+from rlflow.ranges import Size, Unit
 from rlflow.rewards.base import to_uint8
 from rlflow.rewards.networks.detect import Found, Objects, keep, load_detector
 from rlflow.rewards.networks.embed import Clip, load_clip
@@ -118,10 +119,10 @@ class GenEval:
         detector: str = "facebook/mask2former-swin-small-coco-instance",
         clip: str = "openai/clip-vit-large-patch14",
         soft: bool = False,
-        threshold: float | None = None,
-        counting_threshold: float | None = None,
-        max_overlap: float | None = None,
-        side: int = 800,
+        threshold: Unit | None = None,
+        counting_threshold: Unit | None = None,
+        max_overlap: Unit | None = None,
+        side: Size = 800,
         device: str = "auto",
         offload: bool = False,
         precision: Precision = "float32",

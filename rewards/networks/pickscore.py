@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from rlflow.ranges import Positive
 from rlflow.registry import SettingError
 from rlflow.rewards.networks.embed import load_clip
 from rlflow.rewards.networks.hub import Precision, Source
@@ -23,7 +24,7 @@ class PickScore:
         self,
         model: str = "yuvalkirstain/PickScore_v1",
         processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        divide: float = 1.0,
+        divide: Positive = 1.0,
         device: str = "auto",
         offload: bool = False,
         precision: Precision = "float32",

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from rlflow.ranges import filled
+
 
 def command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
     """A subcommand whose arguments `run` is called with."""
@@ -26,7 +28,7 @@ def json_flag(parser: argparse.ArgumentParser) -> None:
 
 def recipe_argument(parser: argparse.ArgumentParser) -> None:
     """RECIPE and overrides."""
-    parser.add_argument("recipe", metavar="RECIPE|FILE", help="a name of `rlflow list recipes`, or a .yaml file")
+    parser.add_argument("recipe", type=filled, metavar="RECIPE|FILE", help="of `rlflow list recipes`, or a .yaml file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.minutes=2 env.group_size=8")
 
 
@@ -39,5 +41,5 @@ def positive(text: str) -> int:
 
 def which_weights(parser: argparse.ArgumentParser) -> None:
     """--checkpoint and --weights of a run."""
-    parser.add_argument("--checkpoint", default="last", help="of a run: last, best or an iteration")
+    parser.add_argument("--checkpoint", type=filled, default="last", help="of a run: last, best or an iteration")
     parser.add_argument("--weights", choices=["live", "ema"], help="of a run; default: the ones it evaluates")

@@ -8,12 +8,13 @@ from typing import Any
 
 from rlflow.commands.arguments import command, json_flag
 from rlflow.console import print_json
+from rlflow.ranges import filled
 
 
 def add(commands: Any) -> None:
     """Enter the command."""
     p = command(commands, "compare", _run, "Compare runs: last evaluation, cost, paired differences.")
-    p.add_argument("runs", nargs="+", metavar="RUN")
+    p.add_argument("runs", type=filled, nargs="+", metavar="RUN")
     json_flag(p)
 
 

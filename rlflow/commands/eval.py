@@ -7,15 +7,16 @@ from typing import Any
 
 from rlflow.commands.arguments import command, json_flag, positive, trust_flag, which_weights
 from rlflow.console import print_json
+from rlflow.ranges import Seed, argument, filled
 
 
 def add(commands: Any) -> None:
     """Enter the command."""
     p = command(commands, "eval", _run, "Evaluate a run or a checkpoint on held-out prompts, noise off.")
-    p.add_argument("source", metavar="RUN|CHECKPOINT", help="a run folder, a checkpoint folder, or shapes / words")
+    p.add_argument("source", type=filled, metavar="RUN|CHECKPOINT", help="a folder of either, or shapes / words")
     p.add_argument("--steps", type=positive, metavar="K", help="denoising steps")
-    p.add_argument("--solver", metavar="NAME")
-    p.add_argument("--seed", type=int, default=None, help="of the initial noise")
+    p.add_argument("--solver", type=filled, metavar="NAME")
+    p.add_argument("--seed", type=argument(Seed), default=None, help="of the initial noise")
     p.add_argument("--num", type=positive, help="number of samples")
     which_weights(p)
     trust_flag(p)

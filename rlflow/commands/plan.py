@@ -7,13 +7,16 @@ from typing import Any
 
 from rlflow.commands.arguments import command, json_flag, positive, recipe_argument, trust_flag
 from rlflow.console import print_json
+from rlflow.ranges import filled
 
 
 def add(commands: Any) -> None:
     """Enter the command."""
     p = command(commands, "plan", _run, "Network evaluations, memory and time of a recipe, before it starts.")
     recipe_argument(p)
-    p.add_argument("--gpu", default="24GB", metavar="24GB|NAME", help="memory of a GPU, or its name, as rtx4090")
+    p.add_argument(
+        "--gpu", type=filled, default="24GB", metavar="24GB|NAME", help="memory of a GPU, or its name, as rtx4090"
+    )
     p.add_argument("--gpus", type=positive, default=1, metavar="N", help="processes, a GPU each")
     trust_flag(p)
     json_flag(p)

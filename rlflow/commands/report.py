@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.commands.arguments import command
+from rlflow.ranges import filled
 
 
 def add(commands: Any) -> None:
     """Enter the command."""
     p = command(commands, "report", _run, "Write RUN/report.html again.")
-    p.add_argument("run", metavar="RUN")
+    p.add_argument("run", type=filled, metavar="RUN")
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.commands.arguments import command, positive, trust_flag, which_weights
+from rlflow.ranges import Seed, argument, filled
 
 
 def add(commands: Any) -> None:
     """Enter the command."""
     p = command(commands, "sample", _run, "Images of a run or a checkpoint, or a film of a robot's episodes.")
-    p.add_argument("source", metavar="RUN|CHECKPOINT|PIPELINE", help="PIPELINE: diffusers' folder or hub id")
+    p.add_argument("source", type=filled, metavar="RUN|CHECKPOINT|PIPELINE", help="PIPELINE: diffusers' folder or id")
     p.add_argument("--prompt", action="append", default=[], help="of images; may be repeated")
-    p.add_argument("--out", required=True, metavar="x.png|x.mp4")
+    p.add_argument("--out", type=filled, required=True, metavar="x.png|x.mp4")
     p.add_argument("--num", type=positive, default=4, help="images per prompt, or episodes")
     p.add_argument("--steps", type=positive, metavar="K", help="denoising steps")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=argument(Seed), default=0)
     which_weights(p)
     trust_flag(p)
 

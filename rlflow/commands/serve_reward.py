@@ -6,17 +6,20 @@ import argparse
 from typing import Any
 
 from rlflow.commands.arguments import command, trust_flag
+from rlflow.ranges import Port, Timeout, argument, filled
 
 
 def add(commands: Any) -> None:
     """Enter the command."""
     p = command(commands, "serve-reward", _run, "Serve one reward to runs elsewhere (reward remote).")
-    p.add_argument("name", metavar="NAME", help="a name of `rlflow list rewards`")
+    p.add_argument("name", type=filled, metavar="NAME", help="a name of `rlflow list rewards`")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="its settings, e.g. model=FOLDER")
-    p.add_argument("--port", type=int, required=True, metavar="P", help="0 takes a free one")
-    p.add_argument("--host", default="127.0.0.1", help="default: this machine alone; others need a token")
-    p.add_argument("--token-env", default="RLFLOW_REWARD_TOKEN", metavar="NAME", help="variable that holds the token")
-    p.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for one batch")
+    p.add_argument("--port", type=argument(Port), required=True, metavar="P", help="0 takes a free one")
+    p.add_argument("--host", type=filled, default="127.0.0.1", help="default: this machine; others need a token")
+    p.add_argument(
+        "--token-env", type=filled, default="RLFLOW_REWARD_TOKEN", metavar="NAME", help="which holds the token"
+    )
+    p.add_argument("--timeout", type=argument(Timeout), default=60.0, metavar="S", help="seconds for one batch")
     trust_flag(p)
 
 

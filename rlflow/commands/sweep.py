@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.commands.arguments import command, positive, trust_flag
+from rlflow.ranges import filled
 
 
 def add(commands: Any) -> None:
     """Enter the command."""
     p = command(commands, "sweep", _run, "Run a table of recipes and seeds; prints the plan and its cost first.")
-    p.add_argument("table", metavar="TABLE.yaml")
-    p.add_argument("--run", metavar="DIR", required=True, help="folder of all runs; finished ones are skipped")
+    p.add_argument("table", type=filled, metavar="TABLE.yaml")
+    p.add_argument(
+        "--run", type=filled, metavar="DIR", required=True, help="folder of all runs; finished ones are skipped"
+    )
     p.add_argument("--jobs", type=positive, default=None, help="processes side by side")
     p.add_argument("--dry", action="store_true", help="print the plan and its cost only")
     trust_flag(p)

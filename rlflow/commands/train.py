@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.commands.arguments import command, positive, recipe_argument, trust_flag
+from rlflow.ranges import filled
+from rlflow.train.signals import StoppedAtOnce, sigterm_is_ctrl_c
 
 
 def add(commands: Any) -> None:
     """Enter the command."""
     p = command(commands, "train", _run, "Fine-tune a policy with a recipe.")
     recipe_argument(p)
-    p.add_argument("--run", metavar="DIR", help="run folder (default runs/RECIPE-TIME)")
-    p.add_argument("--resume", metavar="last|PATH", help="continue the run in --run from a checkpoint")
+    p.add_argument("--run", type=filled, metavar="DIR", help="run folder (default runs/RECIPE-TIME)")
+    p.add_argument("--resume", type=filled, metavar="last|PATH", help="continue the run in --run from a checkpoint")
     p.add_argument("--seeds", metavar="0,1,2", help="one run per seed, in DIR/seed-N")
     p.add_argument("--processes", type=positive, default=1, metavar="N", help="share each iteration among N processes")
     p.add_argument("--quiet", action="store_true", help="no progress display")
@@ -26,6 +28,17 @@ def _run(args: argparse.Namespace) -> None:
     if args.resume and not args.run:
         raise ValueError("--resume needs --run DIR, the folder of the run to continue")
     seeds = None if args.seeds is None else _seeds(args.seeds)
+    try:
+        with sigterm_is_ctrl_c():
+            _train(args, seeds)
+    except StoppedAtOnce:
+        raise
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("stopped by a signal before the first iteration")
+
+
+def _train(args: argparse.Namespace, seeds: list[int] | None) -> None:
     if args.processes > 1:
         _train_shared(args)
         return

@@ -2,100 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rlflow import registry
+from rlflow import ranges, registry
 
 if TYPE_CHECKING:
     from rlflow.config.schema import Config
-
-POSITIVE = (
-    *("policy.num_steps", "policy.max_kappa", "env.num_groups", "env.group_size", "env.rows_per_call"),
-    *("reward.timeout_s", "algorithm.epochs", "algorithm.num_minibatches", "algorithm.micro_batch"),
-    *("algorithm.critic_steps", "algorithm.critic_width"),
-    *("algorithm.optimizer.eps", "algorithm.optimizer.max_bad_steps"),
-    *("train.iterations", "train.minutes", "train.threads", "train.checkpoint_every", "train.keep"),
-    *("eval.num", "eval.num_steps", "eval.resolution", "eval.rows_per_call", "eval.grid", "advantage.clip"),
-    *("env.gamma", "env.horizon", "env.frame_stack"),
-    *("algorithm.batch_size", "algorithm.capacity", "algorithm.updates_per_step", "algorithm.n_step"),
-    *("algorithm.actor_every", "algorithm.alpha", "algorithm.num_critics", "algorithm.critic_depth", "algorithm.tau"),
-)
-NOT_NEGATIVE = (
-    *("eval.every", "eval.video", "algorithm.kl.beta", "algorithm.entropy", "algorithm.optimizer.warmup"),
-    *("algorithm.optimizer.weight_decay", "algorithm.optimizer.max_grad_norm", "advantage.eps"),
-    *("algorithm.anchor", "algorithm.critic_warmup", "algorithm.start", "algorithm.alpha_lr"),
-    *("algorithm.max_grad_norm", "algorithm.offline.clone", "algorithm.offline.updates"),
-)
-UNIT = (
-    *("algorithm.optimizer.final", "env.gamma", "advantage.lam", "algorithm.tau"),
-    "policy.guidance.zero_until",
-)
-LEARNING_RATES = ("algorithm.optimizer.lr", "algorithm.critic_lr", "algorithm.lr")
-"""Adam's first step is lr long in every weight: above 1 nothing of the network is left."""
-SEEDS = ("train.seed", "eval.seed")
-BELOW_ONE = ("algorithm.ema_decay", "algorithm.optimizer.betas", "algorithm.offline.share")
-FINITE = (
-    *("algorithm.optimizer.eps", "algorithm.optimizer.weight_decay"),
-    *("algorithm.kl.beta", "algorithm.entropy", "algorithm.anchor", "advantage.eps"),
-)
-"""Of the others an infinite one means: no limit."""
-LARGEST = 1e30
-"""Of a finite number anywhere: its products with a few others still fit float32."""
-RANGES = {
-    "must be in (0, 1]": (LEARNING_RATES, lambda v: 0 < v <= 1),
-    "must be in [0, 2**63)": (SEEDS, lambda v: 0 <= v < 2**63),
-    "must be positive": (POSITIVE, lambda v: v > 0),
-    "must not be negative": (NOT_NEGATIVE, lambda v: v >= 0),
-    "must be in [0, 1]": (UNIT, lambda v: 0 <= v <= 1),
-    "must be in [0, 1)": (BELOW_ONE, lambda v: 0 <= v < 1),
-}
-
-
-def check_numbers(config: Config) -> None:
-    """ValueError with the path of a number that is out of its range, not finite or absurdly large."""
-    for what, (paths, allowed) in RANGES.items():
-        for path in paths:
-            value = _find(config, path)
-            for number in value if isinstance(value, tuple | list) else [value]:
-                if isinstance(number, int | float) and not allowed(number):
-                    raise ValueError(f"{path}: {what}, got {number}")
-                if path in FINITE and number == math.inf:
-                    raise ValueError(f"{path}: must be finite, got inf")
-    for path, number in _numbers(config.to_dict()):
-        if LARGEST < abs(number) < math.inf:
-            raise ValueError(f"{path}: must be at most 1e30, got {number}")
-
-
-def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int | float]]:
-    """Every number of nested sections with its path."""
-    for key, value in values.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{path}.")
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, int | float):
-                yield path, item
-
-
-def _find(config: Config, path: str) -> Any:
-    """The value at a path, in a section or in a component's settings; None where it is not set, or not ours."""
-    node: Any = config
-    for part in path.split("."):
-        if isinstance(node, dict):
-            foreign = ":" in str(node.get("name"))  # its setting of the same name may mean something else
-            node = None if foreign else node.get(part)
-        else:
-            node = getattr(node, part, None)
-    return node
 
 
 def check_together(config: Config, trust_code: bool = False) -> None:
     """ValueError for settings that exclude each other."""
     OF_LEARNERS[config.algorithm.name](config, trust_code)
     _check_kind(config)
-    _check_sharding(config)
+    check_sharding(config)
     if config.train.iterations is None and config.train.minutes is None:
         raise ValueError("train: give a budget, train.iterations=N or train.minutes=M")
 
@@ -147,7 +66,7 @@ def _check_policy_gradient(config: Config, trust_code: bool) -> None:
 OF_LEARNERS = {"policy_gradient": _check_policy_gradient, "sac": _check_sac}
 
 
-def _check_sharding(config: Config) -> None:
+def check_sharding(config: Config) -> None:
     """ValueError where the number of network passes depends on what happens in a process."""
     if config.train.sharding == "full" and (config.env.name != "prompt" or config.algorithm.name != "policy_gradient"):
         raise ValueError(
@@ -177,9 +96,11 @@ def _check_kind(config: Config) -> None:
 
 def check(config: Config, trust_code: bool = False) -> None:
     """Everything that can be known without loading a network; ValueError with the path and the fix."""
+    from rlflow.flow.solvers import check_solver
+
     with registry.located("env.name"):
         registry.find("env", config.env.name, trust_code)
-    check_numbers(config)
+    ranges.check("", type(config), config)
     check_together(config, trust_code)
     stand_in = {"num_features": 1, "event_shape": (1,)}
     for kind, path, spec, supplied in (
@@ -190,10 +111,14 @@ def check(config: Config, trust_code: bool = False) -> None:
         ("solver", "eval.solver", config.eval.solver, {}),
     ):
         if spec is not None:
-            registry.build(kind, path, spec, supplied, trust_code)
+            made = registry.build(kind, path, spec, supplied, trust_code)
+            if kind == "solver":
+                with registry.located(path):
+                    check_solver(made)
     if config.policy.guidance is not None:
         registry.validate("guidance", "policy.guidance", config.policy.guidance, ("field",), trust_code)
     _check_rewards(config, trust_code)
+    _check_field(config, trust_code)
     if config.env.name != "prompt":
         spec = {**config.env.settings, "name": config.env.name}
         registry.validate("env", "env.settings", spec, ("num_envs", "gamma"), trust_code)
@@ -211,3 +136,17 @@ def _check_rewards(config: Config, trust_code: bool) -> None:
         for name in names:
             check_reward(section, name, config.reward.settings, trust_code)
     check_unused(config.reward.settings, weights + metrics)
+
+
+def _check_field(config: Config, trust_code: bool) -> None:
+    """The settings of a network that is made, or of a pipeline; what the simulator shows is told to it later."""
+    from rlflow.models.scratch import TOLD
+
+    spec = config.policy.field
+    if isinstance(spec, str) and spec not in registry.TABLE["model"]:
+        return  # a checkpoint
+    name, _ = registry.split_spec("policy.field", spec)
+    with registry.located("policy.field"):
+        found = registry.settings(registry.find("model", name, trust_code))
+    if "checkpoint" in found or config.env.name != "prompt":
+        registry.validate("model", "policy.field", spec, () if "checkpoint" in found else TOLD, trust_code)

@@ -11,6 +11,7 @@ import json
 import typing
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -18,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from rlflow import registry
 from rlflow.config.former import refuse, translate
 from rlflow.config.limits import check
+from rlflow.config.plain import check_plain
 from rlflow.config.schema import AlgorithmConfig, Config, SACConfig, algorithm_name
 from rlflow.config.values import merge
 from rlflow.registry import nearest
@@ -105,8 +107,15 @@ UNNAMED: dict[str, Any] = {
 """Components that a section without a name is of."""
 
 
+@cache
+def _schema() -> TypeAdapter[Config]:
+    """Made once: it costs more than all else here."""
+    return TypeAdapter(Config)
+
+
 def parse(values: dict[str, Any], trust_code: bool = False) -> Config:
     """A checked Config; ValueError lists every problem with its full path."""
+    check_plain(values)
     if isinstance(name := values.get("algorithm"), str):
         values = values | {"algorithm": {"name": name}}
     values = merge(UNNAMED, values)
@@ -116,7 +125,7 @@ def parse(values: dict[str, Any], trust_code: bool = False) -> Config:
     if not isinstance(env, dict) or env.get("name", "prompt") == "prompt":
         values = merge(OF_IMAGES, values)
     try:
-        config = TypeAdapter(Config).validate_json(json.dumps(values), strict=True)
+        config = _schema().validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         raise ValueError(_explain(error)) from None
     check(config, trust_code)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlflow.config.parse import parse
+from rlflow.config.plain import yaml_errors
 from rlflow.config.schema import Config
 from rlflow.config.values import merge, read_yaml, set_value
 from rlflow.envs.prompt_files import read_text
@@ -41,9 +39,10 @@ def _read(name: str, heirs: tuple[str, ...]) -> dict[str, Any]:
     with yaml_errors(f"recipe {name!r}"):
         values = read_yaml(_text(name))
     base = values.pop("base", None)
-    if not base:
+    if base is None:
         return values
-    base = str(base)
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"base: in recipe {name!r} write the name of a recipe, or of a .yaml file, got {base!r}")
     if _is_path(base) and _is_path(name):
         base = str(Path(name).parent / base)
     return merge(_read(base, (*heirs, key)), values)
@@ -61,18 +60,6 @@ def _text(name: str) -> str:
     if name not in names():
         raise ValueError(f"unknown recipe {name!r}{nearest(name, names())}")
     return str((_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
-
-
-@contextmanager
-def yaml_errors(what: str) -> Iterator[None]:
-    """Say in one line, as ValueError, where `what` is not YAML."""
-    try:
-        yield
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ValueError(f"{what} is not YAML{where}: {problem}") from None
 
 
 def apply(values: dict[str, Any], overrides: Sequence[str]) -> None:

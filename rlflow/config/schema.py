@@ -9,10 +9,27 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
 from pydantic import ConfigDict, Discriminator, Tag
+
+from rlflow.config import plain
+from rlflow.ranges import (
+    BelowOne,
+    Count,
+    LearningRate,
+    Limit,
+    LimitOrZero,
+    Natural,
+    NotNegative,
+    Positive,
+    Seconds,
+    Seed,
+    Share,
+    Size,
+    Text,
+    Unit,
+)
 
 Spec = str | dict[str, Any]
 STRICT = ConfigDict(extra="forbid", strict=True)
@@ -28,13 +45,13 @@ class PolicyConfig:
     kernel: Spec = "flow_sde"
     solver: Spec = "euler"
     grid: Spec = "uniform"
-    num_steps: int = 8
+    num_steps: Size = 8
     guidance: Spec | None = None
     squash: Literal["identity", "tanh"] = "identity"
     precision: Literal["float32", "bfloat16", "float64"] = "bfloat16"  # of the network; the chain is at least float32
     grad_checkpointing: bool = False
     offload_reference: bool = False  # the reference weights stay in host memory between their passes
-    max_kappa: float = 5.0
+    max_kappa: Limit = 5.0
 
 
 @dataclass
@@ -42,7 +59,7 @@ class KLConfig:
     """Distance to the reference (the un-tuned policy)."""
 
     __pydantic_config__ = STRICT
-    beta: float = 0.0
+    beta: NotNegative = 0.0
     kind: Literal["exact", "velocity", "released"] = "exact"
 
 
@@ -51,15 +68,15 @@ class OptimizerConfig:
     """AdamW; warmup in optimiser steps."""
 
     __pydantic_config__ = STRICT
-    lr: float = 2e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    eps: float = 1e-8
-    max_grad_norm: float = 1.0
-    warmup: int = 8
+    lr: LearningRate = 2e-4
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
+    weight_decay: NotNegative = 0.0
+    eps: Positive = 1e-8
+    max_grad_norm: LimitOrZero = 1.0
+    warmup: Natural = 8
     cosine: bool = False
-    final: float = 0.1
-    max_bad_steps: int = 5
+    final: Unit = 0.1
+    max_bad_steps: Count = 5
 
 
 @dataclass
@@ -67,19 +84,20 @@ class AlgorithmConfig:
     """Descent of an objective of recorded evidence."""
 
     __pydantic_config__ = STRICT
+    sizes: ClassVar = ("algorithm.micro_batch",)  # settings that the memory of an update grows with
     name: Literal["policy_gradient"] = "policy_gradient"
     objective: Spec = "clip"
-    epochs: int = 1
-    num_minibatches: int = 1
-    micro_batch: int = 96
+    epochs: Count = 1
+    num_minibatches: Count = 1
+    micro_batch: Count = 96
     kl: KLConfig = field(default_factory=KLConfig)
-    entropy: float = 0.0
-    anchor: float = 0.0  # weight of the squared distance to the un-tuned policy's action from the same start noise
-    critic_steps: int = 1  # optimiser steps of the critic per step of the policy
-    critic_lr: float = 1e-3
-    critic_width: int = 128
-    critic_warmup: int = 0  # first iterations, in which the critic learns alone
-    ema_decay: float = 0.9
+    entropy: NotNegative = 0.0
+    anchor: NotNegative = 0.0  # weight of the squared distance to the un-tuned policy's action from the same noise
+    critic_steps: Count = 1  # optimiser steps of the critic per step of the policy
+    critic_lr: LearningRate = 1e-3
+    critic_width: Size = 128
+    critic_warmup: Natural = 0  # first iterations, in which the critic learns alone
+    ema_decay: BelowOne = 0.9
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -89,9 +107,9 @@ class OfflineConfig:
 
     __pydantic_config__ = STRICT
     demos: str = "demos"  # folder; made by the shipped expert of the simulator if it is absent
-    clone: int = 2000  # steps of flow matching before the first iteration
-    updates: int = 0  # steps of the learner on the demonstrations alone, after that
-    share: float = 0.5  # of every batch
+    clone: Natural = 2000  # steps of flow matching before the first iteration
+    updates: Natural = 0  # steps of the learner on the demonstrations alone, after that
+    share: BelowOne = 0.5  # of every batch
 
 
 @dataclass
@@ -99,28 +117,29 @@ class SACConfig:
     """Off-policy, with gradients through the whole chain; a replay of its own."""
 
     __pydantic_config__ = STRICT
+    sizes: ClassVar = ("algorithm.batch_size", "algorithm.capacity")
     name: Literal["sac"]
-    batch_size: int = 256
-    capacity: int = 1_000_000  # decisions kept
-    start: int = 5000  # decisions seen before the first optimiser step
-    updates_per_step: float = 1.0  # optimiser steps per decision after that
-    n_step: int = 1  # decisions ahead of which the target is made
-    actor_every: int = 1  # optimiser steps of the critic per one of the actor
-    alpha: float = 0.2  # first temperature
-    alpha_lr: float = 1e-3  # 0 keeps the temperature
+    batch_size: Count = 256
+    capacity: Count = 1_000_000  # decisions kept
+    start: Natural = 5000  # decisions seen before the first optimiser step
+    updates_per_step: Positive = 1.0  # optimiser steps per decision after that
+    n_step: Count = 1  # decisions ahead of which the target is made
+    actor_every: Count = 1  # optimiser steps of the critic per one of the actor
+    alpha: Positive = 0.2  # first temperature
+    alpha_lr: NotNegative = 1e-3  # 0 keeps the temperature
     target_entropy: float | None = None  # of a path, nats per number; default: that of the noise's middle less 1/2
-    anchor: float = 0.0  # weight of the squared distance to the action in the replay
+    anchor: NotNegative = 0.0  # weight of the squared distance to the action in the replay
     offline: OfflineConfig | None = None
-    num_critics: int = 2
-    critic_lr: float = 3e-4
-    critic_width: int = 256
-    critic_depth: int = 2
+    num_critics: Size = 2
+    critic_lr: LearningRate = 3e-4
+    critic_width: Size = 256
+    critic_depth: Size = 2
     critic_norm: bool = True  # LayerNorm
     pessimism: Literal["min", "mean"] = "min"  # over the critics
-    tau: float = 0.005
-    lr: float = 3e-4
-    max_grad_norm: float = 0.0  # 0: no limit
-    ema_decay: float = 0.9
+    tau: Share = 0.005
+    lr: LearningRate = 3e-4
+    max_grad_norm: LimitOrZero = 0.0  # 0: no limit
+    ema_decay: BelowOne = 0.9
 
 
 def algorithm_name(values: Any) -> str:
@@ -143,14 +162,14 @@ class EnvConfig:
     name: str = "prompt"
     settings: dict[str, Any] = field(default_factory=dict)  # of a simulator: chunk, threads, id, ...
     prompts: str = "scenes"  # PromptEnv: scenes, scenes:pair, words, geneval, signs, or a file
-    num_groups: int = 6
-    group_size: int = 16
-    rows_per_call: int = 96
+    num_groups: Count = 6
+    group_size: Count = 16
+    rows_per_call: Count = 96
     shared_noise: bool = False
-    gamma: float = 0.99  # discount of a primitive step: inside chunks, in reward.scale and in advantage=gae
-    horizon: int | None = None  # steps (chunks) of an iteration; default: the longest episode
+    gamma: Share = 0.99  # discount of a primitive step: inside chunks, in reward.scale and in advantage=gae
+    horizon: Count | None = None  # steps (chunks) of an iteration; default: the longest episode
     mode: Literal["episodes", "steps"] = "episodes"  # steps: episodes run on from one iteration to the next
-    frame_stack: int = 1
+    frame_stack: Size = 1
 
 
 @dataclass
@@ -162,7 +181,7 @@ class RewardConfig:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # by reward: model, device, url, ...
     normalize: Literal["none", "reward", "advantage"] = "none"
     scale: bool = False  # divided by the running std of the discounted return (simulators)
-    timeout_s: float = 60.0
+    timeout_s: Seconds = 60.0
 
 
 @dataclass
@@ -170,14 +189,14 @@ class TrainConfig:
     """Budget, seed and the run folder's habits."""
 
     __pydantic_config__ = STRICT
-    iterations: int | None = None
-    minutes: float | None = None  # of training; evaluation is not counted
-    seed: int = 0
-    threads: int | None = None
+    iterations: Count | None = None
+    minutes: Limit | None = None  # of training; evaluation is not counted
+    seed: Seed = 0
+    threads: Size | None = None
     permute_rewards: bool = False  # the control: rewards shuffled across the batch, of SAC across the replay
     sharding: Literal["replicated", "full"] = "replicated"  # full: processes hold parts of the network (FSDP2)
-    checkpoint_every: int = 50
-    keep: int = 3
+    checkpoint_every: Count = 50
+    keep: Count = 3
     tensorboard: bool = True
     wandb: bool = False
 
@@ -189,18 +208,18 @@ class EvalConfig:
     __pydantic_config__ = STRICT
     prompts: str | None = None  # default: the held-out split of env.prompts
     metrics: dict[str, str] = field(default_factory=dict)  # of images: rewards by display name
-    num: int = 500  # images, or episodes
+    num: Count = 500  # images, or episodes
     noise: Literal["random", "fixed", "zero"] = "random"  # the chains' starts in episodes; fixed: one for all steps
     train_mode: bool = False  # episodes: all of them again with the noise of training, as train_success, ...
-    every: int = 0  # iterations; 0 evaluates at the start and at the end only
-    num_steps: int | None = None  # default: policy.num_steps
-    resolution: int | None = None  # of a pretrained model's pictures; default: the one it trains at
+    every: Natural = 0  # iterations; 0 evaluates at the start and at the end only
+    num_steps: Size | None = None  # default: policy.num_steps
+    resolution: Size | None = None  # of a pretrained model's pictures; default: the one it trains at
     solver: Spec | None = None  # default: policy.solver
     weights: Literal["live", "ema"] = "ema"
-    seed: int = 0
-    rows_per_call: int = 100
-    grid: int = 32  # images in the picture
-    video: int | None = None  # episodes filmed; default: two where the simulator draws pictures
+    seed: Seed = 0
+    rows_per_call: Count = 100
+    grid: Size = 32  # images in the picture
+    video: Natural | None = None  # episodes filmed; default: two where the simulator draws pictures
 
 
 @dataclass
@@ -208,7 +227,7 @@ class Config:
     """A whole run."""
 
     __pydantic_config__ = STRICT
-    about: str = ""
+    about: Text = ""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     steps: Spec = "all_but_last"
     likelihood: Spec = "chain"
@@ -225,4 +244,4 @@ class Config:
 
     def to_yaml(self) -> str:
         """The resolved config; reading it again gives the same run."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return plain.dump(self.to_dict())

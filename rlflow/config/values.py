@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-import yaml
+from rlflow.config import plain
 
 
 def set_value(values: dict[str, Any], assignment: str) -> None:
@@ -25,28 +24,13 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
             raise ValueError(f"override {assignment!r}: {part!r} is a value, not a section")
         node[part] = child
         node = child
-    value = yaml.safe_load(text) if text else None
-    node[last] = _number(value)
-
-
-SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as text; a number is meant (1e3 is a whole one)."""
-    if isinstance(value, str):
-        if not SCIENTIFIC.fullmatch(value):
-            return value
-        number = float(value)
-        return int(number) if number.is_integer() else number
-    if isinstance(value, list):
-        return [_number(v) for v in value]
-    return {k: _number(v) for k, v in value.items()} if isinstance(value, dict) else value
+    node[last] = plain.load(text) if text else None
 
 
 def read_yaml(text: str) -> dict[str, Any]:
-    """A YAML mapping with scientific numbers read as numbers."""
-    values = _number(yaml.safe_load(text) or {})
+    """A YAML mapping of plain values."""
+    values = plain.load(text)
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError("a recipe is a YAML mapping of sections")
     return values

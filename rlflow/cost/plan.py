@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 
 from rlflow import registry
+from rlflow.config.processes import can_share, check_updates, share
 from rlflow.config.schema import Config
 from rlflow.console import terminal
 from rlflow.cost.formula import Cost, Ratios, Sampling
@@ -95,12 +96,20 @@ class Planner:
             )
         return self._traced[checkpointing]
 
+    def allows(self, config: Config, gpus: int) -> bool:
+        """True where training would start with so many processes."""
+        horizon = config.env.horizon or self.traced(config.policy.grad_checkpointing)[0].horizon
+        return can_share(config, gpus, horizon)
+
     def estimate(self, config: Config, gpus: int = 1) -> Estimate:
-        """Of the recipe with the settings of `config`, whose network and chain are those of the recipe."""
+        """Of the recipe with the settings of `config`, whose network and chain are those of the recipe.
+
+        ValueError where training would refuse so many processes.
+        """
         bare, traced = self.traced(config.policy.grad_checkpointing)
-        groups = Groups(config.env.num_groups, config.env.group_size, 0, gpus)
-        horizon = config.env.horizon or bare.horizon
-        shape = _Shape.of(config, bare, groups, horizon)
+        groups, horizon = share(config, world=gpus), config.env.horizon or bare.horizon
+        check_updates(config, groups, horizon)
+        shape = _Shape.of(config, bare, groups, horizon, self.trust_code)
         memory = Memory(_staying(config, bare, gpus), _moments(config, bare, traced, shape, gpus))
         flops = _flops(shape.cost, traced, bare.policy.field)
         return Estimate(gpus, groups.total_rows * horizon, shape.rows, shape.cost, memory, flops)
@@ -118,9 +127,9 @@ class _Shape:
     pairs: int
 
     @staticmethod
-    def of(config: Config, bare: Skeleton, groups: Groups, horizon: int) -> _Shape:
+    def of(config: Config, bare: Skeleton, groups: Groups, horizon: int, trust_code: bool) -> _Shape:
         c, policy, likelihood = learner(config), bare.policy, bare.likelihood
-        steps = registry.build("steps", "steps", config.steps)
+        steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
         grid = policy.grid(policy.num_steps)
         plans = [steps(i, grid, groups.row_ids()) for i in range(ITERATIONS)]
         copies = groups.group_size if horizon == 1 and config.env.mode == "episodes" else 1
@@ -239,7 +248,7 @@ def make_fit(planner: Planner, gpu: GPU, gpus: int = 1) -> Fit:
     overrides: dict[str, Any] = {}
     found = planner.estimate(config, gpus)
     while found.memory.peak > limit:
-        change = _next_change(config, found, gpus)
+        change = _next_change(planner, config, found)
         if change is None:
             return Fit(overrides, found, False)
         overrides |= change
@@ -248,7 +257,7 @@ def make_fit(planner: Planner, gpu: GPU, gpus: int = 1) -> Fit:
     return Fit(overrides, found, True)
 
 
-def _next_change(config: Config, found: Estimate, gpus: int) -> dict[str, Any] | None:
+def _next_change(planner: Planner, config: Config, found: Estimate) -> dict[str, Any] | None:
     """One setting that lowers the worst moment; none of them changes what is learnt."""
     worst, rows, pairs = found.memory.worst, config.env.rows_per_call, learner(config).micro_batch
     smallest = config.env.group_size if config.env.mode == "episodes" else 1
@@ -258,23 +267,16 @@ def _next_change(config: Config, found: Estimate, gpus: int) -> dict[str, Any] |
         return {"policy.grad_checkpointing": True}
     if worst == "scoring" and pairs > 1:
         return {"algorithm.micro_batch": pairs // 2}
-    if gpus > 1 and config.train.sharding == "replicated" and _shardable(config, gpus):
-        return {"train.sharding": "full"}
-    return None
-
-
-def _shardable(config: Config, gpus: int) -> bool:
-    """Whether a network may be held in parts: images, and as many passes in each process."""
-    per_pass = gpus * learner(config).num_minibatches
-    return config.env.name == "prompt" and config.env.num_groups % per_pass == 0
+    parts = {"train.sharding": "full"}
+    shardable = found.gpus > 1 and planner.allows(_with(config, parts), found.gpus)
+    return parts if shardable and config.train.sharding == "replicated" else None
 
 
 def more_gpus(planner: Planner, gpu: GPU, gpus: int) -> tuple[int, Fit] | None:
     """The next power of two of GPUs on which it fits, a network in parts if need be; None where none is found."""
     config = planner.config
     while (gpus := 2 * gpus) <= config.env.num_groups:
-        shared = config.env.num_groups % gpus == 0 and (config.train.sharding != "full" or _shardable(config, gpus))
-        if shared and (fit := make_fit(planner, gpu, gpus)).fits:
+        if planner.allows(config, gpus) and (fit := make_fit(planner, gpu, gpus)).fits:
             return gpus, fit
     return None
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from rlflow import registry
+from rlflow.config import recipes
 from rlflow.config.parse import parse, saved
 from rlflow.config.schema import Config
 from rlflow.config.values import merge
@@ -37,7 +37,7 @@ def is_run(path: str | Path) -> bool:
 
 def read_run_config(folder: str | Path, trust_code: bool = False) -> Config:
     """The resolved config of a run folder."""
-    return parse(saved(yaml.safe_load((Path(folder) / "config.yaml").read_text(encoding="utf-8"))), trust_code)
+    return parse(saved(recipes.read(str(Path(folder) / "config.yaml"))), trust_code)
 
 
 def judging_config(name: str | Path, trust_code: bool = False) -> Config:

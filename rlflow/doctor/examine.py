@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from rlflow import registry
-from rlflow.config.limits import LARGEST
 from rlflow.config.schema import AlgorithmConfig, Config, SACConfig
 from rlflow.doctor.check import Check
 from rlflow.doctor.probe import Probe
 from rlflow.flow.density import euler_log_prob
 from rlflow.flow.solvers import Euler
+from rlflow.ranges import LARGEST
 from rlflow.rl.batch import Batch
 from rlflow.rl.likelihoods.cfm import calibration
 from rlflow.rl.off_policy.path_entropy import highest_entropy

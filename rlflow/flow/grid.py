@@ -8,18 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 from torch import Tensor
 
 from rlflow.flow.field import VelocityField
+from rlflow.ranges import Positive, Range
 
 
 class TimeGrid(Protocol):
     """num_steps K -> strictly increasing times (K + 1,) with ends 0 and 1."""
 
     def __call__(self, num_steps: int) -> Tensor: ...
+
+
+Steepness = Annotated[float, Range("must be positive", 0, 60, open_low=True)]
+"""Above it the ends of the curve are no longer apart in float64."""
 
 
 def check_grid(t: Tensor) -> Tensor:
@@ -49,7 +54,7 @@ class Uniform:
 class Shifted:
     """SD3's shift in our direction: sigma' = s sigma / (1 + (s - 1) sigma), sigma = 1 - t (Esser et al. 2024)."""
 
-    shift: float = 3.0
+    shift: Positive = 3.0
 
     def __post_init__(self) -> None:
         if self.shift <= 0:
@@ -64,7 +69,7 @@ class Shifted:
 class Sigmoid:
     """A logistic curve through (0, 0) and (1, 1): dense at both ends; `scale` -> 0 is uniform (Lumina-Next)."""
 
-    scale: float = 4.0
+    scale: Steepness = 4.0
 
     def __post_init__(self) -> None:
         if self.scale <= 0:

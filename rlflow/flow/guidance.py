@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlflow.flow.field import VelocityField
 from rlflow.flow.path import at_least_float, expand
+from rlflow.ranges import Scale, Unit
 from rlflow.types import Cond, Tree
 
 
@@ -26,7 +27,7 @@ class CFG(VelocityField):
     (as the first Flow-GRPO release; the gradient is another one than with both).
     """
 
-    def __init__(self, field: VelocityField, scale: float, detach: bool = False):
+    def __init__(self, field: VelocityField, scale: Scale, detach: bool = False):
         super().__init__()
         self.field, self.scale, self.detach = field, scale, detach
         self.num_features = field.num_features
@@ -91,7 +92,7 @@ class CFG(VelocityField):
 class CFGZero(CFG):
     """CFG-Zero*: v_u scaled by its projection on v_c, and a zero velocity for t < `zero_until` (Fan et al. 2025)."""
 
-    def __init__(self, field: VelocityField, scale: float, zero_until: float = 0.04, detach: bool = False):
+    def __init__(self, field: VelocityField, scale: Scale, zero_until: Unit = 0.04, detach: bool = False):
         super().__init__(field, scale, detach)
         self.zero_until = zero_until
 

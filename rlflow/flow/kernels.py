@@ -11,6 +11,7 @@ A new SDE overrides `g`. There is no ODE kernel: steps without noise belong to a
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor
 from rlflow.flow import path
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.path import expand
+from rlflow.ranges import Level, Size
 
 
-class Kernel(nn.Module):
+class Kernel(nn.Module, ABC):
     """Base: subclasses implement `step` in at least float32."""
 
     velocity: ClassVar[Literal["instantaneous", "step"]] = "instantaneous"
@@ -35,9 +37,9 @@ class Kernel(nn.Module):
         """True when the noise has parameters that train."""
         return any(p.requires_grad for p in self.parameters())
 
+    @abstractmethod
     def step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, hidden: Tensor | None) -> Gaussian:
         """The transition; t, t_next are already broadcastable against x."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, hidden: Tensor | None = None) -> Gaussian:
         """Gaussian over x_next for x, v (N, *D), t, t_next (N,), hidden (N, F) or None."""
@@ -84,9 +86,9 @@ class MarginalSDE(Kernel):
 
     marginal_preserving = True
 
+    @abstractmethod
     def g(self, t: Tensor, t_next: Tensor) -> Tensor:
         """Diffusion coefficient at t, shaped like t."""
-        raise NotImplementedError
 
     def step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, hidden: Tensor | None) -> Gaussian:
         dt, g = t_next - t, self.g(t, t_next)
@@ -101,7 +103,7 @@ class FlowSDE(MarginalSDE):
     `final` a at its end.
     """
 
-    def __init__(self, a: float = 0.7, hold: float = 1.0, final: float = 0.5):
+    def __init__(self, a: Level = 0.7, hold: float = 1.0, final: float = 0.5):
         super().__init__()
         if a <= 0:
             raise ValueError(f"FlowSDE needs a > 0, got {a}; without noise there is nothing to score")
@@ -120,7 +122,7 @@ class FlowSDE(MarginalSDE):
 class ConstantSDE(MarginalSDE):
     """g = eta everywhere (DanceGRPO, Xue et al. 2025); unstable on point-like data when eta^2 K > 2."""
 
-    def __init__(self, eta: float = 0.3):
+    def __init__(self, eta: Level = 0.3):
         super().__init__()
         if eta <= 0:
             raise ValueError(f"ConstantSDE needs eta > 0, got {eta}; without noise there is nothing to score")
@@ -193,9 +195,9 @@ class LearnedNoise(Kernel):
         self,
         num_features: int,
         event_shape: tuple[int, ...],
-        std_min: float = 0.08,
-        std_max: float = 0.16,
-        width: int = 64,
+        std_min: Level = 0.08,
+        std_max: Level = 0.16,
+        width: Size = 64,
         hold: float = 1.0,
         final: float = 0.7,
     ):

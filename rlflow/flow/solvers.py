@@ -6,6 +6,7 @@ None at the first step and after a scored one. Decisions on times use `where`, n
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ Velocity = Callable[[Tensor, Tensor, Tensor, Cond], Tensor]
 Memory = Any
 
 
-class Solver:
+class Solver(ABC):
     """Base of all solvers; stateless."""
 
     order: ClassVar[int] = 1
@@ -28,14 +29,28 @@ class Solver:
     needs_instantaneous: ClassVar[bool] = True
     """False when the solver asks for dt = t_next - t, which an average-velocity field answers exactly."""
 
+    @abstractmethod
     def __call__(
         self, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, cond: Cond, memory: Memory
     ) -> tuple[Tensor, Memory]:
-        raise NotImplementedError
+        """x (N, *D) at t_next (N,), and what the next step may use."""
 
     def num_calls(self, num_steps: int) -> int:
         """Network calls of `num_steps` consecutive steps."""
         return self.calls * num_steps
+
+
+def check_solver(solver: Solver) -> None:
+    """ValueError unless a step of `solver` on two rows gives (x_next shaped like x, memory)."""
+    x, t, cond = torch.zeros(2, 1), torch.zeros(2), Cond({"pooled": torch.zeros(2, 1)})
+    found = solver(lambda x, t, dt, cond: x, x, t, t + 0.5, cond, None)
+    pair = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    if pair is not found or not isinstance(pair[0], Tensor) or pair[0].shape != x.shape:
+        shape = f" of shape {tuple(pair[0].shape)}" if isinstance(pair[0], Tensor) else ""
+        raise ValueError(
+            f"{type(solver).__name__} gave a {type(found).__name__}{shape} for x of shape (2, 1): "
+            "a solver gives (x_next shaped like x, memory)"
+        )
 
 
 class Euler(Solver):

@@ -7,6 +7,7 @@ agrees. Each row has the same number R of scored steps; a plan is never empty an
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rlflow.flow.noise import Key, generator, noise
+from rlflow.ranges import Seed
 
 
 @dataclass(frozen=True)
@@ -60,18 +62,19 @@ def _plan(grid: Tensor, indices: range) -> Plan:
     return Plan(grid, scored, scored)
 
 
-class Steps:
+class Steps(ABC):
     """Base of all selections."""
 
     mixed_rows: ClassVar[bool] = False
     """True when one step is noisy for some rows and an ODE step for others (needs the Euler solver)."""
 
+    @abstractmethod
     def __call__(self, iteration: int, grid: Tensor, row_ids: Tensor) -> Plan:
-        raise NotImplementedError
+        """Pure: the same arguments give the same plan."""
 
+    @abstractmethod
     def possible(self, num_steps: int) -> range:
         """Every step that can ever be scored, for the checks at construction."""
-        raise NotImplementedError
 
 
 def _usable(num_steps: int, skip_last: int, need: int, name: str) -> int:
@@ -159,7 +162,7 @@ class Window(Steps):
     roll_back: bool = True
     skip_last: int = 2
     compress: float | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.every < 1 or self.stride < 0:
@@ -227,7 +230,7 @@ class RandomWindow(Steps):
 
     size: int = 3
     stop: int | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -259,7 +262,7 @@ class OneRandom(Steps):
 
     mixed_rows = True
     skip_last: int = 1
-    seed: int = 0
+    seed: Seed = 0
 
     def __call__(self, iteration: int, grid: Tensor, row_ids: Tensor) -> Plan:
         num = len(self.possible(len(grid) - 1))
@@ -277,7 +280,7 @@ class Fraction(Steps):
 
     fraction: float = 0.6
     skip_last: int = 1
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:

@@ -14,6 +14,7 @@ from torch import Tensor
 from rlflow.flow.field import VelocityField
 from rlflow.models.mlp import MLPField, side_by_side
 from rlflow.models.normalizer import Normalizer
+from rlflow.ranges import Size
 from rlflow.types import Cond, Tree
 
 
@@ -45,9 +46,9 @@ class PixelField(VelocityField):
         pixels: Sequence[int] = (96, 96, 3),
         state_dim: int = 0,
         channels_first: bool = False,
-        encoding: int = 128,
-        width: int = 256,
-        depth: int = 2,
+        encoding: Size = 128,
+        width: Size = 256,
+        depth: Size = 2,
         average: bool = False,
         frozen: bool = False,
         camera: str = "pixels",

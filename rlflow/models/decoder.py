@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention as attend
 from rlflow.flow.field import VelocityField
 from rlflow.models.mlp import TimeFeatures, mlp, side_by_side
 from rlflow.models.normalizer import Normalizer
+from rlflow.ranges import Size
 from rlflow.types import Cond, Tree
 
 
@@ -56,9 +57,9 @@ class DecoderField(VelocityField):
         self,
         obs_dim: int,
         event_shape: Sequence[int],
-        width: int = 96,
-        depth: int = 2,
-        heads: int = 4,
+        width: Size = 96,
+        depth: Size = 2,
+        heads: Size = 4,
         running: bool = False,
     ):
         super().__init__()

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlflow.flow.field import VelocityField
 from rlflow.flow.path import at_least_float, expand
+from rlflow.ranges import Size
 from rlflow.types import Cond
 
 PAD, NULL = 0, 1
@@ -36,13 +37,13 @@ class DiT(VelocityField):
     def __init__(
         self,
         vocab: Sequence[str],
-        context: int = 8,
-        size: int = 32,
-        channels: int = 3,
-        patch: int = 4,
-        width: int = 128,
-        depth: int = 6,
-        heads: int = 4,
+        context: Size = 8,
+        size: Size = 32,
+        channels: Size = 3,
+        patch: Size = 4,
+        width: Size = 128,
+        depth: Size = 6,
+        heads: Size = 4,
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()

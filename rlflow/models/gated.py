@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlflow.flow.field import VelocityField
 from rlflow.models.mlp import MLPField, TimeFeatures, mlp
+from rlflow.ranges import Size
 from rlflow.types import Cond, Tree
 
 
@@ -28,9 +29,9 @@ class GatedField(VelocityField):
         self,
         obs_dim: int,
         event_shape: Sequence[int],
-        width: int = 256,
-        depth: int = 2,
-        gate_width: int = 64,
+        width: Size = 256,
+        depth: Size = 2,
+        gate_width: Size = 64,
         running: bool = False,
     ):
         super().__init__()

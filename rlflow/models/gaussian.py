@@ -17,6 +17,7 @@ from rlflow.flow.field import VelocityField
 from rlflow.flow.path import expand
 from rlflow.models.mlp import mlp, side_by_side
 from rlflow.models.normalizer import Normalizer
+from rlflow.ranges import Size
 from rlflow.types import Cond, Tree
 
 
@@ -26,7 +27,7 @@ class GaussianField(VelocityField):
     forgets_start = True
 
     def __init__(
-        self, obs_dim: int, event_shape: Sequence[int], width: int = 256, depth: int = 2, running: bool = False
+        self, obs_dim: int, event_shape: Sequence[int], width: Size = 256, depth: Size = 2, running: bool = False
     ):
         super().__init__()
         self.args = {"obs_dim": obs_dim, "event_shape": list(event_shape), "width": width, "depth": depth}

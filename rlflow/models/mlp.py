@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlflow.flow.field import VelocityField
 from rlflow.models.normalizer import Normalizer
+from rlflow.ranges import Size
 from rlflow.types import Cond, Tree
 
 
@@ -53,8 +54,8 @@ class MLPField(VelocityField):
         self,
         obs_dim: int,
         event_shape: Sequence[int],
-        width: int = 128,
-        depth: int = 2,
+        width: Size = 128,
+        depth: Size = 2,
         average: bool = False,
         running: bool = False,
     ):

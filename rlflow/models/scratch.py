@@ -17,10 +17,15 @@ from rlflow import registry
 from rlflow.flow.field import VelocityField
 from rlflow.models.cnn import PixelField
 from rlflow.models.mlp import MLPField
+from rlflow.ranges import Size
 from rlflow.types import Tree
 
 ALONE = "pixels"
 """Name of a picture that is not an entry of a dictionary."""
+
+
+TOLD = ("obs_spec", "event_shape", "obs_dim", "pixels", "camera", "channels_first", "state_dim")
+"""Constructor arguments that follow from the simulator, which a config may not set."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,8 @@ def _is_picture(entry: Tensor) -> bool:
 def scratch(
     event_shape: Sequence[int],
     obs_spec: Tree,
-    width: int = 256,
-    depth: int = 2,
+    width: Size = 256,
+    depth: Size = 2,
     average: bool = False,
     running: bool = True,
 ) -> VelocityField:

@@ -19,6 +19,7 @@ from torch import Tensor
 from rlflow.flow.field import VelocityField
 from rlflow.models.mlp import TimeFeatures, mlp
 from rlflow.models.normalizer import Normalizer
+from rlflow.ranges import Natural, Size
 from rlflow.types import Cond, Tree
 
 
@@ -89,13 +90,13 @@ class VLA(VelocityField):
     def __init__(
         self,
         event_shape: Sequence[int],
-        vocab: int,
-        context: int = 5,
-        pixels: int = 24,
-        state_dim: int = 2,
-        width: int = 64,
-        depth: int = 2,
-        heads: int = 4,
+        vocab: Size,
+        context: Size = 5,
+        pixels: Size = 24,
+        state_dim: Natural = 2,
+        width: Size = 64,
+        depth: Size = 2,
+        heads: Size = 4,
     ):
         super().__init__()
         if pixels % 8 or width % heads:

@@ -7,12 +7,16 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def num_cpus() -> int:
@@ -44,6 +48,8 @@ def launch(processes: int, run: Callable[..., None], *args: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    resource_tracker.ensure_running()  # the first process that it is started for would unblock signals
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the children begin so: until they are ready, one waits
     children = start_processes(_member, (processes, port, run, args), processes, join=False, start_method="spawn")
     assert children is not None
 
@@ -51,7 +57,8 @@ def launch(processes: int, run: Callable[..., None], *args: Any) -> None:
         for pid in children.pids():
             os.kill(pid, number)
 
-    before = {n: signal.signal(n, hand_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, hand_on) for n in SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         while not children.join():
             pass
@@ -68,7 +75,9 @@ def _member(index: int, processes: int, port: int, run: Callable[..., None], arg
     os.setsid()  # Ctrl-C reaches us through the launcher, once
     numbers = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": processes, "MASTER_PORT": port}
     os.environ.update({name: str(number) for name, number in numbers.items()}, MASTER_ADDR="127.0.0.1")
-    run(*args)
+    with suppress(KeyboardInterrupt):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        run(*args)
 
 
 def stop() -> None:

@@ -33,6 +33,7 @@ from rlflow.models.normalizer import Normalizer
 from rlflow.models.scratch import scratch
 from rlflow.models.vla import VLA
 from rlflow.pretrain.matching import pretrain, report
+from rlflow.ranges import filled
 
 COUPLINGS: dict[str, Coupling] = {"independent": independent, "ot": minibatch_ot}
 GAMMA = 0.99
@@ -70,7 +71,7 @@ class Cloning:
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Options of this kind of data."""
-        parser.add_argument("--demos", type=Path, default=Path("demos") / self.env, help="folder; made if absent")
+        parser.add_argument("--demos", type=filled, default=f"demos/{self.env}", help="folder; made if absent")
         parser.add_argument("--coupling", choices=COUPLINGS, default="independent")
 
     def make(self, out: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from rlflow.models.pretrained.tiny import clip_text, clip_tokenizer, t5, t5_toke
 from rlflow.parallel.dist import device
 from rlflow.pretrain.images import judge_scenes
 from rlflow.pretrain.matching import pretrain, report
+from rlflow.ranges import Count, argument
 
 SIDE, CHANNELS, WIDTH, HEADS, LAYERS = 32, 4, 128, 4, 6
 LENGTH = 10
@@ -46,8 +47,8 @@ class LatentScenes:
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Steps of the VAE, and drawings a step of the transformer."""
-        parser.add_argument("--vae-steps", type=int, default=300)
-        parser.add_argument("--rows", type=int, default=ROWS)
+        parser.add_argument("--vae-steps", type=argument(Count), default=300)
+        parser.add_argument("--rows", type=argument(Count), default=ROWS)
 
     def make(self, out: Path, args: argparse.Namespace) -> dict[str, Any]:
         """Train the VAE, then the transformer; returns made_by.json's content."""

@@ -14,6 +14,7 @@ import torch
 from rlflow.pretrain.cloning import CLONINGS, Cloning
 from rlflow.pretrain.images import IMAGES, World
 from rlflow.pretrain.latent_scenes import LatentScenes
+from rlflow.ranges import Count, Seed, Size, argument, filled
 
 WORLDS: dict[str, World | LatentScenes | Cloning] = {**IMAGES, "sd3_scenes": LatentScenes(), **CLONINGS}
 
@@ -24,13 +25,14 @@ def main(world: World | LatentScenes | Cloning, argv: list[str] | None = None, o
     The shipped checkpoint is written where it ships only by the scripts, which say so.
     """
     parser = argparse.ArgumentParser(description=f"pre-train the embedded model of {world.name}")
-    parser.add_argument("--steps", type=int, default=world.steps)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=out or Path(world.asset))
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=argument(Count), default=world.steps)
+    parser.add_argument("--seed", type=argument(Seed), default=0)
+    parser.add_argument("--out", type=filled, default=str(out or world.asset))
+    parser.add_argument("--threads", type=argument(Size), default=1)
     world.add_options(parser)
     args = parser.parse_args(argv)
-    if out is None and any((args.out / name).exists() for name in ("config.json", "model_index.json")):
-        raise FileExistsError(f"{args.out} holds a checkpoint: give another --out")
+    folder = Path(args.out)
+    if out is None and any((folder / name).exists() for name in ("config.json", "model_index.json")):
+        raise FileExistsError(f"{folder} holds a checkpoint: give another --out")
     torch.set_num_threads(args.threads)
-    print(json.dumps(world.make(args.out, args), indent=1))
+    print(json.dumps(world.make(folder, args), indent=1))

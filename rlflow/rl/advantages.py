@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlflow.parallel import dist
+from rlflow.ranges import Limit, NotNegative, Unit
 from rlflow.rl.groups import Groups
 from rlflow.rl.masked import weighted_sum
 from rlflow.types import Rollout
@@ -85,9 +86,9 @@ class GroupAdvantage(Advantage):
     """
 
     std: Literal["group", "epoch", "none"] = "group"
-    eps: float = 1e-4
+    eps: NotNegative = 1e-4
     unbiased: bool = False
-    clip: float = 5.0
+    clip: Limit = 5.0
 
     def check(self, groups: Groups) -> None:
         """ValueError for groups of one."""
@@ -172,7 +173,7 @@ class GAE(Advantage):
     """
 
     gamma: float = 0.99
-    lam: float = 0.95
+    lam: Unit = 0.95
     normalize: bool = True
     needs_critic: ClassVar[bool] = True
 

@@ -34,12 +34,15 @@ class AdamW:
 
 
 class Optimizer:
-    """Steps `parameters` from gradients summed over ranks; skips, counts and finally refuses bad ones."""
+    """Steps `parameters` from gradients summed over ranks; skips, counts and finally refuses bad ones.
 
-    def __init__(self, parameters: Sequence[nn.Parameter], config: AdamW):
+    `setting` is what an error says to lower.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], config: AdamW, setting: str = "algorithm.optimizer.lr"):
         if not parameters:
             raise ValueError("nothing to train: no parameter has requires_grad")
-        self.config, self.parameters = config, list(parameters)
+        self.config, self.parameters, self.setting = config, list(parameters), setting
         self.parts = [nn.Parameter(shards.local(p)) if shards.is_sharded(p) else p for p in self.parameters]
         """What this process steps: the parameters, or its parts of them."""
         self.adam = self._adam()
@@ -112,7 +115,7 @@ class Optimizer:
         if self.bad_in_a_row >= self.config.max_bad_steps:
             raise NonFiniteError(
                 f"{self.bad_in_a_row} optimiser steps in a row had a non-finite loss or gradient: "
-                "lower algorithm.optimizer.lr or look for a reward that explodes"
+                f"lower {self.setting} or look for a reward that explodes"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -142,12 +145,12 @@ class Optimizer:
 class Deferred(Optimizer):
     """The same steps for learners that make thousands: bad ones are skipped and counted on the device, unseen.
 
-    `settle` reads the counters, once per iteration; `setting` is what its error says to lower.
+    `settle` reads the counters, once per iteration.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], config: AdamW, setting: str = "algorithm.optimizer.lr"):
-        super().__init__(parameters, config)
-        self.adam, self.setting = self._adam(fused=True), setting
+        super().__init__(parameters, config, setting)
+        self.adam = self._adam(fused=True)
         self._total, self._row = torch.zeros(2, dtype=torch.long, device=self.parameters[0].device)
 
     def advance(self) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rlflow import registry
+from rlflow.config.processes import check_updates, share
 from rlflow.config.schema import Config
 from rlflow.envs.base import VecEnv
 from rlflow.envs.checked import Checked
@@ -210,25 +211,15 @@ class Parts:
     groups: Groups
 
 
-def check_sharding(config: Config, groups: Groups) -> None:
-    """ValueError where processes would call a sharded network unequally often, and wait for ever."""
-    minibatches = getattr(config.algorithm, "num_minibatches", 1)
-    if groups.local % minibatches:
-        raise ValueError(
-            f"train.sharding: {groups.local} groups of a process do not divide into {minibatches} equal minibatches: "
-            f"set env.num_groups to a multiple of {minibatches * groups.world}, or train.sharding=replicated"
-        )
-
-
 def make_parts(config: Config, trust_code: bool = False) -> Parts:
     """Policy, environment, collector and learner of this process."""
+    groups = share(config, dist.rank(), dist.world())
     policy = make_policy(config, trust_code)
-    groups = Groups(config.env.num_groups, config.env.group_size, dist.rank(), dist.world())
-    if config.train.sharding == "full":
-        check_sharding(config, groups)
     env = _make_env(config, policy, groups, trust_code)
     likelihood = make_likelihood(config, trust_code)
     steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
+    horizon = config.env.horizon or env.horizon
+    check_updates(config, groups, horizon)
     algorithm = make_algorithm(config, policy, likelihood, groups, trust_code)
     collector = Collector(
         env,
@@ -237,13 +228,12 @@ def make_parts(config: Config, trust_code: bool = False) -> Parts:
         steps,
         groups,
         seed=config.train.seed,
-        horizon=config.env.horizon or env.horizon,
+        horizon=horizon,
         mode=config.env.mode,
         rows_per_call=config.env.rows_per_call,
         sample_with=algorithm.sample_with,
         shared_noise=config.env.shared_noise,
     )
-    groups.check_minibatches(collector.horizon, getattr(config.algorithm, "num_minibatches", 1))
     return Parts(policy, collector, algorithm, groups)
 
 

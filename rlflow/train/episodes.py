@@ -104,8 +104,6 @@ class EpisodeEvaluator:
         video: int | None = 0,
         noisy: Steps | None = None,
     ):
-        if num < dist.world():
-            raise ValueError(f"eval.num: {num} episodes cannot be shared by {dist.world()} processes")
         with located("eval.num_steps"):
             policy.plan(num_steps)
         self.policy, self.num, self.num_steps, self.solver, self.seed = policy, num, num_steps, solver, seed

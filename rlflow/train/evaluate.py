@@ -105,8 +105,6 @@ class Evaluator:
         resolution: int | None = None,
     ):
         judges.check_columns([*prompts.columns, "images", "group", "base_images"])
-        if num < dist.world():
-            raise ValueError(f"eval.num: {num} samples cannot be shared by {dist.world()} processes")
         with located("eval.resolution"), deployed(policy, solver, resolution):
             pass
         with located("eval.num_steps"), deployed(policy, solver, resolution):

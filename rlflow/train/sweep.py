@@ -24,10 +24,13 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from rlflow.config import recipes
+from rlflow import ranges
+from rlflow.config import plain, recipes
 from rlflow.config.parse import difference
+from rlflow.config.plain import yaml_errors
 from rlflow.config.schema import Config
 from rlflow.envs.prompt_files import read_text
+from rlflow.ranges import Positive, Seed, Size
 from rlflow.registry import nearest
 from rlflow.report.aggregate import aggregate
 from rlflow.report.glossary import duration
@@ -54,9 +57,9 @@ class At:
     """Budgets at which runs are compared."""
 
     __pydantic_config__ = STRICT
-    minutes: list[float] = field(default_factory=list)
-    network_rows: list[float] = field(default_factory=list)
-    samples: list[float] = field(default_factory=list)  # images, or environment steps
+    minutes: list[Positive] = field(default_factory=list)
+    network_rows: list[Positive] = field(default_factory=list)
+    samples: list[Positive] = field(default_factory=list)  # images, or environment steps
 
 
 @dataclass
@@ -66,8 +69,8 @@ class Table:
     __pydantic_config__ = STRICT
     runs: list[RunSpec]
     overrides: list[str] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=lambda: [0])
-    jobs: int = 1
+    seeds: list[Seed] = field(default_factory=lambda: [0])
+    jobs: Size = 1
     at: At = field(default_factory=At)
 
 
@@ -104,8 +107,8 @@ def read_table(path: Path) -> dict[str, Any]:
     """The YAML of a table."""
     if not path.is_file():
         raise ValueError(f"no table {str(path)!r}")
-    with recipes.yaml_errors(f"table {str(path)!r}"):
-        values = yaml.safe_load(read_text(path))
+    with yaml_errors(f"table {str(path)!r}"):
+        values = plain.load(read_text(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a table is a YAML mapping with runs, seeds, jobs, at")
     return values
@@ -114,9 +117,11 @@ def read_table(path: Path) -> dict[str, Any]:
 def parse_table(values: dict[str, Any]) -> Table:
     """A checked Table; ValueError names the path of every problem."""
     try:
+        plain.check_plain(values)
         table = TypeAdapter(Table).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         raise ValueError("\n".join(_problem(item) for item in error.errors())) from None
+    ranges.check("", Table, table)
     names = [run.name for run in table.runs]
     if not names or not table.seeds:
         raise ValueError("a table needs at least one run and one seed")
@@ -126,8 +131,6 @@ def parse_table(values: dict[str, Any]) -> Table:
         raise ValueError(f"runs: {bad} cannot name a folder")
     if len(set(table.seeds)) < len(table.seeds):
         raise ValueError(f"seeds: {table.seeds} has one twice")
-    if table.jobs < 1:
-        raise ValueError(f"jobs: must be positive, got {table.jobs}")
     return table
 
 

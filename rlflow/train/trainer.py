@@ -17,6 +17,7 @@ import yaml
 from rlflow.config import recipes
 from rlflow.config.parse import difference, parse
 from rlflow.config.schema import Config
+from rlflow.failures import sized_by
 from rlflow.flow.noise import generator
 from rlflow.models.io import save_field
 from rlflow.parallel import dist, shards
@@ -56,13 +57,16 @@ class Trainer:
     ):
         self.recipe = config if isinstance(config, str) else "custom"
         self.config = _resolve(config, overrides, trust_code)
+        if run == "":
+            raise ValueError("run: must not be empty: leave it out, or name a folder")
         self.run = Path(run) if run is not None else default_run(self.recipe)
         self.callbacks, self.quiet = list(callbacks), quiet
         if self.config.train.threads:
             torch.set_num_threads(self.config.train.threads)
         dist.start()
         self._check_folder(resume)
-        parts = make_parts(self.config, trust_code)
+        with sized_by("setting up the run", self.config, "env.num_groups", "env.group_size"):
+            parts = make_parts(self.config, trust_code)
         self.policy, self.collector, self.algorithm, self.groups = (
             parts.policy,
             parts.collector,
@@ -160,12 +164,14 @@ class Trainer:
         """One iteration: collect, (permute,) update."""
         start, cost = time.perf_counter(), self.policy.network_cost
         self.algorithm.set_progress(self._progress())
-        rollout = self.collector.collect(self.iteration)
+        with sized_by("the rollout", self.config, "env.rows_per_call", "env.num_groups", "env.group_size"):
+            rollout = self.collector.collect(self.iteration)
         if self.config.train.permute_rewards:
             permute_rewards(rollout, generator("control", self.config.train.seed, self.iteration))
         middle = time.perf_counter()
         metrics = self.collector.env.metrics() | rollout_metrics(rollout)
-        metrics |= self.algorithm.update(rollout)
+        with sized_by("the update", self.config, *self.config.algorithm.sizes):
+            metrics |= self.algorithm.update(rollout)
         if not self.algorithm.optimizer.bad_in_a_row:
             self._last_good = self.iteration + 1
         end = time.perf_counter()
@@ -239,7 +245,8 @@ class Trainer:
     def _evaluate(self) -> None:
         """Evaluate held out; logs, and writes the per-sample scores and what one would rather look at."""
         start = time.perf_counter()
-        result = self.evaluator(self.config.eval.weights)
+        with sized_by("evaluation", self.config, "eval.rows_per_call"):
+            result = self.evaluator(self.config.eval.weights)
         self.last_eval = {f"eval/heldout/{n}": v for n, v in result.means().items()}
         self._evaluated, self._headline = self.iteration, result.headline
         told = self.last_eval | {f"eval/task/{name}": share for name, share in result.by_task().items()}
@@ -311,9 +318,8 @@ class Trainer:
     def _check_weights(self) -> None:
         """NonFiniteError before such weights become the last checkpoint; the same on every rank."""
         if not shards.finite(self.algorithm.optimizer.parameters):
-            raise NonFiniteError(
-                f"the weights are not finite after iteration {self.iteration}: lower algorithm.optimizer.lr"
-            )
+            setting = self.algorithm.optimizer.setting
+            raise NonFiniteError(f"the weights are not finite after iteration {self.iteration}: lower {setting}")
 
     def _ways_on(self) -> str:
         """What is left after non-finite steps. Only a later good step shows that a checkpoint still trains."""

@@ -103,6 +103,28 @@ def test_memory_falls_with_devices_and_settings(tiny: list[str], scenes_field: s
         planner.estimate(config, gpus=3)
 
 
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        (("env.num_groups=3",), r"^env: 3 groups cannot be shared by 2 processes"),
+        (("algorithm.num_minibatches=2",), r"^algorithm: num_minibatches=2 leaves a process without rows"),
+        (("env.num_groups=6", "algorithm.num_minibatches=2", "train.sharding=full"), r"^train\.sharding: 3 groups"),
+        (("env.num_groups=4", "eval.num=1"), r"^eval\.num: 1 cannot be shared by 2 processes"),
+    ],
+)
+def test_plan_refuses_the_processes_that_training_refuses(
+    change: tuple[str, ...], refused: str, tiny: list[str], scenes_field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same words, and on one GPU it says whether the recipe fits."""
+    config = recipes.load("t2i_flow_grpo_fast", [*tiny, f"policy.field={scenes_field}", *change])
+    assert make_fit(Planner(config), GPU("test", 24, 1, 1)).fits
+    with pytest.raises(ValueError, match=refused):
+        make_fit(Planner(config), GPU("test", 24, 1, 1), gpus=2)
+    monkeypatch.setattr("rlflow.parallel.dist.world", lambda: 2)
+    with pytest.raises(ValueError, match=refused):
+        make_parts(config)
+
+
 def test_sharding_divides_what_stays(tiny: list[str], scenes_field: str) -> None:
     """Weights, averages, optimiser and gradients in parts; beside them the blocks that run are whole."""
     config = load("images", tiny, scenes_field)
@@ -225,11 +247,11 @@ def test_gpus_by_name_and_by_size() -> None:
 
 def test_the_command(tiny: list[str], scenes_field: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "t2i_flow_grpo_fast", *tiny, f"policy.field={scenes_field}"]
-    main([*words, "--json", "--gpu", "24GB", "--gpus", "2"])
+    main([*words, "env.num_groups=4", "--json", "--gpu", "24GB", "--gpus", "2"])
     found = json.loads(capsys.readouterr().out)
     assert found["fits"]
     assert sum(found["memory_bytes"].values()) == found["peak_bytes"]
-    assert found["network_rows_per_iteration"]["total"] * 2 == found["network_rows_per_sample"]["total"] * 8
+    assert found["network_rows_per_iteration"]["total"] * 2 == found["network_rows_per_sample"]["total"] * 16
     main([*words, "--gpu", "0.0001GB"])
     said = capsys.readouterr().out
     assert "Does not fit" in said

@@ -14,14 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from rlflow.config.parse import parse
+from rlflow.config.processes import share
 from rlflow.envs.captions import scenes
 from rlflow.models.dit import DiT
 from rlflow.models.io import load_field, save_field
 from rlflow.parallel import shards
 from rlflow.report.metrics_file import read_metrics
-from rlflow.rl.groups import Groups
 from rlflow.rl.optim import AdamW, Optimizer
-from rlflow.train.build import check_sharding
 from rlflow.train.checkpoint import Checkpoints, pack
 from rlflow.train.trainer import Trainer
 
@@ -176,6 +175,6 @@ def test_whole_parameters_are_left_as_they_are() -> None:
 def test_what_could_hang_is_refused(tmp_path: Path) -> None:
     values = recipe(tmp_path)
     with pytest.raises(ValueError, match=r"env\.num_groups to a multiple of 8"):
-        check_sharding(parse(values | {"env": {"num_groups": 4}}), Groups(4, 4, 0, 4))
+        share(parse(values | {"env": {"num_groups": 4}}), world=4)
     with pytest.raises(ValueError, match=r"train\.sharding: .* images"):
         parse({"env": {"name": "toy_reach", "mode": "steps"}, "advantage": "gae", "train": values["train"]})

@@ -24,6 +24,7 @@ from rlflow.models.io import HERE
 from rlflow.models.pretrained import lora as lora_files
 from rlflow.models.pretrained.adapter import Adapter
 from rlflow.models.prompt_table import Encoding, PromptTable
+from rlflow.ranges import Count, Positive, Scale, Size, Text
 from rlflow.types import Cond
 
 ADAPTERS = {
@@ -176,18 +177,18 @@ def is_hub_id(name: str) -> bool:
 
 def pretrained(
     checkpoint: str,
-    resolution: int | None = None,
-    lora: int | None = None,
-    lora_alpha: float | None = None,
+    resolution: Size | None = None,
+    lora: Size | None = None,
+    lora_alpha: Positive | None = None,
     lora_modules: list[str] | None = None,
     adapter: str | None = None,
     weights: Literal["float32", "bfloat16"] = "float32",
     quantize: Literal["int8", "nf4"] | None = None,
-    negative_prompt: str = "",
-    embedded_guidance: float | None = None,
-    max_sequence_length: int | None = None,
+    negative_prompt: Text = "",
+    embedded_guidance: Scale | None = None,
+    max_sequence_length: Size | None = None,
     release_encoders: bool = False,
-    cache: int = 1024,
+    cache: Count = 1024,
     vae_tiling: bool = False,
 ) -> PretrainedField:
     """Stable Diffusion 3 / 3.5 or FLUX.1 from a folder or a hub id.

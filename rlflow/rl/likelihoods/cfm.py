@@ -21,6 +21,7 @@ from rlflow.flow.matching import on_path
 from rlflow.flow.noise import Key, noise
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import Plan, Steps
+from rlflow.ranges import Size
 from rlflow.rl.likelihoods.base import Likelihood, Score, carried_out, only
 from rlflow.types import Chain, Cond, Evidence
 
@@ -38,7 +39,7 @@ class CFMLikelihood(Likelihood):
     are not its own, and refused unless `allow_guided`.
     """
 
-    draws: int = 8
+    draws: Size = 8
     supervise: Literal["velocity", "eps"] = "velocity"
     reduce: Reduce = "mean"
     joint: bool = True

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rlflow.flow.policy import FlowPolicy
+from rlflow.ranges import Positive, Share
 from rlflow.rl.likelihoods.base import Likelihood, Score
 from rlflow.rl.objectives.base import Losses, Objective
 from rlflow.types import Evidence
@@ -80,18 +81,13 @@ class Clip(Objective):
     def __init__(
         self,
         likelihood: Likelihood,
-        low: float = 2e-3,
-        high: float | None = None,
-        target_kl: float | None = None,
-        gamma: float = 1.0,
-        base: float | None = None,
+        low: Positive = 2e-3,
+        high: Positive | None = None,
+        target_kl: Positive | None = None,
+        gamma: Share = 1.0,
+        base: Positive | None = None,
     ):
         super().__init__(likelihood)
-        for name, value in (("low", low), ("high", high), ("target_kl", target_kl), ("base", base), ("gamma", gamma)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if gamma > 1:
-            raise ValueError(f"gamma must be in (0, 1], got {gamma}")
         self.low, self.high, self.target_kl = low, low if high is None else high, target_kl
         self.gamma, self.base = gamma, base
         if self._by_step and not likelihood.scores_steps:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlflow.flow.gaussian import Reduce, reduce_events
 from rlflow.flow.policy import FlowPolicy
+from rlflow.ranges import Positive
 from rlflow.rl.likelihoods.base import Likelihood, Score
 from rlflow.rl.objectives.base import Losses
 from rlflow.rl.objectives.clip import Clip
@@ -33,7 +34,11 @@ class Guard(Clip):
     """The clipped surrogate of centred log-ratios of single denoising steps, whose loss is divided by their length."""
 
     def __init__(
-        self, likelihood: Likelihood, low: float = 2e-3, high: float | None = None, target_kl: float | None = None
+        self,
+        likelihood: Likelihood,
+        low: Positive = 2e-3,
+        high: Positive | None = None,
+        target_kl: Positive | None = None,
     ):
         super().__init__(likelihood, low, high, target_kl)
         if not likelihood.scores_steps:

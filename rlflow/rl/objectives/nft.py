@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlflow.flow.policy import FlowPolicy
+from rlflow.ranges import BelowOne, NotNegative, Positive
 from rlflow.rl.likelihoods.base import Likelihood, Score
 from rlflow.rl.objectives.base import Losses, Objective
 from rlflow.types import Evidence
@@ -34,21 +35,14 @@ class NFT(Objective):
     def __init__(
         self,
         likelihood: Likelihood,
-        beta: float = 1.0,
-        clip: float = 5.0,
-        old_rate: float = 0.001,
-        old_max: float = 0.5,
+        beta: Positive = 1.0,
+        clip: Positive = 5.0,
+        old_rate: NotNegative = 0.001,
+        old_max: BelowOne = 0.5,
     ):
         super().__init__(likelihood)
         if likelihood.scores_steps or likelihood.joint:
             raise ValueError("nft is a loss of matching draws: set likelihood={name: cfm, joint: false} with it")
-        for name, value in (("beta", beta), ("clip", clip)):
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if not old_rate >= 0:
-            raise ValueError(f"old_rate must not be negative, got {old_rate}")
-        if not 0 <= old_max < 1:
-            raise ValueError(f"old_max must be in [0, 1), got {old_max}")
         self.beta, self.clip, self.old_rate, self.old_max = beta, clip, old_rate, old_max
 
     def loss(self, score: Score, evidence: Evidence, advantage: Tensor) -> Losses:

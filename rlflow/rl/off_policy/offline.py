@@ -99,7 +99,8 @@ def clone(policy: FlowPolicy, offline: Offline, batch_size: int, seed: int) -> f
     """Fit the live flow to the data by flow matching; the mean loss of the last tenth."""
     field, data = policy.field.unguided, offline.data
     field.observe(data.obs)
-    optimizer = Deferred([p for p in field.parameters() if p.requires_grad], AdamW(lr=CLONING_LR, cosine=True))
+    trained = [p for p in field.parameters() if p.requires_grad]
+    optimizer = Deferred(trained, AdamW(lr=CLONING_LR, cosine=True), "algorithm.offline.clone")
     rng, losses = generator("clone", seed), []
     for step in range(offline.clone):
         optimizer.progress = step / offline.clone

@@ -86,7 +86,7 @@ class SAC:
         self.twin = Twin(num_inputs, twin or TwinSettings(), policy.device, policy.dtype)
         self.temperature = Temperature(target, alpha, alpha_lr, policy.device)
         settings = optimizer or AdamW(lr=3e-4, betas=(0.9, 0.999), max_grad_norm=0.0)
-        self.optimizer = Deferred([p for p in policy.parameters() if p.requires_grad], settings)
+        self.optimizer = Deferred([p for p in policy.parameters() if p.requires_grad], settings, "algorithm.lr")
         policy.weights.snapshot("ema")
         self.iteration, self.seen, self.updates = 0, 0, 0
 

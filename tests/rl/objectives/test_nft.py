@@ -140,8 +140,8 @@ class TestLearner:
             ("likelihood=cfm", r"algorithm\.objective: nft is a loss of matching draws: set likelihood="),
             ("algorithm.objective.target_kl=0.1", r"algorithm\.objective\.target_kl: nft has no such setting"),
             ("algorithm.objective=guard", r"algorithm\.objective: GRPO-Guard"),
-            ("algorithm.objective.beta=0", r"algorithm\.objective: beta must be positive"),
-            ("algorithm.objective.old_max=1", r"algorithm\.objective: old_max must be in \[0, 1\)"),
+            ("algorithm.objective.beta=0", r"algorithm\.objective\.beta: must be positive"),
+            ("algorithm.objective.old_max=1", r"algorithm\.objective\.old_max: must be in \[0, 1\)"),
             (
                 "algorithm.objective.betta=1",
                 r"algorithm\.objective\.betta: nft has no such setting; did you mean 'beta'",
