@@ -12,7 +12,7 @@ from rlflow.config.plain import yaml_errors
 from rlflow.config.schema import Config
 from rlflow.config.values import merge, read_yaml, set_value
 from rlflow.envs.prompt_files import read_text
-from rlflow.registry import nearest
+from rlflow.registry import located, nearest
 
 
 def _folder() -> Any:
@@ -56,7 +56,8 @@ def _text(name: str) -> str:
     if _is_path(name):
         if not Path(name).is_file():
             raise ValueError(f"no recipe file {name!r}")
-        return read_text(Path(name))
+        with located(f"recipe {name!r}"):
+            return read_text(Path(name))
     if name not in names():
         raise ValueError(f"unknown recipe {name!r}{nearest(name, names())}")
     return str((_folder() / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -68,7 +68,7 @@ SENSELESS: dict[str, Callable[[Any], bool]] = {
     "algorithm.lr": lambda v: not 0 < v <= 1,
     "algorithm.ema_decay": lambda v: not 0 <= v < 1,
     "algorithm.kl.beta": lambda v: not 0 <= v < math.inf,
-    "algorithm.clip_low": lambda v: not v > 0,
+    "algorithm.objective.low": lambda v: not v > 0,
     "algorithm.tau": lambda v: not 0 < v <= 1,
     "env.num_groups": lambda v: v < 1,
     "env.group_size": lambda v: v < 1,

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from rlflow import ranges
-from rlflow.config import limits, recipes
 from rlflow.config import parse as parsing
+from rlflow.config import recipes
 from rlflow.config import schema as config_module
 from rlflow.config.parse import MAY_CHANGE_ON_RESUME, difference, parse, saved
 from rlflow.config.schema import Config, OptimizerConfig
@@ -149,13 +149,6 @@ def test_one_critic_cannot_normalise_each_rewards_advantage() -> None:
     with pytest.raises(ValueError, match=r"^reward\.normalize: .*set reward\.normalize=reward, or advantage=group$"):
         load("reward.normalize=advantage", "advantage=gae")
     assert load("reward.normalize=advantage").reward.normalize == "advantage"
-
-
-def test_every_ratio_with_a_range_is_a_setting() -> None:
-    """A misspelt one would be checked for ever and found never."""
-    for path in limits.RATIOS:
-        section, _, key = path.rpartition(".")
-        assert key in parsing._field_names(Config, ["algorithm", *section.split(".")][: 2 if section else 1]), path
 
 
 def test_the_largest_number_is_allowed() -> None:
@@ -387,7 +380,7 @@ def test_a_saved_run_of_another_objective_is_not() -> None:
     for key, value in (("clip_low", 0.1), ("target_kl", 0.1), ("clip_base", None), ("trust_region", "spo")):
         changed = old | {"algorithm": old["algorithm"] | {key: value}}
         (line,) = difference(changed, recipes.load("robot_dppo").to_dict())
-        assert line.startswith("algorithm.objective.")
+        assert line.startswith("algorithm.objective")
 
 
 def test_what_may_change_on_resume_exists() -> None:
