@@ -21,7 +21,7 @@ from rlflow.config.values import merge, read_yaml
 from rlflow.train.sweep import plan
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
 
 
 def fences(page: Path) -> list[tuple[str, str]]:
