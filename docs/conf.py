@@ -18,13 +18,19 @@ import rlflow
 project, author, release = "rlflow", "the rlflow authors", rlflow.__version__
 copyright = "the rlflow authors, Apache-2.0"
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
-exclude_patterns = ["examples"]
 myst_heading_anchors = 4  # as GitHub names them, so that one link serves both
 html_theme = "furo"
 html_title = "rlflow"
 html_show_sourcelink = False
 html_copy_source = False
-autodoc_mock_imports = ["envpool", "gym_pusht", "metaworld", "mujoco_warp", "ogbench", "warp"]  # extras that [dev] leaves out
+autodoc_mock_imports = [
+    "envpool",
+    "gym_pusht",
+    "metaworld",
+    "mujoco_warp",
+    "ogbench",
+    "warp",
+]  # extras that [dev] leaves out
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_preserve_defaults = True
