@@ -20,6 +20,8 @@ copyright = "the rlflow authors, Apache-2.0"
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 myst_heading_anchors = 4  # as GitHub names them, so that one link serves both
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_title = "rlflow"
 html_show_sourcelink = False
 html_copy_source = False
@@ -64,6 +66,11 @@ def to_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: lis
     lines[:] = [*rst, ""]
 
 
+def only_ours(app: Sphinx, name: str, obj: Any, options: Any, bases: list[Any]) -> None:
+    """That a class is an object is not worth a line."""
+    bases[:] = [base for base in bases if base is not object]
+
+
 def refuse_undocumented(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> None:
     """Autodoc leaves out what has no docstring; here that is an error. An override may inherit its docstring."""
     code = inspect.isroutine(obj) or inspect.isclass(obj) or isinstance(obj, property)
@@ -75,4 +82,5 @@ def refuse_undocumented(app: Sphinx, what: str, name: str, obj: Any, skip: bool,
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", to_rst)
+    app.connect("autodoc-process-bases", only_ours)
     app.connect("autodoc-skip-member", refuse_undocumented)
