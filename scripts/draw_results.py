@@ -1,6 +1,6 @@
 """Draw docs/results.png from the table of docs/results.md: what every recipe began with, reached, and its control.
 
-    python scripts/draw_results.py
+python scripts/draw_results.py
 """
 
 import re

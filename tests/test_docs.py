@@ -196,6 +196,15 @@ def test_the_reference_holds_everything_public():
         assert home in listed
 
 
+def test_every_room_is_listed_for_strangers():
+    """docs/concepts.md and CONTRIBUTING.md name every package; what a room of envs or rewards holds stands in its row."""
+    for listed in (ROOT / "docs/concepts.md", ROOT / "CONTRIBUTING.md"):
+        text = listed.read_text()
+        for folder in {path.parent for top in ("rlflow", "envs", "rewards") for path in (ROOT / top).rglob("*.py")}:
+            name = folder.relative_to(ROOT).as_posix()
+            assert f"{name}/" in text or f"{folder.name}/" in text or name == "rlflow", f"{name} in {listed.name}"
+
+
 def test_every_setting_is_documented():
     """docs/cli.md names every key of every section."""
     import dataclasses
