@@ -19,6 +19,7 @@ project, author, release = "rlflow", "the rlflow authors", rlflow.__version__
 copyright = "the rlflow authors, Apache-2.0"
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 myst_heading_anchors = 4  # as GitHub names them, so that one link serves both
+highlight_language = "none"  # of what names no language: drawings, equations, commands
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]
@@ -76,7 +77,7 @@ def refuse_undocumented(app: Sphinx, what: str, name: str, obj: Any, skip: bool,
     code = inspect.isroutine(obj) or inspect.isclass(obj) or isinstance(obj, property)
     mine = getattr(inspect.unwrap(obj) if inspect.isroutine(obj) else obj, "__module__", "").startswith("rlflow")
     if code and mine and not name.startswith("_") and not inspect.getdoc(obj):
-        LOGGER.warning("%s of %s has no docstring", name, getattr(obj, "__module__", "?"))
+        LOGGER.warning("%s in %s has no docstring", getattr(obj, "__qualname__", name), getattr(obj, "__module__", "?"))
 
 
 def setup(app: Sphinx) -> None:
