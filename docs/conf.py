@@ -14,6 +14,7 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 
 import rlflow
+from rlflow import registry
 
 project, author, release = "rlflow", "the rlflow authors", rlflow.__version__
 copyright = "the rlflow authors, Apache-2.0"
@@ -35,7 +36,7 @@ autodoc_mock_imports = [
     "warp",
 ]  # extras that [dev] leaves out
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
@@ -44,6 +45,10 @@ add_module_names = False
 toc_object_entries_show_parents = "hide"
 
 CODE = re.compile(r"(`[^`]+`)")
+NAMES: dict[str, list[tuple[str, str]]] = {}  # dotted path of a component -> (kind, name in a recipe)
+for kind, table in registry.TABLE.items():
+    for word, path in table.items():
+        NAMES.setdefault(path.replace(":", "."), []).append((kind, word))
 LOGGER = logging.getLogger(__name__)
 
 
@@ -55,6 +60,13 @@ def prose(line: str) -> str:
     return "".join(parts)
 
 
+def kinship(name: str, obj: Any) -> list[str]:
+    """What a class of ours derives from, and the name by which a recipe asks for a component."""
+    bases = [b for b in getattr(obj, "__bases__", ()) if b.__module__.startswith("rlflow")]
+    derived = [f"Derives from :py:class:`~{b.__module__}.{b.__qualname__}`." for b in bases]
+    return [*derived, *(f"In a recipe: {kind} ``{word}``." for kind, word in NAMES.get(name, []))]
+
+
 def to_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Our docstrings are paragraphs of plain text; what is indented is an equation or a table and keeps its shape."""
     rst: list[str] = []
@@ -64,12 +76,7 @@ def to_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: lis
             literal = not literal
             rst += ["", "::", ""] if literal else [""]
         rst.append(f"   {line}" if literal else prose(line))
-    lines[:] = [*rst, ""]
-
-
-def only_ours(app: Sphinx, name: str, obj: Any, options: Any, bases: list[Any]) -> None:
-    """That a class is an object is not worth a line."""
-    bases[:] = [base for base in bases if base is not object]
+    lines[:] = [*rst, "", *kinship(name, obj), ""]
 
 
 def refuse_undocumented(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> None:
@@ -83,5 +90,4 @@ def refuse_undocumented(app: Sphinx, what: str, name: str, obj: Any, skip: bool,
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", to_rst)
-    app.connect("autodoc-process-bases", only_ours)
     app.connect("autodoc-skip-member", refuse_undocumented)
