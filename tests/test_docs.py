@@ -205,6 +205,12 @@ def test_every_room_is_listed_for_strangers():
             assert f"{name}/" in text or f"{folder.name}/" in text or name == "rlflow", f"{name} in {listed.name}"
 
 
+def test_every_finding_is_explained():
+    """They download packages, so no test runs them."""
+    scripts = {path.name for path in (ROOT / "findings").glob("*.sh")}
+    assert scripts == set(re.findall(r"^\| `(\w+\.sh)`", (ROOT / "findings/README.md").read_text(), re.M))
+
+
 def test_every_setting_is_documented():
     """docs/cli.md names every key of every section."""
     import dataclasses
