@@ -23,7 +23,7 @@ TYPED := build/typed
 # constraints.txt on every install: the tested versions, torch above all (a newer one may bring gigabytes of CUDA)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: help demo demo-images demo-robots test test-all check types format wheel-smoke clean
+.PHONY: help demo demo-images demo-robots test test-all check types format docs wheel-smoke clean
 .NOTPARALLEL: # the acts of the demo, which take all cores each
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo "make test-all     the slow tests too"
 	@echo "make check        ruff check, ruff format --check, mypy on a normal install"
 	@echo "make format       let ruff fix and format"
+	@echo "make docs         the documentation as a site, build/docs/index.html"
 	@echo "make wheel-smoke  build the wheel and use it outside the repository"
 	@echo "make clean        remove $(VENV), builds and caches (runs/ stays)"
 
@@ -59,6 +60,11 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing rlflow[image,robots,dev]"
 	@$(INSTALL) -e '.[image,robots,dev]'
 	@touch $@ $(VENV)/.installed-core $(VENV)/.installed-robots
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing rlflow[image,robots,dev,docs]"
+	@$(INSTALL) -e '.[image,robots,dev,docs]'
+	@touch $@ $(VENV)/.installed-core $(VENV)/.installed-robots $(VENV)/.installed-dev
 
 # --- the two commands ---
 
@@ -97,6 +103,13 @@ types: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# -E reads every page anew: a page whose warning failed the last build would otherwise pass unread
+docs: $(VENV)/.installed-docs
+	@$(BIN)/python -m sphinx -E -W --keep-going -q -j $(WORKERS) -d build/doctrees -b html docs build/docs
+	@if grep -rnE '<(script|link|img|iframe)[^>]*(src|href)="(https?:)?//' build/docs --include='*.html'; then \
+	  echo "the site would fetch this from elsewhere: it has to work offline" >&2; exit 1; fi
+	@echo "Site: $(abspath build/docs/index.html)"
 
 wheel-smoke: $(VENV)/.installed-dev
 	scripts/wheel_smoke.sh

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -18,15 +20,17 @@ from rlflow.config import recipes
 from rlflow.config.parse import parse as parse_config
 from rlflow.config.schema import Config, SACConfig
 from rlflow.config.values import merge, read_yaml
+from rlflow.report.glossary import describe
 from rlflow.train.sweep import plan
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
 
 
 def fences(page: Path) -> list[tuple[str, str]]:
     """(language, text) of every fenced block."""
-    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S)
+    found = re.findall(r"^( *)```(\w*)\n(.*?)^\1```$", page.read_text(), re.M | re.S)
+    return [(language, textwrap.dedent(text)) for _, language, text in found]
 
 
 def blocks(language: str) -> list[pytest.param]:
@@ -183,6 +187,46 @@ def test_links_and_pictures_exist():
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name} points to {target}"
+
+
+def test_the_metrics_of_the_page_on_failures_exist():
+    """Those with a place-holder stand for a pattern of the glossary."""
+    names = re.findall(
+        r"`((?:eval|reward|policy|kl|critic|optim|advantage|rollout|perf)/[\w/]+)`",
+        (ROOT / "docs/not_learning.md").read_text(),
+    )
+    assert len(set(names)) > 20
+    for name in names:
+        assert describe(name).meaning, name
+
+
+def test_the_reference_holds_everything_public():
+    """Each page of docs/api lists whole modules; every component of the registry and every rf.NAME is in one of them."""
+    text = "".join(path.read_text() for path in (ROOT / "docs/api").glob("*.rst"))
+    listed = set(re.findall(r"automodule:: (\S+)", text))
+    assert all(importlib.util.find_spec(module) for module in listed)
+    parts = {
+        path.partition(":")[0] for kind, table in registry.TABLE.items() if kind != "policy" for path in table.values()
+    }
+    assert not parts - listed, "add these to a page of docs/api"
+    for name, home in rf._HOMES.items():
+        assert f"rf.{name} <{home}.{name}>" in text
+        assert home in listed
+
+
+def test_every_room_is_listed_for_strangers():
+    """docs/concepts.md and CONTRIBUTING.md name every package; what a room of envs or rewards holds stands in its row."""
+    for listed in (ROOT / "docs/concepts.md", ROOT / "CONTRIBUTING.md"):
+        text = listed.read_text()
+        for folder in {path.parent for top in ("rlflow", "envs", "rewards") for path in (ROOT / top).rglob("*.py")}:
+            name = folder.relative_to(ROOT).as_posix()
+            assert f"{name}/" in text or f"{folder.name}/" in text or name == "rlflow", f"{name} in {listed.name}"
+
+
+def test_every_finding_is_explained():
+    """They download packages, so no test runs them."""
+    scripts = {path.name for path in (ROOT / "findings").glob("*.sh")}
+    assert scripts == set(re.findall(r"^\| `(\w+\.sh)`", (ROOT / "findings/README.md").read_text(), re.M))
 
 
 def test_every_setting_is_documented():

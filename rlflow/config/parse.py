@@ -119,8 +119,8 @@ def parse(values: dict[str, Any], trust_code: bool = False) -> Config:
     if isinstance(name := values.get("algorithm"), str):
         values = values | {"algorithm": {"name": name}}
     values = merge(UNNAMED, values)
-    if values["algorithm"].get("name") == "policy_gradient":
-        refuse(values["algorithm"])
+    if isinstance(algorithm := values["algorithm"], dict) and algorithm.get("name") == "policy_gradient":
+        refuse(algorithm)
     env = values.get("env")
     if not isinstance(env, dict) or env.get("name", "prompt") == "prompt":
         values = merge(OF_IMAGES, values)
