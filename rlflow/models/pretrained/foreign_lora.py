@@ -46,7 +46,7 @@ HONOURED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "u
 IRRELEVANT = frozenset(
     {
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # the tensors name the layers
-        *("lora_dropout", "inference_mode", "runtime_config"),  # how it was trained
+        *("lora_dropout", "inference_mode"),  # how it was trained
         *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version"),
         *("init_lora_weights", "qalora_group_size", "megatron_core"),
     }
