@@ -201,10 +201,10 @@ def pretrained(
             "the whole network trains in float32 only (a small step vanishes in anything less): set lora=32, or "
             "weights=float32 and no quantize"
         )
-    if adapter is not None and (lora, lora_alpha, lora_modules) != (None,) * 3:
-        raise ValueError(
-            "adapter brings its own rank, alpha and modules: leave lora out with it, lora_alpha and lora_modules too"
-        )
+    if adapter is not None and lora is not None:
+        raise ValueError("adapter brings its own rank: leave lora out with it")
+    if adapter is not None and (lora_alpha is not None or lora_modules is not None):
+        raise ValueError("adapter brings its own alpha and modules: leave lora_alpha and lora_modules out with it")
     if not trains_lora and (lora_alpha, lora_modules) != (None, None):
         raise ValueError("lora_alpha and lora_modules are of a LoRA, and the whole network trains: set lora too")
     border = adapter_of(checkpoint)(open_pipeline(checkpoint, DTYPES[weights], quantize, variant))
