@@ -17,7 +17,8 @@ from rlflow.envs.prompts import load_prompts
 from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import read_config
-from rlflow.models.pretrained.pipeline import is_hub_id, is_pipeline
+from rlflow.models.pretrained.hub import is_hub_id
+from rlflow.models.pretrained.opening import is_pipeline
 from rlflow.models.pretrained.shapes_of import beside, shape_of
 from rlflow.models.scratch import make_field
 from rlflow.rl.critic import Critic

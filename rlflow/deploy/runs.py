@@ -21,7 +21,9 @@ from rlflow.flow.guidance import CFG
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import load_field, read_config, save_field
-from rlflow.models.pretrained.pipeline import PretrainedField, is_hub_id, is_pipeline, pretrained
+from rlflow.models.pretrained.hub import is_hub_id
+from rlflow.models.pretrained.opening import is_pipeline
+from rlflow.models.pretrained.pipeline import PretrainedField, pretrained
 from rlflow.parallel.dist import device
 from rlflow.report.video import write_video
 from rlflow.train.build import heldout_prompts, judged_by, make_evaluator, make_policy
@@ -87,6 +89,7 @@ def load(
     resolution: int | None = None,
     guidance: float | None = None,
     num_steps: int | None = None,
+    variant: str | None = None,
     trust_code: bool = False,
 ) -> FlowPolicy:
     """A FlowPolicy from an embedded checkpoint ('shapes'), a checkpoint folder, a run folder, or a diffusers pipeline.
@@ -94,14 +97,17 @@ def load(
     It samples as it is evaluated: steps, solver, resolution and guidance are those of the run's, or the checkpoint's,
     evaluations. Of a run, `weights` is 'live' or 'ema' (default: the ones the run evaluates). Of a pipeline (Stable
     Diffusion 3 or 3.5, FLUX.1; a folder or a hub id), the other settings: `lora` adds one of this rank, which then
-    trains; without, nothing does. Resolution, guidance and number of steps are the pipeline's own unless given.
+    trains; without, nothing does. Resolution, guidance and number of steps are the pipeline's own unless given;
+    `variant` names its files' (fp16).
     """
     if not is_run(name):
         _check_of_runs(name, checkpoint, weights)
     if _is_foreign(name):
-        return _load_pipeline(str(name), lora, resolution, guidance, num_steps)
-    if (lora, resolution, guidance, num_steps) != (None,) * 4:
-        raise ValueError(f"{name} is no diffusers pipeline: lora, resolution, guidance and num_steps are of those")
+        return _load_pipeline(str(name), lora, resolution, guidance, num_steps, variant)
+    if (lora, resolution, guidance, num_steps, variant) != (None,) * 5:
+        raise ValueError(
+            f"{name} is no diffusers pipeline: lora, resolution, guidance, num_steps and variant are of those"
+        )
     if not is_run(name):
         if not _said(name, trust_code) and isinstance(field := load_field(str(name), trust_code), PretrainedField):
             return _as_its_pipeline(field.to(device()).requires_grad_(False))
@@ -142,9 +148,14 @@ def _check_of_runs(name: str | Path, checkpoint: str, weights: str | None) -> No
 
 
 def _load_pipeline(
-    name: str, lora: int | None, resolution: int | None, guidance: float | None, num_steps: int | None
+    name: str,
+    lora: int | None,
+    resolution: int | None,
+    guidance: float | None,
+    num_steps: int | None,
+    variant: str | None,
 ) -> FlowPolicy:
-    found = pretrained(name, resolution=resolution, lora=lora).to(device())
+    found = pretrained(name, resolution=resolution, lora=lora, variant=variant).to(device())
     if lora is None:
         found.requires_grad_(False)
     return _as_its_pipeline(found, guidance, num_steps)

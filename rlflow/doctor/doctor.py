@@ -25,7 +25,7 @@ from rlflow.cost.formula import iteration_cost
 from rlflow.doctor.check import Check
 from rlflow.doctor.examine import at_work, few_updates, of_the_learner
 from rlflow.doctor.marginal import STD, end_error
-from rlflow.doctor.probe import GradientWatch, Probe, bare_seconds
+from rlflow.doctor.probe import GradientWatch, Probe, bare_seconds, two_passes
 from rlflow.flow.steps import Plan
 from rlflow.report.metrics_file import read_metrics
 from rlflow.train.build import Parts, make_parts
@@ -35,6 +35,8 @@ from rlflow.train.trainer import Trainer
 ROWS_OF_A_GROUP = 4
 STEPS_OF_AN_EPISODE = 8
 NO_LIMIT = 1e30
+GPU_ROUNDING = 1e-2
+"""Of an answer's size, that a GPU's kernels may differ by from one pass to the next."""
 ONE_STEP = STD
 """Error of a single straight step, which ends in the target's mean: more steps must not be worse."""
 TRAINING_AWAY = 0.3 * STD
@@ -50,6 +52,7 @@ def doctor(config: Config, trust_code: bool = False) -> list[Check]:
     gradients.close()
     return [
         _rewards(probe),
+        _two_passes(probe),
         *of_the_learner(config, parts, probe, trust_code),
         *_gradients(gradients, probe),
         _resume(small, trust_code),
@@ -86,6 +89,14 @@ def _rewards(probe: Probe) -> Check:
     if probe.replaced:
         detail += "; no group of these few rows differs, so random rewards stood in for the update"
     return Check("rewards masked", probe.masked, "< 1", probe.masked < 1, detail)
+
+
+def _two_passes(probe: Probe) -> Check:
+    """Without them equal, a sample is scored by another network than drew it."""
+    value, gpu = two_passes(probe), probe.parts.policy.device.type != "cpu"
+    detail = "difference of the network's answers to one input given twice, over their size: dropout would show here"
+    limit = GPU_ROUNDING if gpu else 0.0
+    return Check("two passes", value, f"<= {limit:g}" if gpu else "0", value <= limit, detail)
 
 
 def _gradients(watch: GradientWatch, probe: Probe) -> list[Check]:

@@ -78,6 +78,16 @@ def _states(rollout: Rollout) -> tuple[Tensor, Tensor]:
     return x, x.new_zeros(x.shape[:2])
 
 
+@torch.no_grad()
+def two_passes(probe: Probe, num: int = 8) -> float:
+    """Largest difference of the network's answers to one input given twice, over their root mean square."""
+    policy, rollout = probe.parts.policy, probe.rollout
+    x, t = (v[:num, 0] for v in _states(rollout))
+    cond = cond_of(policy, rollout, torch.arange(len(x), device=policy.device))
+    first, again = (policy.velocity(x, t, torch.zeros_like(t), cond) for _ in range(2))
+    return float((first - again).abs().max() / first.square().mean().sqrt())
+
+
 def bare_seconds(parts: Parts, probe: Probe, cost: Cost) -> float:
     """Seconds of the network alone, at the shapes of the rollout and of the update."""
     policy, rollout = parts.policy, probe.rollout

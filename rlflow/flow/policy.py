@@ -41,7 +41,10 @@ def _filled_up(x: Tensor, multiple: int) -> Tensor | None:
 
 
 class FlowPolicy(nn.Module):
-    """Field + kernel + solver + grid + squash; the chain and its densities live before the squash."""
+    """Field + kernel + solver + grid + squash; the chain and its densities live before the squash.
+
+    All its modules are put into evaluation mode: with dropout, say, sampling and scoring would be two networks.
+    """
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class FlowPolicy(nn.Module):
         self.multiple = CPU_ROWS  # a pass on the CPU is filled up to; a trace of what a GPU would do sets 1
         self._check_velocity()
         self.weights = WeightSets(self)
+        self.eval()
 
     def _check_velocity(self) -> None:
         name = type(self.field).__name__

@@ -22,7 +22,9 @@ from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.squash import SQUASHES
 from rlflow.models.io import embedded, load_field
-from rlflow.models.pretrained.pipeline import is_hub_id, is_pipeline, pretrained
+from rlflow.models.pretrained.hub import is_hub_id
+from rlflow.models.pretrained.opening import is_pipeline
+from rlflow.models.pretrained.pipeline import pretrained
 from rlflow.models.scratch import make_field
 from rlflow.parallel import dist, shards
 from rlflow.parallel.dist import device

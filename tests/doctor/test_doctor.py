@@ -16,7 +16,7 @@ from rlflow.doctor import examine
 from rlflow.doctor.doctor import Check, checks_as_json, doctor, few_rows, print_checks
 from rlflow.doctor.examine import calibrated
 from rlflow.doctor.marginal import MEAN, STD, end_error, end_moments
-from rlflow.doctor.probe import Probe
+from rlflow.doctor.probe import Probe, two_passes
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.grid import Shifted, Uniform
 from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, LearnedNoise
@@ -58,7 +58,7 @@ def test_a_sound_recipe_passes(tiny: list[str], scenes_field: str) -> None:
     assert {c.name for c in checks if c.passed is False} == set()
     found = by_name(checks)
     passed = ("first log-ratio", "log-ratio after one update", "kappa", "gradients not finite", "gradient norm")
-    passed += ("resume", "network evaluations", "rewards masked", "peak memory, MiB")
+    passed += ("resume", "network evaluations", "rewards masked", "two passes", "peak memory, MiB")
     for name in (*passed, "end marginal, training", "end marginal, deployment"):
         assert found[name].verdict == "PASS", name
     assert found["first log-ratio"].value == 0
@@ -192,6 +192,14 @@ def test_a_wrong_ratio_fails(
     found = by_name(doctor(load(tiny, scenes_field, "algorithm.kl.beta=0")))
     assert found[fails].verdict == "FAIL"
     assert found["kappa"].verdict == "PASS"
+
+
+def test_a_network_that_answers_otherwise_the_second_time_fails(tiny: list[str], scenes_field: str) -> None:
+    probe = Probe(make_parts(few_rows(load(tiny, scenes_field))), 0)
+    assert two_passes(probe) == 0
+    field = probe.parts.policy.field.unguided
+    field.register_forward_hook(lambda module, args, v: torch.nn.functional.dropout(v, 0.1))
+    assert two_passes(probe) > 0.1
 
 
 def test_a_bad_gradient_fails(tiny: list[str], scenes_field: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,11 +38,26 @@ class Adapter:
         """Of a latent."""
         return self.pipe.transformer.config.in_channels
 
+    @property
+    def patch(self) -> int:
+        """Latents a side of a token."""
+        return int(self.pipe.transformer.config.patch_size)
+
+    @property
+    def places(self) -> int | None:
+        """Tokens a side that the network has positions for; None where any number will do."""
+        return None
+
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """*D of a square picture; ValueError where the resolution does not divide into patches."""
-        multiple = self.pipe.vae_scale_factor * 2
+        """*D of a square picture; ValueError where the network cannot make one of this size."""
+        if not isinstance(resolution, int) or isinstance(resolution, bool):
+            raise ValueError(f"resolution {resolution!r}: pictures are square, give one whole number of pixels a side")
+        multiple = self.pipe.vae_scale_factor * self.patch
         if resolution < multiple or resolution % multiple:
             raise ValueError(f"resolution {resolution} must be a positive multiple of {multiple}")
+        if self.places is not None and resolution > multiple * self.places:
+            largest = f"has positions for {self.places} patches of {multiple} pixels a side"
+            raise ValueError(f"resolution {resolution}: the network {largest}: {multiple * self.places} at most")
         side = resolution // self.pipe.vae_scale_factor
         return self.channels, side, side
 
@@ -69,12 +84,3 @@ class Adapter:
         z = x / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         images = [vae.decode(row, return_dict=False)[0] for row in z.to(vae.dtype).split(1)]
         return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
-
-
-def resolution_shift(scheduler: Any, tokens: int, max_shift: float) -> float:
-    """mu of a dynamic shift: linear in the number of image tokens, by the scheduler's config (Esser et al. 2024)."""
-    c = scheduler.config
-    low, high = c.get("base_image_seq_len", 256), c.get("max_image_seq_len", 4096)
-    base = c.get("base_shift", 0.5)
-    slope = (c.get("max_shift", max_shift) - base) / (high - low)
-    return tokens * slope + base - slope * low

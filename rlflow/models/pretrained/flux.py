@@ -6,14 +6,14 @@ was distilled for it (dev) takes the guidance scale as an input, so that guidanc
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlflow.models.pretrained.adapter import Adapter, resolution_shift
+from rlflow.models.pretrained.adapter import Adapter
+from rlflow.models.pretrained.scheduler import grid, resolution_shift
 from rlflow.models.prompt_table import Encoding
 
 
@@ -28,7 +28,11 @@ class Flux(Adapter):
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
-    patch = 2
+
+    @property
+    def patch(self) -> int:
+        """Latents a side of a token: the pipeline packs them."""
+        return 2
 
     @property
     def channels(self) -> int:
@@ -42,11 +46,10 @@ class Flux(Adapter):
 
     def sigmas(self, num_steps: int, resolution: int) -> Tensor:
         """(K + 1,) from 1 to 0."""
-        scheduler = copy.deepcopy(self.pipe.scheduler)
+        scheduler = self.pipe.scheduler
         tokens = (resolution // self.pipe.vae_scale_factor // self.patch) ** 2
         mu = resolution_shift(scheduler, tokens, max_shift=1.15)
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
-        return scheduler.sigmas
+        return grid(scheduler, sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
 
     def predict(self, x: Tensor, sigma: Tensor, text: Encoding) -> Tensor:
         """noise - data (N, *D)."""

@@ -15,7 +15,8 @@ import torch
 
 from rlflow.models.pretrained.adapter import Adapter
 from rlflow.models.pretrained.flux import Flux
-from rlflow.models.pretrained.pipeline import adapter_of, is_pipeline
+from rlflow.models.pretrained.opening import is_pipeline
+from rlflow.models.pretrained.pipeline import adapter_of
 from rlflow.models.pretrained.sd3 import SD3
 
 VAE = {

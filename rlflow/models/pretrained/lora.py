@@ -1,81 +1,25 @@
-"""Diffusers folders: opening a pipeline, a LoRA on its transformer (peft), writing what plain diffusers reads."""
+"""A LoRA on a pipeline's transformer (peft), new or begun from another, and writing what plain diffusers reads."""
 
 from __future__ import annotations
 
-import importlib
-import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
+from safetensors.torch import load_file
 from torch import Tensor
+
+from rlflow.models.pretrained.hub import quiet
+from rlflow.models.pretrained.opening import check_finite
 
 ADAPTER = "default"
 """Name of the LoRA that trains."""
+WEIGHTS = "pytorch_lora_weights.safetensors"
+"""Diffusers' name of a LoRA's file."""
 FULL = "transformer"
 """Subfolder of a wholly tuned network."""
-QUANTISERS = {"int8": "torchao", "nf4": "bitsandbytes"}
-"""Packages by what they quantise to."""
-
-
-def _diffusers() -> Any:
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ValueError(f"foreign checkpoints need diffusers ({error}): pip install 'rlflow-torch[image]'") from error
-    return diffusers
-
-
-def pipeline_class(checkpoint: str) -> str:
-    """`_class_name` of model_index.json; of a hub id this one file is fetched."""
-    folder = Path(checkpoint)
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(f"{checkpoint} has no model_index.json: give the folder that save_pretrained wrote")
-        return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
-    if "/" not in checkpoint:
-        raise ValueError(
-            f"there is no folder {checkpoint!r}, and a hub id reads owner/name; one of ours? "
-            f"`rlflow pretrain {checkpoint}` makes it, `rlflow pretrain --help` lists them"
-        )
-    try:
-        return str(_diffusers().DiffusionPipeline.load_config(checkpoint)["_class_name"])
-    except OSError as error:
-        why = " ".join(str(error).split())[:300]
-        raise ValueError(f"no checkpoint {checkpoint!r}, neither a folder nor a readable hub id: {why}") from error
-
-
-def open_pipeline(checkpoint: str, dtype: torch.dtype, quantize: str | None = None) -> Any:
-    """The pipeline on the CPU, its VAE in float32: half precision shows in pictures."""
-    diffusers = _diffusers()
-    pipeline = diffusers.DiffusionPipeline
-    given: dict[str, Any] = {}
-    if quantize is not None:
-        model = getattr(diffusers, pipeline.load_config(checkpoint)["transformer"][1])
-        settings = {"subfolder": "transformer", "quantization_config": _quantization(quantize, dtype)}
-        given["transformer"] = model.from_pretrained(checkpoint, dtype=dtype, **settings)
-    pipe = pipeline.from_pretrained(checkpoint, dtype={"default": dtype, "vae": torch.float32}, **given)
-    pipe.vae.requires_grad_(False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def _quantization(kind: str, dtype: torch.dtype) -> Any:
-    """How diffusers is to quantise the base; ValueError names the package that is missing."""
-    try:
-        importlib.import_module(QUANTISERS[kind])
-    except ImportError as error:
-        package = QUANTISERS[kind]
-        raise ValueError(f"quantize={kind} needs {package} ({error}): pip install {package}") from error
-    if kind == "nf4":
-        from diffusers import BitsAndBytesConfig
-
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    from diffusers import TorchAoConfig
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig())
 
 
 def parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
@@ -83,31 +27,55 @@ def parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in transformer.named_parameters() if "lora_" in name}
 
 
-def attach(pipe: Any, rank: int | None, alpha: float | None, modules: list[str], start: str | None) -> None:
-    """Freeze the transformer and add a float32 LoRA, new or that of `start`; only its parameters train.
+def attach(pipe: Any, settings: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Freeze the transformer and add a float32 LoRA of peft's `settings`; only its parameters train.
 
-    A new one adds nothing at first (its B is zero), so the reference is the base with the adapter off.
+    Without `tensors` it adds nothing at first (its B is zero), so the reference is the base with the adapter off. It
+    stays in evaluation mode: sampling and scoring have to agree.
     """
-    transformer = pipe.transformer.requires_grad_(False)
-    if start is not None:
-        if rank is not None:
-            raise ValueError("adapter brings its own rank: leave lora out with it")
-        pipe.load_lora_weights(start, adapter_name=ADAPTER)
-    else:
-        from peft import LoraConfig
+    from peft import LoraConfig
 
-        assert rank is not None
-        ends = {"r": rank, "lora_alpha": 2 * rank if alpha is None else alpha, "target_modules": modules}
-        transformer.add_adapter(LoraConfig(**ends, init_lora_weights="gaussian"), ADAPTER)
-    found = parameters(transformer)
-    if not found:
-        raise ValueError(f"{start} holds no LoRA of the transformer" if start else f"no layer ends in {modules}")
-    for parameter in found.values():
+    transformer = pipe.transformer.requires_grad_(False)
+    transformer.add_adapter(LoraConfig(**settings, init_lora_weights="gaussian"), ADAPTER)
+    for parameter in parameters(transformer).values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
-    for module in transformer.modules():
+    if tensors is not None:
+        _fill(transformer, tensors)
+    for module in transformer.eval().modules():
         if hasattr(module, "cast_input_dtype_enabled") and not getattr(module, "lora_variant", None):  # DoRA has one
             module.cast_input_dtype_enabled = _OutsideAutocast()
+
+
+def new(transformer: nn.Module, rank: int, alpha: float | None, modules: Sequence[str]) -> dict[str, Any]:
+    """Settings of a new LoRA on the layers whose names end so; ValueError for an end that no layer has."""
+    linear = [name for name, m in transformer.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    for end in modules:
+        if not any(name == end or name.endswith(f".{end}") for name in linear):
+            ends = sorted({".".join(name.split(".")[2:]) for name in linear if name.count(".") > 1})
+            raise ValueError(
+                f"lora_modules: no layer of {type(transformer).__name__} ends in {end!r}; some: {ends[:12]}"
+            )
+    if not modules:
+        raise ValueError("lora_modules names no layer: leave it out for the attention's")
+    return {"r": rank, "lora_alpha": 2 * rank if alpha is None else alpha, "target_modules": list(modules)}
+
+
+def _fill(transformer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a LoRA's tensors into its parameters; ValueError unless all are taken and nothing is left as it began."""
+    from peft import set_peft_model_state_dict
+
+    check_finite("the LoRA's ", tensors)
+    try:
+        result = set_peft_model_state_dict(transformer, dict(tensors), adapter_name=ADAPTER)
+    except RuntimeError as error:  # shapes that differ, a line each
+        why = " ".join(" ".join(str(error).splitlines()[:2]).split())
+        raise ValueError(f"the LoRA does not fit {type(transformer).__name__}: {why}") from error
+    lacks, brings = [n for n in result.missing_keys if "lora_" in n], list(result.unexpected_keys)
+    if lacks or brings:
+        raise ValueError(
+            f"the LoRA lacks {len(lacks)} tensors ({lacks[:2]}) and brings {len(brings)} of no layer {brings[:2]}"
+        )
 
 
 class _OutsideAutocast:
@@ -142,15 +110,13 @@ def load(pipe: Any, folder: Path) -> None:
     """Inverse of `save`, into a pipeline that was opened and got its LoRA in the same way."""
     transformer = pipe.transformer
     if not parameters(transformer):
-        stored = type(transformer).from_pretrained(folder / FULL, dtype=transformer.dtype)
-        transformer.load_state_dict(stored.state_dict())
+        with quiet():
+            stored = type(transformer).from_pretrained(folder / FULL, dtype=transformer.dtype).state_dict()
+        check_finite(f"{folder / FULL}: ", stored)
+        transformer.load_state_dict(stored)
         return
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    state = load_file(folder / "pytorch_lora_weights.safetensors")
-    mine = {name.removeprefix("transformer."): value for name, value in state.items()}
-    set_peft_model_state_dict(transformer, mine, adapter_name=ADAPTER)
+    state = load_file(folder / WEIGHTS)
+    _fill(transformer, {name.removeprefix("transformer."): value for name, value in state.items()})
 
 
 def model_card(pipeline: str, transformer: str, full: bool, args: dict[str, Any]) -> str:

@@ -9,8 +9,7 @@ The base stays as it was downloaded; what trains is a LoRA (peft), or the whole 
 from __future__ import annotations
 
 import importlib
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +17,14 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from rlflow import registry
 from rlflow.flow.field import VelocityField
 from rlflow.models import norms
 from rlflow.models.io import HERE
 from rlflow.models.pretrained import lora as lora_files
 from rlflow.models.pretrained.adapter import Adapter
+from rlflow.models.pretrained.foreign_lora import read_lora
+from rlflow.models.pretrained.opening import open_pipeline, pipeline_class
 from rlflow.models.prompt_table import Encoding, PromptTable
 from rlflow.ranges import Count, Positive, Scale, Size, Text
 from rlflow.types import Cond
@@ -33,6 +35,9 @@ ADAPTERS = {
 }
 """By the pipeline's class: what a new family adds besides its file."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NEAR_DATA, ROUNDING = 0.02, 1e-4
+"""Sigma at which a step begins almost at the data, and how far a scheduler that aims at it may miss: float32 puts a
+terminal sigma of .02 above it for some numbers of steps and below it for others."""
 NEGATIVE = 0
 """Number of the negative prompt in the table."""
 
@@ -137,7 +142,7 @@ class PretrainedField(VelocityField):
     def unscored(self, grid: Tensor) -> int:
         """2 where the last step begins almost at the data, as on SD3's twice shifted grid: the step before it leaves
         more noise than the last one can remove, and that one hardly moves."""
-        return 2 if 1 - float(grid[-2]) < 0.02 else 0
+        return 2 if 1 - float(grid[-2]) <= NEAR_DATA + ROUNDING else 0
 
     def resize(self, resolution: int) -> None:
         """Make square pictures of this many pixels a side; ValueError where the model cannot."""
@@ -165,16 +170,6 @@ class PretrainedField(VelocityField):
         lora_files.load(self.adapter.pipe, folder)
 
 
-def is_pipeline(name: str) -> bool:
-    """True for a folder that a diffusers pipeline was saved in."""
-    return (Path(name) / "model_index.json").is_file()
-
-
-def is_hub_id(name: str) -> bool:
-    """True for what reads as owner/model and is nothing on this disk."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
-
-
 def pretrained(
     checkpoint: str,
     resolution: Size | None = None,
@@ -183,6 +178,7 @@ def pretrained(
     lora_modules: list[str] | None = None,
     adapter: str | None = None,
     weights: Literal["float32", "bfloat16"] = "float32",
+    variant: str | None = None,
     quantize: Literal["int8", "nf4"] | None = None,
     negative_prompt: Text = "",
     embedded_guidance: Scale | None = None,
@@ -194,9 +190,10 @@ def pretrained(
     """Stable Diffusion 3 / 3.5 or FLUX.1 from a folder or a hub id.
 
     `lora`: rank of a new LoRA (alpha: twice that unless given), else the whole network trains; `adapter`: an existing
-    LoRA to start from. `weights`: of the base; a LoRA is float32 in any case. `quantize`: the frozen base's linear
-    layers (int8 by torchao, nf4 by bitsandbytes). `embedded_guidance`: FLUX dev's input. `release_encoders`: encode
-    all prompts of the run once, then drop the encoders; otherwise the last `cache` prompts are kept encoded.
+    LoRA to start from. `weights`: of the base; a LoRA is float32 in any case. `variant`: of the files, such as fp16.
+    `quantize`: the frozen base's linear layers (int8 by torchao, nf4 by bitsandbytes). `embedded_guidance`: FLUX dev's
+    input. `release_encoders`: encode all prompts of the run once, then drop the encoders; otherwise the last `cache`
+    prompts are kept encoded.
     """
     args = {k: v for k, v in locals().items() if v is not None}
     trains_lora = lora is not None or adapter is not None
@@ -205,19 +202,24 @@ def pretrained(
             "the whole network trains in float32 only (a small step vanishes in anything less): set lora=32, or "
             "weights=float32 and no quantize"
         )
+    if adapter is not None and lora is not None:
+        raise ValueError("adapter brings its own rank: leave lora out with it")
     if adapter is not None and (lora_alpha is not None or lora_modules is not None):
         raise ValueError("adapter brings its own alpha and modules: leave lora_alpha and lora_modules out with it")
-    border = adapter_of(checkpoint)(lora_files.open_pipeline(checkpoint, DTYPES[weights], quantize))
+    if not trains_lora and (lora_alpha, lora_modules) != (None, None):
+        raise ValueError("lora_alpha and lora_modules are of a LoRA, and the whole network trains: set lora too")
+    border = adapter_of(checkpoint)(open_pipeline(checkpoint, DTYPES[weights], quantize, variant))
     if embedded_guidance is not None:
         if border.embedded_guidance is None:
             raise ValueError(f"{checkpoint} has no guidance input: use policy.guidance instead")
         border.embedded_guidance = embedded_guidance
     if vae_tiling:
         border.pipe.vae.enable_tiling()
-    if trains_lora:
-        modules = lora_modules or list(border.modules)
-        lora_files.attach(border.pipe, lora, lora_alpha, modules, adapter)
+    if lora is not None:
+        add_lora(border, lora, lora_alpha, lora_modules)
     if adapter is not None:
+        with registry.located(f"adapter {adapter}"):
+            lora_files.attach(border.pipe, *read_lora(adapter, border.pipe))
         args["adapter"] = HERE  # a saved LoRA is a whole one, its shape included: it starts from itself
     if Path(checkpoint).is_dir():
         args["checkpoint"] = str(Path(checkpoint).resolve())
@@ -232,9 +234,19 @@ def pretrained(
     )
 
 
+def add_lora(border: Adapter, rank: int, alpha: float | None, modules: Sequence[str] | None) -> None:
+    """A new one, on the attention's layers unless others are named."""
+    transformer = border.pipe.transformer
+    if modules is None:  # a family's last block may lack some of them
+        ends = [end for end in border.modules if any(n.endswith(end) for n, _ in transformer.named_modules())]
+    else:
+        ends = list(modules)
+    lora_files.attach(border.pipe, lora_files.new(transformer, rank, alpha, ends))
+
+
 def adapter_of(checkpoint: str) -> Callable[[Any], Adapter]:
     """The adapter of a checkpoint's pipeline class; ValueError names those there are."""
-    name = lora_files.pipeline_class(checkpoint)
+    name = pipeline_class(checkpoint)
     if name not in ADAPTERS:
         raise ValueError(f"{checkpoint} is a {name}; there are adapters for {sorted(ADAPTERS)}")
     module, _, attribute = ADAPTERS[name].partition(":")

@@ -7,12 +7,11 @@ ends almost at the data: neither is ever scored (`unscored`).
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
-from rlflow.models.pretrained.adapter import Adapter, resolution_shift
+from rlflow.models.pretrained.adapter import Adapter
+from rlflow.models.pretrained.scheduler import grid, resolution_shift
 from rlflow.models.prompt_table import Encoding
 
 
@@ -41,15 +40,19 @@ class SD3(Adapter):
 
     def sigmas(self, num_steps: int, resolution: int) -> Tensor:
         """(K + 1,) from 1 to 0."""
-        scheduler, shift = copy.deepcopy(self.pipe.scheduler), {}
-        if scheduler.config.use_dynamic_shifting:
-            shift = {"mu": resolution_shift(scheduler, self.tokens(resolution), max_shift=1.16)}
-        scheduler.set_timesteps(num_steps, **shift)
-        return scheduler.sigmas
+        scheduler = self.pipe.scheduler
+        if not scheduler.config.use_dynamic_shifting:
+            return grid(scheduler, num_steps)
+        return grid(scheduler, num_steps, mu=resolution_shift(scheduler, self.tokens(resolution), max_shift=1.16))
+
+    @property
+    def places(self) -> int | None:
+        """The learnt square of positions, which smaller pictures take the middle of."""
+        return int(self.pipe.transformer.config.pos_embed_max_size)
 
     def tokens(self, resolution: int) -> int:
         """Patches of a square picture."""
-        return (resolution // self.pipe.vae_scale_factor // self.pipe.transformer.config.patch_size) ** 2
+        return (resolution // self.pipe.vae_scale_factor // self.patch) ** 2
 
     def predict(self, x: Tensor, sigma: Tensor, text: Encoding) -> Tensor:
         """noise - data (N, *D)."""

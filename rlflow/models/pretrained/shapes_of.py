@@ -10,9 +10,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rlflow.models.pretrained import lora as lora_files
+from rlflow.models.pretrained import scheduler
 from rlflow.models.pretrained.known import known
-from rlflow.models.pretrained.pipeline import DTYPES, PretrainedField
+from rlflow.models.pretrained.pipeline import DTYPES, PretrainedField, add_lora
 
 
 class NoText:
@@ -43,9 +43,9 @@ def shape_of(checkpoint: str, settings: Mapping[str, Any]) -> PretrainedField:
         pipe: Any = SimpleNamespace(transformer=transformer, vae=vae)
         border = model.adapter(pipe)
         if settings.get("lora") is not None:
-            modules = settings.get("lora_modules") or list(border.modules)
-            lora_files.attach(pipe, settings["lora"], settings.get("lora_alpha"), modules, None)
+            add_lora(border, settings["lora"], settings.get("lora_alpha"), settings.get("lora_modules"))
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(dict(model.scheduler))
+    scheduler.check(pipe.scheduler, checkpoint)
     pipe.vae.to = lambda *_: pipe.vae  # what has no storage is nowhere
     pipe.encoder_parameters = model.encoders
     pipe.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)

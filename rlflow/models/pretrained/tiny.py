@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from rlflow.models.pretrained.hub import quiet
+
 TEXT_WIDTH, POOLED = 32, 16
 
 
@@ -23,7 +25,8 @@ def make_tiny(kind: str, folder: str | Path, seed: int = 0, **scheduler: Any) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = KINDS[kind](Path(folder), scheduler)
-    pipeline.save_pretrained(folder)
+    with quiet():
+        pipeline.save_pretrained(folder)
     return Path(folder)
 
 

@@ -1,5 +1,6 @@
 """Foreign checkpoints: the border, and that our chain gives the latents of the stock pipeline."""
 
+import inspect
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,12 @@ from rlflow.flow.guidance import CFG
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import AllButLast
+from rlflow.models.pretrained import scheduler
 from rlflow.models.pretrained.flux import Flux
 from rlflow.models.pretrained.pipeline import PretrainedField, pretrained
 from rlflow.models.pretrained.sd3 import SD3
+from rlflow.models.pretrained.shapes_of import shape_of
+from rlflow.models.pretrained.tiny import make_tiny
 
 SIDE, LENGTH, STEPS = 32, 24, 6
 PROMPTS = ["a red cat", "two dogs in front of a very long house with many windows, at night, and a third dog"]
@@ -165,9 +169,114 @@ def test_the_dynamic_shift_follows_the_resolution(tiny_pipeline):
     assert bool((field.times(8)[1:-1] < small[1:-1]).all()), "more tokens, more noise"
 
 
-def test_resolutions_that_do_not_divide_are_refused(tiny_pipeline):
-    with pytest.raises(ValueError, match="resolution 30 must be a positive multiple of 8"):
-        sd3(tiny_pipeline, resolution=30)
+@pytest.mark.parametrize(
+    ("resolution", "why"),
+    [
+        (30, "resolution 30 must be a positive multiple of 8"),
+        (136, "resolution 136: the network has positions for 16 patches of 8 pixels a side: 128 at most"),
+        ((32, 32), r"resolution \(32, 32\): pictures are square, give one whole number of pixels a side"),
+        (32.0, "resolution 32.0: pictures are square"),
+    ],
+)
+def test_resolutions_that_the_network_cannot_make_are_refused(resolution, why, tiny_pipeline):
+    with pytest.raises(ValueError, match=why):
+        sd3(tiny_pipeline, resolution=resolution)
+    field = sd3(tiny_pipeline, resolution=128)
+    with pytest.raises(ValueError, match=why):
+        field.resize(resolution)
+    assert field.event_shape == (4, 32, 32)
+
+
+@pytest.mark.parametrize(("terminal", "num"), [(0.02, 2), (0.021, 0), (0.0199, 2)])
+def test_a_grid_that_ends_at_sigma_02_is_met_at_any_number_of_steps(terminal, num, tiny_pipeline):
+    """Though float32 puts .02 on either side of itself."""
+    field = pretrained(str(tiny_pipeline("flux", shift_terminal=terminal)), resolution=SIDE, lora=2)
+    grids = [field.times(k) for k in range(2, 60)]
+    if terminal == 0.02:
+        assert {float(1 - t[-2]) < terminal for t in grids} == {True, False}
+    assert {field.unscored(t) for t in grids} == {num}
+
+
+def test_one_step_to_a_terminal_sigma_is_refused_with_the_grid_that_is_right(tiny_pipeline):
+    field = pretrained(str(tiny_pipeline("flux", shift_terminal=0.02)), resolution=SIDE, lora=2)
+    with pytest.raises(
+        ValueError, match=r"FlowMatchEulerDiscreteScheduler sets sigmas \[nan, 0.0\] for 1 steps: .*=uniform"
+    ):
+        FromScheduler(field)(1)
+    assert bool(FromScheduler(field)(2).isfinite().all())
+
+
+# -- schedulers -----------------------------------------------------------------------------------
+
+
+def test_every_setting_of_the_scheduler_is_honoured_or_refused():
+    """A later version's new setting fails here, and in `check`, until someone has looked at what it does."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    known = scheduler.GRID | set(scheduler.FIXED)
+    assert known == set(inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters) - {"self"}
+    plain = FlowMatchEulerDiscreteScheduler()
+    scheduler.check(plain, "x")
+    assert {name: plain.config[name] for name in scheduler.FIXED} == {n: v for n, (v, _) in scheduler.FIXED.items()}
+
+
+MOVED = {
+    "shift": {"shift": 2.0},
+    "terminal": {"shift_terminal": 0.1},
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True},
+    "beta": {"use_beta_sigmas": True},
+    "linear": {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+    "base": {"use_dynamic_shifting": True, "base_shift": 0.7, "base_image_seq_len": 16},
+    "max": {"use_dynamic_shifting": True, "max_shift": 1.9, "max_image_seq_len": 64},
+}
+
+
+@pytest.fixture(scope="module")
+def stock_sd3(tiny_pipeline) -> Stock:
+    from diffusers import DiffusionPipeline
+
+    folder = tiny_pipeline("sd3")
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return Stock(pipe, pretrained(str(folder), resolution=SIDE, max_sequence_length=LENGTH).requires_grad_(False))
+
+
+@pytest.mark.parametrize("settings", MOVED.values(), ids=MOVED)
+def test_what_moves_the_grid_is_honoured(settings, stock_sd3):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    before = stock_sd3.field.times(STEPS)
+    other = FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **settings})
+    scheduler.check(other, "x")
+    ours, kept = stock_sd3.field.adapter.pipe, stock_sd3.field.adapter.pipe.scheduler
+    stock_sd3.pipe.scheduler = ours.scheduler = other
+    try:
+        assert stock_sd3.distance(1.0) < 1e-5
+        assert not torch.equal(stock_sd3.field.times(STEPS), before)
+    finally:
+        stock_sd3.pipe.scheduler = ours.scheduler = kept
+
+
+@pytest.mark.parametrize(
+    "setting", [{"stochastic_sampling": True}, {"invert_sigmas": True}, {"num_train_timesteps": 500}]
+)
+def test_what_changes_more_than_the_grid_is_refused(setting, tiny_pipeline):
+    """By whoever opens the pipeline, and by whoever only plans a run on it."""
+    folder, (name,) = str(tiny_pipeline("sd3", **setting)), setting
+    for made in (pretrained, lambda c: shape_of(c, {"resolution": SIDE})):
+        with pytest.raises(ValueError, match=f"scheduler_config.json: {name} is .*, and only .* is possible"):
+            made(folder)
+
+
+def test_other_schedulers_and_settings_are_refused():
+    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+
+    with pytest.raises(ValueError, match="the scheduler is a FlowMatchHeunDiscreteScheduler, whose steps are not ours"):
+        scheduler.check(FlowMatchHeunDiscreteScheduler(), "x")
+    config = dict(FlowMatchEulerDiscreteScheduler().config) | {"of_a_later_version": 1}
+    with pytest.raises(ValueError, match="of_a_later_version is no setting .* that is known here"):
+        scheduler.check(FlowMatchEulerDiscreteScheduler.from_config(config), "x")
 
 
 # -- text -----------------------------------------------------------------------------------------
@@ -300,7 +409,9 @@ def test_what_cannot_be_loaded_is_said(tiny_pipeline, tmp_path):
         pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="there is no folder 'sd3_scenes'.*`rlflow pretrain sd3_scenes` makes it"):
         pretrained("sd3_scenes")
-    with pytest.raises(ValueError, match="no checkpoint 'nobody/nothing', neither a folder nor a readable hub id"):
+    with pytest.raises(
+        ValueError, match="no checkpoint 'nobody/nothing', neither a folder nor .*: HF_HUB_OFFLINE is set"
+    ):
         rf.load("nobody/nothing")
     with pytest.raises(ValueError, match="shapes is no diffusers pipeline"):
         rf.load("shapes", lora=4)
@@ -309,3 +420,65 @@ def test_what_cannot_be_loaded_is_said(tiny_pipeline, tmp_path):
         rf.load(tmp_path)
     with pytest.raises(ValueError, match="has no guidance input: use policy.guidance"):
         sd3(tiny_pipeline, embedded_guidance=3.5)
+
+
+def test_without_a_network_it_is_said_at_once(monkeypatch, tmp_path):
+    """Not after the library's six requests in half a minute; the setting that spares even one is named."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    client, asked = type(get_session()), []
+    send = client.send
+    monkeypatch.setattr(
+        client, "send", lambda self, request, **k: asked.append(request.url) or send(self, request, **k)
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"no network: http://127.0.0.1:9 does not answer.*HF_HUB_OFFLINE=1"):
+        rf.load("nobody/nothing")
+    assert not [url for url in asked if "nobody" in str(url)], "what does not answer is not asked for files"
+
+
+def test_loading_is_quiet_and_leaves_the_libraries_as_they_were(tiny_pipeline, capfd):
+    import diffusers.utils.logging as diffusers_logging
+
+    before = diffusers_logging.get_verbosity(), diffusers_logging.is_progress_bar_enabled()
+    capfd.readouterr()
+    sd3(tiny_pipeline, lora=2)
+    assert capfd.readouterr() == ("", "")
+    assert (diffusers_logging.get_verbosity(), diffusers_logging.is_progress_bar_enabled()) == before
+
+
+def test_a_folder_of_one_variant_names_the_setting_that_opens_it(tmp_path, tiny_pipeline):
+    from diffusers import DiffusionPipeline
+
+    DiffusionPipeline.from_pretrained(tiny_pipeline("sd3")).save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(ValueError, match=r"text_encoder holds \*\.fp16\.\* weights only: set variant=fp16"):
+        rf.load(tmp_path, resolution=SIDE)
+    policy = rf.load(tmp_path, resolution=SIDE, variant="fp16", num_steps=2)
+    assert policy.field.unguided.args["variant"] == "fp16"
+    with pytest.raises(ValueError, match="cannot be opened: .*bf16"):
+        rf.load(tmp_path, resolution=SIDE, variant="bf16")
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder_2", "transformer"])
+def test_weights_that_are_inf_or_nan_are_named(part, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = make_tiny("sd3", tmp_path / "tiny")
+    file = next((folder / part).glob("*.safetensors"))
+    weights = load_file(file)
+    name = next(n for n, value in weights.items() if value.ndim > 1)
+    weights[name][0] = 1e9 * weights[name][0].half() * float("inf")
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{part}\..* has \d+ entries that are inf or nan"):
+        pretrained(str(folder), resolution=SIDE)
+
+
+def test_nothing_is_in_training_mode(tiny_pipeline):
+    """Sampling and scoring have to be one network: its LoRA, encoders and VAE too."""
+    pipe = sd3(tiny_pipeline, lora=2).adapter.pipe
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    assert len(networks) == 5
+    assert not any(module.training for network in networks for module in network.modules())
