@@ -1,8 +1,8 @@
-"""A method of your own in a file of your own: how the chain is noised, and later what is optimised.
+"""A method of your own in a file of your own: how the chain is noised, and what is optimised.
 
     python docs/examples/own_method.py RUN [key=value ...]
 
-A method is a few exchangeable parts. This one brings its own kernel and takes the rest from Flow-GRPO-Fast.
+A method is a few exchangeable parts. This one brings its own kernel and objective, the rest is Flow-GRPO-Fast's.
 """
 
 import math
@@ -13,6 +13,10 @@ from torch import Tensor
 
 import rlflow as rf
 from rlflow.flow.kernels import MarginalSDE
+from rlflow.ranges import Level, Positive
+from rlflow.rl.likelihoods.base import Likelihood, Score
+from rlflow.rl.objectives.base import Losses, Objective
+from rlflow.types import Evidence
 
 
 class SineSDE(MarginalSDE):
@@ -22,10 +26,8 @@ class SineSDE(MarginalSDE):
     ours. t and t_next come shaped to broadcast against x.
     """
 
-    def __init__(self, a: float = 0.7):
+    def __init__(self, a: Level = 0.7):  # the annotation is the range: a=0 is refused with the setting's path
         super().__init__()
-        if a <= 0:  # errors at construction name the fix; the recipe's path is put before them
-            raise ValueError(f"SineSDE needs a > 0, got {a}; without noise there is nothing to score")
         self.a = a
 
     def g(self, t: Tensor, t_next: Tensor) -> Tensor:
@@ -33,13 +35,25 @@ class SineSDE(MarginalSDE):
         return self.a * torch.sin(math.pi * (t + t_next) / 2)
 
 
-# The objective: what is optimised over (score, evidence, advantage) joins here and is named in the settings below.
+class Proximal(Objective):
+    """-A log r + (log r)^2 / (2 width), r = exp(score - old): least at log r = width A, with no clip."""
+
+    def __init__(self, likelihood: Likelihood, width: Positive = 2e-3):
+        super().__init__(likelihood)
+        self.width = width
+
+    def loss(self, score: Score, evidence: Evidence, advantage: Tensor) -> Losses:
+        """Of each pair of sample and scored step; masks, means over processes, KL and averages are the learner's."""
+        log_ratio = self.likelihood.log_ratio(score.log_prob, evidence)
+        pairs = log_ratio.square() / (2 * self.width) - advantage * log_ratio
+        return Losses(pairs, {"policy/log_ratio": log_ratio.detach()})  # what is to be logged, beside the loss
 
 
 def main(run: str, *more: str) -> None:
     """Two minutes of the embedded text-to-image model; `rlflow doctor` checks a method before a long run."""
     settings = [
         "policy.kernel={name: 'own_method:SineSDE', a: 0.7}",  # file:class, so trust_code below
+        "algorithm.objective=own_method:Proximal",
         "steps={name: random_window, size: 3, stop: 5}",  # which steps are noisy and scored
         *("train.minutes=2", "eval.num=284", "eval.every=10"),
     ]
