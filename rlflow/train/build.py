@@ -15,6 +15,7 @@ from rlflow.config.schema import Config
 from rlflow.envs.base import VecEnv
 from rlflow.envs.prompt import PromptEnv
 from rlflow.envs.prompts import Prompts, load_prompts
+from rlflow.envs.seeds import first_seed
 from rlflow.envs.wrappers import FrameStack, RewardScaling, RewardWrapper
 from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
@@ -219,10 +220,17 @@ def check_sharding(config: Config, groups: Groups) -> None:
         )
 
 
+def make_groups(config: Config) -> Groups:
+    """This process's share; start states depend on the run's seed, as the order of prompts in PromptEnv does."""
+    c = config.env
+    first = 0 if c.name == "prompt" else first_seed(config.train.seed)
+    return Groups(c.num_groups, c.group_size, dist.rank(), dist.world(), first)
+
+
 def make_parts(config: Config, trust_code: bool = False) -> Parts:
     """Policy, environment, collector and learner of this process."""
     policy = make_policy(config, trust_code)
-    groups = Groups(config.env.num_groups, config.env.group_size, dist.rank(), dist.world())
+    groups = make_groups(config)
     if config.train.sharding == "full":
         check_sharding(config, groups)
     env = _make_env(config, policy, groups, trust_code)
