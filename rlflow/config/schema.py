@@ -122,7 +122,6 @@ class SACConfig:
     capacity: int = 1_000_000  # decisions kept
     start: int = 5000  # decisions seen before the first optimiser step
     updates_per_step: float = 1.0  # optimiser steps per decision after that
-    n_step: int = 1  # decisions ahead of which the target is made
     actor_every: int = 1  # optimiser steps of the critic per one of the actor
     alpha: float = 0.2  # first temperature
     alpha_lr: float = 1e-3  # 0 keeps the temperature
