@@ -401,6 +401,20 @@ def test_updates_follow_the_decisions():
     assert metrics["replay/size"] == 80
 
 
+@pytest.mark.parametrize(("start", "due"), [(16, 0), (15, 1), (13, 3), (0, 16)])
+def test_the_first_update_is_due_with_the_first_decision_after_start(start, due):
+    """It draws from what was just stored, and the actor is moved by it and by each `actor_every`-th from there on."""
+    policy = make_policy(shape=(2, 2), dtype=torch.float32)
+    sac = make_sac(policy, start=start, actor_every=2)
+    seen, real = [], sac.replay.draw
+    sac.replay.draw = lambda num, rng: seen.append(len(sac.replay)) or real(num, rng)
+    before = [p.clone() for p in sac.optimizer.parameters]
+    sac.update(collector(policy).collect(0))
+    assert (sac.updates, sac.twin.optimizer.steps, seen) == (due, due, [16] * due)
+    assert sac.optimizer.steps == sac.temperature.optimizer.steps == -(-due // 2)
+    assert any(not torch.equal(p, q) for p, q in zip(before, sac.optimizer.parameters, strict=True)) is (due > 0)
+
+
 def test_an_update_keeps_what_the_environment_took_and_moves_what_follows_the_run():
     """The action after the squash; the running normaliser; the bounds of the noise."""
     field = GatedField(4, (2, 2), width=12, gate_width=6, running=True)
