@@ -1,6 +1,7 @@
 """Random numbers from seeds: hashes of (seed, counter), so no row owns a generator and no device is waited for.
 
 SplitMix64 (Steele, Lea and Flood, 2014) in the wrapping arithmetic of int64: draw k of a seed is mix(seed + k golden).
+Training has the seeds below 2^40, evaluation those from there on: see `first_seed` and `evaluation_seeds`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,23 @@ from torch import Tensor
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the odd number nearest 2^64 / golden ratio, as int64
 ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
+TRAINING = 2**40  # seeds of training; evaluation's begin here
+STRIDE = 0x9E3779B97F  # the odd number nearest 2^40 / golden ratio
 EPISODES = 0x2545F4914F6CDD1D  # keeps the seeds of episodes apart from the draws of their first
+
+
+def first_seed(run: int) -> int:
+    """Where a training run with this train.seed begins to count its groups, upwards and modulo 2^40.
+
+    Steps of the golden ratio leave the widest gaps: runs whose train.seed differ by d <= 2^20 have no number in common
+    before one of them has used 2^40 / 3d, three hundred million for d = 1000.
+    """
+    return run * STRIDE % TRAINING
+
+
+def evaluation_seeds(run: int, num: int) -> Tensor:
+    """(num,) seeds of the episodes that a run with this eval.seed is judged by; num <= 2^20."""
+    return TRAINING + run % 2**20 * 2**20 + torch.arange(num)
 
 
 def mix(x: Tensor) -> Tensor:
@@ -43,6 +60,6 @@ def normal(seeds: Tensor, num: int) -> Tensor:
 
 
 def episode_seeds(first: Tensor, episode: Tensor) -> Tensor:
-    """(B,) seed of each row's episode: `first` for episode 0, then 31-bit hashes of (first, episode)."""
-    later = mix((first ^ EPISODES) + episode * GOLDEN) & (2**31 - 1)
+    """(B,) seed of each row's episode: `first` for episode 0, then hashes of (first, episode) below 2^40."""
+    later = mix((first ^ EPISODES) + episode * GOLDEN) & (TRAINING - 1)
     return torch.where(episode == 0, first, later)

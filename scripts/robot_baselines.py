@@ -34,11 +34,11 @@ from rlflow import registry
 from rlflow.envs.demos.dataset import Demos
 from rlflow.envs.demos.experts import play, versions
 from rlflow.envs.sb3 import Vectorised
+from rlflow.envs.seeds import evaluation_seeds
 from rlflow.models.normalizer import Normalizer
 from rlflow.pretrain.cloning import demos_of
 from rlflow.pretrain.matching import learning_rate_factor
 from rlflow.report.metrics_file import read_metrics
-from rlflow.train.episodes import SEEDS
 
 NUM_ENVS, NUM_STEPS, ROWS = 32, 128, 512
 GAMMA = {"hopper": 0.99, "walker2d": 0.99, "halfcheetah": 0.98}
@@ -135,7 +135,7 @@ def judge(model: PPO, settings: Settings) -> Tensor:
         action, _ = model.predict(env.normalize_obs(obs.numpy()), deterministic=True)
         return torch.from_numpy(action).unsqueeze(1)
 
-    episodes = play(settings.simulators(settings.episodes), act, SEEDS)
+    episodes = play(settings.simulators(settings.episodes), act, int(evaluation_seeds(0, 1)))
     return torch.stack([e.reward.double().sum() for e in episodes])
 
 

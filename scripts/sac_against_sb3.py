@@ -28,8 +28,8 @@ from rlflow import registry
 from rlflow.config import recipes
 from rlflow.envs.demos.experts import play, versions
 from rlflow.envs.sb3 import Vectorised
+from rlflow.envs.seeds import evaluation_seeds
 from rlflow.train.build import make_parts
-from rlflow.train.episodes import SEEDS
 
 NUM_ENVS, HORIZON, UPDATES, START = 16, 16, 64, 4096
 EPISODES = 40
@@ -51,7 +51,7 @@ def judge(model: SAC, env: str, episodes: int = EPISODES) -> Tensor:
         return torch.from_numpy(model.predict(obs.numpy(), deterministic=True)[0]).unsqueeze(1)
 
     world = registry.find("env", env)(episodes, chunk=1, threads=1)
-    return torch.stack([e.reward.double().sum() for e in play(world, act, SEEDS)])
+    return torch.stack([e.reward.double().sum() for e in play(world, act, int(evaluation_seeds(0, 1)))])
 
 
 class Curve(BaseCallback):

@@ -29,9 +29,13 @@ def refuse(algorithm: dict[str, Any]) -> None:
 def translate(values: dict[str, Any]) -> dict[str, Any]:
     """The config of a saved run in today's spelling; one of today comes back as it is.
 
-    A KL that was of each column is now of the ratio that is clipped: of a joint one, the sum of K steps.
+    A KL that was of each column is now of the ratio that is clipped: of a joint one, the sum of K steps. An n_step
+    of 1 is what there is now.
     """
     algorithm = dict(values.get("algorithm") or {})
+    if algorithm.get("name") == "sac" and algorithm.get("n_step") == 1:
+        del algorithm["n_step"]
+        return values | {"algorithm": algorithm}
     if algorithm.get("name", "policy_gradient") != "policy_gradient" or "objective" in algorithm:
         return values
     old = {name: algorithm.pop(name) for name in (*MOVED, *CHOSEN) if name in algorithm}

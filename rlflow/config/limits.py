@@ -31,10 +31,13 @@ def _check_sac(config: Config, trust_code: bool) -> None:
     if config.reward.normalize == "advantage":
         raise ValueError("reward.normalize: algorithm=sac has no advantages; set it to none or reward")
     c: Any = config.algorithm
-    if c.offline is not None and (config.reward.scale or config.reward.weights):
-        raise ValueError("algorithm.offline: its rewards are the simulator's own; leave reward.scale and weights out")
-    if c.offline is not None and c.n_step > 1:
-        raise ValueError("algorithm.offline: demonstrations are chunks that overlap; set algorithm.n_step=1")
+    if config.reward.scale:
+        raise ValueError(
+            "reward.scale: the replay of algorithm=sac would keep quotients of a std that still moves, early ones many "
+            "times too large; leave it out, and weigh rewards against entropy by algorithm.alpha"
+        )
+    if c.offline is not None and config.reward.weights:
+        raise ValueError("algorithm.offline: its rewards are the simulator's own; leave reward.weights out")
 
 
 def _check_policy_gradient(config: Config, trust_code: bool) -> None:

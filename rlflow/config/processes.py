@@ -5,14 +5,19 @@ from __future__ import annotations
 from rlflow import registry
 from rlflow.config.limits import check_sharding
 from rlflow.config.schema import Config
+from rlflow.envs.seeds import first_seed
 from rlflow.rl.groups import Groups
 
 
 def share(config: Config, rank: int = 0, world: int = 1) -> Groups:
-    """The groups of process `rank`; ValueError, with the setting to change, where `world` cannot share a run."""
-    num = _minibatches(config)
+    """The groups of process `rank`; ValueError, with the setting to change, where `world` cannot share a run.
+
+    Start states depend on the run's seed, as the order of prompts in PromptEnv does.
+    """
+    num, env = _minibatches(config), config.env
+    first = 0 if env.name == "prompt" else first_seed(config.train.seed)
     with registry.located("env"):
-        groups = Groups(config.env.num_groups, config.env.group_size, rank, world)
+        groups = Groups(env.num_groups, env.group_size, rank, world, first)
     if config.train.sharding == "full" and groups.local % num:  # it would be called unequally often, and wait for ever
         raise ValueError(
             f"train.sharding: {groups.local} groups of a process do not divide into {num} equal minibatches: "

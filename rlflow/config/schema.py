@@ -123,7 +123,6 @@ class SACConfig:
     capacity: Count = 1_000_000  # decisions kept
     start: Natural = 5000  # decisions seen before the first optimiser step
     updates_per_step: Positive = 1.0  # optimiser steps per decision after that
-    n_step: Count = 1  # decisions ahead of which the target is made
     actor_every: Count = 1  # optimiser steps of the critic per one of the actor
     alpha: Positive = 0.2  # first temperature
     alpha_lr: NotNegative = 1e-3  # 0 keeps the temperature

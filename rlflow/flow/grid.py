@@ -42,6 +42,19 @@ def _unit(num_steps: int) -> Tensor:
     return torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
 
 
+def between(t: Tensor, index: Tensor) -> Tensor:
+    """Times at the places `index` (M,) in [1, K] of a grid (K + 1,), which need not be whole.
+
+    Linear in the log-odds of t against those of the even grid i / K: a shift s moves these by -log s, so what is
+    between the times of a shifted grid is the shifted even grid. In the last step the shift is that of its start.
+    """
+    num_steps = len(t) - 1
+    even, times = (_unit(num_steps)[1:-1].logit(), t[1:-1].logit())
+    slope = torch.cat([times.diff() / even.diff(), torch.ones(1, dtype=t.dtype)])
+    start = index.floor().long().clamp(max=num_steps - 1) - 1
+    return torch.sigmoid(times[start] + slope[start] * ((index / num_steps).logit() - even[start]))
+
+
 @dataclass(frozen=True)
 class Uniform:
     """Equal steps."""

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rlflow.flow.grid import between
 from rlflow.flow.noise import Key, generator, noise
 from rlflow.ranges import Seed
 
@@ -151,8 +152,8 @@ class Window(Steps):
     `strategy` sets: 'progressive' `every`; 'random' draws s anew each `every` iterations;
     'decay' int(I (1 - p) + p (I // 4)) with I = every, p = s / K; 'exp_decay'
     ceil(I exp(-0.1 relu(s - 13))). At the end it starts over (`roll_back`) or stays. `compress` < 1
-    is MixGRPO-Flash: the steps after the window are re-gridded to max(1, int((K - last) compress) - 1),
-    evenly in the old grid's index, ending at t = 1; stride 0 freezes the window (Flash*).
+    is MixGRPO-Flash: the steps after the window are re-gridded to max(1, int((K - last) compress) - 1), even
+    before the grid's shift as in the release, ending at t = 1; stride 0 freezes the window (Flash*).
     """
 
     size: int = 4
@@ -215,10 +216,7 @@ class Window(Steps):
             return plan  # the window ends at the data: nothing is left to re-grid
         num_after = max(1, int((plan.num_steps - last) * self.compress) - 1)
         index = torch.linspace(last + 1, plan.num_steps, num_after + 1, dtype=torch.float64)
-        low = index.floor().long().clamp(max=plan.num_steps - 1)
-        after = torch.lerp(plan.t[low], plan.t[low + 1], index - low)
-        t = torch.cat([plan.t[: last + 1], after])
-        t[-1] = 1.0
+        t = torch.cat([plan.t[: last + 2], between(plan.t, index[1:])])
         scored = torch.zeros(len(t) - 1, dtype=torch.bool)
         scored[: last + 1] = plan.scored[: last + 1]
         return Plan(t, scored, scored)

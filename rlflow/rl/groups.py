@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlflow.envs.seeds import TRAINING
+
 
 @dataclass(frozen=True)
 class Groups:
     """`num_groups` groups of `group_size` rows an iteration; a rank takes whole groups in order.
 
-    Group g of iteration i has the serial number i * num_groups + g, the seed of its episodes: an
+    Group g of iteration i has the serial number first + i * num_groups + g, the seed of its episodes: an
     environment turns serial numbers into prompts or start states without repeats.
     """
 
@@ -20,6 +22,7 @@ class Groups:
     group_size: int
     rank: int = 0
     world: int = 1
+    first: int = 0
 
     def __post_init__(self) -> None:
         if self.num_groups < 1 or self.group_size < 1:
@@ -55,7 +58,7 @@ class Groups:
 
     def seeds(self, iteration: int) -> Tensor:
         """Serial number of each row's group (B,)."""
-        return iteration * self.num_groups + self.group_ids()
+        return (self.first + iteration * self.num_groups + self.group_ids()) % TRAINING
 
     def check_minibatches(self, horizon: int, num: int) -> None:
         """ValueError where a rank could be left without rows in one of `num` minibatches."""

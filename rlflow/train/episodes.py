@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlflow.envs.base import VecEnv, told_scores
+from rlflow.envs.seeds import evaluation_seeds
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Solver
@@ -26,10 +27,6 @@ from rlflow.registry import located
 from rlflow.train.evaluate import deployed
 from rlflow.train.film import Film
 from rlflow.types import Step, Tree, tree_map
-
-SEEDS = 2**40
-"""Of evaluation, beyond those of any training run (a serial number of its groups)."""
-
 
 Act = Callable[[Tree, Tensor, int], Tensor]
 """(observations of M episodes, their numbers (M,), step) -> actions."""
@@ -130,7 +127,7 @@ class EpisodeEvaluator:
     def _play(self, act: Act, film: Film) -> dict[str, Tensor]:
         """Scores of this rank's episodes."""
         env = self.env
-        obs = env.reset(SEEDS + self.seed % 2**20 * 2**20 + self.rows)
+        obs = env.reset(evaluation_seeds(self.seed, self.num)[self.rows])
         self._task = self.env.asked.float().cpu().clone()
         alive = torch.ones(len(self.rows), dtype=torch.bool, device=env.device)
         total = torch.zeros(len(self.rows), device=env.device)

@@ -79,7 +79,7 @@ def _sac(config: Config, policy: FlowPolicy, likelihood: Likelihood | None, grou
         return SAC(
             policy,
             registry.build("steps", "steps", config.steps, trust_code=trust_code),
-            Replay(c.capacity, config.env.gamma, c.n_step),
+            Replay(c.capacity, config.env.gamma),
             optimizer=AdamW(lr=c.lr, betas=(0.9, 0.999), max_grad_norm=c.max_grad_norm),
             twin=twin,
             batch_size=c.batch_size,

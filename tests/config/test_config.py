@@ -151,6 +151,18 @@ def test_one_critic_cannot_normalise_each_rewards_advantage() -> None:
     assert load("reward.normalize=advantage").reward.normalize == "advantage"
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("reward.scale=true", r"^reward\.scale: the replay of algorithm=sac .* std that still moves"),
+        ("algorithm.n_step=3", r"^algorithm\.n_step: no such setting"),
+    ],
+)
+def test_what_a_replay_would_keep_wrongly_is_refused(override: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        recipes.load("robot_reach_sac", [override])
+
+
 def test_the_largest_number_is_allowed() -> None:
     assert load("policy.max_kappa=1.0e+30").policy.max_kappa == ranges.LARGEST
 

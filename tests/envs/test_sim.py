@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlflow.envs.seeds import episode_seeds, mix, narrow, normal, uniform
+from rlflow.envs.seeds import TRAINING, episode_seeds, evaluation_seeds, first_seed, mix, narrow, normal, uniform
 from rlflow.envs.sim import Outcome, Sim, SimEnv
 from rlflow.envs.simulators.toy import ToyBandit, ToyReach, ToyRoutes
 from rlflow.types import Tree, tree_leaves
@@ -287,10 +287,22 @@ class TestSeeds:
         drawn = uniform(torch.tensor([0]), 3)[0]
         assert drawn.tolist() == [(value >> 11) / 2**53 for value in expected]
 
-    def test_later_episodes_have_31_bit_seeds_and_the_first_its_own(self):
+    def test_later_episodes_have_seeds_of_training_and_the_first_its_own(self):
         first = torch.tensor([5, 2**40])
         assert torch.equal(episode_seeds(first, torch.tensor(0)), first)
         later = torch.stack([episode_seeds(first, torch.tensor(n)) for n in range(1, 2000)])
         assert int(later.min()) >= 0
-        assert int(later.max()) < 2**31
-        assert len(later.unique()) >= later.numel() - 2
+        assert int(later.max()) < TRAINING
+        assert len(later.unique()) == later.numel()
+
+    @pytest.mark.parametrize("seed", [0, 1, 17, 2**20 - 1, 2**20, 2**62 + 5, 2**63 - 1])
+    def test_evaluation_has_seeds_that_no_training_run_can_have(self, seed):
+        chosen = evaluation_seeds(seed, 100)
+        assert len(chosen.unique()) == 100
+        assert int(chosen.min()) >= TRAINING > first_seed(seed) >= 0
+
+    def test_runs_begin_far_from_one_another(self):
+        """The promise of `first_seed`: whatever two runs differ by, up to a million."""
+        first = torch.tensor([first_seed(d) for d in range(1, 2**20, 7)])
+        apart = torch.minimum(first, TRAINING - first) * torch.arange(1, 2**20, 7)
+        assert int(apart.min()) * 3 > TRAINING

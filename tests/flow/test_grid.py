@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from rlflow.flow.grid import FromSigmas, Shifted, Sigmoid, Uniform, check_grid, logit_normal
+from rlflow.flow.grid import FromSigmas, Shifted, Sigmoid, Uniform, between, check_grid, logit_normal
 from rlflow.flow.noise import generator
 
 GRIDS = [Uniform(), Shifted(3.0), Shifted(0.2), Shifted(12.0), Sigmoid(4.0), Sigmoid(0.01), Sigmoid(20.0)]
@@ -108,3 +108,19 @@ def test_logit_normal_times_have_its_quantiles(mean, std):
 
 def test_logit_normal_is_a_function_of_its_generator():
     assert torch.equal(logit_normal(5, generator("t", 1)), logit_normal(5, generator("t", 1)))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=repr)
+def test_between_meets_the_grid_and_rises_strictly(grid):
+    t = grid(9)
+    fine = between(t, torch.linspace(1, 9, 81, dtype=torch.float64))
+    torch.testing.assert_close(fine[::10], t[1:], rtol=0, atol=1e-14)
+    assert bool((fine.diff() > 0).all())
+    assert float(fine[-1]) == 1.0
+
+
+@pytest.mark.parametrize("shift", [0.2, 1.0, 3.0])
+def test_between_a_shifted_grid_is_the_same_shift(shift):
+    """A grid of six times as many steps, in all intervals but the first."""
+    fine = between(Shifted(shift)(4), torch.linspace(1, 4, 19, dtype=torch.float64))
+    torch.testing.assert_close(fine, Shifted(shift)(24)[6:], rtol=0, atol=1e-14)

@@ -184,6 +184,14 @@ class TestShortcut:
         assert not dt_all[len(size) :].any()
         assert torch.equal(t_all[: len(size)], t)
 
+    @pytest.mark.parametrize("max_steps", [1, 2, 4, 8])
+    def test_a_step_begins_at_the_last_of_its_multiples_not_after_the_time(self, max_steps):
+        """Floored, so that each has an equal share of the times; rounded, the first would have half of one."""
+        t = torch.linspace(0, 1, 321, dtype=torch.float64)[:-1]
+        size, start = ShortcutLoss(max_steps).steps(t)
+        assert bool((start <= t).all())
+        assert bool((t < start + size).all())
+
     def test_other_rows_are_flow_matching(self):
         x_0, x_1 = draw(64)
         t = torch.rand(64, dtype=torch.float64)

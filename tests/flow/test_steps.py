@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -227,13 +226,15 @@ class TestFlash:
             after = min(left, max(1, int((K - last) * compress) - 1))
             assert plan.num_steps == last + 1 + after
 
-    def test_steps_after_the_window_are_even_in_the_old_index(self):
-        plan = Window(compress=0.4)(0, GRID, ROWS)
-        index = torch.linspace(4, K, 8, dtype=torch.float64)
-        expected = torch.as_tensor(np.interp(index, np.arange(K + 1), GRID))
-        torch.testing.assert_close(plan.t[4:], expected, rtol=0, atol=1e-14)
-        uniform = Window(compress=0.4)(0, Uniform()(K), ROWS)
-        torch.testing.assert_close(uniform.t[4:], index / K, rtol=0, atol=1e-14)
+    @pytest.mark.parametrize("shift", [0.3, 1.0, 3.0, 12.0])
+    @pytest.mark.parametrize("start", [0, 7, 19])
+    def test_steps_after_the_window_are_the_shift_of_even_ones(self, shift, start):
+        """The release: sigma = shift(linspace(1 - (last + 1) / K, 0, int((K - last) compress)))."""
+        plan = Window(compress=0.4, every=1)(start, Shifted(shift)(K), ROWS)
+        last = start + 3
+        sigma = torch.linspace(1 - (last + 1) / K, 0, max(2, int((K - last) * 0.4)), dtype=torch.float64)
+        sigma = shift * sigma / (1 + (shift - 1) * sigma)
+        torch.testing.assert_close(plan.t[last + 1 :], 1 - sigma, rtol=0, atol=1e-14)
 
     def test_compress_1_is_the_whole_grid(self):
         for iteration in range(0, 500, 25):

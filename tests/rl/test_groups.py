@@ -3,19 +3,20 @@
 import pytest
 import torch
 
+from rlflow.envs.seeds import TRAINING
 from rlflow.rl.groups import Groups
 
 WORLDS = [1, 2, 3, 6]
 
 
-def shares(num: int, size: int, world: int) -> list[Groups]:
-    return [Groups(num, size, rank, world) for rank in range(world)]
+def shares(num: int, size: int, world: int, first: int = 0) -> list[Groups]:
+    return [Groups(num, size, rank, world, first) for rank in range(world)]
 
 
 @pytest.mark.parametrize("world", WORLDS)
 class TestShares:
     def test_concatenated_over_ranks_are_the_one_process(self, world):
-        whole, parts = Groups(6, 4), shares(6, 4, world)
+        whole, parts = Groups(6, 4, first=17), shares(6, 4, world, 17)
         for name in ("row_ids", "group_ids"):
             assert torch.equal(torch.cat([getattr(p, name)() for p in parts]), getattr(whole, name)())
         for iteration in (0, 5):
@@ -90,6 +91,11 @@ class TestSeeds:
 
     def test_rows_of_a_group_share_theirs(self):
         assert Groups(3, 4).seeds(2).tolist() == [6] * 4 + [7] * 4 + [8] * 4
+
+    def test_a_run_counts_on_from_its_first_and_never_into_the_seeds_of_evaluation(self):
+        first = TRAINING - 4
+        seen = torch.cat([Groups(6, 4, first=first).seeds(i)[::4] for i in range(3)])
+        assert seen.tolist() == [*range(first, TRAINING), *range(14)]
 
 
 @pytest.mark.parametrize(

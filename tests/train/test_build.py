@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from rlflow.config import recipes
 from rlflow.envs.prompts import Prompts, load_prompts
@@ -53,3 +56,66 @@ def test_a_control_of_sac_is_told_to_be_one(control: bool) -> None:
     algorithm = make_parts(recipes.load("robot_reach_sac", [f"train.permute_rewards={control}"])).algorithm
     assert isinstance(algorithm, SAC)
     assert algorithm.permute is control
+
+
+class Starts:
+    """What the simulators of a run are reset with, in training and in evaluation."""
+
+    def __init__(self, folder: Path, recipe: str, *overrides: str):
+        small = ["train.iterations=3", "train.tensorboard=false", "eval.every=0", "eval.num=20", "env.num_groups=8"]
+        self.made = Trainer(recipe, folder, overrides=[*small, *overrides], quiet=True)
+        self.training: list[Tensor] = []
+        self.evaluation: list[Tensor] = []
+        self._watch(self.made.collector.env.unwrapped.sim, self.training)
+        self._watch(self.made.evaluator.env.unwrapped.sim, self.evaluation)
+        self.made.fit()
+
+    def _watch(self, sim: Any, seen: list[Tensor]) -> None:
+        real = sim.reset
+
+        def reset(seeds: Tensor, mask: Tensor) -> Any:
+            seen.append(seeds[mask])
+            return real(seeds, mask)
+
+        sim.reset = reset
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        ("robot_reach_reinflow", []),
+        ("robot_reach_reinflow", ["env.mode=steps"]),
+        ("robot_reach_reinflow", ["advantage=group", "env.group_size=4"]),
+        ("robot_reach_sac", []),
+    ],
+    ids=["episodes", "steps", "groups", "sac"],
+)
+def test_runs_of_other_seeds_share_no_start_and_none_is_one_of_evaluation(
+    tmp_path: Path, no_report: None, recipe: str, overrides: list[str]
+) -> None:
+    """Nor does a run start twice in the same state, but for the rows of a group; all are judged from the same ones."""
+    runs = [Starts(tmp_path / str(s), recipe, *overrides, f"train.seed={s}") for s in (0, 1, 2**63 - 1)]
+    used = [torch.cat(run.training) for run in runs]
+    size = runs[0].made.groups.group_size
+    for seeds in used:
+        assert seeds.unique(return_counts=True)[1].tolist() == [size] * (len(seeds) // size)
+    assert len(torch.cat(used).unique()) * size == sum(map(len, used))
+    judged = [torch.cat(run.evaluation)[:20] for run in runs]
+    assert torch.equal(judged[0], judged[1])
+    assert not set(judged[0].tolist()) & set(torch.cat(used).tolist())
+
+
+def test_prompts_are_counted_from_the_first_under_every_seed(tmp_path: Path, trainer: Callable[..., Trainer]) -> None:
+    """So none is seen twice before all were seen; their order is the seed's."""
+    made = [trainer(tmp_path / str(seed), f"train.seed={seed}") for seed in (0, 1)]
+    seen = []
+    for run in made:
+        env, groups = run.collector.env, run.groups
+        epoch = -(-len(env.prompts) // groups.num_groups)
+        rows = []
+        for iteration in range(epoch):
+            env.reset(groups.seeds(iteration))
+            rows += env.rows[:: groups.group_size]
+        assert sorted(rows[: len(env.prompts)]) == list(range(len(env.prompts)))
+        seen.append(rows)
+    assert seen[0] != seen[1]

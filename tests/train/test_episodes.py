@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from rlflow.envs.seeds import evaluation_seeds
 from rlflow.envs.simulators.tabletop import TASKS, Tabletop
 from rlflow.envs.simulators.toy import ToyBandit, ToyReach
 from rlflow.flow.field import VelocityField
@@ -14,7 +15,7 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import NoSteps, OneRandom
 from rlflow.models.io import load_field
 from rlflow.models.mlp import MLPField
-from rlflow.train.episodes import SEEDS, EpisodeEvaluator
+from rlflow.train.episodes import EpisodeEvaluator
 from rlflow.types import Cond
 
 
@@ -104,7 +105,7 @@ def test_success_is_told_by_task_of_the_seeds():
     evaluator = EpisodeEvaluator(policy, partial(Tabletop, horizon=12), num=60)
     found = evaluator()
     env = Tabletop(60)
-    env.reset(SEEDS + torch.arange(60))
+    env.reset(evaluation_seeds(0, 60))
     for i, name in enumerate(TASKS):
         rows = env.asked == i
         assert found.by_task().get(name, 0.0) == pytest.approx(float(found.scores["success"][rows].sum() / rows.sum()))

@@ -1,9 +1,7 @@
 """Resume: however a run was interrupted, going on from its folder gives the run that was never interrupted."""
 
 import json
-import multiprocessing
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -17,33 +15,11 @@ import torch
 import yaml
 
 from rlflow.report.metrics_file import read_metrics
-from rlflow.train import checkpoint
-from rlflow.train.checkpoint import Checkpoints, pack
+from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.trainer import Trainer
+from tests.interrupted import assert_equal_runs, record
 
 Make = Callable[..., Trainer]
-WALL_CLOCK = ("time/", "perf/samples_per_s", "cost/train_seconds_total")
-
-
-def record(run: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor], dict[str, Any]]:
-    """Everything that must be equal: metric rows, tensors and counters, without what a clock measured."""
-    rows = [
-        {k: v for k, v in row.items() if not k.startswith(WALL_CLOCK) and not k.endswith("/seconds")}
-        for row in read_metrics(run)
-    ]
-    _, state = Checkpoints(run).load("last")
-    tensors, values = pack(state)
-    del values["trainer"]["seconds"]
-    return rows, tensors, values
-
-
-def assert_equal_runs(a: Path, b: Path) -> None:
-    (rows_a, tensors_a, values_a), (rows_b, tensors_b, values_b) = record(a), record(b)
-    assert rows_a == rows_b
-    assert values_a == values_b
-    assert tensors_a.keys() == tensors_b.keys()
-    differ = [name for name in tensors_a if not torch.equal(tensors_a[name], tensors_b[name])]
-    assert not differ
 
 
 def stop_at(when: int) -> Callable[[Trainer, int, dict[str, float]], None]:
@@ -223,66 +199,6 @@ def test_without_a_run_there_is_nothing_to_resume(tmp_path: Path, trainer: Make)
     trainer(tmp_path / "run").fit()
     with pytest.raises(ValueError, match=r"no checkpoint '9'.*'000002'"):
         trainer(tmp_path / "run", resume="9")
-
-
-# -- kill -9 --------------------------------------------------------------------------------------
-
-KILLED = [
-    "train.iterations=40",
-    "train.checkpoint_every=1",
-    "train.keep=2",
-    "eval.every=5",
-    "eval.num=2",
-    "eval.grid=1",
-]
-
-
-def _slow(real: Callable[..., None]) -> Callable[..., None]:
-    def slow(*args: Any) -> None:
-        time.sleep(0.02)
-        real(*args)
-        time.sleep(0.02)
-
-    return slow
-
-
-def _train(run: str, field: str, overrides: list[str]) -> None:
-    """Train or go on, in a process of its own, with a disk so slow that most kills hit the writing."""
-    torch.set_num_threads(1)
-    for name in ("save_file", "_sync", "_remove"):
-        setattr(checkpoint, name, _slow(getattr(checkpoint, name)))
-    import rlflow.report.report
-
-    rlflow.report.report.write_report = lambda folder: Path(folder)
-    resume = "last" if (Path(run) / "config.yaml").exists() else None
-    Trainer("t2i_flow_grpo", run, overrides=[*overrides, f"policy.field={field}"], resume=resume, quiet=True).fit()
-
-
-@pytest.mark.slow
-def test_kill_9_at_random_moments(tmp_path: Path, scenes_field: str, tiny: list[str], trainer: Make) -> None:
-    """Killed eight times anywhere, mostly inside a checkpoint; the end is bitwise that of a run left alone."""
-    overrides = [*tiny, "train.minutes=", *KILLED]
-    trainer(tmp_path / "straight", *KILLED).fit()
-    spawn = multiprocessing.get_context("forkserver")
-    spawn.set_forkserver_preload(["rlflow.train.trainer", "rlflow.report.report"])
-    rng, run = random.Random(0), tmp_path / "killed"
-    for _ in range(8):
-        process = spawn.Process(target=_train, args=(str(run), scenes_field, overrides))
-        rows = len(read_metrics(run))
-        process.start()
-        deadline = time.monotonic() + 60
-        while len(read_metrics(run)) <= rows and process.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.4))
-        process.kill()
-        process.join()
-        if Checkpoints(run).all():
-            Checkpoints(run).load("last")
-    process = spawn.Process(target=_train, args=(str(run), scenes_field, overrides))
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
-    assert_equal_runs(tmp_path / "straight", run)
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ pytest.importorskip("mujoco")
 
 from rlflow.envs.demos.dataset import Episode, write_demos
 from rlflow.envs.demos.experts import GaussianExpert, embedded_expert, play
+from rlflow.envs.seeds import evaluation_seeds
 from rlflow.report.metrics_file import METRICS, encode_row
-from rlflow.train.episodes import SEEDS
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,9 @@ def test_the_judge_plays_the_mean_action_from_the_evaluations_start_states(scrip
         mine.load_state_dict(theirs.state_dict())
     policy.mlp_extractor.policy_net[2].load_state_dict(expert.net[2].state_dict())
     expert.log_std.data.fill_(-30)
-    played = play(settings.simulators(3), lambda obs: expert(obs, torch.Generator()).unsqueeze(1), SEEDS)
+    played = play(
+        settings.simulators(3), lambda obs: expert(obs, torch.Generator()).unsqueeze(1), int(evaluation_seeds(0, 1))
+    )
     expected = [float(e.reward.sum()) for e in played]
     torch.testing.assert_close(
         script.judge(model, settings).tolist(), expected, rtol=2e-2, atol=0

@@ -1,12 +1,10 @@
 """Replay: a ring of the last steps of B environment rows, on the policy's device, with raw observations.
 
-An entry is one decision: (obs, action, R = sum_{i < h} gamma^i r_i, gamma^h, observation truly reached, terminated),
-h <= H primitive steps of a chunk. A draw looks n decisions ahead,
+An entry is one decision: (obs, action, R = sum_{i < h} gamma^i r_i, gamma^h (1 - terminated), observation truly
+reached), h <= H primitive steps of a chunk. What a time limit ended is bootstrapped from what was reached.
 
-    R_n = R_0 + gamma^{h_0} R_1 + ...,    discount = gamma^{h_0 + ... + h_{m-1}} (1 - terminated),    m <= n,
-
-ending early where an episode ends (a truncated one is bootstrapped from what it reached), or where the next entry
-does not begin with what this one reached: at the newest entry, after a resume, between episodes begun anew.
+Targets look one decision ahead. A sum over n of them owes the entropy of those between, alpha log p of whole paths
+under the policy of today; the replay keeps actions, not paths, and without it a third of the bonus is lost at n = 3.
 """
 
 from __future__ import annotations
@@ -53,13 +51,6 @@ class Transitions:
         return Transitions(**{f.name: tree_cat([getattr(a, f.name), getattr(b, f.name)]) for f in fields(a)})
 
 
-def same_rows(a: Tree, b: Tree, batch_dims: int) -> Tensor:
-    """True where all numbers of a row are equal; the trees lead with `batch_dims` axes."""
-    pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
-    found = [(x == y).flatten(batch_dims).all(-1) if x.ndim > batch_dims else x == y for x, y in pairs]
-    return torch.stack(found).all(0)
-
-
 def next_observations(rollout: Rollout) -> Tree:
     """Observations truly reached (T, B, ...); after a terminal step, where nobody asks, those of the next episode."""
     if rollout.final_obs is not None:
@@ -75,10 +66,10 @@ def tree_map_pair(obs: Tree, last: Tree) -> Tree:
 class Replay:
     """At most `capacity` decisions; the oldest are overwritten. `draw` and `at` never wait for the device."""
 
-    def __init__(self, capacity: int, gamma: float, n_step: int = 1):
-        if capacity < 1 or n_step < 1 or not 0 <= gamma <= 1:
-            raise ValueError(f"need capacity >= 1, n_step >= 1 and gamma in [0, 1], got {capacity}, {n_step}, {gamma}")
-        self.capacity, self.gamma, self.n_step = capacity, gamma, n_step
+    def __init__(self, capacity: int, gamma: float):
+        if capacity < 1 or not 0 <= gamma <= 1:
+            raise ValueError(f"need capacity >= 1 and gamma in [0, 1], got {capacity} and {gamma}")
+        self.capacity, self.gamma = capacity, gamma
         self.data: dict[str, Tree] = {}
         self.slots, self.filled, self.head = 0, 0, 0
 
@@ -92,26 +83,17 @@ class Replay:
 
     def add(self, rollout: Rollout, action: Tensor) -> None:
         """Store T steps of B rows; `action` (T, B, *D) is what the environment took."""
-        reached, reward = next_observations(rollout), rollout.reward
+        reward = rollout.reward
         steps = torch.ones_like(reward) if rollout.num_steps is None else rollout.num_steps.to(reward)
-        ended = rollout.terminated | rollout.truncated
-        goes_on = torch.zeros_like(ended)
-        goes_on[:-1] = ~ended[:-1] & same_rows(
-            tree_map(lambda v: v[:-1], reached), tree_map(lambda v: v[1:], rollout.obs), 2
-        )
         entry = {
             "obs": rollout.obs,
             "action": action,
             "reward": torch.where(rollout.weight > 0, reward, 0.0),
-            "discount": self.gamma**steps,
-            "next_obs": reached,
-            "terminated": rollout.terminated,
-            "ended": ended,
-            "goes_on": goes_on,
+            "discount": torch.where(rollout.terminated, 0.0, self.gamma**steps),
+            "next_obs": next_observations(rollout),
             "weight": rollout.weight,
         }
         self._make_room(entry)
-        self._link(rollout.obs)
         where = (self.head + torch.arange(len(reward))) % self.slots
         for name, value in entry.items():
             _write(self.data[name], where, value)
@@ -131,14 +113,6 @@ class Replay:
         if num_rows != self.num_rows:
             raise ValueError(f"the replay holds steps of {self.num_rows} rows, got {num_rows}")
 
-    def _link(self, obs: Tree) -> None:
-        """Whether the newest entry goes on with the first one of `obs` (T, B, ...)."""
-        if self.filled:
-            last = (self.head - 1) % self.slots
-            reached = tree_map(lambda v: v[last], self.data["next_obs"])
-            same = same_rows(reached, tree_map(lambda v: v[0], obs), 1)
-            self.data["goes_on"][last] = ~self.data["ended"][last] & same
-
     def draw(self, num: int, rng: torch.Generator) -> Tensor:
         """Entry numbers (num,), each stored one equally likely, drawn on the CPU."""
         if not self.filled:
@@ -146,28 +120,10 @@ class Replay:
         return torch.randint(len(self), (num,), generator=rng)
 
     def at(self, index: Tensor) -> Transitions:
-        """The decisions `index` (N,), n steps ahead."""
-        d, rows, slot = self.data, index % self.num_rows, index // self.num_rows
-        reward = torch.zeros_like(d["reward"][slot, rows])
-        discount, weight = torch.ones_like(reward), torch.ones_like(reward)
-        going, last, now = torch.ones_like(reward, dtype=torch.bool), slot, slot
-        for step in range(self.n_step):
-            reward = reward + torch.where(going, discount * d["reward"][now, rows], 0.0)
-            discount = torch.where(going, discount * d["discount"][now, rows], discount)
-            weight = torch.where(going, weight * d["weight"][now, rows], weight)
-            last = torch.where(going, now, last)
-            if step + 1 < self.n_step:
-                going = going & d["goes_on"][now, rows]
-                now = (now + 1) % self.slots
-        return Transitions(
-            obs=tree_map(lambda v: v[slot, rows], d["obs"]),
-            action=d["action"][slot, rows],
-            reward=reward,
-            discount=torch.where(d["terminated"][last, rows], 0.0, discount),
-            next_obs=tree_map(lambda v: v[last, rows], d["next_obs"]),
-            weight=weight,
-            counts=torch.ones_like(d["action"][slot, rows].flatten(2)[..., 0]),
-        )
+        """The decisions `index` (N,)."""
+        rows, slot = index % self.num_rows, index // self.num_rows
+        found: dict[str, Any] = {name: tree_map(lambda v: v[slot, rows], tree) for name, tree in self.data.items()}
+        return Transitions(**found, counts=torch.ones_like(found["action"].flatten(2)[..., 0]))
 
     def state_dict(self) -> dict[str, Any]:
         """What is filled, and where the ring stands."""

@@ -1,6 +1,6 @@
 """SAC: off-policy learning with the gradient through every denoising step (SAC Flow, 2025; Haarnoja et al. 2018).
 
-    critic   1/2 (Q_e(s, a) - y)^2,   y = R_n + discount (min_e Q'_e(s', a') - alpha log p(path'))
+    critic   1/2 (Q_e(s, a) - y)^2,   y = R + discount (min_e Q'_e(s', a') - alpha log p(path'))
     actor    E[ alpha log p(path) - min_e Q_e(s, a) ] + anchor E|a - a_data|^2,   a = squash(x_K), x_K from `sample`
     alpha    -log alpha E[ log p(path) + H_target ]
 

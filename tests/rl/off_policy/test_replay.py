@@ -1,4 +1,4 @@
-"""The replay by hand: returns n steps ahead, ends and time limits, chunks, the ring, and its state."""
+"""The replay by hand: ends and time limits, chunks, the ring, and its state."""
 
 import pytest
 import torch
@@ -40,8 +40,8 @@ def rollout(first, num, rows=1, *, terminated=(), truncated=(), steps=None, weig
     )
 
 
-def filled(n_step, *rollouts, capacity=100):
-    replay = Replay(capacity, GAMMA, n_step)
+def filled(*rollouts, capacity=100):
+    replay = Replay(capacity, GAMMA)
     for r in rollouts:
         replay.add(r, r.action.tanh())
     return replay
@@ -52,72 +52,48 @@ def at(replay, *index):
     return found.reward.tolist(), found.discount.tolist(), found.next_obs[:, 0].tolist()
 
 
-def test_one_step_is_what_happened():
-    assert at(filled(1, rollout(0, 3)), 0, 2) == ([1, 3], pytest.approx([GAMMA, GAMMA]), [1, 3])
+def test_an_entry_is_what_happened():
+    assert at(filled(rollout(0, 3)), 0, 2) == ([1, 3], pytest.approx([GAMMA, GAMMA]), [1, 3])
 
 
-def test_three_steps_ahead_inside_an_episode():
-    """Also across the border of two rollouts, of which the second begins where the first ended."""
-    replay = filled(3, rollout(0, 4), rollout(4, 4))
-    reward, discount, reached = at(replay, 0, 3)
-    assert reward == pytest.approx([1 + GAMMA * 2 + GAMMA**2 * 3, 4 + GAMMA * 5 + GAMMA**2 * 6])
-    assert discount == pytest.approx([GAMMA**3, GAMMA**3])
-    assert reached == [3, 6]
-
-
-def test_nothing_is_summed_past_a_terminal_step_and_nothing_bootstrapped():
-    reward, discount, _ = at(filled(3, rollout(0, 5, terminated=[(1, 0)])), 0, 1, 2)
-    assert reward == pytest.approx([1 + GAMMA * 2, 2, 1003 + GAMMA * 1004 + GAMMA**2 * 1005])
-    assert discount == pytest.approx([0, 0, GAMMA**3])
+def test_nothing_is_bootstrapped_after_a_terminal_step():
+    reward, discount, _ = at(filled(rollout(0, 5, terminated=[(1, 0)])), 0, 1, 2)
+    assert reward == [1, 2, 1003]
+    assert discount == pytest.approx([GAMMA, 0, GAMMA])
 
 
 def test_a_time_limit_is_bootstrapped_from_what_was_reached():
-    """Not from the first observation of the next episode, and not cut to 0."""
-    reward, discount, reached = at(filled(3, rollout(0, 5, truncated=[(1, 0)])), 0, 1)
-    assert reward == pytest.approx([1 + GAMMA * 2, 2])
-    assert discount == pytest.approx([GAMMA**2, GAMMA])
-    assert reached == [2, 2]
+    """Not from the first observation of the next episode, and not cut to 0; at the border of two rollouts too."""
+    replay = filled(rollout(0, 3, truncated=[(1, 0), (2, 0)]), rollout(50, 2))
+    assert at(replay, 1, 2) == ([2, 1003], pytest.approx([GAMMA, GAMMA]), [2, 1003])
 
 
 def test_a_chunk_counts_its_primitive_steps():
     """R is discounted inside already; the next value by gamma^h, of unequal h when a chunk was cut."""
     steps = torch.tensor([[4], [2], [4]])
-    reward, discount, _ = at(filled(2, rollout(0, 3, steps=steps, truncated=[(1, 0)])), 0, 1, 2)
-    assert reward == pytest.approx([1 + GAMMA**4 * 2, 2, 1003])
-    assert discount == pytest.approx([GAMMA**6, GAMMA**2, GAMMA**4])
+    reward, discount, _ = at(filled(rollout(0, 3, steps=steps, truncated=[(1, 0)])), 0, 1, 2)
+    assert reward == [1, 2, 1003]
+    assert discount == pytest.approx([GAMMA**4, GAMMA**2, GAMMA**4])
 
 
-def test_the_newest_entry_ends_the_sum_and_rows_keep_apart():
-    reward, discount, reached = at(filled(3, rollout(0, 3, rows=2)), 2, 3, 5)
-    assert reward == pytest.approx([2 + GAMMA * 3, 102 + GAMMA * 103, 103])
-    assert discount == pytest.approx([GAMMA**2, GAMMA**2, GAMMA])
-    assert reached == [3, 103, 103]
+def test_rows_keep_apart():
+    assert at(filled(rollout(0, 3, rows=2)), 2, 3, 5) == ([2, 102, 103], pytest.approx([GAMMA] * 3), [2, 102, 103])
 
 
-def test_episodes_begun_anew_are_not_joined():
-    """After a resume of a simulator that cannot be saved, or in mode 'episodes', the next rollout is another story."""
-    reward, _, reached = at(filled(3, rollout(0, 2), rollout(50, 2)), 0, 1)
-    assert reward == pytest.approx([1 + GAMMA * 2, 2])
-    assert reached == [2, 2]
-
-
-def test_the_ring_forgets_the_oldest_and_does_not_join_its_ends():
-    replay = filled(3, rollout(0, 3), rollout(3, 3), rollout(6, 2), capacity=7)
+def test_the_ring_forgets_the_oldest():
+    replay = filled(rollout(0, 3), rollout(3, 3), rollout(6, 2), capacity=7)
     assert (len(replay), replay.head) == (7, 1)
-    reward, _, reached = at(replay, *range(7))
-    # slots hold the clocks 7 1 2 3 4 5 6: the newest, 7, must not go on with 1
     assert replay.data["obs"].flatten().tolist() == [7, 1, 2, 3, 4, 5, 6]
-    assert reached == [8, 4, 5, 6, 7, 8, 8]
-    assert reward[0] == 8
-    assert reward[5] == pytest.approx(6 + GAMMA * 7 + GAMMA**2 * 8)
+    reward, _, reached = at(replay, *range(7))
+    assert reached == reward == [8, 2, 3, 4, 5, 6, 7]
 
 
-def test_a_step_without_a_score_masks_every_sum_that_holds_it():
+def test_a_step_without_a_score_is_masked():
     """0 * nan is nan: it is left out, not multiplied away."""
     bad = rollout(0, 4, weight=torch.tensor([[1.0], [1.0], [0.0], [1.0]]))
     bad.reward[2] = torch.nan
-    found = filled(2, bad).at(torch.arange(4))
-    assert found.weight.tolist() == [1, 0, 0, 1]
+    found = filled(bad).at(torch.arange(4))
+    assert found.weight.tolist() == [1, 1, 0, 1]
     assert found.reward.isfinite().all()
 
 
@@ -125,11 +101,11 @@ def test_an_environment_that_tells_no_final_observation():
     """None means that nothing was cut off: what follows was reached."""
     plain = rollout(0, 3)
     plain.final_obs = None
-    assert at(filled(1, plain), 0, 2) == at(filled(1, rollout(0, 3)), 0, 2)
+    assert at(filled(plain), 0, 2) == at(filled(rollout(0, 3)), 0, 2)
 
 
 def test_draws_are_even_over_all_entries():
-    replay = filled(1, rollout(0, 5, rows=3), rollout(5, 5, rows=3), capacity=24)
+    replay = filled(rollout(0, 5, rows=3), rollout(5, 5, rows=3), capacity=24)
     counts = replay.draw(24_000, torch.Generator().manual_seed(0)).bincount(minlength=24)
     assert len(counts) == 24
     assert (counts - 1000).abs().max() < 150
@@ -137,7 +113,7 @@ def test_draws_are_even_over_all_entries():
 
 def test_its_state_is_the_whole_of_it():
     """What a loaded one gives, now and after further steps, is equal; only what is filled is saved."""
-    replay, other = filled(3, rollout(0, 4)), Replay(100, GAMMA, 3)
+    replay, other = filled(rollout(0, 4)), Replay(100, GAMMA)
     state = replay.state_dict()
     assert len(state["data"]["reward"]) == 4
     other.load_state_dict(tree_map(torch.clone, state), torch.device("cpu"))
@@ -154,12 +130,12 @@ def test_dicts_of_observations_and_pixels_stay_as_they_are():
         value = getattr(pictures, name)
         setattr(pictures, name, {"a": value, "pixels": value.to(torch.uint8)})
     pictures.last_obs = {"a": pictures.last_obs, "pixels": pictures.last_obs.to(torch.uint8)}
-    found = filled(2, pictures).at(torch.tensor([0]))
+    found = filled(pictures).at(torch.tensor([0]))
     assert found.obs["pixels"].dtype == torch.uint8
-    assert found.next_obs["pixels"].item() == 2
+    assert found.next_obs["pixels"].item() == 1
 
 
-@pytest.mark.parametrize(("settings", "message"), [((0, 0.9, 1), "capacity >= 1"), ((9, 0.9, 0), "n_step >= 1")])
+@pytest.mark.parametrize(("settings", "message"), [((0, 0.9), "capacity >= 1"), ((9, 1.1), r"gamma in \[0, 1\]")])
 def test_impossible_sizes_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Replay(*settings)
@@ -167,6 +143,6 @@ def test_impossible_sizes_are_refused(settings, message):
 
 def test_an_iteration_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"raise algorithm\.capacity or lower env\.horizon"):
-        filled(1, rollout(0, 6, rows=2), capacity=10)
+        filled(rollout(0, 6, rows=2), capacity=10)
     with pytest.raises(ValueError, match="the replay is empty"):
         Replay(4, 0.9).draw(1, torch.Generator())
