@@ -20,11 +20,7 @@ from rlflow.types import Evidence
 
 
 class SineSDE(MarginalSDE):
-    """g = a sin(pi t): noise in the middle of the path, none at either end.
-
-    The base class adds the score correction that keeps the marginals, and gives density, KL and kappa: only `g` is
-    ours. t and t_next come shaped to broadcast against x.
-    """
+    """g = a sin(pi t). The base class adds the score correction that keeps the marginals, density, KL and kappa."""
 
     def __init__(self, a: Level = 0.7):  # the annotation is the range: a=0 is refused with the setting's path
         super().__init__()
@@ -50,14 +46,14 @@ class Proximal(Objective):
 
 
 def main(run: str, *more: str) -> None:
-    """Two minutes of the embedded text-to-image model; `rlflow doctor` checks a method before a long run."""
+    """Two minutes of the embedded model; `rlflow doctor` checks a method before a long run."""
     settings = [
         "policy.kernel={name: 'own_method:SineSDE', a: 0.7}",  # file:class, so trust_code below
         "algorithm.objective=own_method:Proximal",
         "steps={name: random_window, size: 3, stop: 5}",  # which steps are noisy and scored
-        *("train.minutes=2", "eval.num=284", "eval.every=10"),
+        *("train.minutes=2", "eval.num=284", "eval.every=10", *more),
     ]
-    metrics = rf.Trainer("t2i_flow_grpo_fast", run, overrides=[*settings, *more], trust_code=True).fit()
+    metrics = rf.Trainer("t2i_flow_grpo_fast", run, overrides=settings, trust_code=True).fit()
     print("strict accuracy:", metrics["eval/heldout/strict"])
 
 
