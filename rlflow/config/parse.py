@@ -105,6 +105,9 @@ def parse(values: dict[str, Any], trust_code: bool = False) -> Config:
     """A checked Config; ValueError lists every problem with its full path."""
     if isinstance(name := values.get("algorithm"), str):
         values = values | {"algorithm": {"name": name}}
+    train = values.get("train")
+    if isinstance(train, dict) and isinstance(on := train.get("wandb"), bool):
+        values = values | {"train": train | {"wandb": {} if on else None}}
     values = merge(UNNAMED, values)
     env = values.get("env")
     if not isinstance(env, dict) or env.get("name", "prompt") == "prompt":

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rlflow.config.given import name_components
 from rlflow.config.parse import parse
 from rlflow.config.schema import Config
 from rlflow.config.values import merge, read_yaml, set_value
@@ -62,6 +64,12 @@ def _text(name: str) -> str:
     return str((_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
+def _read_values(config: Mapping[str, Any] | Config) -> dict[str, Any]:
+    values = name_components(asdict(config) if isinstance(config, Config) else config)
+    base = values.pop("base", None)
+    return merge(read(str(base)), values) if base else values
+
+
 @contextmanager
 def yaml_errors(what: str) -> Iterator[None]:
     """Say in one line, as ValueError, where `what` is not YAML."""
@@ -81,8 +89,11 @@ def apply(values: dict[str, Any], overrides: Sequence[str]) -> None:
             set_value(values, assignment)
 
 
-def load(name: str, overrides: Sequence[str] = (), trust_code: bool = False) -> Config:
-    """A checked Config from a recipe and 'section.key=value' overrides."""
-    values = read(name)
+def load(config: str | Mapping[str, Any] | Config, overrides: Sequence[str] = (), trust_code: bool = False) -> Config:
+    """A checked Config from a recipe, or its values, and 'section.key=value' overrides.
+
+    Values may have a `base`, and functions and classes where a component is named.
+    """
+    values = read(config) if isinstance(config, str) else _read_values(config)
     apply(values, overrides)
     return parse(values, trust_code)

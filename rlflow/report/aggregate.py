@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlflow.report.glossary import MISSING, describe, duration, share, show, signed
+from rlflow.report.curves import NETWORK_ROWS, SAMPLES, SECONDS
+from rlflow.report.glossary import HELDOUT, MISSING, describe, duration, share, show, signed
 from rlflow.report.metrics_file import Row
-from rlflow.report.record import HELDOUT, RunRecord
+from rlflow.report.record import RunRecord
 
-SECONDS, NETWORK_ROWS, SAMPLES = "cost/train_seconds_total", "cost/network_rows_total", "cost/samples_total"
 COSTS = {"seconds": SECONDS, "network_rows": NETWORK_ROWS, "samples": SAMPLES}
 UNITS = {NETWORK_ROWS: "network rows", SAMPLES: "images or env steps"}
 TRAINING = ("kl/ref", "policy/approx_kl", "policy/clip_frac")

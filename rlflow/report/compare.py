@@ -1,6 +1,6 @@
 """compare: several runs side by side; what each gained, and its difference to the first, by paired bootstrap.
 
-Two evaluations are paired where they scored the same captions from the same noise, or played one simulator from the
+Two evaluations are paired where they scored the same prompts from the same noise, or played one simulator from the
 same starts: equal PAIRED_SETTINGS and caption ids. Otherwise the difference of the means has no bounds, and says why.
 """
 
@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from rlflow.console import terminal
-from rlflow.report.aggregate import NETWORK_ROWS, SECONDS
-from rlflow.report.glossary import MISSING, describe, duration, share, show, signed
-from rlflow.report.record import HELDOUT, RunRecord
+from rlflow.report.curves import NETWORK_ROWS, SECONDS
+from rlflow.report.glossary import HELDOUT, MISSING, describe, duration, share, show, signed
+from rlflow.report.record import RunRecord
 from rlflow.report.stats import paired_bootstrap
 
 PAIRED_SETTINGS = ("eval.prompts", "eval.num", "eval.seed", "env.name", "env.settings.env_id", "env.prompts")
@@ -80,7 +80,7 @@ def _last(run: RunRecord, metric: str) -> float:
 
 
 def _unpaired(first: RunRecord, run: RunRecord, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | None:
-    """Why two evaluations are not of the same captions and noise; None when they are."""
+    """Why two evaluations are not of the same prompts and noise; None when they are."""
     other = [key for key in PAIRED_SETTINGS if first.setting(key) != run.setting(key)]
     if first.setting("eval.prompts") is not None:
         other = [key for key in other if key != "env.prompts"]
@@ -89,7 +89,7 @@ def _unpaired(first: RunRecord, run: RunRecord, a: Mapping[str, Tensor], b: Mapp
     if "caption_id" not in a or "caption_id" not in b:
         return "the scores of single samples were not kept"
     same = a["caption_id"].shape == b["caption_id"].shape and bool((a["caption_id"] == b["caption_id"]).all())
-    return None if same else "the captions differ"
+    return None if same else "the prompts differ"
 
 
 def _interval(interval: Sequence[float]) -> dict[str, float | None]:

@@ -14,8 +14,8 @@ import numpy as np
 
 from rlflow.report import page
 from rlflow.report.curves import AXES, Panel, curves, series
-from rlflow.report.glossary import MISSING, describe, duration, share, show, signed
-from rlflow.report.record import HEADLINE, HELDOUT, RunRecord
+from rlflow.report.glossary import HEADLINE, HELDOUT, MISSING, describe, duration, share, show, signed
+from rlflow.report.record import RunRecord
 
 Groups = dict[str, list[RunRecord]]
 SEED = "train.seed"

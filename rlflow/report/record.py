@@ -18,12 +18,10 @@ from torch import Tensor
 from rlflow.registry import TABLE
 from rlflow.report.curves import series
 from rlflow.report.figures import read_captions
-from rlflow.report.glossary import describe, share, signed
+from rlflow.report.glossary import HELDOUT, describe, headline, share, signed
 from rlflow.report.metrics_file import Row, read_metrics
 from rlflow.report.stats import Interval, paired_bootstrap
 
-HELDOUT = "eval/heldout/"
-HEADLINE = HELDOUT + "strict"
 NOT_A_JUDGE = ("strict", "soft", "diversity", "base_distance")
 
 
@@ -34,7 +32,7 @@ class Change(NamedTuple):
     after: float
     difference: Interval
     num_rows: int = 0
-    num_captions: int = 0
+    num_prompts: int = 0
 
     def words(self, label: str) -> str:
         """strict accuracy .41 -> .62 (+.21, 95 % paired bootstrap [.15, .27])."""
@@ -48,7 +46,7 @@ class Change(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """Some images (n, 3, H, W) uint8 of an evaluation, their captions and, where known, whether each is right."""
+    """Some images (n, 3, H, W) uint8 of an evaluation, their prompts and, where known, whether each is right."""
 
     images: Tensor
     captions: list[str]
@@ -125,10 +123,13 @@ class RunRecord:
 
     @property
     def headline(self) -> str | None:
-        """The metric a verdict is about: strict accuracy, else the first one evaluated where more is better."""
-        evaluated = [n for n in self.names if n.startswith("eval/")]
-        better = [n for n in evaluated if describe(n).better > 0]
-        return HEADLINE if HEADLINE in evaluated else next(iter(better), None)
+        """The metric a verdict is about."""
+        return headline(self.names)
+
+    @cached_property
+    def heldout(self) -> list[str]:
+        """Every held-out metric, in the order of `eval.metrics`."""
+        return [name for name in self.names if name.startswith(HELDOUT)]
 
     @property
     def is_images(self) -> bool:

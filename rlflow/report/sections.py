@@ -10,8 +10,8 @@ from html import escape
 
 from rlflow.report import page
 from rlflow.report.curves import series
-from rlflow.report.glossary import MISSING, describe, duration, order, share, show, signed
-from rlflow.report.record import HEADLINE, HELDOUT, Change, RunRecord
+from rlflow.report.glossary import HEADLINE, HELDOUT, MISSING, describe, duration, order, share, show, signed
+from rlflow.report.record import Change, RunRecord
 
 TASK = "eval/task/"
 FALL = 0.02  # of a judge that counts, where no interval is known
@@ -102,7 +102,7 @@ def findings(run: RunRecord) -> Iterator[tuple[str, str]]:
     diversity = run.change(_DISTANCES[0])
     if diversity is not None and diversity.after < NARROWER * diversity.before:
         yield (
-            f"diversity fell by {1 - diversity.after / diversity.before:.0%}: samples of a caption become alike",
+            f"diversity fell by {1 - diversity.after / diversity.before:.0%}: samples of a prompt become alike",
             "watch",
         )
 

@@ -321,7 +321,7 @@ def test_every_key_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from rlflow.train.trainer import Trainer
 
     field = save_field(DiT(scenes.VOCAB, size=8, width=16, depth=1, heads=2), tmp_path / "field")
-    config = load(f"policy.field={field}", "env.num_groups=2", "eval.num=4", "eval.metrics={strict: brightness}")
+    config = load(f"policy.field={field}", "env.num_groups=2", "eval.num=4", "eval.metrics={brightness: brightness}")
     seen: set[tuple[str, str]] = set()
     watching = True
 

@@ -103,7 +103,7 @@ def test_other_captions_are_not_paired(tmp_path: Path) -> None:
     a, b = (fake_run(tmp_path / name, better(0.2)) for name in "ab")
     path = b / "samples/eval_000001.safetensors"
     save_file({"strict": better(0.2), "caption_id": torch.arange(NUM) // 5}, path)
-    assert compare([a, b])["differences"][0]["reason"] == "the captions differ"
+    assert compare([a, b])["differences"][0]["reason"] == "the prompts differ"
 
 
 def test_the_answer_is_json_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

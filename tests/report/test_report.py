@@ -10,11 +10,12 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from rlflow.report.curves import Panel, curves
 from rlflow.report.figures import image_grid
 from rlflow.report.glossary import MISSING
 from rlflow.report.metrics_file import METRICS
 from rlflow.report.record import RunRecord
-from rlflow.report.report import compare_report, write_report
+from rlflow.report.report import compare_report, summary, write_report
 from rlflow.train.logger import RunLogger
 
 EVIL = '<script>alert("x")</script> & http://evil.example/x.png'
@@ -96,8 +97,36 @@ def test_the_verdict_is_the_paired_difference(tmp_path):
     """Every caption gains .2 exactly, so the interval has no width; weights and sampler are named."""
     said = text(finished(tmp_path / "run"))
     assert "better strict accuracy .40 → .60 (+.20, 95 % paired bootstrap [.20, .20])" in said
-    assert "on 200 images of 4 held-out captions, evaluated with ema weights, 8 euler steps." in said
+    assert "on 200 images of 4 held-out prompts, evaluated with ema weights, 8 euler steps." in said
     assert "20 iterations, 1 min 00 s of training" in said
+
+
+def test_every_metric_and_every_reward_has_its_curve(tmp_path, monkeypatch):
+    """By whatever name; the verdict and the last line of the run name them too."""
+    folder = start(tmp_path / "run")
+    with logger(folder) as log:
+        for i, value in enumerate((20.5, 21.25)):
+            log.log(
+                i, "eval", {"eval/heldout/base_distance": 0.0, "eval/heldout/pickscore": value, "eval/heldout/ocr": 0.5}
+            )
+            if i:
+                train(log, i, 0.5, **{"reward/pickscore/mean": 20.0, "reward/ocr/mean": 0.5, "reward/ocr/std": 0.1})
+    drawn = []
+    monkeypatch.setattr(
+        "rlflow.report.report.curves", lambda rows, panels: drawn.extend(panels) or curves(rows, panels)
+    )
+    said = text(folder)
+    assert [p.names for p in drawn if isinstance(p, Panel)] == [
+        ("eval/heldout/base_distance",),
+        ("eval/heldout/pickscore",),
+        ("eval/heldout/ocr",),
+    ]
+    assert [p for p in drawn if isinstance(p, str)][:3] == ["reward/mean", "reward/pickscore/mean", "reward/ocr/mean"]
+    assert "held-out pickscore 20.5 → 21.2 (+.75)" in said
+    assert summary(folder) == (
+        "distance to the base model 0 -> 0, held-out pickscore 20.5 -> 21.2, held-out ocr .50 -> .50; "
+        f"report: {folder.resolve() / 'report.html'}"
+    )
 
 
 def test_no_change_is_not_called_better(tmp_path):

@@ -13,6 +13,7 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import NoSteps, OneRandom
 from rlflow.models.io import load_field
 from rlflow.models.mlp import MLPField
+from rlflow.report.glossary import HELDOUT, headline
 from rlflow.train.episodes import SEEDS, EpisodeEvaluator
 from rlflow.types import Cond
 
@@ -54,7 +55,8 @@ def test_without_noisy_steps_the_two_are_the_same_episodes():
 
 def test_the_headline_stays_the_deployed_score():
     policy = FlowPolicy(ToThePeak(), FlowSDE(0.5), num_steps=4)
-    assert EpisodeEvaluator(policy, ToyBandit, num=4, noisy=OneRandom())().headline == "return"
+    means = EpisodeEvaluator(policy, ToyBandit, num=4, noisy=OneRandom())().means()
+    assert headline(HELDOUT + name for name in means) == HELDOUT + "return"
 
 
 @torch.no_grad()
