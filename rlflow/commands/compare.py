@@ -1,24 +1,41 @@
-"""compare: several runs side by side."""
+"""compare: several runs, or a whole sweep, side by side."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from rlflow.commands.arguments import command, json_flag
 from rlflow.console import print_json
 
+X = ("iterations", "time", "network_rows", "samples")
+"""The names of rlflow.report.curves.AXES, which `--help` should not load."""
+
 
 def add(commands: Any) -> None:
     """Enter the command."""
-    p = command(commands, "compare", _run, "Compare runs: last evaluation, cost, paired differences.")
-    p.add_argument("runs", nargs="+", metavar="RUN")
-    json_flag(p)
+    p = command(commands, "compare", _run, "Compare runs or seeds of runs: held-out metrics, cost, paired differences.")
+    p.add_argument("runs", nargs="+", metavar="RUN|SWEEP", help="run folders, or a folder that holds them")
+    p.add_argument("--html", metavar="F", help="write all of it as one page")
+    p.add_argument("--png", metavar="F", help="draw the held-out metrics")
+    p.add_argument("--pdf", metavar="F", help="the same, for a paper")
+    p.add_argument("--x", choices=X, default="iterations", help="axis of --png and --pdf; samples: images or env steps")
+    form = p.add_mutually_exclusive_group()
+    form.add_argument("--latex", action="store_true", help="print the tables for a paper")
+    json_flag(form)
 
 
 def _run(args: argparse.Namespace) -> None:
-    from rlflow.report.compare import compare, print_comparison
+    from rlflow.report.comparison import compare_report, comparison_tables, comparison_values, figure
 
-    result = compare([Path(r) for r in args.runs])
-    print_json(result) if args.json else print_comparison(result)
+    files = [figure(args.runs, path, args.x) for path in (args.png, args.pdf) if path]
+    files += [compare_report(args.runs, args.html)] if args.html else []
+    if args.json:
+        print_json(comparison_values(args.runs))
+    elif args.latex:
+        print("\n\n".join(table.latex() for table in comparison_tables(args.runs)))
+    else:
+        for table in comparison_tables(args.runs):
+            table.print()
+        for path in files:
+            print(f"Written: {path.resolve()}")

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from rlflow.console import terminal
 from rlflow.report.curves import NETWORK_ROWS, SECONDS
 from rlflow.report.glossary import HELDOUT, MISSING, describe, duration, share, show, signed
 from rlflow.report.record import RunRecord
 from rlflow.report.stats import paired_bootstrap
+from rlflow.report.tables import Table
 
 PAIRED_SETTINGS = ("eval.prompts", "eval.num", "eval.seed", "env.name", "env.settings.env_id", "env.prompts")
 
@@ -103,27 +103,22 @@ def _null(value: float | None) -> float | None:
 # -- output ---------------------------------------------------------------------------------------
 
 
-def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, header, rows) of the last evaluations and of the differences."""
+def run_tables(result: Mapping[str, Any]) -> list[Table]:
+    """The last evaluations, run by run, and the differences."""
     labels = [describe(m).label for m in result["metrics"]]
     first = [
         [run["run"], run["recipe"], str(run["iteration"]), *(_cell(run, m) for m in result["metrics"]), *_cost(run)]
         for run in result["runs"]
     ]
-    out = [
-        (
-            "last evaluation (gain since the start, 95 % paired bootstrap)",
-            ["run", "recipe", "iteration", *labels, "training time", "network rows"],
-            first,
-        )
-    ]
+    title = "last evaluation (gain since the start, 95 % paired bootstrap)"
+    out = [Table(title, ["run", "recipe", "iteration", *labels, "training time", "network rows"], first)]
     if result["differences"]:
         rows = [
             [d["run"], *(_bounds(d["metrics"][m]) for m in result["metrics"]), d["reason"] or "paired"]
             for d in result["differences"]
         ]
         title = f"difference to {result['differences'][0]['against']} (95 % paired bootstrap)"
-        out.append((title, ["run", *labels, ""], rows))
+        out.append(Table(title, ["run", *labels, ""], rows))
     return out
 
 
@@ -142,15 +137,3 @@ def _bounds(interval: Mapping[str, float | None]) -> str:
 def _cost(run: Mapping[str, Any]) -> list[str]:
     seconds, rows = run["cost"]["seconds"], run["cost"]["network_rows"]
     return [MISSING if seconds is None else duration(seconds), MISSING if rows is None else show(rows)]
-
-
-def print_comparison(result: Mapping[str, Any]) -> None:
-    """The tables on the terminal."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    for title, header, rows in tables(result):
-        table = Table(*header, title=title, title_justify="left")
-        for cells in rows:
-            table.add_row(*(escape(cell) for cell in cells))
-        terminal().print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -67,7 +68,7 @@ class RunRecord:
     def read(folder: str | Path) -> RunRecord:
         """FileNotFoundError where `folder` is no run folder; everything in it may be missing."""
         folder = Path(folder)
-        if not any((folder / name).exists() for name in ("config.yaml", "run.json", "metrics.jsonl")):
+        if not _is_run(folder):
             raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml, run.json or metrics.jsonl")
         return RunRecord(folder, _json(folder / "run.json"), _text(folder / "config.yaml"), read_metrics(folder))
 
@@ -239,6 +240,19 @@ class RunRecord:
             return Change(before, after, Interval(after - before, math.nan, math.nan))
         error = 1.96 * math.sqrt(first.var(ddof=1) / tenth + last.var(ddof=1) / tenth)
         return Change(before, after, Interval(after - before, after - before - error, after - before + error))
+
+
+def run_folders(paths: Sequence[str | Path]) -> list[Path]:
+    """Run folders as they are, and those in a folder of runs (FOLDER/seed-N, FOLDER/name/seed-N); FileNotFoundError."""
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        below = sorted({*path.glob("*/config.yaml"), *path.glob("*/*/config.yaml")})
+        found |= dict.fromkeys([path] if _is_run(path) or not below else [file.parent for file in below])
+    return list(found)
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.yaml", "run.json", "metrics.jsonl"))
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -14,12 +14,9 @@ from pathlib import Path
 
 from rlflow.report import page, sections
 from rlflow.report.beside import before_after
-from rlflow.report.comparison import compare_report
 from rlflow.report.curves import curves, heldout_panels
 from rlflow.report.glossary import describe, duration, share, show
 from rlflow.report.record import Change, RunRecord
-
-__all__ = ["compare_report", "write_report"]
 
 REPORT = "report.html"
 TRAINING = (

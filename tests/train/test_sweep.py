@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlflow.report.aggregate import NETWORK_ROWS, SECONDS, Spread, aggregate, eval_at
+from rlflow.report.aggregate import Spread, aggregate, eval_at
+from rlflow.report.curves import NETWORK_ROWS, SECONDS
 from rlflow.report.metrics_file import read_metrics
 from rlflow.report.record import RunRecord
 from rlflow.train.checkpoint import Checkpoints
@@ -231,7 +232,7 @@ def test_a_sweep_of_real_runs(
     assert (root / "table.md").read_text().count("| control") == 3
     assert result["runs"]["grpo"]["seeds"] == result["runs"]["control"]["seeds"] == [0, 1]
     assert result["runs"]["control"]["control"] is True
-    assert result["runs"]["grpo"]["metrics"][STRICT]["difference"]["num"] == 2
+    assert result["runs"]["grpo"]["metrics"]["eval/heldout/brightness"]["difference"]["num"] == 2
     assert all(Checkpoints(job.folder(root)).load("last")[0] == 3 for job in jobs)
     capsys.readouterr()
     assert run_sweep(tmp_path / "table.yaml", root) == result
