@@ -27,6 +27,12 @@ def names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in _folder().iterdir() if f.name.endswith(".yaml"))
 
 
+def tables() -> dict[str, Any]:
+    """The sweep tables that ship, by name: files whose first line is a comment that says what they are."""
+    found = (f for f in (_folder() / "tables").iterdir() if f.name.endswith(".yaml"))
+    return {f.name.removesuffix(".yaml"): f for f in sorted(found, key=lambda f: f.name)}
+
+
 def read(name: str) -> dict[str, Any]:
     """The values of a recipe by name or .yaml path; `base: other` inherits from another one.
 

@@ -129,7 +129,7 @@ def summarise(
     samples: Sequence[float] = (),
 ) -> Aggregate:
     """Before and after, and at budgets; those of time and rows default to the largest that every run spent."""
-    lines = _ordered(lines)
+    lines = ordered(lines)
     metrics = heldout(run for line in lines for run in line.runs)
     budgets = [(SECONDS, 60 * m) for m in minutes] or _common(lines, SECONDS)
     budgets += [(NETWORK_ROWS, float(n)) for n in network_rows] or _common(lines, NETWORK_ROWS)
@@ -154,7 +154,7 @@ def heldout(runs: Iterable[RunRecord]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.heldout))
 
 
-def _ordered(lines: Sequence[Line]) -> list[Line]:
+def ordered(lines: Sequence[Line]) -> list[Line]:
     """A control beside the runs of its recipe."""
     recipes = list(dict.fromkeys(line.recipe for line in lines))
     return sorted(lines, key=lambda line: (recipes.index(line.recipe), line.control))

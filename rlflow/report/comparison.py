@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.report import page
-from rlflow.report.aggregate import Aggregate, Line, heldout, summarise
+from rlflow.report.aggregate import Aggregate, Line, heldout, ordered, summarise
 from rlflow.report.compare import compare, run_tables
 from rlflow.report.curves import AXES, SAMPLES, Panel, curves, heldout_panels
 from rlflow.report.glossary import MISSING, describe, headline
@@ -92,7 +92,7 @@ def read_lines(folders: Sequence[str | Path]) -> list[Line]:
     if not found:
         raise ValueError("nothing to compare: give at least one run folder")
     groups = group_runs([RunRecord.read(folder) for folder in found])
-    return [Line(label, runs) for label, runs in groups.items()]
+    return ordered([Line(label, runs) for label, runs in groups.items()])
 
 
 def group_runs(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:

@@ -77,7 +77,7 @@ TOGETHER = (
     Panel("held-out accuracy", (f"{HELDOUT}strict", f"{HELDOUT}soft", f"{HELDOUT}judge")),
     Panel("distances of images", (f"{HELDOUT}diversity", f"{HELDOUT}base_distance")),
 )
-"""Metrics of one scale in one panel."""
+"""Metrics of one scale in one panel; the last one is no score."""
 
 
 def heldout_panels(names: Sequence[str]) -> list[Panel]:
@@ -85,7 +85,8 @@ def heldout_panels(names: Sequence[str]) -> list[Panel]:
     panels = [p._replace(names=kept) for p in TOGETHER if (kept := tuple(n for n in p.names if n in names))]
     shown = {name for panel in panels for name in panel.names}
     own = [name for name in names if name.startswith(HELDOUT) and name not in shown]
-    return panels + [Panel(describe(name).label, (name,)) for name in own]
+    scores = [panel for panel in panels if panel.title != TOGETHER[-1].title]
+    return scores + [Panel(describe(name).label, (name,)) for name in own] + panels[len(scores) :]
 
 
 def curves(
@@ -158,9 +159,11 @@ def _draw_panel(ax: Axes, panel: Panel, groups: Mapping[str, Sequence[Run]]) -> 
             lines = [series(run, name, panel.x) for run in runs]
             found[g, n] = [(xs, ys) for xs, ys in lines if len(ys)]
     factor = _name_axis(ax, panel, max((xs[-1] for lines in found.values() for xs, _ in lines), default=0.0))
+    named: set[int] = set()
     for (g, n), raw in found.items():
         lines = [(xs / factor, ys) for xs, ys in raw]
-        text = describe(panel.names[n]).label if len(panel.names) > 1 and g == 0 else ""
+        text = describe(panel.names[n]).label if len(panel.names) > 1 and n not in named else ""
+        named |= {n} if lines else set()
         color, dash = (COLORS[g % 8], DASHES[n % 4]) if len(groups) > 1 else (COLORS[n % 8], "-")
         if len(lines) == 1:
             _draw_run(ax, *lines[0], color, dash, text)

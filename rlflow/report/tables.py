@@ -20,6 +20,9 @@ LATEX = {
 }
 
 
+SHORT = 16  # letters of a cell that is not broken
+
+
 class Table(NamedTuple):
     """Rows of cells under a header, and what they are; the first column names the row."""
 
@@ -40,9 +43,9 @@ class Table(NamedTuple):
         return "\n".join([f"% {self.title}", *body, r"\end{tabular}"])
 
     def html(self) -> str:
-        """For a page."""
-        cells = ([escape(cell) for cell in row] for row in self.rows)
-        return page.table(self.header, cells, numeric=range(1, len(self.header)))
+        """For a page; columns of short cells are set to the right, long ones may break."""
+        short = [i for i in range(1, len(self.header)) if all(len(row[i]) <= SHORT for row in self.rows)]
+        return page.table(self.header, ([_unbroken(escape(cell)) for cell in row] for row in self.rows), numeric=short)
 
     def print(self) -> None:
         """On the terminal."""
@@ -53,6 +56,13 @@ class Table(NamedTuple):
         for cells in self.rows:
             table.add_row(*map(plain, cells))
         terminal().print(table)
+
+
+def _unbroken(text: str) -> str:
+    """A number stays with its spread, and an arrow with what is before it."""
+    return text.replace(" \N{PLUS-MINUS SIGN} ", "&nbsp;\N{PLUS-MINUS SIGN}&nbsp;").replace(
+        " \N{RIGHTWARDS ARROW}", "&nbsp;\N{RIGHTWARDS ARROW}"
+    )
 
 
 def _latex(text: str) -> str:

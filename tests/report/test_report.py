@@ -118,9 +118,9 @@ def test_every_metric_and_every_reward_has_its_curve(tmp_path, monkeypatch):
     )
     said = text(folder)
     assert [p.names for p in drawn if isinstance(p, Panel)] == [
-        ("eval/heldout/base_distance",),
         ("eval/heldout/pickscore",),
         ("eval/heldout/ocr",),
+        ("eval/heldout/base_distance",),
     ]
     assert [p for p in drawn if isinstance(p, str)][:3] == ["reward/mean", "reward/pickscore/mean", "reward/ocr/mean"]
     assert "held-out pickscore 20.5 → 21.2 (+.75)" in said
