@@ -14,7 +14,7 @@ from rlflow.config import limits, recipes
 from rlflow.config import parse as parsing
 from rlflow.config import schema as config_module
 from rlflow.config.parse import MAY_CHANGE_ON_RESUME, difference, parse
-from rlflow.config.schema import Config, NFTConfig, OptimizerConfig
+from rlflow.config.schema import Config, NFTConfig, OptimizerConfig, WandbConfig
 from rlflow.config.values import merge, read_yaml, set_value
 from rlflow.rl.nft import NFT
 from rlflow.rl.optim import AdamW
@@ -385,3 +385,24 @@ def test_what_may_change_on_resume_exists() -> None:
         for part in re.sub(r"settings\..*", "settings", path).split("."):  # the rest is a component's own
             assert part in node, path
             node = node[part]
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (["train.wandb=false"], None),
+        (["train.wandb=true"], WandbConfig()),
+        (["train.wandb.project=mine", "train.wandb.tags=[a, b]"], WandbConfig(project="mine", tags=["a", "b"])),
+        (["train.wandb=true", "train.wandb.group=g"], WandbConfig(group="g")),
+    ],
+)
+def test_wandb_is_on_or_off_or_says_where(values, found):
+    """And reads back from config.yaml as it was."""
+    config = load(*values)
+    assert config.train.wandb == found
+    assert parse(yaml.safe_load(config.to_yaml())).train.wandb == found
+
+
+def test_a_wrong_setting_of_wandb_is_named():
+    with pytest.raises(ValueError, match=r"train\.wandb\.projct: no such setting; did you mean 'project'"):
+        load("train.wandb.projct=x")
