@@ -10,7 +10,7 @@ from importlib import import_module
 
 from rlflow.console import say_error, user_errors
 
-COMMANDS = ("train", "sweep", "compare", "pretrain", "eval", "sample", "list", "serve_reward")
+COMMANDS: tuple[str, ...] = ("train", "sweep", "compare", "pretrain", "eval", "sample", "list", "serve_reward")
 COMMANDS += ("plan", "doctor", "report", "bench")
 """In the order of `rlflow --help`; each is a file of rlflow.commands."""
 

@@ -20,14 +20,15 @@ def add(commands: Any) -> None:
     p.add_argument("--png", metavar="F", help="draw the held-out metrics")
     p.add_argument("--pdf", metavar="F", help="the same, for a paper")
     p.add_argument("--x", choices=X, default="iterations", help="axis of --png and --pdf; samples: images or env steps")
-    form = p.add_mutually_exclusive_group()
-    form.add_argument("--latex", action="store_true", help="print the tables for a paper")
-    json_flag(form)
+    p.add_argument("--latex", action="store_true", help="print the tables for a paper")
+    json_flag(p)
 
 
 def _run(args: argparse.Namespace) -> None:
     from rlflow.report.comparison import compare_report, comparison_tables, comparison_values, figure
 
+    if args.json and args.latex:
+        raise ValueError("--json and --latex both print to the terminal: choose one")
     files = [figure(args.runs, path, args.x) for path in (args.png, args.pdf) if path]
     files += [compare_report(args.runs, args.html)] if args.html else []
     if args.json:

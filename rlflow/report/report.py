@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rlflow.report import page, sections
 from rlflow.report.beside import before_after
-from rlflow.report.curves import curves, heldout_panels
+from rlflow.report.curves import Panel, curves, heldout_panels
 from rlflow.report.glossary import describe, duration, share, show
 from rlflow.report.record import Change, RunRecord
 
@@ -181,5 +181,5 @@ def _curves(run: RunRecord) -> str:
     training = [name for name in TRAINING if name in run.names]
     after = training.index("reward/mean") + 1 if "reward/mean" in training else 0
     training[after:after] = rewards if len(rewards) > 1 else []  # a single one is the curve before it
-    shown = [*panels, *training]
+    shown: list[str | Panel] = [*panels, *training]
     return page.figure(curves(run.rows, shown), "learning curves") if shown else ""

@@ -2,9 +2,11 @@
 
 import dataclasses
 import re
+import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import yaml
@@ -344,7 +346,19 @@ def test_every_key_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             watching = True
 
     monkeypatch.setattr(Config, "to_dict", unseen)
-    monkeypatch.setattr("rlflow.train.trainer.parse", lambda values, trust: parse_unseen(values, trust))
+    real_load = recipes.load
+
+    def load_unseen(*arguments: typing.Any) -> Config:
+        """So does a copy of the config."""
+        nonlocal watching
+        watching = False
+        try:
+            return real_load(*arguments)
+        finally:
+            watching = True
+
+    monkeypatch.setattr(recipes, "load", load_unseen)
+    monkeypatch.setitem(sys.modules, "wandb", MagicMock())
 
     def parse_unseen(values: dict, trust: bool) -> Config:
         """The checks read everything: what counts is the run."""
@@ -371,6 +385,7 @@ def test_every_key_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     episode = Episode(obs, action, torch.zeros(5), terminated=True, truncated=False)
     write_demos(tmp_path / "demos", [episode], {"name": "toy_reach"}, {})
     few = ["train.iterations=1", "eval.num=2", "env.num_groups=4", "algorithm.start=8", "algorithm.batch_size=4"]
+    few += ["train.wandb=true"]
     few += [f"algorithm.offline={{demos: {tmp_path / 'demos'}, clone: 1, updates: 1}}"]
     Trainer(recipes.load("robot_reach_sac", few), tmp_path / "off_policy", quiet=True).fit()
     keys = {(cls.__name__, f.name) for cls in sections() for f in dataclasses.fields(cls)}
