@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -361,7 +362,7 @@ def test_seeds_are_one_group_and_settings_are_not(tmp_path):
     folders.append(finished(tmp_path / "c", strict=(0.4, 0.4), permute_rewards=True))
     folders.append(finished(tmp_path / "m", strict=(0.4, 0.5), recipe="t2i_mix"))
     html = compare_report(folders, tmp_path / "out" / "compare.html").read_text()
-    said = " ".join(re.sub(r"<[^>]+>", " ", html).split())
+    said = " ".join(unescape(re.sub(r"<[^>]+>", " ", html)).split())
     assert "4 runs in 3 groups" in said
     assert "t2i_test 2 .40 ± 0 → .65 ± .071 (+.25 ± .071)" in said
     assert "t2i_test, permute_rewards=true (control) 1 .40 → .40 (0)" in said
@@ -380,7 +381,7 @@ def test_equal_budget_is_what_every_run_reached(tmp_path):
             train(log, i, 0.5)
         evaluate(log, 10, 0.48, 0.4, 30.0)
     html = compare_report([finished(tmp_path / "long"), short], tmp_path / "compare.html").read_text()
-    said = " ".join(re.sub(r"<[^>]+>", " ", html).split())
+    said = " ".join(unescape(re.sub(r"<[^>]+>", " ", html)).split())
     assert "At 30 s of training" in said
     assert "t2i_test 1 .40 .40 .30 0 0.0 s t2i_short 1 .48 .40 .30 10 30 s" in said
 
