@@ -168,6 +168,12 @@ FOREIGN: dict[tuple[str, str], str] = {}
 """Components outside rlflow that were found so far, by kind and name, with their files: an error in one names it."""
 
 
+GIVEN: dict[str, Callable[..., Any]] = {}
+"""Components handed over in Python, by the name that stands for them in a config; who gives code trusts it."""
+GIVEN_PREFIX = "given:"
+"""Begins the name of one that no module holds."""
+
+
 class UntrustedCodeError(ValueError):
     """A dotted path was met where only registered names are allowed."""
 
@@ -186,10 +192,49 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
+def give(component: Callable[..., Any]) -> str:
+    """Take a function or class, and return the name by which `find` knows it in this process from now on.
+
+    That of the table, or its dotted path, or given:NAME where it cannot be imported.
+    """
+    if not (inspect.isfunction(component) or inspect.isclass(component)):
+        raise ValueError(
+            f"{component!r} has no name that could stand in a config: give a function, or a class "
+            "with its settings as {'name': TheClass, 'setting': ...}"
+        )
+    if not component.__name__.isidentifier():
+        raise ValueError("a lambda has no name that could stand in a config: give a function made by def")
+    path = f"{component.__module__}:{component.__qualname__}"
+    name = path if _can_be_imported(component) else f"{GIVEN_PREFIX}{component.__name__}"
+    for table in TABLE.values():
+        if name in table.values():
+            return next(known for known, place in table.items() if place == name)
+    GIVEN[name] = component
+    return name
+
+
+def _can_be_imported(component: Callable[..., Any]) -> bool:
+    """True where another process finds this very component by its dotted path."""
+    module = sys.modules.get(component.__module__)
+    return component.__module__ != "__main__" and getattr(module, component.__qualname__, None) is component
+
+
+def must_be_given(name: str) -> bool:
+    """True for what was given in another process, and lies in no module."""
+    return name.startswith(GIVEN_PREFIX) and name not in GIVEN
+
+
 def find(kind: str, name: str, trust_code: bool = False) -> Callable[..., Any]:
     """The component of a registered name, or of a dotted path when code is trusted."""
+    if name in GIVEN:
+        return GIVEN[name]
     path = TABLE[kind].get(name)
     if path is None:
+        if must_be_given(name):
+            raise ValueError(
+                f"{kind} {name!r} was given in Python and lies in no module: give rf.Trainer the same function again, "
+                "or put it into a module and name its dotted path"
+            )
         if ":" not in name:
             raise ValueError(f"unknown {kind} {name!r}{nearest(name, TABLE[kind])}")
         if not trust_code:

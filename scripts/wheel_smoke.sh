@@ -63,4 +63,6 @@ print(f"{len(modules) - len(missing)} modules import, {len(data)} data files fou
 PYTHON
 "$work/venv/bin/rlflow" --help > /dev/null
 "$work/venv/bin/rlflow" list recipes
+"$work/venv/bin/rlflow" list tables
+"$work/venv/bin/rlflow" sweep fast --run sweep --dry
 echo "wheel smoke test passed: $(basename "$wheel"), $(du -h "$wheel" | cut -f1)"

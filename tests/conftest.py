@@ -237,7 +237,7 @@ def served() -> Callable[..., Any]:
 TINY = (
     *("env.num_groups=2", "env.group_size=4", "env.rows_per_call=8", "eval.num=6", "train.tensorboard=false"),
     *("policy.precision=float32", "policy.num_steps=6", "reward.weights={brightness: 1}"),
-    "eval.metrics={strict: brightness, base_distance: base_distance}",
+    "eval.metrics={brightness: brightness, base_distance: base_distance}",
 )
 
 

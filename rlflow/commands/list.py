@@ -23,20 +23,21 @@ KINDS = {
     "envs": "env",
     "policies": "policy",
 }
-"""What `rlflow list` knows besides recipes, by kind of component."""
+"""What `rlflow list` knows besides recipes and tables, by kind of component."""
 
 
 def add(commands: Any) -> None:
     """Enter the command."""
     p = command(commands, "list", _run, "What can be named in a recipe.")
-    p.add_argument("kind", choices=("recipes", *KINDS))
+    p.add_argument("kind", choices=("recipes", "tables", *KINDS))
     json_flag(p)
 
 
 def _run(args: argparse.Namespace) -> None:
     from rlflow.registry import about
 
-    rows = _recipes() if args.kind == "recipes" else about(KINDS[args.kind])
+    own = {"recipes": _recipes, "tables": _tables}
+    rows = own[args.kind]() if args.kind in own else about(KINDS[args.kind])
     if args.json:
         print_json(rows)
         return
@@ -49,3 +50,10 @@ def _recipes() -> dict[str, str]:
     from rlflow.config import recipes
 
     return {name: str(recipes.read(name).get("about", "")) for name in recipes.names()}
+
+
+def _tables() -> dict[str, str]:
+    from rlflow.config import recipes
+
+    lines = {name: file.read_text(encoding="utf-8").split("\n")[0] for name, file in recipes.tables().items()}
+    return {name: line.removeprefix("# ").rstrip(":") for name, line in lines.items()}

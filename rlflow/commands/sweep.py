@@ -13,7 +13,7 @@ from rlflow.ranges import filled
 def add(commands: Any) -> None:
     """Enter the command."""
     p = command(commands, "sweep", _run, "Run a table of recipes and seeds; prints the plan and its cost first.")
-    p.add_argument("table", type=filled, metavar="TABLE.yaml")
+    p.add_argument("table", type=filled, metavar="TABLE", help="a .yaml file, or a name of `rlflow list tables`")
     p.add_argument(
         "--run", type=filled, metavar="DIR", required=True, help="folder of all runs; finished ones are skipped"
     )
@@ -25,4 +25,4 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> None:
     from rlflow.train.sweep import run_sweep
 
-    run_sweep(Path(args.table), Path(args.run), dry=args.dry, jobs=args.jobs, trust_code=args.trust_code)
+    run_sweep(args.table, Path(args.run), dry=args.dry, jobs=args.jobs, trust_code=args.trust_code)

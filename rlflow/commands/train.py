@@ -84,6 +84,8 @@ def _train_shared(args: argparse.Namespace) -> None:
 
 def _train_one(args: argparse.Namespace, run: Path | str | None, overrides: list[str], resume: str | None) -> bool:
     """Train one run; True when it was interrupted."""
+    from rlflow.report.glossary import duration
+    from rlflow.report.report import summary
     from rlflow.train.trainer import Trainer
 
     trainer = Trainer(
@@ -92,5 +94,6 @@ def _train_one(args: argparse.Namespace, run: Path | str | None, overrides: list
     trainer.fit()
     if os.environ.get("RANK", "0") == "0":
         state = "stopped by a signal, resume with --resume last" if trainer.interrupted else "finished"
-        print(f"{state}: {trainer.iteration} iterations, {trainer.seconds:.0f} s of training; run folder {trainer.run}")
+        spent = f"{trainer.iteration} iterations, {duration(trainer.seconds)} of training"
+        print(f"{state}: {spent}; {summary(trainer.run)}")
     return trainer.interrupted

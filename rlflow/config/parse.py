@@ -118,6 +118,9 @@ def parse(values: dict[str, Any], trust_code: bool = False) -> Config:
     check_plain(values)
     if isinstance(name := values.get("algorithm"), str):
         values = values | {"algorithm": {"name": name}}
+    train = values.get("train")
+    if isinstance(train, dict) and isinstance(on := train.get("wandb"), bool):
+        values = values | {"train": train | {"wandb": {} if on else None}}
     values = merge(UNNAMED, values)
     if isinstance(algorithm := values["algorithm"], dict) and algorithm.get("name") == "policy_gradient":
         refuse(algorithm)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from rlflow.config.given import name_components
 from rlflow.config.parse import parse
 from rlflow.config.plain import yaml_errors
 from rlflow.config.schema import Config
@@ -22,6 +24,12 @@ def _folder() -> Any:
 def names() -> list[str]:
     """Names of all shipped recipes."""
     return sorted(f.name.removesuffix(".yaml") for f in _folder().iterdir() if f.name.endswith(".yaml"))
+
+
+def tables() -> dict[str, Any]:
+    """The sweep tables that ship, by name: files whose first line is a comment that says what they are."""
+    found = (f for f in (_folder() / "tables").iterdir() if f.name.endswith(".yaml"))
+    return {f.name.removesuffix(".yaml"): f for f in sorted(found, key=lambda f: f.name)}
 
 
 def read(name: str) -> dict[str, Any]:
@@ -63,6 +71,12 @@ def _text(name: str) -> str:
     return str((_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
+def _read_values(config: Mapping[str, Any] | Config) -> dict[str, Any]:
+    values = name_components(asdict(config) if isinstance(config, Config) else config)
+    base = values.pop("base", None)
+    return merge(read(str(base)), values) if base else values
+
+
 def apply(values: dict[str, Any], overrides: Sequence[str]) -> None:
     """Apply 'section.key=value' overrides in place."""
     for assignment in overrides:
@@ -70,8 +84,11 @@ def apply(values: dict[str, Any], overrides: Sequence[str]) -> None:
             set_value(values, assignment)
 
 
-def load(name: str, overrides: Sequence[str] = (), trust_code: bool = False) -> Config:
-    """A checked Config from a recipe and 'section.key=value' overrides."""
-    values = read(name)
+def load(config: str | Mapping[str, Any] | Config, overrides: Sequence[str] = (), trust_code: bool = False) -> Config:
+    """A checked Config from a recipe, or its values, and 'section.key=value' overrides.
+
+    Values may have a `base`, and functions and classes where a component is named.
+    """
+    values = read(config) if isinstance(config, str) else _read_values(config)
     apply(values, overrides)
     return parse(values, trust_code)

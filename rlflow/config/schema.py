@@ -184,6 +184,18 @@ class RewardConfig:
 
 
 @dataclass
+class WandbConfig:
+    """Where the run goes on Weights & Biases."""
+
+    __pydantic_config__ = STRICT
+    project: str = "rlflow"
+    entity: str | None = None  # user or team
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    name: str | None = None  # default: that of the run folder
+
+
+@dataclass
 class TrainConfig:
     """Budget, seed and the run folder's habits."""
 
@@ -197,7 +209,7 @@ class TrainConfig:
     checkpoint_every: Count = 50
     keep: Count = 3
     tensorboard: bool = True
-    wandb: bool = False
+    wandb: WandbConfig | None = None  # true: with these defaults
 
 
 @dataclass

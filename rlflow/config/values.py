@@ -18,7 +18,7 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
         child = node.get(part)
         if isinstance(child, str):  # steps: window  ->  steps: {name: window, ...}
             child = {"name": child}
-        elif child is None:
+        elif child is None or isinstance(child, bool):  # train.wandb: true  ->  train.wandb: {project: ...}
             child = {}
         elif not isinstance(child, dict):
             raise ValueError(f"override {assignment!r}: {part!r} is a value, not a section")

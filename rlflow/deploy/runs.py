@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rlflow.flow.field import VelocityField
 from rlflow.flow.grid import FromScheduler
 from rlflow.flow.guidance import CFG
 from rlflow.flow.kernels import FlowSDE
+from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import load_field, read_config, save_field
 from rlflow.models.pretrained.hub import is_hub_id
@@ -184,12 +186,13 @@ def save(policy: FlowPolicy, folder: str | Path, *, push: str | None = None) -> 
     return folder
 
 
-def sample(policy: FlowPolicy, prompts: list[str], *, seed: int = 0, num_steps: int | None = None) -> Tensor:
-    """Images (N, 3, H, W) in [0, 1] for prompts by the deployment sampler (no noise after the first draw)."""
-    from rlflow.flow.noise import Key
-
+def sample(policy: FlowPolicy, prompts: str | Sequence[str], *, seed: int = 0, num_steps: int | None = None) -> Tensor:
+    """Images (N, 3, H, W) in [0, 1] of a prompt or a list of N by the deployment sampler (no noise after the first)."""
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if not (isinstance(texts, Sequence) and texts and all(isinstance(text, str) for text in texts)):
+        raise ValueError(f"prompts: give a text, or a list of texts, got {prompts!r}")
     with torch.no_grad():
-        cond = policy.encode(policy.field.unguided.tokenize(prompts))
+        cond = policy.encode(policy.field.unguided.tokenize(list(texts)))
         chain = policy.sample(cond, policy.plan(num_steps), key=Key(seed, "sample"))
         return policy.field.decode(policy.squash(chain.final)).float().cpu()
 

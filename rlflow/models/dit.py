@@ -86,7 +86,7 @@ class DiT(VelocityField):
         rows = [[self._token(word) for word in split_words(text)] for text in captions]
         for text, row in zip(captions, rows, strict=True):
             if len(row) > self.context:
-                raise ValueError(f"caption of {len(row)} tokens, this model reads {self.context}: {text!r}")
+                raise ValueError(f"prompt of {len(row)} tokens, this model reads {self.context}: {text!r}")
         return torch.tensor([row + [PAD] * (self.context - len(row)) for row in rows]).view(-1, self.context)
 
     def _token(self, word: str) -> int:

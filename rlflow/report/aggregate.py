@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlflow.report.curves import NETWORK_ROWS, SAMPLES, SECONDS
 from rlflow.report.glossary import MISSING, describe, duration, share, show, signed
 from rlflow.report.metrics_file import Row
-from rlflow.report.record import HELDOUT, RunRecord
+from rlflow.report.record import RunRecord
+from rlflow.report.tables import Table
 
-SECONDS, NETWORK_ROWS, SAMPLES = "cost/train_seconds_total", "cost/network_rows_total", "cost/samples_total"
 COSTS = {"seconds": SECONDS, "network_rows": NETWORK_ROWS, "samples": SAMPLES}
 UNITS = {NETWORK_ROWS: "network rows", SAMPLES: "images or env steps"}
 TRAINING = ("kl/ref", "policy/approx_kl", "policy/clip_frac")
@@ -55,10 +56,18 @@ def _null(value: float) -> float | None:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """The table as JSON values and as markdown."""
+    """The tables as JSON values and as words."""
 
     values: dict[str, Any]
-    markdown: str
+    tables: list[Table]
+
+    @property
+    def markdown(self) -> str:
+        """All tables under headings."""
+        parts = ["# Sweep", "Mean ± sd over seeds."]
+        for table in self.tables:
+            parts += [f"## {table.title}", table.markdown()]
+        return "\n\n".join(parts) + "\n"
 
 
 @dataclass(frozen=True)
@@ -108,9 +117,20 @@ def aggregate(
     network_rows: Sequence[float] = (),
     samples: Sequence[float] = (),
 ) -> Aggregate:
-    """Runs by name, each with its seeds. Budgets of time and rows default to the largest that every run spent."""
-    lines = _ordered([Line(name, [RunRecord.read(f) for f in runs]) for name, runs in folders.items() if runs])
-    metrics = list(dict.fromkeys(k for line in lines for run in line.runs for k in run.names if k.startswith(HELDOUT)))
+    """Runs by name, each with its seeds; see `summarise`."""
+    lines = [Line(name, [RunRecord.read(folder) for folder in runs]) for name, runs in folders.items() if runs]
+    return summarise(lines, minutes, network_rows, samples)
+
+
+def summarise(
+    lines: Sequence[Line],
+    minutes: Sequence[float] = (),
+    network_rows: Sequence[float] = (),
+    samples: Sequence[float] = (),
+) -> Aggregate:
+    """Before and after, and at budgets; those of time and rows default to the largest that every run spent."""
+    lines = ordered(lines)
+    metrics = heldout(run for line in lines for run in line.runs)
     budgets = [(SECONDS, 60 * m) for m in minutes] or _common(lines, SECONDS)
     budgets += [(NETWORK_ROWS, float(n)) for n in network_rows] or _common(lines, NETWORK_ROWS)
     budgets += [(SAMPLES, float(n)) for n in samples]
@@ -125,14 +145,16 @@ def aggregate(
             for cost, budget in budgets
         ],
     }
-    parts = ["# Sweep", "Mean ± sd over seeds.", "## Before and after", _table_whole(lines, metrics)]
-    for cost, budget in budgets:
-        said = duration(budget) + " of training" if cost == SECONDS else f"{show(budget)} {UNITS[cost]}"
-        parts += [f"## At {said}", _table_at(lines, metrics, cost, budget)]
-    return Aggregate(values, "\n\n".join(parts) + "\n")
+    tables = [_table_at(lines, metrics, cost, budget) for cost, budget in budgets]
+    return Aggregate(values, [_table_whole(lines, metrics), *tables])
 
 
-def _ordered(lines: Sequence[Line]) -> list[Line]:
+def heldout(runs: Iterable[RunRecord]) -> list[str]:
+    """The held-out metrics of all runs, each once."""
+    return list(dict.fromkeys(name for run in runs for name in run.heldout))
+
+
+def ordered(lines: Sequence[Line]) -> list[Line]:
     """A control beside the runs of its recipe."""
     recipes = list(dict.fromkeys(line.recipe for line in lines))
     return sorted(lines, key=lambda line: (recipes.index(line.recipe), line.control))
@@ -140,7 +162,7 @@ def _ordered(lines: Sequence[Line]) -> list[Line]:
 
 def _common(lines: Sequence[Line], cost: str) -> list[tuple[str, float]]:
     """The largest budget that every run spent."""
-    reached = [run.evals[-1][cost] for line in lines for run in line.runs if run.evals]
+    reached = [run.evals[-1].get(cost, 0.0) for line in lines for run in line.runs if run.evals]
     return [(cost, min(reached))] if reached and min(reached) > 0 else []
 
 
@@ -182,19 +204,14 @@ def _at_json(line: Line, metrics: Sequence[str], cost: str, budget: float) -> di
     return {"metrics": found, "spent": spent.as_json(), "iterations": iterations.as_json()}
 
 
-# -- markdown -------------------------------------------------------------------------------------
+# -- words ----------------------------------------------------------------------------------------
 
 
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def _table_whole(lines: Sequence[Line], metrics: Sequence[str]) -> str:
+def _table_whole(lines: Sequence[Line], metrics: Sequence[str]) -> Table:
     shown = [m for m in TRAINING if any(line.training(m).num for line in lines)]
     labels = [describe(m).label for m in [*metrics, *shown]]
     header = ["run", "seeds", *labels, "iterations", "training time", *UNITS.values()]
-    return _markdown(header, (_row_whole(line, metrics, shown) for line in lines))
+    return Table("Before and after", header, [_row_whole(line, metrics, shown) for line in lines])
 
 
 def _row_whole(line: Line, metrics: Sequence[str], shown: Sequence[str]) -> list[str]:
@@ -220,7 +237,7 @@ def _change(before: Spread, after: Spread, difference: Spread) -> str:
     return f"{before.words()} \N{RIGHTWARDS ARROW} {after.words()} ({difference.words(signed)})"
 
 
-def _table_at(lines: Sequence[Line], metrics: Sequence[str], cost: str, budget: float) -> str:
+def _table_at(lines: Sequence[Line], metrics: Sequence[str], cost: str, budget: float) -> Table:
     header = ["run", "seeds", *(describe(m).label for m in metrics), "iterations", "evaluated at"]
     say = duration if cost == SECONDS else show
     rows = []
@@ -228,4 +245,5 @@ def _table_at(lines: Sequence[Line], metrics: Sequence[str], cost: str, budget: 
         at, spent, iterations = _at(line, metrics, cost, budget)
         where = say(round(spent.mean)) if spent.num else "budget not spent"
         rows.append([line.label, str(spent.num), *(at[m].words() for m in metrics), show(iterations.mean), where])
-    return _markdown(header, rows)
+    said = f"{duration(budget)} of training" if cost == SECONDS else f"{show(budget)} {UNITS[cost]}"
+    return Table(f"At {said}", header, rows)

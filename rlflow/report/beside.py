@@ -1,4 +1,4 @@
-"""Before and after, side by side in a report: images of the same captions, films of the same episodes."""
+"""Before and after, side by side in a report: images of the same prompts, films of the same episodes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def before_after(run: RunRecord) -> tuple[str, str]:
         shown = [(i, run.grid(i)) for i in dict.fromkeys((at[0], at[-1]))]
         return "".join(f"<p>After iteration {i}:</p>{page.grid_picture(png, '')}" for i, png in shown if png), ""
     if at[0] == at[-1]:
-        return _single(last), f"After iteration {at[-1]}. Fixed captions and fixed noise."
-    note = "Left before, right after training: same captions, same starting noise; not chosen by result."
+        return _single(last), f"After iteration {at[-1]}. Fixed prompts and fixed noise."
+    note = "Left before, right after training: same prompts, same starting noise; not chosen by result."
     return _pairs(first, last), note + _right_words(first, last)
 
 

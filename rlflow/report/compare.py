@@ -1,6 +1,6 @@
 """compare: several runs side by side; what each gained, and its difference to the first, by paired bootstrap.
 
-Two evaluations are paired where they scored the same captions from the same noise, or played one simulator from the
+Two evaluations are paired where they scored the same prompts from the same noise, or played one simulator from the
 same starts: equal PAIRED_SETTINGS and caption ids. Otherwise the difference of the means has no bounds, and says why.
 """
 
@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from rlflow.console import terminal
-from rlflow.report.aggregate import NETWORK_ROWS, SECONDS
-from rlflow.report.glossary import MISSING, describe, duration, share, show, signed
-from rlflow.report.record import HELDOUT, RunRecord
+from rlflow.report.curves import NETWORK_ROWS, SECONDS
+from rlflow.report.glossary import HELDOUT, MISSING, describe, duration, share, show, signed
+from rlflow.report.record import RunRecord
 from rlflow.report.stats import paired_bootstrap
+from rlflow.report.tables import Table
 
 PAIRED_SETTINGS = ("eval.prompts", "eval.num", "eval.seed", "env.name", "env.settings.env_id", "env.prompts")
 
@@ -80,7 +80,7 @@ def _last(run: RunRecord, metric: str) -> float:
 
 
 def _unpaired(first: RunRecord, run: RunRecord, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | None:
-    """Why two evaluations are not of the same captions and noise; None when they are."""
+    """Why two evaluations are not of the same prompts and noise; None when they are."""
     other = [key for key in PAIRED_SETTINGS if first.setting(key) != run.setting(key)]
     if first.setting("eval.prompts") is not None:
         other = [key for key in other if key != "env.prompts"]
@@ -89,7 +89,7 @@ def _unpaired(first: RunRecord, run: RunRecord, a: Mapping[str, Tensor], b: Mapp
     if "caption_id" not in a or "caption_id" not in b:
         return "the scores of single samples were not kept"
     same = a["caption_id"].shape == b["caption_id"].shape and bool((a["caption_id"] == b["caption_id"]).all())
-    return None if same else "the captions differ"
+    return None if same else "the prompts differ"
 
 
 def _interval(interval: Sequence[float]) -> dict[str, float | None]:
@@ -103,27 +103,22 @@ def _null(value: float | None) -> float | None:
 # -- output ---------------------------------------------------------------------------------------
 
 
-def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, header, rows) of the last evaluations and of the differences."""
+def run_tables(result: Mapping[str, Any]) -> list[Table]:
+    """The last evaluations, run by run, and the differences."""
     labels = [describe(m).label for m in result["metrics"]]
     first = [
         [run["run"], run["recipe"], str(run["iteration"]), *(_cell(run, m) for m in result["metrics"]), *_cost(run)]
         for run in result["runs"]
     ]
-    out = [
-        (
-            "last evaluation (gain since the start, 95 % paired bootstrap)",
-            ["run", "recipe", "iteration", *labels, "training time", "network rows"],
-            first,
-        )
-    ]
+    title = "last evaluation (gain since the start, 95 % paired bootstrap)"
+    out = [Table(title, ["run", "recipe", "iteration", *labels, "training time", "network rows"], first)]
     if result["differences"]:
         rows = [
             [d["run"], *(_bounds(d["metrics"][m]) for m in result["metrics"]), d["reason"] or "paired"]
             for d in result["differences"]
         ]
         title = f"difference to {result['differences'][0]['against']} (95 % paired bootstrap)"
-        out.append((title, ["run", *labels, ""], rows))
+        out.append(Table(title, ["run", *labels, ""], rows))
     return out
 
 
@@ -142,15 +137,3 @@ def _bounds(interval: Mapping[str, float | None]) -> str:
 def _cost(run: Mapping[str, Any]) -> list[str]:
     seconds, rows = run["cost"]["seconds"], run["cost"]["network_rows"]
     return [MISSING if seconds is None else duration(seconds), MISSING if rows is None else show(rows)]
-
-
-def print_comparison(result: Mapping[str, Any]) -> None:
-    """The tables on the terminal."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    for title, header, rows in tables(result):
-        table = Table(*header, title=title, title_justify="left")
-        for cells in rows:
-            table.add_row(*(escape(cell) for cell in cells))
-        terminal().print(table)

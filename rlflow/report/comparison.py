@@ -1,49 +1,47 @@
-"""compare_report: several runs in one self-contained page; runs that differ only in their seed form one group."""
+"""Several runs together; runs that differ only in their seed form one group: one row and one curve with a band.
+
+`compare_report` writes them as one self-contained page, `figure` draws their held-out metrics alone, for a paper.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rlflow.report import page
-from rlflow.report.curves import AXES, Panel, curves, series
-from rlflow.report.glossary import MISSING, describe, duration, share, show, signed
-from rlflow.report.record import HEADLINE, HELDOUT, RunRecord
+from rlflow.report.aggregate import Aggregate, Line, heldout, ordered, summarise
+from rlflow.report.compare import compare, run_tables
+from rlflow.report.curves import AXES, SAMPLES, Panel, curves, heldout_panels
+from rlflow.report.glossary import MISSING, describe, headline
+from rlflow.report.record import RunRecord, run_folders
+from rlflow.report.tables import Table
 
-Groups = dict[str, list[RunRecord]]
 SEED = "train.seed"
 SAID_ONCE = ("about", SEED)  # settings that do not make another group
 OFF = ("false", "null")  # not worth a word in a label
-BUDGETS = {"cost/train_seconds_total": "training time", "cost/network_rows_total": "network rows"}
-OVERLAID = ("reward/mean", "kl/ref", "policy/clip_frac", f"{HELDOUT}judge", f"{HELDOUT}diversity", "optim/grad_norm")
+TRAINING = ("reward/mean", "rollout/episode_return", "kl/ref", "policy/clip_frac", "optim/grad_norm")
 
 
 def compare_report(folders: Sequence[str | Path], out: str | Path) -> Path:
-    """Write one page on the runs in `folders` to the file `out`, and return its path."""
-    if not folders:
-        raise ValueError("nothing to compare: give at least one run folder")
-    groups = group_runs([RunRecord.read(folder) for folder in folders])
-    name = _headline(groups)
+    """Write one page on the runs in `folders`, folders of runs too, to the file `out`, and return its path."""
+    lines = read_lines(folders)
+    runs = [run for line in lines for run in line.runs]
+    name, summary = headline(heldout(runs)), summarise(lines)
+    whole, *budgets = summary.tables
+    groups = f"{len(lines)} {'group' if len(lines) == 1 else 'groups'}"
     parts = [
-        '<div class="kicker">rlflow comparison</div>'
-        f"<h1>{len(folders)} runs in {len(groups)} {'group' if len(groups) == 1 else 'groups'}</h1>"
+        f'<div class="kicker">rlflow comparison</div><h1>{len(runs)} runs in {groups}</h1>'
         '<p class="soft small">Runs that differ only in their seed form one row and one curve with a band.</p>',
-        page.section(
-            "Result and cost",
-            _result_table(groups, name),
-            "Mean over seeds [lowest, highest]; changes are last minus first evaluation.",
-        ),
-        page.section(f"{describe(name).label} against what it cost", _against_cost(groups, name)),
-        page.section("At equal budgets", _equal_budgets(groups, name), _BUDGET_NOTE),
-        page.section("Curves", _overlaid(groups)),
-        page.section("Runs", _runs_table(groups, name)),
+        page.section("Result and cost", whole.html(), "First and last evaluation, mean ± sd over seeds."),
+        page.section(f"{describe(name).label} against what it cost", _against_cost(lines, name)) if name else "",
+        page.section("At equal cost", "".join(f"<p>{escape(t.title)}</p>{t.html()}" for t in budgets), _BUDGET_NOTE),
+        page.section("Held-out metrics", _drawn(lines, heldout_panels(heldout(runs)))),
+        page.section("Training", _drawn(lines, [n for n in TRAINING if any(n in run.names for run in runs)])),
+        page.section("Runs", _runs_table(lines, name)),
     ]
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,15 +51,56 @@ def compare_report(folders: Sequence[str | Path], out: str | Path) -> Path:
     return path
 
 
-_BUDGET_NOTE = "At the largest budget that all runs reached, on a straight line between the two nearest evaluations."
+_BUDGET_NOTE = (
+    "A run goes on until the budget is spent; what counts is its last evaluation until then, told under 'evaluated at'."
+)
 
 
-def group_runs(runs: Sequence[RunRecord]) -> Groups:
+def comparison_tables(folders: Sequence[str | Path]) -> list[Table]:
+    """For the terminal: groups of seeds with their spread, or single runs with paired differences; at equal cost."""
+    lines = read_lines(folders)
+    whole, *budgets = summarise(lines).tables
+    if any(len(line.runs) > 1 for line in lines):
+        return [whole, *budgets]
+    return run_tables(compare(run_folders(folders))) + budgets
+
+
+def comparison_values(folders: Sequence[str | Path]) -> dict[str, Any]:
+    """All of it as JSON values: `compare` run by run, and `groups` as a sweep's table.json has them."""
+    summary: Aggregate = summarise(read_lines(folders))
+    return compare(run_folders(folders)) | {"groups": summary.values}
+
+
+def figure(folders: Sequence[str | Path], path: str | Path, x: str = "iterations") -> Path:
+    """Draw every held-out metric over `x` (a name of AXES) to a .png, .pdf or .svg file, and return its path."""
+    lines = read_lines(folders)
+    runs = [run for line in lines for run in line.runs]
+    panels = [_over(panel, x, runs) for panel in heldout_panels(heldout(runs))]
+    if not panels:
+        raise ValueError("none of these runs has been evaluated")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    curves(_rows(lines), panels, path)
+    return Path(path)
+
+
+# -- groups ---------------------------------------------------------------------------------------
+
+
+def read_lines(folders: Sequence[str | Path]) -> list[Line]:
+    """The groups of the runs in `folders`; ValueError where there is none."""
+    found = run_folders(folders)
+    if not found:
+        raise ValueError("nothing to compare: give at least one run folder")
+    groups = group_runs([RunRecord.read(folder) for folder in found])
+    return ordered([Line(label, runs) for label, runs in groups.items()])
+
+
+def group_runs(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     """Runs by recipe; runs of a recipe whose settings differ in more than the seed by recipe and those settings."""
-    recipes: Groups = {}
+    recipes: dict[str, list[RunRecord]] = {}
     for run in runs:
         recipes.setdefault(run.recipe, []).append(run)
-    groups: Groups = {}
+    groups: dict[str, list[RunRecord]] = {}
     for recipe, members in recipes.items():
         settings = _differing([flatten(run.config) for run in members])
         short = [
@@ -90,118 +129,45 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def value_at(run: RunRecord, name: str, budget: str, spent: float) -> float:
-    """`name` once `spent` of the metric `budget` is used up, interpolated between evaluations; nan outside them."""
-    at, ys = series(run.rows, name, budget)
-    return float(np.interp(spent, at, ys)) if len(at) and at[0] <= spent <= at[-1] * (1 + 1e-9) else math.nan
-
-
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _headline(groups: Groups) -> str:
-    names = [run.headline for runs in groups.values() for run in runs if run.headline]
-    return names[0] if names else HEADLINE
+# -- curves and runs ------------------------------------------------------------------------------
 
 
-def _spread(values: Sequence[float], words: Callable[[float], str] = share) -> str:
-    """Mean [lowest, highest] of what is finite."""
-    kept = [v for v in values if math.isfinite(v)]
-    if not kept:
-        return MISSING
-    mean = words(sum(kept) / len(kept))
-    return mean if len(kept) == 1 else f"{mean} <span class='soft'>[{words(min(kept))}, {words(max(kept))}]</span>"
+def _rows(lines: Sequence[Line]) -> dict[str, list[list[dict[str, Any]]]]:
+    return {line.label: [run.rows for run in line.runs] for line in lines}
 
 
-def _result_table(groups: Groups, name: str) -> str:
-    judge, diversity = f"{HELDOUT}judge", f"{HELDOUT}diversity"
-    header = (
-        "runs",
-        "seeds",
-        describe(name).label,
-        "change",
-        "judge, change",
-        "diversity",
-        "KL",
-        "time",
-        "network rows",
-    )
-    rows = [
-        [
-            escape(label),
-            str(len(runs)),
-            _spread([_after(run, name) for run in runs]),
-            _spread([_gain(run, name) for run in runs], signed),
-            _spread([_gain(run, judge) for run in runs], signed),
-            _spread([_after(run, diversity) for run in runs]),
-            _spread([run.last("kl/ref") for run in runs]),
-            duration(_mean([run.last("cost/train_seconds_total") for run in runs])),
-            show(_mean([run.last("cost/network_rows_total") for run in runs])),
-        ]
-        for label, runs in groups.items()
-    ]
-    return page.table(header, rows, numeric=range(1, len(header)))
+def _over(panel: Panel, x: str, runs: Sequence[RunRecord]) -> Panel:
+    """A panel over another axis; samples are called what they are in these runs."""
+    kinds = {run.is_images for run in runs}
+    words = {frozenset({True}): "images", frozenset({False}): "environment steps"}
+    return panel._replace(x=AXES[x], x_label=words.get(frozenset(kinds), "") if AXES[x] == SAMPLES else "")
 
 
-def _after(run: RunRecord, name: str) -> float:
-    change = run.change(name)
-    return math.nan if change is None else change.after
+def _against_cost(lines: Sequence[Line], name: str) -> str:
+    runs = [run for line in lines for run in line.runs]
+    known = [x for x, metric in AXES.items() if x == "iterations" or any(metric in run.names for run in runs)]
+    return _drawn(lines, [_over(Panel(describe(name).label, (name,)), x, runs) for x in known], columns=2)
 
 
-def _gain(run: RunRecord, name: str) -> float:
-    ends, change = run.ends(name), run.change(name)
-    return math.nan if ends is None or change is None or ends[0] == ends[1] else change.difference.value
-
-
-def _mean(values: Sequence[float]) -> float:
-    kept = [v for v in values if math.isfinite(v)]
-    return sum(kept) / len(kept) if kept else math.nan
-
-
-def _against_cost(groups: Groups, name: str) -> str:
-    rows = {label: [run.rows for run in runs] for label, runs in groups.items()}
-    if not any(name in run.names for runs in groups.values() for run in runs):
+def _drawn(lines: Sequence[Line], panels: Sequence[str | Panel], columns: int = 3) -> str:
+    if not panels:
         return ""
-    panels = [Panel(f"{describe(name).label} by {label}", (name,), x) for x, (label, _) in AXES.items()]
-    return page.figure(curves(rows, panels), f"{name} against iterations, time and network rows")
+    names = ", ".join(panel if isinstance(panel, str) else panel.title for panel in panels)
+    return page.figure(curves(_rows(lines), panels, columns=columns), f"curves of {names}")
 
 
-def _overlaid(groups: Groups) -> str:
-    known = {name for runs in groups.values() for run in runs for name in run.names}
-    names = [name for name in OVERLAID if name in known]
-    rows = {label: [run.rows for run in runs] for label, runs in groups.items()}
-    return page.figure(curves(rows, names), "curves of all runs") if names else ""
+def _runs_table(lines: Sequence[Line], name: str | None) -> str:
+    rows = [list(_run_row(line.label, run, name)) for line in lines for run in line.runs]
+    label = describe(name).label if name else ""
+    return page.table(("run", "of", "seed", label, "iterations", "device"), rows, numeric=(2, 4))
 
 
-def _equal_budgets(groups: Groups, name: str) -> str:
-    runs = [run for members in groups.values() for run in members]
-    spent = {budget: [s for run in runs if (s := _reach(run, name, budget)) > 0] for budget in BUDGETS}
-    usable = {budget: min(every) for budget, every in spent.items() if every}
-    if len(runs) < 2 or not usable:
-        return ""
-    said: dict[str, Callable[[float], str]] = {"cost/train_seconds_total": duration, "cost/network_rows_total": show}
-    header = ["runs", *(f"{describe(name).label} at {said[b](s)} {BUDGETS[b]}" for b, s in usable.items())]
-    rows = [
-        [escape(label), *(_spread([value_at(run, name, b, s) for run in members]) for b, s in usable.items())]
-        for label, members in groups.items()
-    ]
-    return page.table(header, rows, numeric=range(1, len(header)))
-
-
-def _reach(run: RunRecord, name: str, budget: str) -> float:
-    """What the run had spent at its last evaluation."""
-    at, _ = series(run.rows, name, budget)
-    return float(at[-1]) if len(at) else 0.0
-
-
-def _runs_table(groups: Groups, name: str) -> str:
-    rows = [list(_run_row(label, run, name)) for label, runs in groups.items() for run in runs]
-    return page.table(("run", "of", "seed", describe(name).label, "iterations", "device"), rows, numeric=(2, 4))
-
-
-def _run_row(label: str, run: RunRecord, name: str) -> Iterator[str]:
-    change = run.change(name)
+def _run_row(label: str, run: RunRecord, name: str | None) -> Iterator[str]:
+    change = run.change(name) if name else None
     yield f"<code>{escape(str(run.folder))}</code>"
     yield escape(label)
     yield escape(_text(run.setting(SEED, MISSING)))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rlflow.report.glossary import describe, show
+from rlflow.report.glossary import HELDOUT, describe, show
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,11 +24,11 @@ Run = Sequence[Mapping[str, Any]]
 Runs = Run | Sequence[Run] | Mapping[str, Sequence[Run]]
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B5B5B", "#A6761D")
 DASHES = ("-", "--", "-.", ":")
-AXES = {  # metric -> label of the horizontal axis, factor
-    "iteration": ("iteration", 1.0),
-    "cost/train_seconds_total": ("training time (min)", 1 / 60),
-    "cost/network_rows_total": ("network rows", 1.0),
-}
+SECONDS, NETWORK_ROWS, SAMPLES = "cost/train_seconds_total", "cost/network_rows_total", "cost/samples_total"
+AXES = {"iterations": "iteration", "time": SECONDS, "network_rows": NETWORK_ROWS, "samples": SAMPLES}
+"""Horizontal axes by the name that a command gives them; samples are images, or steps of simulators."""
+TIMES = ((3 * 3600, 3600, "h"), (180, 60, "min"), (0, 1, "s"))
+"""(an axis of at least so many seconds, is divided by, and is in)."""
 POINTS = 400  # of a curve at most; more cannot be seen
 LONGEST = 90  # letters of a name in a legend
 SMOOTH_FROM = 40  # points; shorter curves are drawn as they are
@@ -62,11 +62,31 @@ STYLE: dict[Any, Any] = {
 
 
 class Panel(NamedTuple):
-    """One or several metrics in one panel; `x` is 'iteration' or a cost/... metric."""
+    """One or several metrics in one panel; `x` is 'iteration' or a cost/... metric, `x_label` another name for it."""
 
     title: str
     names: tuple[str, ...]
     x: str = "iteration"
+    x_label: str = ""
+
+
+TOGETHER = (
+    Panel("return of held-out episodes", (f"{HELDOUT}return", f"{HELDOUT}train_return")),
+    Panel("success", (f"{HELDOUT}success", f"{HELDOUT}train_success", "rollout/success")),
+    Panel("length of episodes", (f"{HELDOUT}length", f"{HELDOUT}train_length")),
+    Panel("held-out accuracy", (f"{HELDOUT}strict", f"{HELDOUT}soft", f"{HELDOUT}judge")),
+    Panel("distances of images", (f"{HELDOUT}diversity", f"{HELDOUT}base_distance")),
+)
+"""Metrics of one scale in one panel; the last one is no score."""
+
+
+def heldout_panels(names: Sequence[str]) -> list[Panel]:
+    """A panel for every held-out metric of `names`, those of one scale together, the others each in its own."""
+    panels = [p._replace(names=kept) for p in TOGETHER if (kept := tuple(n for n in p.names if n in names))]
+    shown = {name for panel in panels for name in panel.names}
+    own = [name for name in names if name.startswith(HELDOUT) and name not in shown]
+    scores = [panel for panel in panels if panel.title != TOGETHER[-1].title]
+    return scores + [Panel(describe(name).label, (name,)) for name in own] + panels[len(scores) :]
 
 
 def curves(
@@ -133,31 +153,45 @@ def _groups(rows: Any) -> dict[str, list[Run]]:
 
 
 def _draw_panel(ax: Axes, panel: Panel, groups: Mapping[str, Sequence[Run]]) -> None:
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    label, factor = AXES.get(panel.x, (describe(panel.x).label, 1.0))
-    drawn: list[Array] = []
+    found: dict[tuple[int, int], list[tuple[Array, Array]]] = {}
     for g, runs in enumerate(groups.values()):
         for n, name in enumerate(panel.names):
             lines = [series(run, name, panel.x) for run in runs]
-            lines = [(xs * factor, ys) for xs, ys in lines if len(ys)]
-            text = describe(name).label if len(panel.names) > 1 else ""
-            color, dash = (COLORS[g % 8], DASHES[n % 4]) if len(groups) > 1 else (COLORS[n % 8], "-")
-            if len(lines) == 1:
-                _draw_run(ax, *lines[0], color, dash, text)
-            elif lines:
-                _draw_seeds(ax, lines, color, dash, text)
-            drawn += [ys for _, ys in lines]
+            found[g, n] = [(xs, ys) for xs, ys in lines if len(ys)]
+    factor = _name_axis(ax, panel, max((xs[-1] for lines in found.values() for xs, _ in lines), default=0.0))
+    named: set[int] = set()
+    for (g, n), raw in found.items():
+        lines = [(xs / factor, ys) for xs, ys in raw]
+        text = describe(panel.names[n]).label if len(panel.names) > 1 and n not in named else ""
+        named |= {n} if lines else set()
+        color, dash = (COLORS[g % 8], DASHES[n % 4]) if len(groups) > 1 else (COLORS[n % 8], "-")
+        if len(lines) == 1:
+            _draw_run(ax, *lines[0], color, dash, text)
+        elif lines:
+            _draw_seeds(ax, lines, color, dash, text)
+    drawn = [ys for lines in found.values() for _, ys in lines]
     ax.set_title(panel.title)
-    ax.set_xlabel(label)
     ax.set_ylabel(describe(panel.names[0]).unit)
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=panel.x == "iteration"))
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     if drawn and max(abs(ys).max() for ys in drawn) < 1e-3:
         ax.yaxis.set_major_formatter("{x:.2g}")
     if len(panel.names) > 1 and drawn:
         ax.legend(loc="best", handlelength=1.4, labelspacing=0.3)
     _explain(ax, drawn)
+
+
+def _name_axis(ax: Axes, panel: Panel, end: float) -> float:
+    """Label and ticks of the horizontal axis up to `end`; returns what its values are divided by."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    label, factor = panel.x_label or describe(panel.x).label, 1.0
+    if panel.x == SECONDS:
+        factor, unit = next((divisor, unit) for least, divisor, unit in TIMES if end >= least)
+        label = f"{label} ({unit})"
+    ax.set_xlabel(label)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=panel.x != SECONDS))
+    if end / factor >= 1000:  # 20k; of less it would make 40m, milli, where minutes are meant
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    return factor
 
 
 def _name_groups(figure: Figure, groups: Mapping[str, Sequence[Run]]) -> None:

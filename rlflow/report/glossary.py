@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
+
+HELDOUT = "eval/heldout/"
+HEADLINE = HELDOUT + "strict"
 
 
 class Metric(NamedTuple):
@@ -21,7 +25,7 @@ _FIXED: dict[str, Metric] = {
         "strict accuracy",
         "share",
         1,
-        "Share of held-out captions whose image is right in everything the caption names.",
+        "Share of held-out prompts whose image is right in everything the prompt names.",
     ),
     "eval/heldout/soft": Metric(
         "soft accuracy", "share", 1, "The same verifier with partial credit for what is right in a wrong image."
@@ -36,13 +40,13 @@ _FIXED: dict[str, Metric] = {
         "diversity",
         "rms distance",
         0,
-        "Distance between images of one caption; a steady fall means that the samples become all alike.",
+        "Distance between images of one prompt; a steady fall means that the samples become all alike.",
     ),
     "eval/heldout/base_distance": Metric(
         "distance to the base model",
         "rms distance",
         0,
-        "How far an image moved from the un-tuned model's image of the same noise and caption.",
+        "How far an image moved from the un-tuned model's image of the same noise and prompt.",
     ),
     "eval/heldout/return": Metric(
         "return", "reward", 1, "Undiscounted return of held-out episodes, by the simulator's own reward, noise off."
@@ -179,6 +183,7 @@ _FIXED: dict[str, Metric] = {
     "cost/samples_total": Metric(
         "images, or steps of simulators", "", 0, "Images made, or primitive steps taken in simulators, since the start."
     ),
+    "iteration": Metric("iteration", "", 0, "Iterations of training."),
     "cost/train_seconds_total": Metric(
         "training time",
         "s",
@@ -223,6 +228,12 @@ def describe(name: str) -> Metric:
             part = found.group(1).replace("_", " ")
             return metric._replace(label=metric.label.format(part), meaning=metric.meaning.format(part))
     return Metric(name, "", 0, "")
+
+
+def headline(names: Iterable[str]) -> str | None:
+    """What a verdict, `best` and a comparison go by: strict accuracy, else the first held-out metric with a better."""
+    heldout = [name for name in names if name.startswith(HELDOUT)]
+    return HEADLINE if HEADLINE in heldout else next((n for n in heldout if describe(n).better > 0), None)
 
 
 MISSING = "\N{EN DASH}"

@@ -66,7 +66,8 @@ figcaption { font-size: 12.5px; line-height: 1.35; color: var(--soft); margin-to
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; margin-top: 8px; }
 th { text-align: left; font-weight: 600; color: var(--soft); font-size: 12.5px; }
 th, td { padding: 5px 10px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.num, th.num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; padding-right: 16px; }
+td.num, th.num { text-align: right; font-variant-numeric: tabular-nums; padding-right: 16px; }
+td.num { white-space: nowrap; }
 tr.head td { background: #f5f6f8; font-weight: 600; padding: 5px 8px; border: 0; }
 tr:last-child td { border-bottom: 0; }
 code, pre { font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +19,10 @@ from torch import Tensor
 from rlflow.registry import TABLE
 from rlflow.report.curves import series
 from rlflow.report.figures import read_captions
-from rlflow.report.glossary import describe, share, signed
+from rlflow.report.glossary import HELDOUT, describe, headline, share, signed
 from rlflow.report.metrics_file import Row, read_metrics
 from rlflow.report.stats import Interval, paired_bootstrap
 
-HELDOUT = "eval/heldout/"
-HEADLINE = HELDOUT + "strict"
 NOT_A_JUDGE = ("strict", "soft", "diversity", "base_distance")
 
 
@@ -34,7 +33,7 @@ class Change(NamedTuple):
     after: float
     difference: Interval
     num_rows: int = 0
-    num_captions: int = 0
+    num_prompts: int = 0
 
     def words(self, label: str) -> str:
         """strict accuracy .41 -> .62 (+.21, 95 % paired bootstrap [.15, .27])."""
@@ -48,7 +47,7 @@ class Change(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """Some images (n, 3, H, W) uint8 of an evaluation, their captions and, where known, whether each is right."""
+    """Some images (n, 3, H, W) uint8 of an evaluation, their prompts and, where known, whether each is right."""
 
     images: Tensor
     captions: list[str]
@@ -69,7 +68,7 @@ class RunRecord:
     def read(folder: str | Path) -> RunRecord:
         """FileNotFoundError where `folder` is no run folder; everything in it may be missing."""
         folder = Path(folder)
-        if not any((folder / name).exists() for name in ("config.yaml", "run.json", "metrics.jsonl")):
+        if not _is_run(folder):
             raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml, run.json or metrics.jsonl")
         return RunRecord(folder, _json(folder / "run.json"), _text(folder / "config.yaml"), read_metrics(folder))
 
@@ -125,10 +124,13 @@ class RunRecord:
 
     @property
     def headline(self) -> str | None:
-        """The metric a verdict is about: strict accuracy, else the first one evaluated where more is better."""
-        evaluated = [n for n in self.names if n.startswith("eval/")]
-        better = [n for n in evaluated if describe(n).better > 0]
-        return HEADLINE if HEADLINE in evaluated else next(iter(better), None)
+        """The metric a verdict is about."""
+        return headline(self.names)
+
+    @cached_property
+    def heldout(self) -> list[str]:
+        """Every held-out metric, in the order of `eval.metrics`."""
+        return [name for name in self.names if name.startswith(HELDOUT)]
 
     @property
     def is_images(self) -> bool:
@@ -238,6 +240,19 @@ class RunRecord:
             return Change(before, after, Interval(after - before, math.nan, math.nan))
         error = 1.96 * math.sqrt(first.var(ddof=1) / tenth + last.var(ddof=1) / tenth)
         return Change(before, after, Interval(after - before, after - before - error, after - before + error))
+
+
+def run_folders(paths: Sequence[str | Path]) -> list[Path]:
+    """Run folders as they are, and those in a folder of runs (FOLDER/seed-N, FOLDER/name/seed-N); FileNotFoundError."""
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        below = sorted({*path.glob("*/config.yaml"), *path.glob("*/*/config.yaml")})
+        found |= dict.fromkeys([path] if _is_run(path) or not below else [file.parent for file in below])
+    return list(found)
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.yaml", "run.json", "metrics.jsonl"))
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -7,32 +7,21 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
 from rlflow.report import page, sections
 from rlflow.report.beside import before_after
-from rlflow.report.comparison import compare_report
-from rlflow.report.curves import Panel, curves
+from rlflow.report.curves import Panel, curves, heldout_panels
 from rlflow.report.glossary import describe, duration, share, show
-from rlflow.report.record import HELDOUT, Change, RunRecord
+from rlflow.report.record import Change, RunRecord
 
-__all__ = ["compare_report", "write_report"]
-
-PANELS = (
-    Panel("return of held-out episodes", (f"{HELDOUT}return",)),
-    Panel("success", (f"{HELDOUT}success", f"{HELDOUT}train_success", "rollout/success")),
-    "rollout/episode_return",
-    "reward/mean",
-    Panel("held-out accuracy", (f"{HELDOUT}strict", f"{HELDOUT}soft", f"{HELDOUT}judge")),
-    "kl/ref",
-    "policy/clip_frac",
-    "policy/first_log_ratio_max",
-    "optim/grad_norm",
-    Panel("distances of images", (f"{HELDOUT}diversity", f"{HELDOUT}base_distance")),
-    "policy/approx_kl",
-    "advantage/used_frac",
+REPORT = "report.html"
+TRAINING = (
+    *("rollout/episode_return", "reward/mean", "kl/ref", "policy/clip_frac", "policy/first_log_ratio_max"),
+    *("optim/grad_norm", "policy/approx_kl", "advantage/used_frac"),
 )
 
 
@@ -53,11 +42,26 @@ def write_report(folder: str | Path) -> Path:
         sections.cost(run),
         sections.again(run),
     ]
-    path = run.folder / "report.html"
+    path = run.folder / REPORT
     temporary = path.with_name(f".report.{os.getpid()}.html")
     temporary.write_text(page.page(f"{run.recipe} - rlflow report", parts), encoding="utf-8")
     os.replace(temporary, path)
     return path
+
+
+def summary(folder: str | Path) -> str:
+    """One line for the end of a run: every held-out metric before and after, and where the report is."""
+    run = RunRecord.read(folder)
+    words = [text for name in run.heldout if (text := _before_after(run, name))]
+    return f"{', '.join(words) or 'no held-out metric'}; report: {(run.folder / REPORT).resolve()}"
+
+
+def _before_after(run: RunRecord, name: str) -> str:
+    ends, change = run.ends(name), run.change(name)
+    if ends is None or change is None:
+        return ""
+    before = "" if ends[0] == ends[1] else f"{share(change.before)} -> "
+    return f"{describe(name).label} {before}{share(change.after)}"
 
 
 # -- header and verdict ---------------------------------------------------------------------------
@@ -137,12 +141,8 @@ def _rows_words(run: RunRecord, change: Change) -> str:
         return ""
     if not run.is_images:
         return f" over {change.num_rows:,} seeded episodes"
-    rows, captions = change.num_rows, change.num_captions
-    return (
-        f" on {captions:,} held-out captions"
-        if rows == captions
-        else f" on {rows:,} images of {captions:,} held-out captions"
-    )
+    rows, prompts = change.num_rows, change.num_prompts
+    return f" on {'' if rows == prompts else f'{rows:,} images of '}{prompts:,} held-out prompts"
 
 
 def _conditions(run: RunRecord) -> str:
@@ -176,10 +176,10 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, str]]:
 
 
 def _curves(run: RunRecord) -> str:
-    known = set(run.names)
-    panels: list[str | Panel] = []
-    for panel in PANELS:
-        names = tuple(n for n in (panel.names if isinstance(panel, Panel) else (panel,)) if n in known)
-        if names:
-            panels.append(panel._replace(names=names) if isinstance(panel, Panel) else panel)
-    return page.figure(curves(run.rows, panels), "learning curves") if panels else ""
+    panels = heldout_panels(run.heldout + [n for n in run.names if n == "rollout/success"])
+    rewards = [name for name in run.names if re.fullmatch(r"reward/\w+/mean", name)]
+    training = [name for name in TRAINING if name in run.names]
+    after = training.index("reward/mean") + 1 if "reward/mean" in training else 0
+    training[after:after] = rewards if len(rewards) > 1 else []  # a single one is the curve before it
+    shown: list[str | Panel] = [*panels, *training]
+    return page.figure(curves(run.rows, shown), "learning curves") if shown else ""

@@ -10,8 +10,8 @@ from html import escape
 
 from rlflow.report import page
 from rlflow.report.curves import series
-from rlflow.report.glossary import MISSING, describe, duration, order, share, show, signed
-from rlflow.report.record import HEADLINE, HELDOUT, Change, RunRecord
+from rlflow.report.glossary import HELDOUT, MISSING, describe, duration, order, share, show, signed
+from rlflow.report.record import Change, RunRecord
 
 TASK = "eval/task/"
 FALL = 0.02  # of a judge that counts, where no interval is known
@@ -32,8 +32,7 @@ GROUPS = (
 def hacking(run: RunRecord) -> str:
     """The reward next to judges that no reward sees, and a warning where they part."""
     reward = run.trend("reward/mean")
-    shown = dict.fromkeys([*_known(run, HEADLINE, f"{HELDOUT}soft"), *run.judges, *_known(run, *_DISTANCES)])
-    changes = {name: change for name in shown if (change := run.change(name)) is not None}
+    changes = {name: change for name in run.heldout if (change := run.change(name)) is not None}
     if reward is None and not changes and not any(kind == "bad" for _, kind in findings(run)):
         return ""
     rows = (
@@ -64,10 +63,6 @@ def tasks(run: RunRecord) -> str:
 
 
 _DISTANCES = (f"{HELDOUT}diversity", f"{HELDOUT}base_distance")
-
-
-def _known(run: RunRecord, *names: str) -> list[str]:
-    return [name for name in names if name in run.names]
 
 
 def _once(run: RunRecord, name: str) -> bool:
@@ -102,7 +97,7 @@ def findings(run: RunRecord) -> Iterator[tuple[str, str]]:
     diversity = run.change(_DISTANCES[0])
     if diversity is not None and diversity.after < NARROWER * diversity.before:
         yield (
-            f"diversity fell by {1 - diversity.after / diversity.before:.0%}: samples of a caption become alike",
+            f"diversity fell by {1 - diversity.after / diversity.before:.0%}: samples of a prompt become alike",
             "watch",
         )
 

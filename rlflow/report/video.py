@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import io
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 SECONDS = 8.0  # of an episode that a film shows at most
@@ -45,6 +47,16 @@ def write_video(frames: Iterable[Tensor], path: Path, fps: float) -> None:
             writer.send(np.ascontiguousarray(picture[:height, :width]))
     finally:
         writer.close()
+
+
+def gif(path: Path, fps: int = 10) -> bytes:
+    """The film at `path` as an animated GIF, for viewers that play nothing else."""
+    frames = _ffmpeg().read_frames(str(path), output_params=["-r", str(fps)])
+    size = next(frames)["size"]
+    pictures = [Image.frombytes("RGB", size, frame) for frame in frames]
+    file = io.BytesIO()
+    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
+    return file.getvalue()
 
 
 def _ffmpeg() -> Any:

@@ -52,11 +52,6 @@ class Episodes:
         """What was evaluated, in words."""
         return f"{len(self)} seeded episodes"
 
-    @property
-    def headline(self) -> str:
-        """What `best` goes by."""
-        return next(iter(self.scores))
-
     def means(self) -> dict[str, float]:
         """Mean over the episodes."""
         return {name: float(score.nanmean()) for name, score in self.scores.items()}
@@ -72,9 +67,9 @@ class Episodes:
         """Per-episode scores, for paired comparisons later: row i is the same seed in every evaluation."""
         save_file({**self.scores, "caption_id": torch.arange(len(self))}, path)
 
-    def show(self, folder: Path, iteration: int, num: int) -> None:
-        """Write the films of the first episodes."""
-        self.film.save(folder, iteration)
+    def show(self, folder: Path, iteration: int, num: int) -> dict[str, Path]:
+        """Write the films of the first episodes; returns them by name."""
+        return {f"eval/film_{i}": path for i, path in enumerate(self.film.save(folder, iteration))}
 
 
 class EpisodeEvaluator:

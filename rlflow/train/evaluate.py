@@ -46,23 +46,20 @@ class Evaluation:
         """What was evaluated, in words."""
         return f"{len(self)} samples of {len(set(self.captions))} held-out prompts"
 
-    @property
-    def headline(self) -> str:
-        """What `best` goes by: strict, or else the first metric; "" without any."""
-        return "strict" if "strict" in self.scores else next(iter(self.scores), "")
-
     def save(self, path: Path) -> None:
         """Per-sample scores, for paired comparisons later."""
         save_file({**self.scores, "caption_id": self.caption_id}, path)
 
-    def show(self, folder: Path, iteration: int, num: int) -> None:
-        """Write `num` of the images, spread over the captions, as a captioned picture and as tensors."""
+    def show(self, folder: Path, iteration: int, num: int) -> dict[str, Path]:
+        """Write `num` of the images, spread over the prompts, as tensors and as a captioned picture: {name: path}."""
         from rlflow.report.figures import image_grid
 
         some = torch.linspace(0, len(self) - 1, min(num, len(self))).long()
-        image_grid(self.images[some], [self.captions[i] for i in some], folder / f"eval_{iteration:06d}.png")
+        grid = folder / f"eval_{iteration:06d}.png"
+        image_grid(self.images[some], [self.captions[i] for i in some], grid)
         images = {"images": (self.images[some] * 255).round().to(torch.uint8), "index": some}
         save_file(images, folder / f"images_{iteration:06d}.safetensors")
+        return {"eval/pictures": grid}
 
 
 @contextmanager

@@ -59,8 +59,9 @@ class Film:
         for row in range(len(self.frames)):
             self.ended[row] = self.ended[row] or bool(ended[row])
 
-    def save(self, folder: Path, iteration: int) -> None:
-        """Write film_ITERATION_ROW.mp4 into `folder`."""
-        for row, frames in enumerate(self.frames):
-            if frames:
-                write_video(frames, folder / f"film_{iteration:06d}_{row}.mp4", self.fps)
+    def save(self, folder: Path, iteration: int) -> list[Path]:
+        """Write film_ITERATION_ROW.mp4 into `folder`, and return what was written."""
+        films = {folder / f"film_{iteration:06d}_{row}.mp4": frames for row, frames in enumerate(self.frames) if frames}
+        for path, frames in films.items():
+            write_video(frames, path, self.fps)
+        return list(films)

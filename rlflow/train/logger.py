@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import warnings
@@ -11,15 +12,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+import yaml
+
+from rlflow.config.schema import WandbConfig
 from rlflow.report.metrics_file import METRICS, Kind, MetricsFile, encode_row, read_metrics
+from rlflow.report.video import gif
 from rlflow.train.terminal import Terminal, make_terminal
 
 
 class Sink(Protocol):
-    """Where numbers go besides metrics.jsonl."""
+    """Where numbers and pictures go besides metrics.jsonl."""
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Take the finite numbers of one row."""
+
+    def show(self, iteration: int, files: Mapping[str, Path]) -> None:
+        """Take pictures (.png) and films (.mp4) by name."""
 
     def cut(self, iteration: int) -> None:
         """Forget what came after `iteration`."""
@@ -29,21 +37,42 @@ class Sink(Protocol):
 
 
 class Tensorboard:
-    """Scalars in <run>/tensorboard; the writer starts with the first number, since loading it takes seconds."""
+    """Scalars, pictures, films and the config in <run>/tensorboard.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    The writer starts with the first number, since loading it takes seconds.
+    """
+
+    def __init__(self, folder: Path, config: str = ""):
+        self.folder, self.config = folder, config
         self.purge_step: int | None = None
         self.writer: Any = None
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Write scalars at step `iteration`."""
+        writer = self._start()
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, iteration)
+
+    def show(self, iteration: int, files: Mapping[str, Path]) -> None:
+        """Write pictures as they are and films as GIFs, which is what tensorboard plays."""
+        from PIL import Image
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        writer = self._start()
+        for name, path in files.items():
+            data = path.read_bytes() if path.suffix == ".png" else gif(path)
+            width, height = Image.open(io.BytesIO(data)).size
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+            writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), iteration)
+
+    def _start(self) -> Any:
         if self.writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(self.folder), purge_step=self.purge_step)
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, iteration)
+            if self.config:
+                self.writer.add_text("config", f"```yaml\n{self.config}```", self.purge_step or 0)
+        return self.writer
 
     def cut(self, iteration: int) -> None:
         """Have tensorboard hide every step after `iteration` written so far."""
@@ -67,22 +96,40 @@ def import_wandb() -> Any:
 
 
 class Wandb:
-    """Scalars on wandb against our own iteration axis, so that a resumed run may step back."""
+    """All of it on wandb, against our own iteration axis, so that a resumed run may step back."""
 
-    def __init__(self, folder: Path):
-        wandb = import_wandb()
+    def __init__(self, folder: Path, where: WandbConfig, config: str = ""):
+        self.wandb = import_wandb()
         id_file = folder / "wandb_id"
         if not id_file.exists():
             id_file.write_text(os.urandom(4).hex())
-        self.run = wandb.init(
-            project="rlflow", name=folder.name, id=id_file.read_text().strip(), resume="allow", dir=str(folder)
+        self.run = self.wandb.init(
+            project=where.project,
+            entity=where.entity,
+            group=where.group,
+            tags=where.tags,
+            name=where.name or folder.name,
+            id=id_file.read_text().strip(),
+            resume="allow",
+            dir=str(folder),
         )
+        # not by init: a resumed run may have another budget, which wandb refuses without a word from us
+        self.run.config.update(yaml.safe_load(config) or {}, allow_val_change=True)
         self.run.define_metric("iteration")
         self.run.define_metric("*", step_metric="iteration")
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Send one row."""
         self.run.log({"iteration": iteration, **metrics})
+
+    def show(self, iteration: int, files: Mapping[str, Path]) -> None:
+        """Send pictures and films."""
+        wandb = self.wandb
+        made = {
+            n: wandb.Image(str(p)) if p.suffix == ".png" else wandb.Video(str(p), format="mp4")
+            for n, p in files.items()
+        }
+        self.run.log({"iteration": iteration, **made})
 
     def cut(self, iteration: int) -> None:
         """Nothing to do: rows that are logged again carry the same iteration."""
@@ -95,7 +142,8 @@ class Wandb:
 class RunLogger:
     """Writes a run's numbers and shows its progress; one per run, on rank 0 (a folder of None writes nothing).
 
-    `total_iterations` and `minutes` are the budget (whichever ends first), for the progress bar.
+    `total_iterations` and `minutes` are the budget (whichever ends first), for the progress bar; `config` is the
+    resolved one as YAML, for whoever looks at the numbers elsewhere.
     """
 
     def __init__(
@@ -104,7 +152,8 @@ class RunLogger:
         *,
         total_iterations: int | None,
         minutes: float | None,
-        wandb: bool = False,
+        config: str = "",
+        wandb: WandbConfig | None = None,
         tensorboard: bool = True,
         quiet: bool = False,
     ):
@@ -114,8 +163,8 @@ class RunLogger:
         self.terminal: Terminal | None = None if quiet else make_terminal(total_iterations, minutes)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.sinks += [Wandb(self.folder)] if wandb else []
-            self.sinks += [Tensorboard(self.folder / "tensorboard")] if tensorboard else []
+            self.sinks += [Wandb(self.folder, wandb, config)] if wandb is not None else []
+            self.sinks += [Tensorboard(self.folder / "tensorboard", config)] if tensorboard else []
             self.file = MetricsFile(self.folder / METRICS)
         self._tell_past()
 
@@ -129,6 +178,11 @@ class RunLogger:
             self._guard(sink, partial(sink.log, iteration, finite))
         if kind == "eval" and self.terminal is not None:
             self.terminal.evaluation(iteration, metrics)
+
+    def show(self, iteration: int, files: Mapping[str, Path]) -> None:
+        """Pictures and films of an evaluation by name, to all sinks."""
+        for sink in list(self.sinks) if files else []:
+            self._guard(sink, partial(sink.show, iteration, files))
 
     def cut(self, iteration: int, evaluated: int | None = None) -> None:
         """Forget every row after `iteration`, and a torn last line; called when a run resumes from there.

@@ -31,7 +31,7 @@ from rlflow.config.plain import yaml_errors
 from rlflow.config.schema import Config
 from rlflow.envs.prompt_files import read_text
 from rlflow.ranges import Positive, Seed, Size
-from rlflow.registry import nearest
+from rlflow.registry import located, nearest
 from rlflow.report.aggregate import aggregate
 from rlflow.report.glossary import duration
 from rlflow.report.metrics_file import read_metrics
@@ -103,14 +103,17 @@ class Job:
         return [sys.executable, "-m", "rlflow", "train", *arguments]
 
 
-def read_table(path: Path) -> dict[str, Any]:
-    """The YAML of a table."""
-    if not path.is_file():
-        raise ValueError(f"no table {str(path)!r}")
-    with yaml_errors(f"table {str(path)!r}"):
-        values = plain.load(read_text(path))
+def read_table(name: Path | str) -> dict[str, Any]:
+    """The YAML of a table: a file, or one of those that ship by its name."""
+    path, shipped = Path(name), recipes.tables()
+    if path.suffix not in (".yaml", ".yml") and str(name) not in shipped:
+        raise ValueError(f"no table {str(name)!r}{nearest(str(name), shipped)}; a file ends in .yaml")
+    if str(name) not in shipped and not path.is_file():
+        raise ValueError(f"no table {str(name)!r}")
+    with yaml_errors(f"table {str(name)!r}"), located(f"table {str(name)!r}"):
+        values = plain.load(read_text(shipped.get(str(name), path)))
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: a table is a YAML mapping with runs, seeds, jobs, at")
+        raise ValueError(f"{name}: a table is a YAML mapping with runs, seeds, jobs, at")
     return values
 
 
@@ -235,7 +238,7 @@ def run_sweep(
     path: Path | str, folder: Path | str, *, dry: bool = False, jobs: int | None = None, trust_code: bool = False
 ) -> dict[str, Any]:
     """Run what is not finished, `jobs` at a time (default: the table's), then write table.json and table.md."""
-    path, root = Path(path), Path(folder)
+    root = Path(folder)
     values = read_table(path)
     table, todo = parse_table(values), plan(values, trust_code)
     side_by_side = jobs or table.jobs

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlflow.report.glossary import describe, duration, show
+from rlflow.report.glossary import HELDOUT, describe, duration, headline, show
 
 SHOWN = {  # while training, in this order
     "reward/mean": "reward",
@@ -28,8 +28,6 @@ SHOWN = {  # while training, in this order
     "optim/skipped_steps": "skipped steps",
 }
 ONLY_WHERE_ABOVE_0 = ("reward/masked_frac", "optim/skipped_steps")
-HEADLINES = {"strict": "held-out strict", "success": "success", "return": "return of episodes"}
-JUDGED = ("strict", "soft", "judge", "diversity", "base_distance", "success", "train_success", "return", "length")
 PLAIN_SECONDS = 10.0
 
 
@@ -81,16 +79,16 @@ class Evaluations:
 
     def line(self, iteration: int, metrics: Mapping[str, float]) -> str:
         """One line about an evaluation: every held-out number, and what it was at the start."""
-        names = [f"eval/heldout/{name}" for name in JUDGED]
-        parts = [f"{describe(name).label} {self._against_start(name, metrics)}" for name in names if name in metrics]
+        names = [name for name in metrics if name.startswith(HELDOUT)]
+        parts = [f"{describe(name).label} {self._against_start(name, metrics)}" for name in names]
         if "time/eval" in metrics:
             parts.append(f"evaluation took {duration(float(metrics['time/eval']))}")
         return f"evaluation after iteration {iteration}: " + ", ".join(parts or ["no held-out metric"])
 
     def headline(self) -> list[tuple[str, str]]:
         """(what it is, its last value) of the number that counts; nothing before there is one."""
-        known = [name for name in HEADLINES if f"eval/heldout/{name}" in self.last]
-        return [(HEADLINES[name], self._against_start(f"eval/heldout/{name}", self.last)) for name in known[:1]]
+        name = headline(self.last)
+        return [] if name is None else [(describe(name).label, self._against_start(name, self.last))]
 
     def _against_start(self, name: str, metrics: Mapping[str, float]) -> str:
         value = show(float(metrics[name]), "nan")

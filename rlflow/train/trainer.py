@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,18 @@ import torch
 import yaml
 
 from rlflow.config import recipes
-from rlflow.config.parse import difference, parse
+from rlflow.config.parse import difference
 from rlflow.config.schema import Config
 from rlflow.failures import sized_by
 from rlflow.flow.noise import generator
 from rlflow.models.io import save_field
 from rlflow.parallel import dist, shards
+from rlflow.report.glossary import HELDOUT, headline
 from rlflow.report.metrics_file import read_metrics
 from rlflow.rl.collector import permute_rewards
 from rlflow.rl.optim import NonFiniteError
 from rlflow.train.build import judged_by, make_evaluator, make_parts, whole_field
+from rlflow.train.callbacks import AfterIteration, Callback, Each
 from rlflow.train.checkpoint import Checkpoints, deal, pack, rng_state, set_rng_state, unpack, write_text
 from rlflow.train.episodes import Episodes
 from rlflow.train.evaluate import Evaluation
@@ -34,33 +35,33 @@ from rlflow.train.rollout_metrics import rollout_metrics
 from rlflow.train.signals import Signals
 from rlflow.types import Rollout
 
-Callback = Callable[["Trainer", int, dict[str, float]], None]
-
 
 class Trainer:
     """Train a recipe into a run folder.
 
-    `config` is a recipe name, a .yaml path, a dict of sections or a Config. Callbacks are called after
+    `config` is a recipe name, a .yaml path, a Config, or a dict of sections as in a recipe (`base` too), in which a
+    component may be the function or class itself. A callback is a `Callback`, or a function that is called after
     every iteration with (trainer, iteration, metrics).
     """
 
     def __init__(
         self,
-        config: str | dict[str, Any] | Config,
+        config: str | Mapping[str, Any] | Config,
         run: str | Path | None = None,
         *,
         overrides: Sequence[str] = (),
         resume: str | Path | None = None,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Sequence[Callback | AfterIteration] = (),
         trust_code: bool = False,
         quiet: bool = False,
     ):
         self.recipe = config if isinstance(config, str) else "custom"
-        self.config = _resolve(config, overrides, trust_code)
+        self.config = recipes.load(config, overrides, trust_code)
         if run == "":
             raise ValueError("run: must not be empty: leave it out, or name a folder")
         self.run = Path(run) if run is not None else default_run(self.recipe)
-        self.callbacks, self.quiet = list(callbacks), quiet
+        self.callbacks = [c if isinstance(c, Callback) else Each(c) for c in callbacks]
+        self.quiet = quiet
         if self.config.train.threads:
             torch.set_num_threads(self.config.train.threads)
         dist.start()
@@ -90,6 +91,10 @@ class Trainer:
         """Ask `fit` to end after this iteration, with a checkpoint; for callbacks and signals."""
         self._stop_asked = True
 
+    def _tell(self, event: Callable[[Callback], None]) -> None:
+        for callback in self.callbacks:
+            event(callback)
+
     # -- set-up -----------------------------------------------------------------------------------
 
     def _check_folder(self, resume: str | Path | None) -> None:
@@ -110,7 +115,7 @@ class Trainer:
 
     def _check_start(self) -> None:
         """What would otherwise end the run after its folder was written."""
-        if self.config.train.wandb:
+        if self.config.train.wandb is not None:
             import_wandb()
 
     # -- the loop ---------------------------------------------------------------------------------
@@ -128,6 +133,7 @@ class Trainer:
                 self.run if dist.rank() == 0 else None,
                 total_iterations=train.iterations,
                 minutes=train.minutes,
+                config=self.config.to_yaml(),
                 tensorboard=train.tensorboard,
                 wandb=train.wandb,
                 quiet=self.quiet or dist.rank() > 0,
@@ -135,6 +141,7 @@ class Trainer:
             Signals(self.stop),
         ):
             self.logger.cut(self.iteration, self._evaluated)
+            self._tell(lambda c: c.on_start(self))
             if self.iteration == 0 and self._evaluated < 0:
                 self.algorithm.begin()
                 self._evaluate()
@@ -147,6 +154,7 @@ class Trainer:
                 self._evaluate()
             self._save()
             self._finish()
+            self._tell(lambda c: c.on_end(self))
         return self.last_eval
 
     def _loop(self) -> None:
@@ -157,7 +165,7 @@ class Trainer:
             self._warn_of_no_score(metrics)
             self.logger.progress(self.iteration, metrics | self.last_eval, self.seconds)
             for callback in self.callbacks:
-                callback(self, self.iteration, metrics)
+                callback.on_iteration(self, self.iteration, metrics)
             self._periodic()
 
     def _one(self) -> dict[str, float]:
@@ -168,6 +176,7 @@ class Trainer:
             rollout = self.collector.collect(self.iteration)
         if self.config.train.permute_rewards:
             permute_rewards(rollout, generator("control", self.config.train.seed, self.iteration))
+        self._tell(lambda c: c.on_rollout(self, rollout))
         middle = time.perf_counter()
         metrics = self.collector.env.metrics() | rollout_metrics(rollout)
         with sized_by("the update", self.config, *self.config.algorithm.sizes):
@@ -247,8 +256,9 @@ class Trainer:
         start = time.perf_counter()
         with sized_by("evaluation", self.config, "eval.rows_per_call"):
             result = self.evaluator(self.config.eval.weights)
-        self.last_eval = {f"eval/heldout/{n}": v for n, v in result.means().items()}
-        self._evaluated, self._headline = self.iteration, result.headline
+        self.last_eval = {f"{HELDOUT}{n}": v for n, v in result.means().items()}
+        self._evaluated = self.iteration
+        self._headline = (headline(self.last_eval) or "").removeprefix(HELDOUT)
         told = self.last_eval | {f"eval/task/{name}": share for name, share in result.by_task().items()}
         self.logger.log(self.iteration, "eval", told | self._cost() | {"time/eval": time.perf_counter() - start})
         if dist.rank() == 0:
@@ -256,6 +266,7 @@ class Trainer:
         if self._is_best():
             self._write_checkpoint()
         dist.barrier()
+        self._tell(lambda c: c.on_evaluation(self, told))
 
     def _is_best(self) -> bool:
         """True for a score above all checkpoints'; rank 0 looks, and all hear of it, for all take part in saving."""
@@ -265,14 +276,14 @@ class Trainer:
 
     def _score(self) -> float | None:
         """What `best` goes by; None unless these very weights were evaluated."""
-        score = self.last_eval.get(f"eval/heldout/{self._headline}", math.nan)
+        score = self.last_eval.get(f"{HELDOUT}{self._headline}", math.nan)
         return score if self._evaluated == self.iteration and math.isfinite(score) else None
 
     def _keep(self, result: Evaluation | Episodes) -> None:
         folder = self.run / "samples"
         folder.mkdir(exist_ok=True)
         result.save(folder / f"eval_{self.iteration:06d}.safetensors")
-        result.show(folder, self.iteration, self.config.eval.grid)
+        self.logger.show(self.iteration, result.show(folder, self.iteration, self.config.eval.grid))
 
     # -- files ------------------------------------------------------------------------------------
 
@@ -308,12 +319,13 @@ class Trainer:
     def _save(self) -> None:
         self._check_weights()
         self._write_checkpoint()
-        dist.barrier()
 
     def _write_checkpoint(self) -> None:
         state, sound = self.state_dict(), not self.algorithm.optimizer.bad_in_a_row
         if dist.rank() == 0:
             self.checkpoints.save(self.iteration, state, self._score() if sound else None, prune=sound)
+        dist.barrier()
+        self._tell(lambda c: c.on_checkpoint(self, self.checkpoints.folder / f"{self.iteration:06d}"))
 
     def _check_weights(self) -> None:
         """NonFiniteError before such weights become the last checkpoint; the same on every rank."""
@@ -371,14 +383,6 @@ class Trainer:
 
         if dist.rank() == 0:
             write_report(self.run)
-
-
-def _resolve(config: str | dict[str, Any] | Config, overrides: Sequence[str], trust_code: bool) -> Config:
-    if isinstance(config, str):
-        return recipes.load(config, overrides, trust_code)
-    values = config.to_dict() if isinstance(config, Config) else copy.deepcopy(config)
-    recipes.apply(values, overrides)
-    return parse(values, trust_code)
 
 
 def default_run(recipe: str) -> Path:

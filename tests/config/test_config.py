@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import re
+import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import yaml
@@ -15,7 +17,7 @@ from rlflow.config import parse as parsing
 from rlflow.config import recipes
 from rlflow.config import schema as config_module
 from rlflow.config.parse import MAY_CHANGE_ON_RESUME, difference, parse, saved
-from rlflow.config.schema import Config, OptimizerConfig
+from rlflow.config.schema import Config, OptimizerConfig, WandbConfig
 from rlflow.config.values import merge, read_yaml, set_value
 from rlflow.rl.optim import AdamW
 
@@ -323,7 +325,7 @@ def test_every_key_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from rlflow.train.trainer import Trainer
 
     field = save_field(DiT(scenes.VOCAB, size=8, width=16, depth=1, heads=2), tmp_path / "field")
-    config = load(f"policy.field={field}", "env.num_groups=2", "eval.num=4", "eval.metrics={strict: brightness}")
+    config = load(f"policy.field={field}", "env.num_groups=2", "eval.num=4", "eval.metrics={brightness: brightness}")
     seen: set[tuple[str, str]] = set()
     watching = True
 
@@ -346,7 +348,19 @@ def test_every_key_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             watching = True
 
     monkeypatch.setattr(Config, "to_dict", unseen)
-    monkeypatch.setattr("rlflow.train.trainer.parse", lambda values, trust: parse_unseen(values, trust))
+    real_load = recipes.load
+
+    def load_unseen(*arguments: typing.Any) -> Config:
+        """So does a copy of the config."""
+        nonlocal watching
+        watching = False
+        try:
+            return real_load(*arguments)
+        finally:
+            watching = True
+
+    monkeypatch.setattr(recipes, "load", load_unseen)
+    monkeypatch.setitem(sys.modules, "wandb", MagicMock())
 
     def parse_unseen(values: dict, trust: bool) -> Config:
         """The checks read everything: what counts is the run."""
@@ -367,6 +381,7 @@ def test_every_key_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     episode = Episode(obs, action, torch.zeros(5), terminated=True, truncated=False)
     write_demos(tmp_path / "demos", [episode], {"name": "toy_reach"}, {})
     few = ["train.iterations=1", "eval.num=2", "env.num_groups=4", "algorithm.start=8", "algorithm.batch_size=4"]
+    few += ["train.wandb=true"]
     few += [f"algorithm.offline={{demos: {tmp_path / 'demos'}, clone: 1, updates: 1}}"]
     Trainer(recipes.load("robot_reach_sac", few), tmp_path / "off_policy", quiet=True).fit()
     keys = {(cls.__name__, f.name) for cls in sections() for f in dataclasses.fields(cls)}
@@ -402,3 +417,24 @@ def test_what_may_change_on_resume_exists() -> None:
         for part in re.sub(r"settings\..*", "settings", path).split("."):  # the rest is a component's own
             assert part in node, path
             node = node[part]
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (["train.wandb=false"], None),
+        (["train.wandb=true"], WandbConfig()),
+        (["train.wandb.project=mine", "train.wandb.tags=[a, b]"], WandbConfig(project="mine", tags=["a", "b"])),
+        (["train.wandb=true", "train.wandb.group=g"], WandbConfig(group="g")),
+    ],
+)
+def test_wandb_is_on_or_off_or_says_where(values, found):
+    """And reads back from config.yaml as it was."""
+    config = load(*values)
+    assert config.train.wandb == found
+    assert parse(yaml.safe_load(config.to_yaml())).train.wandb == found
+
+
+def test_a_wrong_setting_of_wandb_is_named():
+    with pytest.raises(ValueError, match=r"train\.wandb\.projct: no such setting; did you mean 'project'"):
+        load("train.wandb.projct=x")

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import rlflow as rf
 from rlflow.deploy.runs import evaluator_of, judging_config
+from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.noise import Key
 from rlflow.models.io import read_config, save_field
 from rlflow.pretrain.images import IMAGES
@@ -19,10 +21,10 @@ from rlflow.train.trainer import Trainer
 TINY = (
     *("env.num_groups=2", "env.group_size=4", "env.rows_per_call=8", "eval.num=6", "train.tensorboard=false"),
     *("policy.precision=float32", "policy.num_steps=6", "reward.weights={brightness: 1}"),
-    "eval.metrics={strict: brightness, base_distance: base_distance}",
+    "eval.metrics={brightness: brightness, base_distance: base_distance}",
 )
 
-WORDS = ("env.prompts=words", "eval.metrics={strict: brightness}", "eval.num=4")
+WORDS = ("env.prompts=words", "eval.metrics={brightness: brightness}", "eval.num=4")
 
 
 # -- what judges it -------------------------------------------------------------------------------
@@ -44,12 +46,12 @@ def test_the_model_of_a_run_is_judged_as_the_run(
     run = tmp_path / "run"
     made = trainer(run, f"policy.field={words_field}", *WORDS)
     made.fit()
-    expected = made.last_eval["eval/heldout/strict"]
-    assert rf.evaluate(run / "model")["strict"] == pytest.approx(expected, rel=1e-5)
+    expected = made.last_eval["eval/heldout/brightness"]
+    assert rf.evaluate(run / "model")["brightness"] == pytest.approx(expected, rel=1e-5)
     save_field(made.policy.field.unguided, tmp_path / "live", judged_by=judged_by(made.config))
     evaluator = evaluator_of(tmp_path / "live")
     assert evaluator.columns == made.evaluator.columns
-    assert (evaluator.num_steps, evaluator.judges.weights) == (6, {"strict": 1.0})
+    assert (evaluator.num_steps, evaluator.judges.weights) == (6, {"brightness": 1.0})
 
 
 def test_a_checkpoint_that_says_nothing_and_reads_no_scenes_is_an_error(words_field: str) -> None:
@@ -112,11 +114,59 @@ def test_a_saved_policy_samples_as_before(run: Path, tmp_path: Path) -> None:
     assert not torch.equal(rf.sample(policy, prompts, seed=1, num_steps=4), images)
 
 
+def test_a_prompt_is_a_text_or_a_list_of_texts(run: Path) -> None:
+    """One text is one picture, not one of each letter; what is neither is refused."""
+    policy = rf.load(run)
+    images = rf.sample(policy, "one red circle", num_steps=2)
+    assert torch.equal(images, rf.sample(policy, ["one red circle"], num_steps=2))
+    for wrong in ([], 3, None, ["one red circle", 3], [["one red circle"]], b"one red circle"):
+        with pytest.raises(ValueError, match="prompts: give a text, or a list of texts, got"):
+            rf.sample(policy, wrong)
+
+
+def darkness(images: torch.Tensor) -> torch.Tensor:
+    return 1 - images.mean(dim=(1, 2, 3))
+
+
+class Quiet(FlowSDE):
+    """A kernel of one's own."""
+
+
+def test_functions_and_classes_train_evaluate_and_resume(tmp_path: Path, scenes_field: str, no_report: None) -> None:
+    """A reward, a judge and a kernel by themselves; config.yaml names them, and a notebook's is given again."""
+
+    def redness(images: torch.Tensor) -> torch.Tensor:
+        return images[:, 0].mean(dim=(1, 2))
+
+    def train(**more: Any) -> Trainer:
+        values = {
+            "base": "t2i_flow_grpo",
+            "policy": {"field": scenes_field, "kernel": {"name": Quiet, "a": 0.6}},
+            "reward": {"weights": {darkness: 1.0, redness: 0.5}},
+            "eval": {"metrics": {"red": redness}},
+        }
+        overrides = [o for o in TINY if not o.startswith(("reward.weights", "eval.metrics"))]
+        overrides += ["train.minutes=", "train.iterations=1"]
+        with pytest.warns(UserWarning, match="redness lies in no module"):
+            trainer = Trainer(values, tmp_path / "run", overrides=overrides, quiet=True, **more)
+        trainer.fit()
+        return trainer
+
+    assert isinstance(train().policy.kernel, Quiet)
+    (row,) = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
+    assert {"reward/darkness/mean", "reward/redness/mean"} <= set(row)
+    text = (tmp_path / "run/config.yaml").read_text()
+    assert f"{__name__}:Quiet" in text
+    assert "given:redness: 0.5" in text
+    assert set(rf.evaluate(tmp_path / "run")) == {"red"}
+    assert train(resume="last").iteration == 1
+
+
 def test_evaluate_is_the_runs_last_evaluation(run: Path) -> None:
     """Of all metrics, the distance to the base too; and what is asked for is passed on."""
     last = [row for row in read_metrics(run) if row["kind"] == "eval"][-1]
     found = rf.evaluate(run)
-    assert set(found) == {"strict", "base_distance"}
+    assert set(found) == {"brightness", "base_distance"}
     for name, value in found.items():
         assert value == pytest.approx(last[f"eval/heldout/{name}"], rel=1e-5)
     assert found["base_distance"] > 0

@@ -91,7 +91,7 @@ def cases(root: Path, url: str = "") -> dict[str, dict]:
         "env": {"num_groups": 4, "group_size": 4, "rows_per_call": 4},
         "reward": {"weights": {"brightness": 1.0}},
         "train": {"iterations": 2, "tensorboard": False, "threads": 1},
-        "eval": {"num": 5, "metrics": {"strict": "brightness", "base_distance": "base_distance"}, "grid": 2},
+        "eval": {"num": 5, "metrics": {"brightness": "brightness", "base_distance": "base_distance"}, "grid": 2},
     }
     two = {"num_groups": 4, "num_minibatches": 2}
     # 3 of the 4 steps of an episode in an iteration: both runs have episodes under way when they stop

@@ -9,8 +9,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from rlflow.report.aggregate import NETWORK_ROWS, SECONDS
-from rlflow.report.compare import compare, print_comparison
+from rlflow.cli import main
+from rlflow.report.compare import compare, run_tables
+from rlflow.report.curves import NETWORK_ROWS, SECONDS
 from rlflow.report.stats import paired_bootstrap
 from rlflow.train.logger import RunLogger
 
@@ -103,7 +104,7 @@ def test_other_captions_are_not_paired(tmp_path: Path) -> None:
     a, b = (fake_run(tmp_path / name, better(0.2)) for name in "ab")
     path = b / "samples/eval_000001.safetensors"
     save_file({"strict": better(0.2), "caption_id": torch.arange(NUM) // 5}, path)
-    assert compare([a, b])["differences"][0]["reason"] == "the captions differ"
+    assert compare([a, b])["differences"][0]["reason"] == "the prompts differ"
 
 
 def test_the_answer_is_json_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,8 +114,41 @@ def test_the_answer_is_json_and_a_table(tmp_path: Path, capsys: pytest.CaptureFi
     result = compare(runs)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert result["runs"][1]["control"] is True
-    print_comparison(result)
+    for table in run_tables(result):
+        table.print()
     assert "95 % paired bootstrap" in capsys.readouterr().out
+
+
+def test_the_command_reaches_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs or a folder of them: tables on the terminal, in LaTeX, as JSON; a page and figures in files."""
+    for name, share in (("a", 0.2), ("b", 0.8)):
+        fake_run(tmp_path / name / "seed-3", better(share), train={"permute_rewards": name == "b"})
+    files = [str(tmp_path / f"out/x.{kind}") for kind in ("html", "png", "pdf")]
+    main(["compare", str(tmp_path), "--html", files[0], "--png", files[1], "--pdf", files[2], "--x", "time"])
+    said = capsys.readouterr().out
+    assert "difference to" in said
+    assert "At 7.0 s of training" in said
+    assert [Path(f).read_bytes()[:4] for f in files] == [b"<!do", b"\x89PNG", b"%PDF"]
+    assert all(f"Written: {Path(f).resolve()}" in said for f in files)
+    main(["compare", str(tmp_path), "--latex"])
+    said = capsys.readouterr().out
+    assert r"95 \% paired bootstrap" not in said.split("\\begin")[0], "a comment needs no escape"
+    assert r"\toprule" in said
+    assert r"t2i\_cps" in said
+    assert "→" not in said
+    main(["compare", str(tmp_path), "--json"])
+    values = json.loads(capsys.readouterr().out)
+    assert len(values["runs"]) == 2
+    assert values["groups"]["runs"]["t2i_cps, permute_rewards=true"]["control"] is True
+
+
+def test_seeds_are_one_line_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, share in ((0, 0.2), (1, 0.8)):
+        fake_run(tmp_path / f"seed-{seed}", better(share, seed), train={"seed": seed})
+    main(["compare", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "Before and after" in said
+    assert said.count("t2i_cps") == len(said.split("At ")), "once in every table"
 
 
 def test_one_run_is_before_and_after(tmp_path: Path) -> None:

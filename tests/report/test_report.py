@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from rlflow.report.comparison import compare_report, figure
+from rlflow.report.curves import Panel, curves
 from rlflow.report.figures import image_grid
 from rlflow.report.glossary import MISSING
 from rlflow.report.metrics_file import METRICS
 from rlflow.report.record import RunRecord
-from rlflow.report.report import compare_report, write_report
+from rlflow.report.report import summary, write_report
 from rlflow.train.logger import RunLogger
 
 EVIL = '<script>alert("x")</script> & http://evil.example/x.png'
@@ -96,8 +99,36 @@ def test_the_verdict_is_the_paired_difference(tmp_path):
     """Every caption gains .2 exactly, so the interval has no width; weights and sampler are named."""
     said = text(finished(tmp_path / "run"))
     assert "better strict accuracy .40 → .60 (+.20, 95 % paired bootstrap [.20, .20])" in said
-    assert "on 200 images of 4 held-out captions, evaluated with ema weights, 8 euler steps." in said
+    assert "on 200 images of 4 held-out prompts, evaluated with ema weights, 8 euler steps." in said
     assert "20 iterations, 1 min 00 s of training" in said
+
+
+def test_every_metric_and_every_reward_has_its_curve(tmp_path, monkeypatch):
+    """By whatever name; the verdict and the last line of the run name them too."""
+    folder = start(tmp_path / "run")
+    with logger(folder) as log:
+        for i, value in enumerate((20.5, 21.25)):
+            log.log(
+                i, "eval", {"eval/heldout/base_distance": 0.0, "eval/heldout/pickscore": value, "eval/heldout/ocr": 0.5}
+            )
+            if i:
+                train(log, i, 0.5, **{"reward/pickscore/mean": 20.0, "reward/ocr/mean": 0.5, "reward/ocr/std": 0.1})
+    drawn = []
+    monkeypatch.setattr(
+        "rlflow.report.report.curves", lambda rows, panels: drawn.extend(panels) or curves(rows, panels)
+    )
+    said = text(folder)
+    assert [p.names for p in drawn if isinstance(p, Panel)] == [
+        ("eval/heldout/pickscore",),
+        ("eval/heldout/ocr",),
+        ("eval/heldout/base_distance",),
+    ]
+    assert [p for p in drawn if isinstance(p, str)][:3] == ["reward/mean", "reward/pickscore/mean", "reward/ocr/mean"]
+    assert "held-out pickscore 20.5 → 21.2 (+.75)" in said
+    assert summary(folder) == (
+        "distance to the base model 0 -> 0, held-out pickscore 20.5 -> 21.2, held-out ocr .50 -> .50; "
+        f"report: {folder.resolve() / 'report.html'}"
+    )
 
 
 def test_no_change_is_not_called_better(tmp_path):
@@ -326,30 +357,60 @@ def test_a_folder_that_is_no_run_is_an_error(tmp_path):
 
 
 def test_seeds_are_one_group_and_settings_are_not(tmp_path):
-    """Two seeds: mean and range; the control of the same recipe is a group of its own."""
+    """Two seeds: mean and sd; the control of the same recipe is a group of its own, beside it."""
     folders = [finished(tmp_path / f"s{s}", strict=(0.4, 0.6 + 0.1 * s), seed=s) for s in (0, 1)]
     folders.append(finished(tmp_path / "c", strict=(0.4, 0.4), permute_rewards=True))
     folders.append(finished(tmp_path / "m", strict=(0.4, 0.5), recipe="t2i_mix"))
     html = compare_report(folders, tmp_path / "out" / "compare.html").read_text()
-    said = " ".join(re.sub(r"<[^>]+>", " ", html).split())
+    said = " ".join(unescape(re.sub(r"<[^>]+>", " ", html)).split())
     assert "4 runs in 3 groups" in said
-    assert "t2i_test 2 .65 [.60, .70] +.25 [+.20, +.30]" in said
-    assert "t2i_test, permute_rewards=true 1 .40 0" in said
-    assert "t2i_mix 1 .50 +.10" in said
+    assert "t2i_test 2 .40 ± 0 → .65 ± .071 (+.25 ± .071)" in said
+    assert "t2i_test, permute_rewards=true (control) 1 .40 → .40 (0)" in said
+    assert "t2i_mix 1 .40 → .50 (+.10)" in said
+    sweep = compare_report([tmp_path], tmp_path / "all.html").read_text()
+    assert "4 runs in 3 groups" in sweep, "a folder of runs stands for them"
     assert "https://" not in html
 
 
 def test_equal_budget_is_what_every_run_reached(tmp_path):
-    """A run of 60 s is read at the 30 s at which the shorter one ended: half-way between its evaluations."""
+    """A run of 60 s is read at the 30 s at which the shorter one ended, as a sweep's tables do: no line in between."""
     short = start(tmp_path / "short", recipe="t2i_short")
     with logger(short) as log:
         evaluate(log, 0, 0.4, 0.4, 0.0)
-        train(log, 10, 0.5)
+        for i in range(1, 11):
+            train(log, i, 0.5)
         evaluate(log, 10, 0.48, 0.4, 30.0)
     html = compare_report([finished(tmp_path / "long"), short], tmp_path / "compare.html").read_text()
-    said = " ".join(re.sub(r"<[^>]+>", " ", html).split())
-    assert "strict accuracy at 30 s training time" in said
-    assert "t2i_test .50 .50 t2i_short .48 .48" in said
+    said = " ".join(unescape(re.sub(r"<[^>]+>", " ", html)).split())
+    assert "At 30 s of training" in said
+    assert "t2i_test 1 .40 .40 .30 0 0.0 s t2i_short 1 .48 .40 .30 10 30 s" in said
+
+
+@pytest.mark.parametrize(
+    ("end", "label", "ticks"),
+    [(2.4, "training time (s)", "1.8"), (900.0, "training time (min)", "12"), (2e4, "training time (h)", "4.5")],
+)
+def test_time_has_the_unit_that_fits_and_no_milli(end, label, ticks):
+    """40m meant 40 thousandths of a minute."""
+    rows = [{"kind": "eval", "iteration": i, "m": 0.5 * i, "cost/train_seconds_total": end * i} for i in (0, 1)]
+    (ax,) = curves(rows, [Panel("m", ("m",), "cost/train_seconds_total")]).axes
+    assert ax.get_xlabel() == label
+    texts = ax.xaxis.get_major_formatter().format_ticks(ax.get_xticks())
+    assert ticks in texts
+    assert not any(text.endswith(("m", "µ")) for text in texts)
+
+
+def test_samples_are_called_what_they_are(tmp_path, monkeypatch):
+    """Images, or environment steps; a figure holds every held-out metric and nothing else."""
+    drawn = []
+    monkeypatch.setattr("rlflow.report.comparison.curves", lambda rows, panels, path: drawn.extend(panels))
+    images, robot = finished(tmp_path / "i"), finished(tmp_path / "r")
+    (robot / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"env": {"name": "hopper"}}))
+    for runs, label in (([images], "images"), ([robot], "environment steps"), ([images, robot], "")):
+        drawn.clear()
+        figure(runs, tmp_path / "x.png", "samples")
+        assert {(p.x, p.x_label) for p in drawn} == {("cost/samples_total", label)}
+        assert [p.title for p in drawn] == ["held-out accuracy", "distances of images"]
 
 
 def test_comparison_of_runs_without_evaluation(tmp_path):

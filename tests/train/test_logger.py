@@ -1,6 +1,8 @@
 """RunLogger: what is written can be read whatever happens in between, and every number shown says what it is."""
 
 import contextlib
+import dataclasses
+import io
 import json
 import math
 import os
@@ -14,7 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlflow.config.schema import WandbConfig
 from rlflow.report.metrics_file import METRICS, read_metrics
+from rlflow.report.video import write_video
 from rlflow.train import terminal
 from rlflow.train.logger import RunLogger
 
@@ -188,12 +192,36 @@ def test_tensorboard_forgets_what_was_cut(tmp_path):
     assert _scalars(tmp_path, "reward/mean") == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 7.0)]
 
 
+def test_tensorboard_gets_the_config_pictures_and_films(tmp_path):
+    """A picture byte for byte, a film as a GIF that moves, the config as text."""
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pytest.importorskip("imageio_ffmpeg")
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "eval.png")
+    write_video([torch.full((32, 48, 3), shade, dtype=torch.uint8) for shade in (0, 120, 240)], tmp_path / "f.mp4", 5)
+    with make(tmp_path, tensorboard=True, config="train: {seed: 3}\n") as log:
+        log.show(7, {"eval/pictures": tmp_path / "eval.png", "eval/film_0": tmp_path / "f.mp4"})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (picture,), (film,) = (events.Images(name) for name in ("eval/pictures", "eval/film_0"))
+    assert (picture.step, picture.width, picture.height) == (7, 30, 20)
+    assert picture.encoded_image_string == (tmp_path / "eval.png").read_bytes()
+    moving = Image.open(io.BytesIO(film.encoded_image_string))
+    assert (moving.format, moving.size) == ("GIF", (48, 32))
+    assert moving.n_frames > 1
+    (text,) = events.Tensors("config/text_summary")
+    assert b"seed: 3" in text.tensor_proto.string_val[0]
+
+
 def test_a_sink_that_fails_does_not_end_the_run(tmp_path):
     """metrics.jsonl goes on, and the failure is told once."""
 
     class Broken:
         def log(self, iteration, metrics):
             raise OSError("no space left")
+
+        def show(self, iteration, files): ...
 
         def cut(self, iteration): ...
 
@@ -213,29 +241,65 @@ def test_wandb_missing_is_said_at_the_start(tmp_path, monkeypatch):
     """Before anything is trained, with what to do."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="pip install wandb"):
-        make(tmp_path, wandb=True)
+        make(tmp_path, wandb=WandbConfig())
 
 
-def test_wandb_gets_finite_numbers_and_resumes_the_same_run(tmp_path, monkeypatch):
-    """A second logger of the folder continues the same wandb run."""
-    seen = []
+class Wandb(types.ModuleType):
+    """The package as far as we use it, writing down what it is told."""
 
-    class Run:
-        def define_metric(self, *args, **options): ...
+    def __init__(self):
+        super().__init__("wandb")
+        self.inits, self.config, self.logged = [], [], []
 
-        def log(self, row):
-            seen.append(row)
+    def init(self, **options):
+        self.inits.append(options)
+        return types.SimpleNamespace(
+            config=types.SimpleNamespace(update=lambda values, **more: self.config.append((values, more))),
+            define_metric=lambda *args, **options: None,
+            log=self.logged.append,
+            finish=lambda: None,
+        )
 
-        def finish(self): ...
+    def Image(self, path):
+        return "image", path
 
-    ids = []
-    fake = types.SimpleNamespace(init=lambda **options: ids.append(options["id"]) or Run())
+    def Video(self, path, format):
+        assert format == "mp4"
+        return "video", path
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    fake = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_wandb_gets_finite_numbers_and_resumes_the_same_run(tmp_path, wandb):
+    """A second logger of the folder continues the same wandb run."""
     for i in (1, 2):
-        with make(tmp_path, wandb=True) as log:
-            log.log(i, "train", {"a": 0.5, "b": math.nan})
-    assert seen == [{"iteration": 1, "a": 0.5}, {"iteration": 2, "a": 0.5}]
-    assert ids[0] == ids[1]
+        with make(tmp_path, wandb=WandbConfig()) as log:
+            log.log(i, "train", {"a": 0.5, "reward/brightness/mean": 0.25, "b": math.nan})
+    row = {"a": 0.5, "reward/brightness/mean": 0.25}
+    assert wandb.logged == [{"iteration": 1, **row}, {"iteration": 2, **row}]
+    assert wandb.inits[0] == wandb.inits[1]
+    assert wandb.inits[0]["name"] == tmp_path.name
+    assert wandb.inits[0]["project"] == "rlflow"
+
+
+def test_wandb_gets_its_place_the_config_pictures_and_films(tmp_path, wandb):
+    """As the config says; a budget that changed on resume is no error."""
+    where = WandbConfig(project="mine", entity="us", group="g", tags=["a", "b"], name="first")
+    with make(tmp_path, wandb=where, config="train: {iterations: 3}") as log:
+        log.show(3, {"eval/pictures": tmp_path / "eval.png", "eval/film_0": tmp_path / "film.mp4"})
+    (said,) = wandb.inits
+    assert {k: said[k] for k in ("project", "entity", "group", "tags", "name")} == dataclasses.asdict(where)
+    assert wandb.config == [({"train": {"iterations": 3}}, {"allow_val_change": True})]
+    shown = {
+        "eval/pictures": ("image", str(tmp_path / "eval.png")),
+        "eval/film_0": ("video", str(tmp_path / "film.mp4")),
+    }
+    assert wandb.logged == [{"iteration": 3, **shown}]
 
 
 def test_nothing_heavy_is_loaded_before_it_is_used():
@@ -295,6 +359,21 @@ def test_an_evaluation_is_printed_at_once_and_compared_with_the_start(tmp_path, 
     assert out == (
         "evaluation after iteration 5: strict accuracy 0.500 (start 0.400), held-out judge nan, evaluation took 3.0 s\n"
     )
+
+
+@pytest.mark.parametrize("name", ["pickscore", "ocr", "anything"])
+def test_every_metric_of_an_evaluation_is_shown(tmp_path, capsys, name):
+    """Whatever it is called, and the one that counts beside the bar."""
+    rows = [{"eval/heldout/base_distance": 0.0, f"eval/heldout/{name}": value} for value in (0.5, 0.75)]
+    with make(tmp_path, quiet=False) as log:
+        for i, row in enumerate(rows):
+            log.log(i, "eval", row)
+    said = f"held-out {name} 0.750 (start 0.500)"
+    assert said in capsys.readouterr().out.splitlines()[-1]
+    seen = terminal.Evaluations()
+    for row in rows:
+        seen.add(row)
+    assert seen.headline() == [(f"held-out {name}", "0.750 (start 0.500)")]
 
 
 def test_time_left_follows_the_budget_that_ends_first():

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlflow.report.aggregate import NETWORK_ROWS, SECONDS, Spread, aggregate, eval_at
+from rlflow.config import recipes
+from rlflow.report.aggregate import Spread, aggregate, eval_at
+from rlflow.report.curves import NETWORK_ROWS, SECONDS
 from rlflow.report.metrics_file import read_metrics
 from rlflow.report.record import RunRecord
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.logger import RunLogger
-from rlflow.train.sweep import describe_plan, parse_table, plan, run_sweep, state
+from rlflow.train.sweep import describe_plan, parse_table, plan, read_table, run_sweep, state
 from rlflow.train.trainer import Trainer
 from rlflow.train.workers import Workers
 
@@ -54,6 +56,21 @@ def test_the_command_runs_or_resumes(tmp_path: Path) -> None:
     job.folder(tmp_path).mkdir(parents=True)
     (job.folder(tmp_path) / "config.yaml").write_text(job.config.to_yaml())
     assert job.command(tmp_path)[-2:] == ["--resume", "last"]
+
+
+@pytest.mark.parametrize("name", sorted(recipes.tables()))
+def test_every_table_that_ships_can_be_named(name: str) -> None:
+    """By its name alone, with what it is; its recipes and overrides are right where their extras are installed."""
+    checked = parse_table(read_table(name))
+    assert {run.recipe for run in checked.runs} <= set(recipes.names())
+    assert recipes.tables()[name].read_text().startswith("# ")
+
+
+def test_an_unknown_table_is_named_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no table 't2'; did you mean 't2i'"):
+        read_table("t2")
+    with pytest.raises(ValueError, match="no table"):
+        read_table(tmp_path / "t2i.yaml")
 
 
 @pytest.mark.parametrize(
@@ -231,7 +248,7 @@ def test_a_sweep_of_real_runs(
     assert (root / "table.md").read_text().count("| control") == 3
     assert result["runs"]["grpo"]["seeds"] == result["runs"]["control"]["seeds"] == [0, 1]
     assert result["runs"]["control"]["control"] is True
-    assert result["runs"]["grpo"]["metrics"][STRICT]["difference"]["num"] == 2
+    assert result["runs"]["grpo"]["metrics"]["eval/heldout/brightness"]["difference"]["num"] == 2
     assert all(Checkpoints(job.folder(root)).load("last")[0] == 3 for job in jobs)
     capsys.readouterr()
     assert run_sweep(tmp_path / "table.yaml", root) == result

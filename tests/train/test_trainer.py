@@ -20,9 +20,11 @@ from rlflow.envs.demos.dataset import Episode, write_demos
 from rlflow.models.io import load_field
 from rlflow.report.metrics_file import read_metrics
 from rlflow.rl.optim import NonFiniteError
+from rlflow.train.callbacks import Callback
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.evaluate import Evaluation
 from rlflow.train.trainer import Trainer
+from rlflow.types import Rollout
 
 Make = Callable[..., Trainer]
 
@@ -45,7 +47,7 @@ def test_a_run_folder_holds_everything(tmp_path: Path, trainer: Make, monkeypatc
     assert [row["iteration"] for row in evals(run)] == [0, 1, 2]
     for iteration in (0, 1, 2):
         scores = load_file(run / f"samples/eval_{iteration:06d}.safetensors")
-        assert {"strict", "base_distance", "caption_id"} == set(scores)
+        assert {"brightness", "base_distance", "caption_id"} == set(scores)
         assert all(len(v) == 6 for v in scores.values())
         assert (run / f"samples/eval_{iteration:06d}.png").stat().st_size > 0
     head = json.loads((run / "run.json").read_text())
@@ -96,6 +98,46 @@ def test_callbacks_see_every_iteration(tmp_path: Path, trainer: Make) -> None:
     seen: list[tuple[int, float]] = []
     trainer(tmp_path / "run", callbacks=[lambda t, i, m: seen.append((i, m["reward/mean"]))]).fit()
     assert seen == [(row["iteration"], row["reward/mean"]) for row in train_rows(tmp_path / "run")]
+
+
+class Diary(Callback):
+    """Writes down what it is called for."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[object, ...]] = []
+
+    def on_start(self, trainer: Trainer) -> None:
+        assert (trainer.run / "config.yaml").exists()
+        self.lines.append(("start",))
+
+    def on_rollout(self, trainer: Trainer, rollout: Rollout) -> None:
+        self.lines.append(("rollout", tuple(rollout.reward.shape)))
+
+    def on_iteration(self, trainer: Trainer, iteration: int, metrics: dict[str, float]) -> None:
+        self.lines.append(("iteration", iteration))
+
+    def on_evaluation(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        assert list((trainer.run / "samples").glob(f"eval_{trainer.iteration:06d}.png"))
+        self.lines.append(("evaluation", trainer.iteration, "eval/heldout/brightness" in metrics))
+
+    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+        assert (folder / "model.safetensors").exists() or list(folder.iterdir())
+        self.lines.append(("checkpoint", folder.name))
+
+    def on_end(self, trainer: Trainer) -> None:
+        assert (trainer.run / "model").is_dir()
+        self.lines.append(("end", trainer.interrupted))
+
+
+def test_a_callback_is_called_at_every_turning_point(tmp_path: Path, trainer: Make) -> None:
+    """In this order; what it does not override does nothing, and a function may stand beside it."""
+    diary, functions = Diary(), []
+    trainer(tmp_path / "run", callbacks=[diary, Callback(), lambda t, i, m: functions.append(i)]).fit()
+    begun = [("start",), ("checkpoint", "000000"), ("evaluation", 0, True)]  # the first is the best so far
+    trained = [("rollout", (1, 8)), ("iteration", 1), ("rollout", (1, 8)), ("iteration", 2)]
+    assert diary.lines[:7] == begun + trained
+    assert diary.lines[-3:] == [("evaluation", 2, True), ("checkpoint", "000002"), ("end", False)]
+    assert functions == [1, 2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -194,13 +236,13 @@ def test_a_callers_dict_is_not_changed(tmp_path: Path, scenes_field: str) -> Non
 
 
 def scripted(made: Trainer, scores: list[float]) -> Trainer:
-    """Let evaluations give these scores by their first metric, one after the other."""
+    """Let evaluations give these scores by their first metric that is no distance, one after the other."""
     real, left = made.evaluator, iter(scores)
     assert real is not None
 
     def evaluate(weights: str) -> Evaluation:
         result = real(weights)
-        name = next(iter(result.scores))
+        name = next(n for n in result.scores if n != "base_distance")
         result.scores[name] = torch.full_like(result.scores[name], next(left))
         return result
 
@@ -215,9 +257,10 @@ def scripted(made: Trainer, scores: list[float]) -> Trainer:
 def test_best_is_the_best_evaluation(
     tmp_path: Path, trainer: Make, scores: list[float], every: int, metric: str
 ) -> None:
-    """Wherever checkpoints fall, the start included; without a strict metric by the first one."""
+    """Wherever checkpoints fall, the start included; without a strict metric by the first of which more is better."""
     run = tmp_path / "run"
-    overrides = [f"train.checkpoint_every={every}", f"eval.metrics={{{metric}: brightness, other: brightness}}"]
+    metrics = f"{{base_distance: base_distance, {metric}: brightness, other: brightness}}"
+    overrides = [f"train.checkpoint_every={every}", f"eval.metrics={metrics}"]
     scripted(trainer(run, "train.iterations=4", "eval.every=1", "train.keep=1", *overrides), scores).fit()
     best, state = Checkpoints(run).load("best")
     assert best == scores.index(max(scores))
