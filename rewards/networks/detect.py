@@ -196,13 +196,13 @@ def load_detector(model: str, device: str, offload: bool, precision: Precision, 
     transformers = need_transformers()
     from transformers.image_processing_base import ImageProcessingMixin
 
-    config = transformers.AutoConfig.from_pretrained(check_source(model, "detector"))
+    config = transformers.AutoConfig.from_pretrained(check_source(model, "detector"), trust_remote_code=False)
     pixels, _ = ImageProcessingMixin.get_image_processor_dict(model)
     if config.model_type == "mask2former":
         network = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(model)
         return Mask2Former(OnDevice(network, device, offload, precision), config.id2label, pixels, side)
     if config.model_type == "owlv2":
         network = transformers.Owlv2ForObjectDetection.from_pretrained(model)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         return Owl(OnDevice(network, device, offload, precision), tokenizer, pixels)
     raise ValueError(f"detector {model!r} is a {config.model_type}: give a mask2former of COCO instances, or an owlv2")

@@ -126,7 +126,7 @@ def read_processor(source: str) -> tuple[Any, Pixels]:
     from transformers.image_processing_base import ImageProcessingMixin
 
     values, _ = ImageProcessingMixin.get_image_processor_dict(source)
-    return transformers.AutoTokenizer.from_pretrained(source), Pixels.read(values)
+    return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False), Pixels.read(values)
 
 
 @functools.cache

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+
+from rlflow.models.pretrained.index import check_folder, check_index, read_json
 
 ADAPTER = "default"
 """Name of the LoRA that trains."""
@@ -33,17 +34,24 @@ def pipeline_class(checkpoint: str) -> str:
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise ValueError(f"{checkpoint} has no model_index.json: give the folder that save_pretrained wrote")
-        return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
+        check_folder(folder)
+        return _class_name(checkpoint, read_json(folder / "model_index.json"))
     if "/" not in checkpoint:
         raise ValueError(
             f"there is no folder {checkpoint!r}, and a hub id reads owner/name; one of ours? "
             f"`rlflow pretrain {checkpoint}` makes it, `rlflow pretrain --help` lists them"
         )
     try:
-        return str(_diffusers().DiffusionPipeline.load_config(checkpoint)["_class_name"])
+        index = _diffusers().DiffusionPipeline.load_config(checkpoint)
     except OSError as error:
         why = " ".join(str(error).split())[:300]
         raise ValueError(f"no checkpoint {checkpoint!r}, neither a folder nor a readable hub id: {why}") from error
+    return _class_name(checkpoint, index)
+
+
+def _class_name(checkpoint: str, index: dict[str, Any]) -> str:
+    check_index(checkpoint, index)
+    return str(index.get("_class_name"))
 
 
 def open_pipeline(checkpoint: str, dtype: torch.dtype, quantize: str | None = None) -> Any:
