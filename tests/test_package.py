@@ -23,14 +23,15 @@ MAX_LINES = 400
 BELOW = {
     "types": set(),
     "registry": set(),
+    "files": set(),
     "dist": {"types"},
     "shards": {"types", "dist"},
     "flow": {"types", "shards"},
     "moments": {"types", "dist"},
-    "models": {"types", "registry", "dist", "shards", "moments", "flow"},
-    "rewards": {"types", "registry", "flow", "models", "envs"},
-    "envs": {"types", "registry", "dist", "shards", "moments", "flow", "models", "rewards"},
-    "rl": {"types", "registry", "dist", "shards", "flow", "models", "envs", "rewards"},
+    "models": {"types", "registry", "files", "dist", "shards", "moments", "flow"},
+    "rewards": {"types", "registry", "files", "flow", "models", "envs"},
+    "envs": {"types", "registry", "files", "dist", "shards", "moments", "flow", "models", "rewards"},
+    "rl": {"types", "registry", "files", "dist", "shards", "flow", "models", "envs", "rewards"},
 }
 ABOVE_ALL = {"cli", "commands", "__main__"}  # nothing but themselves may import these
 

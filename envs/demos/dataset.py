@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from rlflow.files import save_tensors
 from rlflow.parallel.moments import merge, no_moments
 from rlflow.types import Tree
 
@@ -76,7 +76,7 @@ class _Writer:
         if self.waiting:
             shard = {name: torch.cat([w[name] for w in self.waiting]).contiguous() for name in self.waiting[0]}
             name = f"{len(self.shards):05}.safetensors"
-            save_file(shard, self.folder / name)
+            save_tensors(shard, self.folder / name)
             self.shards.append({"file": name, "rows": len(shard["action"])})
             self.waiting = []
 
@@ -258,7 +258,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
 def _read_shard(path: Path, rows: int) -> dict[str, Tensor]:
     """Memory-mapped tensors."""
     try:
-        with safe_open(path, "pt") as shard:
+        with path.open("rb"), safe_open(path, "pt") as shard:  # safetensors takes what may not be read for missing
             found = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None

@@ -14,8 +14,9 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file
 from torch import Tensor
+
+from rlflow.files import read_tensors
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -86,7 +87,7 @@ def source_file(source: str, name: str) -> Path:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors by name from .safetensors or a torch file, also where they lie under "state_dict"; ValueError else."""
     if path.suffix == ".safetensors":
-        return load_file(path)
+        return read_tensors(path)
     values = torch.load(path, map_location="cpu", weights_only=True)
     values = values.get("state_dict", values) if isinstance(values, Mapping) else values
     if not isinstance(values, Mapping) or not all(isinstance(v, Tensor) for v in values.values()):

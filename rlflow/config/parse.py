@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from rlflow import registry
+from rlflow.config.inputs import absolute
 from rlflow.config.limits import check
 from rlflow.config.schema import Config, algorithm_name
 from rlflow.config.values import merge
@@ -102,7 +103,7 @@ UNNAMED: dict[str, Any] = {"likelihood": {"name": "chain"}, "algorithm": {"name"
 
 
 def parse(values: dict[str, Any], trust_code: bool = False) -> Config:
-    """A checked Config; ValueError lists every problem with its full path."""
+    """A checked Config with absolute paths; ValueError lists every problem with its full path."""
     if isinstance(name := values.get("algorithm"), str):
         values = values | {"algorithm": {"name": name}}
     values = merge(UNNAMED, values)
@@ -114,7 +115,7 @@ def parse(values: dict[str, Any], trust_code: bool = False) -> Config:
     except ValidationError as error:
         raise ValueError(_explain(error)) from None
     check(config, trust_code)
-    return config
+    return TypeAdapter(Config).validate_json(json.dumps(absolute(config.to_dict())), strict=True)
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -132,8 +132,8 @@ def _result_table(groups: Groups, name: str) -> str:
             escape(label),
             str(len(runs)),
             _spread([_after(run, name) for run in runs]),
-            _spread([_gain(run, name) for run in runs], signed),
-            _spread([_gain(run, judge) for run in runs], signed),
+            _spread([run.gain(name) for run in runs], signed),
+            _spread([run.gain(judge) for run in runs], signed),
             _spread([_after(run, diversity) for run in runs]),
             _spread([run.last("kl/ref") for run in runs]),
             duration(_mean([run.last("cost/train_seconds_total") for run in runs])),
@@ -147,11 +147,6 @@ def _result_table(groups: Groups, name: str) -> str:
 def _after(run: RunRecord, name: str) -> float:
     change = run.change(name)
     return math.nan if change is None else change.after
-
-
-def _gain(run: RunRecord, name: str) -> float:
-    ends, change = run.ends(name), run.change(name)
-    return math.nan if ends is None or change is None or ends[0] == ends[1] else change.difference.value
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -25,13 +25,13 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rlflow.config import recipes
-from rlflow.config.parse import difference
 from rlflow.config.schema import Config
 from rlflow.registry import nearest
 from rlflow.report.aggregate import aggregate
 from rlflow.report.glossary import duration
 from rlflow.report.metrics_file import read_metrics
 from rlflow.train.checkpoint import Checkpoints
+from rlflow.train.folder import changes
 from rlflow.train.workers import Workers
 
 State = Literal["new", "interrupted", "finished"]
@@ -158,8 +158,7 @@ def state(job: Job, root: Path) -> State:
     folder = job.folder(root)
     if not (folder / "config.yaml").exists():
         return "new"
-    saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    if changed := difference(saved, job.config.to_dict()):
+    if changed := changes(folder, job.config):
         lines = "\n  ".join(changed)
         raise ValueError(f"{folder} holds a run of another config: remove it, or take another folder\n  {lines}")
     checkpoints = Checkpoints(folder)

@@ -249,7 +249,7 @@ def _slow(real: Callable[..., None]) -> Callable[..., None]:
 def _train(run: str, field: str, overrides: list[str]) -> None:
     """Train or go on, in a process of its own, with a disk so slow that most kills hit the writing."""
     torch.set_num_threads(1)
-    for name in ("save_file", "_sync", "_remove"):
+    for name in ("save_tensors", "sync", "_remove"):
         setattr(checkpoint, name, _slow(getattr(checkpoint, name)))
     import rlflow.report.report
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from rlflow.files import as_readable, read_tensors
 from rlflow.models.pretrained.index import check_folder, check_index, read_json
 
 ADAPTER = "default"
@@ -143,6 +144,7 @@ def save(pipe: Any, folder: Path, args: dict[str, Any]) -> None:
 
         metadata = _collate_lora_metadata({"transformer": transformer})
         type(pipe).save_lora_weights(folder, transformer_lora_layers=_lora_state(transformer), **metadata)
+    as_readable(folder)
     (folder / "README.md").write_text(model_card(type(pipe).__name__, type(transformer).__name__, full, args))
 
 
@@ -154,9 +156,8 @@ def load(pipe: Any, folder: Path) -> None:
         transformer.load_state_dict(stored.state_dict())
         return
     from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
 
-    state = load_file(folder / "pytorch_lora_weights.safetensors")
+    state = read_tensors(folder / "pytorch_lora_weights.safetensors")
     mine = {name.removeprefix("transformer."): value for name, value in state.items()}
     set_peft_model_state_dict(transformer, mine, adapter_name=ADAPTER)
 

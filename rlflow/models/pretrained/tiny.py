@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from rlflow.files import as_readable
+
 TEXT_WIDTH, POOLED = 32, 16
 
 
@@ -24,6 +26,7 @@ def make_tiny(kind: str, folder: str | Path, seed: int = 0, **scheduler: Any) ->
         torch.manual_seed(seed)
         pipeline = KINDS[kind](Path(folder), scheduler)
     pipeline.save_pretrained(folder)
+    as_readable(folder)
     return Path(folder)
 
 
