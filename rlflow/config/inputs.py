@@ -32,7 +32,7 @@ Record = dict[str, dict[str, str]]
 
 def absolute(values: dict[str, Any]) -> dict[str, Any]:
     """A config's plain values with absolute paths."""
-    return _replaced(values, lambda setting, text, path: text.removesuffix(path) + os.path.abspath(path))
+    return _replaced(values, lambda setting, text, path: text.removesuffix(path) + os.path.abspath(path), _path)
 
 
 def named(values: dict[str, Any]) -> dict[str, Path]:
@@ -43,7 +43,7 @@ def named(values: dict[str, Any]) -> dict[str, Path]:
         found[setting] = Path(path)
         return text
 
-    _replaced(values, note)
+    _replaced(values, note, _path)
     return found
 
 
@@ -51,7 +51,7 @@ def keep(run: Path, values: dict[str, Any]) -> None:
     """Note what a run begins with; what it noted before stays."""
     folder, record = run / "inputs", _read(run)
     for setting, path in named(values).items():
-        if setting in record or not path.exists():
+        if setting in record or not path.exists() or (path.is_dir() and not _of_weights_or_data(path)):
             continue
         folder.mkdir(exist_ok=True)
         record[setting] = {"path": str(path), "sha256": digest(path)}
@@ -71,8 +71,12 @@ def at_hand(run: Path, values: dict[str, Any]) -> tuple[dict[str, Any], list[str
     """The values with the run's own copy in place of every file that is gone or was changed, and what was changed."""
     record, changed = _read(run), []
 
+    def noted(setting: str, text: str) -> str | None:
+        path = record.get(setting, {}).get("path")
+        return path if path and text.endswith(path) else None
+
     def find(setting: str, text: str, path: str) -> str:
-        mine = record.get(setting, {})
+        mine = record[setting]
         copy = run / "inputs" / Path(mine["copy"]).name if "copy" in mine else None
         what = _changed(mine, Path(path))
         if what is None:
@@ -84,7 +88,7 @@ def at_hand(run: Path, values: dict[str, Any]) -> tuple[dict[str, Any], list[str
             changed.append(f"{setting}: {path} {what}; the run's own copy {copy} is used")
         return text.removesuffix(path) + os.path.abspath(copy)
 
-    return _replaced(values, find), changed
+    return _replaced(values, find, noted), changed
 
 
 def changed_for_good(run: Path, values: dict[str, Any]) -> list[str]:
@@ -93,9 +97,7 @@ def changed_for_good(run: Path, values: dict[str, Any]) -> list[str]:
 
 
 def _changed(record: dict[str, str], path: Path) -> str | None:
-    """What happened to an input since it was noted; None for nothing, or where it was not noted."""
-    if record.get("path") != str(path):
-        return None
+    """What happened to an input since it was noted; None for nothing."""
     if not path.exists():
         return "is gone since the run began"
     return None if digest(path) == record.get("sha256") else "is not what it was when the run began"
@@ -109,22 +111,25 @@ def _read(run: Path) -> Record:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(record, dict) or not all(isinstance(entry, dict) for entry in record.values()):
+    entries = list(record.values()) if isinstance(record, dict) else [None]
+    if not all(isinstance(entry, dict) and all(isinstance(v, str) for v in entry.values()) for entry in entries):
         raise ValueError(f"{path} is no table of inputs by setting")
     return record
 
 
 Change = Callable[[str, str, str], str]
 """(setting, its text, the path at the end of it) -> the text to put there."""
+PathIn = Callable[[str, str], str | None]
+"""(setting, its text) -> the path at the end of it."""
 
 
-def _replaced(value: Any, change: Change, setting: str = "") -> Any:
-    """A copy of nested values with `change` applied to every text that names a file."""
+def _replaced(value: Any, change: Change, path_in: PathIn, setting: str = "") -> Any:
+    """A copy of nested values with `change` applied to every text in which there is a path."""
     if isinstance(value, dict):
-        return {k: _replaced(v, change, f"{setting}.{k}" if setting else str(k)) for k, v in value.items()}
+        return {k: _replaced(v, change, path_in, f"{setting}.{k}" if setting else str(k)) for k, v in value.items()}
     if isinstance(value, list):
-        return [_replaced(v, change, f"{setting}.{i}") for i, v in enumerate(value)]
-    path = _path(setting, value) if isinstance(value, str) else None
+        return [_replaced(v, change, path_in, f"{setting}.{i}") for i, v in enumerate(value)]
+    path = path_in(setting, value) if isinstance(value, str) else None
     return value if path is None else change(setting, value, path)
 
 
@@ -142,12 +147,17 @@ def _path(setting: str, text: str) -> str | None:
     return text if _exists(text) else None
 
 
+def _of_weights_or_data(folder: Path) -> bool:
+    """Any other folder, which may be the whole disk, is not read through."""
+    return any((folder / mark).is_file() for mark in MARKS) or any(folder.glob("*.safetensors"))
+
+
 def _exists(text: str) -> bool:
     """Whether a text is a path of this disk; a bare word only if it is a folder of weights or data."""
     path = Path(text)
     try:
         if path.is_dir():
-            return os.sep in text or any((path / mark).is_file() for mark in MARKS)
+            return os.sep in text or _of_weights_or_data(path)
         return bool(path.suffix or os.sep in text) and path.is_file()
     except (OSError, ValueError):  # longer than a name can be, or holding a null byte
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -125,7 +126,7 @@ class Checkpoints:
                 self._link("best", final.name)
         except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
             raise OSError(
-                f"could not write the checkpoint of iteration {iteration} ({error}): free some space; "
+                f"could not write the checkpoint of iteration {iteration} ({error}): {_remedy(error)}; "
                 "earlier checkpoints are intact and --resume last continues from them"
             ) from error
         if prune:
@@ -236,6 +237,14 @@ class Checkpoints:
         spare = max(1, self.keep - 1)
         for path in others[: max(0, len(others) - spare)]:
             _remove(path)
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about an error of writing; safetensors says the system's in its own words."""
+    if isinstance(error, PermissionError):
+        return "allow this user to write there"
+    full = isinstance(error, SafetensorError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return "free some space" if full else "see that the folder is there and can be written"
 
 
 def _complete(path: Path) -> bool:
