@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from rlflow.cli import main
 from rlflow.config import recipes
 from rlflow.models.pretrained.pipeline import adapter_of
 from rlflow.registry import UntrustedCodeError, validate
+from rlflow.train.sweep import plan
 
 MODULE = "rlflow_tests_stranger"
 CODE = """
@@ -115,13 +117,24 @@ def test_with_trust_the_environments_module_is_found_where_the_command_stands(he
     assert (here / "new" / "model").is_dir()
 
 
-@pytest.mark.parametrize("how", ["library", "file", "auto_map", "class"])
+def test_the_runs_of_a_sweep_import_nothing_from_where_it_stands(here: Path) -> None:
+    """`python -m` looks there before anywhere else."""
+    (here / "argparse.py").write_text("open('ran', 'w').close()")
+    (job,) = plan({"runs": [{"name": "a", "recipe": "t2i_cps"}]})
+    command = job.command(here)
+    subprocess.run([*command[: command.index("train")], "--help"], cwd=here, check=True, stdout=subprocess.DEVNULL)
+    assert not (here / "ran").exists()
+
+
+@pytest.mark.parametrize("how", ["library", "file", "auto", "auto_map", "class"])
 def test_a_pipelines_folder_runs_no_code_of_its_own(here: Path, tiny_pipeline: Callable[..., Path], how: str) -> None:
     folder = here / "pipeline"
     shutil.copytree(tiny_pipeline("sd3"), folder)
     index = json.loads((folder / "model_index.json").read_text())
     if how in ("library", "file"):
         index["transformer"] = [MODULE, "Transformer"]
+    if how == "auto":
+        index["tokenizer"] = ["transformers", "AutoTokenizer"]
     if how == "file":
         shutil.copy(f"{MODULE}.py", folder / "transformer")
     if how == "class":

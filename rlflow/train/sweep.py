@@ -96,7 +96,8 @@ class Job:
         resume = ["--resume", "last"] if (run / "config.yaml").exists() else []
         trust = ["--trust-code"] if self.trust_code else []
         arguments = [self.recipe, *self.overrides, "--run", str(run), "--quiet", *trust, *resume]
-        return [sys.executable, "-m", "rlflow", "train", *arguments]
+        # -P: `-m` alone would import any rlflow, yaml, ... that lies where the command stands
+        return [sys.executable, "-P", "-m", "rlflow", "train", *arguments]
 
 
 def read_table(path: Path) -> dict[str, Any]:
