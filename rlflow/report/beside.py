@@ -25,22 +25,18 @@ def before_after(run: RunRecord) -> tuple[str, str]:
     if not run.is_images:
         return _films(run, at[0] if like else at[-1], at[-1])
     first, last = run.pictures(at[0]), run.pictures(at[-1])
-    if (
-        first is None
-        or last is None
-        or not like
-        or (first.captions, first.images.shape)
-        != (
-            last.captions,
-            last.images.shape,
-        )
-    ):
+    if first is None or last is None or not like or _shape(first) != _shape(last):
         shown = [(i, run.grid(i)) for i in dict.fromkeys((at[0], at[-1]))]
         return "".join(f"<p>After iteration {i}:</p>{page.grid_picture(png, '')}" for i, png in shown if png), ""
     if at[0] == at[-1]:
         return _single(last), f"After iteration {at[-1]}. Fixed captions and fixed noise."
     note = "Left before, right after training: same captions, same starting noise; not chosen by result."
     return _pairs(first, last), note + _right_words(first, last)
+
+
+def _shape(shown: Pictures) -> tuple[list[str], Any]:
+    """What pictures have in common that stand side by side."""
+    return shown.captions, shown.images.shape
 
 
 def _right_words(first: Pictures, last: Pictures) -> str:

@@ -41,6 +41,11 @@ def sample_keys(asked: Iterable[Any]) -> Tensor:
     return torch.tensor([int.from_bytes(first, "big", signed=True) for first in sums], dtype=torch.int64)
 
 
+def kept(scores: Scores, caption_id: Tensor, key: Tensor | None) -> dict[str, Tensor]:
+    """What is kept of an evaluation to be paired later."""
+    return {**scores, CAPTION: caption_id, **({} if key is None else {KEY: key})}
+
+
 def pair(a: Scores, b: Scores, metric: str, settings: Iterable[str] = ()) -> Paired:
     """Mean of b - a over their pairs. `settings` differ between the two: that decides where there are no keys."""
     nothing = Interval(math.nan, math.nan, math.nan)

@@ -23,7 +23,7 @@ from rlflow.flow.solvers import Solver
 from rlflow.flow.steps import Steps
 from rlflow.parallel import dist
 from rlflow.registry import located
-from rlflow.report.pairing import CAPTION, KEY, sample_keys
+from rlflow.report.pairing import kept, sample_keys
 from rlflow.train.evaluate import deployed
 from rlflow.train.film import Film
 from rlflow.types import Step, Tree, tree_map
@@ -75,8 +75,7 @@ class Episodes:
 
     def save(self, path: Path) -> None:
         """Per-episode scores, for paired comparisons later: row i is the same seed in every evaluation."""
-        keys = {} if self.key is None else {KEY: self.key}
-        save_tensors({**self.scores, CAPTION: torch.arange(len(self)), **keys}, path)
+        save_tensors(kept(self.scores, torch.arange(len(self)), self.key), path)
 
     def show(self, folder: Path, iteration: int, num: int) -> None:
         """Write the films of the first episodes."""

@@ -18,7 +18,7 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Solver
 from rlflow.parallel import dist
 from rlflow.registry import located
-from rlflow.report.pairing import CAPTION, KEY, sample_keys
+from rlflow.report.pairing import kept, sample_keys
 from rlflow.rewards.base import RewardSet
 
 
@@ -30,7 +30,7 @@ class Evaluation:
     images: Tensor
     captions: list[str]
     caption_id: Tensor
-    key: Tensor  # (N,) of what each sample was asked
+    key: Tensor | None = None  # (N,) of what each sample was asked
 
     def means(self) -> dict[str, float]:
         """Mean over the samples that have a score."""
@@ -55,7 +55,7 @@ class Evaluation:
 
     def save(self, path: Path) -> None:
         """Per-sample scores, for paired comparisons later."""
-        save_tensors({**self.scores, CAPTION: self.caption_id, KEY: self.key}, path)
+        save_tensors(kept(self.scores, self.caption_id, self.key), path)
 
     def show(self, folder: Path, iteration: int, num: int) -> None:
         """Write `num` of the images, spread over the captions, as a captioned picture and as tensors."""

@@ -119,7 +119,7 @@ def test_states(tmp_path: Path, tiny: list[str], scenes_field: str, trainer: Cal
         made.stop()
 
     made = trainer(run, *overrides, callbacks=[stop])
-    made._write_head()
+    made.folder.begin({}, 0)
     assert state(job, tmp_path) == "interrupted"
     made.fit()
     assert state(job, tmp_path) == "interrupted"

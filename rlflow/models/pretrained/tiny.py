@@ -26,7 +26,7 @@ def make_tiny(kind: str, folder: str | Path, seed: int = 0, **scheduler: Any) ->
         torch.manual_seed(seed)
         pipeline = KINDS[kind](Path(folder), scheduler)
     pipeline.save_pretrained(folder)
-    as_readable(folder)
+    as_readable(Path(folder))
     return Path(folder)
 
 
