@@ -237,13 +237,8 @@ def find(kind: str, name: str, trust_code: bool = False) -> Callable[..., Any]:
             )
         if ":" not in name:
             raise ValueError(f"unknown {kind} {name!r}{nearest(name, TABLE[kind])}")
-        if not trust_code:
-            raise UntrustedCodeError(
-                f"{kind} {name!r} is code outside rlflow: pass --trust-code (trust_code=True) to run it"
-            )
+        _check_trusted(f"{kind} {name!r} is code outside rlflow", trust_code)
         path = name
-        if os.getcwd() not in sys.path:  # the `rlflow` command, unlike `python -m`, does not look where it stands
-            sys.path.append(os.getcwd())
     module, _, attribute = path.partition(":")
     try:
         found = importlib.import_module(module)
@@ -255,6 +250,26 @@ def find(kind: str, name: str, trust_code: bool = False) -> Callable[..., Any]:
         return getattr(found, attribute)
     except AttributeError:
         raise ValueError(f"{kind} {name!r}: module {module} has no {attribute!r}") from None
+
+
+def _check_trusted(what: str, trust_code: bool) -> None:
+    """UntrustedCodeError for code outside rlflow unless it is trusted; then it is looked for here, too."""
+    if not trust_code:
+        raise UntrustedCodeError(f"{what}: pass --trust-code (trust_code=True) to run it")
+    if os.getcwd() not in sys.path:  # the `rlflow` command, unlike `python -m`, does not look where it stands
+        sys.path.append(os.getcwd())
+
+
+IMPORTS_NAMES = ("env",)
+"""Kinds of components that hand texts on to libraries which import what stands before a colon (gymnasium.make)."""
+
+
+def _check_texts(value: Any, trust_code: bool) -> None:
+    """UntrustedCodeError for a text with a colon anywhere in the settings of an environment."""
+    if isinstance(value, str) and ":" in value:
+        _check_trusted(f"{value!r} can name a module to import, code outside rlflow", trust_code)
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_texts(part, trust_code)
 
 
 def about(kind: str) -> dict[str, str]:
@@ -339,6 +354,9 @@ def validate(kind: str, path: str, spec: Any, supplied: Iterable[str] = (), trus
         except (pydantic.ValidationError, TypeError) as error:
             raise ValueError(f"{path}.{key}: {_reason(error)}, got {given[key]!r}") from None
         ranges.check(f"{path}.{key}", p.annotation, checked[key])
+        if kind in IMPORTS_NAMES:
+            with located(f"{path}.{key}"):
+                _check_texts(given[key], trust_code)
     return checked
 
 

@@ -145,7 +145,7 @@ def test_a_sweep_trusts_as_it_is_told(own_code):
         plan(table)
     (job,) = plan(table, trust_code=True)
     assert "--trust-code" in job.command(own_code)
-    assert parse(job.command(own_code)[3:]).trust_code
+    assert parse(job.command(own_code)[4:]).trust_code
 
 
 def test_an_own_environment_trains(own_code, monkeypatch, capsys):

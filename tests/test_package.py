@@ -24,18 +24,8 @@ MAX_FILES, MAX_PACKAGE_LINES = 16, 3000
 
 # Rooms from the ground up: a module may import its own room and those before it, and no others.
 ROOMS = (
-    *(
-        "rlflow",
-        "types",
-        "ranges",
-        "registry",
-        "failures",
-        "console",
-        "parallel",
-        "flow",
-        "models",
-        "models.pretrained",
-    ),
+    *("rlflow", "types", "ranges", "files", "registry", "failures", "console", "parallel"),
+    *("flow", "models", "models.pretrained"),
     *("envs.captions", "rewards", "rewards.networks", "rewards.remote", "envs", "envs.demos", "envs.simulators"),
     *("rl.likelihoods", "rl.objectives", "rl", "rl.off_policy"),
     *("config", "pretrain", "report", "train", "deploy", "cost", "doctor", "bench", "commands", "cli", "__main__"),

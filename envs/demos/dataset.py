@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rlflow import registry
 from rlflow.envs.demos.columns import check_like, column, numbers
 from rlflow.envs.demos.identity import check_env
 from rlflow.envs.prompt_files import read_text
+from rlflow.files import save_tensors
 from rlflow.parallel.moments import merge, no_moments
 from rlflow.types import Tree, tree_map
 
@@ -89,7 +89,7 @@ class _Writer:
         if self.waiting:
             shard = {name: torch.cat([w[name] for w in self.waiting]).contiguous() for name in self.waiting[0]}
             name = f"{len(self.shards):05}.safetensors"
-            save_file(shard, self.folder / name)
+            save_tensors(shard, self.folder / name)
             self.shards.append({"file": name, "rows": len(shard["action"])})
             self.waiting = []
 
@@ -290,7 +290,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
 def _read_shard(path: Path, rows: int) -> dict[str, Tensor]:
     """Memory-mapped tensors."""
     try:
-        with safe_open(path, "pt") as shard:
+        with path.open("rb"), safe_open(path, "pt") as shard:  # safetensors takes what may not be read for missing
             found = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlflow.envs.base import VecEnv
 from rlflow.envs.demos.dataset import Episode
+from rlflow.files import read_tensors, save_tensors
 from rlflow.types import Tree, tree_map
 
 
@@ -45,12 +45,12 @@ class GaussianExpert(nn.Module):
 
     def save(self, path: Path, made_by: dict[str, Any]) -> None:
         """One safetensors file, which says how it was made."""
-        save_file(self.state_dict(), path, {"made_by": json.dumps(made_by)})
+        save_tensors(self.state_dict(), path, {"made_by": json.dumps(made_by)})
 
     @classmethod
     def load(cls, path: Path) -> tuple[GaussianExpert, dict[str, Any]]:
         """(expert, how it was made) of a file."""
-        weights = load_file(path)
+        weights = read_tensors(path)
         expert = cls(len(weights["mean"]), len(weights["log_std"]), len(weights["net.0.bias"]))
         expert.load_state_dict(weights)
         with safe_open(path, "pt") as file:

@@ -195,7 +195,7 @@ class Owl:
 def load_detector(source: Source, device: str, offload: bool, precision: Precision, side: int) -> Detector:
     """The detector of a folder or a name on the hub; ValueError for a kind that is not known here."""
     transformers = need_transformers()
-    config = source.load(transformers.AutoConfig.from_pretrained, "config.json of a network")
+    config = source.load(transformers.AutoConfig.from_pretrained, "config.json of a network", trust_remote_code=False)
     if config.model_type == "mask2former":
         network = source.network(transformers.Mask2FormerForUniversalSegmentation)
         placed = OnDevice(network, device, offload, precision)

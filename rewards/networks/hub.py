@@ -18,9 +18,9 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from rlflow.files import read_tensors
 from rlflow.models.hub import only_here, quiet, why_not
 from rlflow.registry import SettingError
 
@@ -105,7 +105,11 @@ class Source:
 
     def tokenizer(self, num_tokens: int) -> Any:
         """Its tokenizer, for a network that knows `num_tokens`; transformers makes an empty one where files lack."""
-        found = self.load(need_transformers().AutoTokenizer.from_pretrained, "tokenizer (tokenizer.json, ...)")
+        found = self.load(
+            need_transformers().AutoTokenizer.from_pretrained,
+            "tokenizer (tokenizer.json, ...)",
+            trust_remote_code=False,
+        )
         if not num_tokens / 2 < len(found) <= num_tokens:
             what = f"{self.name!r} has a tokenizer of {len(found)} tokens for a network of {num_tokens}"
             raise SettingError(self.setting, f"{what}: give the folder or name that holds the network's own")
@@ -131,9 +135,9 @@ class Source:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors by name from .safetensors or a torch file, also where they lie under "state_dict"; ValueError else."""
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
         values = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever an unpickler stumbles over in a file that is none of its own
         raise ValueError(

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rlflow import registry
 from rlflow.config.former import refuse, translate
+from rlflow.config.inputs import absolute
 from rlflow.config.limits import check
 from rlflow.config.plain import check_plain
 from rlflow.config.schema import AlgorithmConfig, Config, SACConfig, algorithm_name
@@ -114,7 +115,7 @@ def _schema() -> TypeAdapter[Config]:
 
 
 def parse(values: dict[str, Any], trust_code: bool = False) -> Config:
-    """A checked Config; ValueError lists every problem with its full path."""
+    """A checked Config with absolute paths; ValueError lists every problem with its full path."""
     check_plain(values)
     if isinstance(name := values.get("algorithm"), str):
         values = values | {"algorithm": {"name": name}}
@@ -132,7 +133,7 @@ def parse(values: dict[str, Any], trust_code: bool = False) -> Config:
     except ValidationError as error:
         raise ValueError(_explain(error)) from None
     check(config, trust_code)
-    return config
+    return TypeAdapter(Config).validate_json(json.dumps(absolute(config.to_dict())), strict=True)
 
 
 COMPONENTS = {

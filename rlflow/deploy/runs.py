@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlflow import registry
-from rlflow.config import recipes
+from rlflow.config import inputs, recipes
 from rlflow.config.parse import parse, saved
 from rlflow.config.schema import Config
 from rlflow.config.values import merge
@@ -32,6 +33,7 @@ from rlflow.train.build import heldout_prompts, judged_by, make_evaluator, make_
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.episodes import EpisodeEvaluator, Episodes
 from rlflow.train.evaluate import Evaluator
+from rlflow.train.seal import taken_up
 
 
 def is_run(path: str | Path) -> bool:
@@ -40,8 +42,16 @@ def is_run(path: str | Path) -> bool:
 
 
 def read_run_config(folder: str | Path, trust_code: bool = False) -> Config:
-    """The resolved config of a run folder."""
-    return parse(saved(recipes.read(str(Path(folder) / "config.yaml"))), trust_code)
+    """The resolved config of a run folder, with its own copies of what is gone or was changed."""
+    values = saved(recipes.read(str(Path(folder) / "config.yaml")))
+    return parse(_at_hand(Path(folder), values), trust_code)
+
+
+def _at_hand(run: Path, values: dict[str, Any]) -> dict[str, Any]:
+    found, changed = inputs.at_hand(run, values)
+    for line in changed:
+        warnings.warn(line, stacklevel=2)
+    return found
 
 
 def judging_config(name: str | Path, trust_code: bool = False) -> Config:
@@ -77,9 +87,9 @@ def _said(name: str | Path, trust_code: bool) -> dict[str, Any]:
     """How a checkpoint says that it is judged: in its config.json, or by the run it lies in; {} where nothing does."""
     said = read_config(str(name)).get("judged_by") or {}
     run = Path(name).resolve().parent
-    if not said and Path(name).is_dir() and is_run(run):  # RUN/model
-        said = judged_by(read_run_config(run, trust_code))
-    return dict(said)
+    if not Path(name).is_dir() or not is_run(run):
+        return dict(said)
+    return _at_hand(run, said) if said else judged_by(read_run_config(run, trust_code))  # RUN/model
 
 
 def load(
@@ -117,9 +127,11 @@ def load(
         return _as_evaluated(make_policy(config, trust_code), config, trust_code)
     config = read_run_config(name, trust_code)
     policy = make_policy(config, trust_code)
-    _, state = Checkpoints(Path(name)).load(checkpoint)
-    policy.load_state_dict(state["policy"])
-    policy.weights.load_state_dict(state["weight_sets"])
+    checkpoints = Checkpoints(Path(name))
+    _, state = checkpoints.load(checkpoint)
+    with taken_up(checkpoints.path(checkpoint), "policy, weight_sets"):
+        policy.load_state_dict(state["policy"])
+        policy.weights.load_state_dict(state["weight_sets"])
     chosen = weights or config.eval.weights
     known = [n for n in ("live", "ema") if n == "live" or n in policy.weights.sets]
     if chosen not in known:

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rlflow import registry
+from rlflow.files import read_tensors, save_tensors
 from rlflow.flow.field import VelocityField
 
 WEIGHTS = "model.safetensors"
 HERE = "THIS_FOLDER"
 """Among the args of a config.json: the folder that holds it, wherever that is by now."""
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """ValueError that names the first tensor of `where` with a value that is not finite."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(f"{where}: {name!r} has values that are not finite")
 
 
 def embedded() -> list[str]:
@@ -38,7 +47,11 @@ def folder_of(name: str) -> Path:
 def read_config(name: str) -> dict[str, Any]:
     """config.json: {"model", "args", "made_by", "judged_by"}."""
     folder = folder_of(name)
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
     if "args" in config:
         config["args"] = {k: str(folder) if v == HERE else v for k, v in config["args"].items()}
     return config
@@ -80,14 +93,18 @@ def _save_weights(field: VelocityField, folder: Path) -> None:
     if field.own_format:
         field.save_weights(folder)
     else:
-        save_file({k: v.contiguous() for k, v in field.state_dict().items()}, folder / WEIGHTS)
+        state = {k: v.contiguous() for k, v in field.state_dict().items()}
+        check_finite(state, f"{folder / WEIGHTS} was not written")
+        save_tensors(state, folder / WEIGHTS)
 
 
 def _load_weights(field: VelocityField, folder: Path) -> None:
     if field.own_format:
         field.load_weights(folder)
     else:
-        field.load_state_dict(load_file(folder / WEIGHTS))
+        state = read_tensors(folder / WEIGHTS)
+        check_finite(state, str(folder / WEIGHTS))
+        field.load_state_dict(state)
 
 
 def _module(cls: type) -> str:

@@ -94,9 +94,9 @@ def put(parameter: Tensor, value: Tensor) -> Tensor:
 
 
 def finite(parameters: Iterable[Tensor]) -> bool:
-    """True on every process where all weights of all processes are finite."""
+    """True on every process where all weights of all processes are finite; they may lie on several devices."""
     bad = [(~local(p.detach()).isfinite()).any() for p in parameters]
-    return not bool(dist.all_max(torch.stack(bad).any().float()))
+    return not bool(dist.all_max(torch.stack([b.to(bad[0].device) for b in bad]).any().float()))
 
 
 def shard(network: nn.Module, device: torch.device) -> None:

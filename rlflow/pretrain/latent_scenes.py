@@ -21,6 +21,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from rlflow.envs.captions import scenes
+from rlflow.files import as_readable
 from rlflow.models.pretrained.hub import quiet
 from rlflow.models.pretrained.pipeline import PretrainedField
 from rlflow.models.pretrained.sd3 import SD3
@@ -71,6 +72,7 @@ class LatentScenes:
         judged = judge_scenes(averaged)
         with quiet():
             averaged.adapter.pipe.to("cpu").save_pretrained(out)
+        as_readable(out)
         command = f"rlflow pretrain {self.name} --vae-steps {args.vae_steps} --rows {args.rows}"
         command += f" --steps {args.steps} --seed {args.seed}"
         made_by = {"command": command, "cpu_seconds": round(time.process_time() - begin), "torch": torch.__version__}

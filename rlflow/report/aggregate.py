@@ -94,8 +94,9 @@ class Line:
 
     def before_after(self, metric: str) -> tuple[Spread, Spread, Spread]:
         """First and last evaluation of each run, and their difference, over seeds."""
-        pairs = [_ends(run, metric) for run in self.runs]
-        return Spread.of(a for a, _ in pairs), Spread.of(b for _, b in pairs), Spread.of(b - a for a, b in pairs)
+        ends = [_ends(run, metric) for run in self.runs]
+        gains = Spread.of(run.gain(metric) for run in self.runs)
+        return Spread.of(a for a, _ in ends), Spread.of(b for _, b in ends), gains
 
     def spent(self, cost: str) -> Spread:
         """Cost of the whole run."""

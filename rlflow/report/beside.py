@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlflow.report import page
 from rlflow.report.glossary import show
+from rlflow.report.pairing import NOT_KEPT, unlike
 from rlflow.report.record import Pictures, RunRecord
 from rlflow.report.video import SECONDS, html_video
 
@@ -20,16 +21,22 @@ def before_after(run: RunRecord) -> tuple[str, str]:
     at = [row["iteration"] for row in run.evals]
     if not at:
         return "", ""
+    like = unlike(run.scores(at[0]), run.scores(at[-1])) in (None, NOT_KEPT)
     if not run.is_images:
-        return _films(run, at[0], at[-1])
+        return _films(run, at[0] if like else at[-1], at[-1])
     first, last = run.pictures(at[0]), run.pictures(at[-1])
-    if first is None or last is None or first.captions != last.captions or first.images.shape != last.images.shape:
+    if first is None or last is None or not like or _shape(first) != _shape(last):
         shown = [(i, run.grid(i)) for i in dict.fromkeys((at[0], at[-1]))]
         return "".join(f"<p>After iteration {i}:</p>{page.grid_picture(png, '')}" for i, png in shown if png), ""
     if at[0] == at[-1]:
         return _single(last), f"After iteration {at[-1]}. Fixed prompts and fixed noise."
     note = "Left before, right after training: same prompts, same starting noise; not chosen by result."
     return _pairs(first, last), note + _right_words(first, last)
+
+
+def _shape(shown: Pictures) -> tuple[list[str], Any]:
+    """What pictures have in common that stand side by side."""
+    return shown.captions, shown.images.shape
 
 
 def _right_words(first: Pictures, last: Pictures) -> str:

@@ -1,7 +1,7 @@
 """compare: several runs side by side; what each gained, and its difference to the first, by paired bootstrap.
 
 Two evaluations are paired where they scored the same prompts from the same noise, or played one simulator from the
-same starts: equal PAIRED_SETTINGS and caption ids. Otherwise the difference of the means has no bounds, and says why.
+same starts (pairing.py). Otherwise the difference of the means has no bounds, and says why.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from rlflow.report.curves import NETWORK_ROWS, SECONDS
 from rlflow.report.glossary import HELDOUT, MISSING, describe, duration, share, show, signed
+from rlflow.report.pairing import pair, unlike
 from rlflow.report.record import RunRecord
-from rlflow.report.stats import paired_bootstrap
 from rlflow.report.tables import Table
 
 PAIRED_SETTINGS = ("eval.prompts", "eval.num", "eval.seed", "env.name", "env.settings.env_id", "env.prompts")
@@ -62,14 +60,13 @@ def _gain(run: RunRecord, metric: str) -> dict[str, float | None] | None:
 
 def _difference(first: RunRecord, run: RunRecord, metrics: Sequence[str]) -> dict[str, Any]:
     a, b = (r.scores(r.evals[-1]["iteration"]) if r.evals else {} for r in (first, run))
-    reason = _unpaired(first, run, a, b)
+    other = _other_settings(first, run)
     found = {}
     for metric in metrics:
-        short = metric.removeprefix(HELDOUT)
-        if reason is None and short in a and short in b:
-            found[metric] = _interval(paired_bootstrap(a[short].numpy(), b[short].numpy(), a["caption_id"].numpy()))
-        else:
-            found[metric] = _interval((_last(run, metric) - _last(first, metric), math.nan, math.nan))
+        paired = pair(a, b, metric.removeprefix(HELDOUT), other)
+        plain = (_last(run, metric) - _last(first, metric), math.nan, math.nan)
+        found[metric] = _interval(plain if paired.reason else paired.difference)
+    reason = unlike(a, b, other)
     return {"run": str(run.folder), "against": str(first.folder), "paired": reason is None, "reason": reason} | {
         "metrics": found
     }
@@ -79,17 +76,10 @@ def _last(run: RunRecord, metric: str) -> float:
     return float(run.evals[-1].get(metric, math.nan)) if run.evals else math.nan
 
 
-def _unpaired(first: RunRecord, run: RunRecord, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | None:
-    """Why two evaluations are not of the same prompts and noise; None when they are."""
+def _other_settings(first: RunRecord, run: RunRecord) -> list[str]:
+    """Settings of evaluations that decide what is asked, and differ."""
     other = [key for key in PAIRED_SETTINGS if first.setting(key) != run.setting(key)]
-    if first.setting("eval.prompts") is not None:
-        other = [key for key in other if key != "env.prompts"]
-    if other:
-        return "evaluated with another " + ", ".join(other)
-    if "caption_id" not in a or "caption_id" not in b:
-        return "the scores of single samples were not kept"
-    same = a["caption_id"].shape == b["caption_id"].shape and bool((a["caption_id"] == b["caption_id"]).all())
-    return None if same else "the prompts differ"
+    return [key for key in other if key != "env.prompts" or first.setting("eval.prompts") is None]
 
 
 def _interval(interval: Sequence[float]) -> dict[str, float | None]:

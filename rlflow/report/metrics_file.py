@@ -52,7 +52,7 @@ class MetricsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self.handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         self._cut_torn_line()
 
     def append(self, line: bytes) -> None:

@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from rlflow.files import read_tensors
 from rlflow.registry import TABLE
 from rlflow.report.curves import series
 from rlflow.report.figures import read_captions
 from rlflow.report.glossary import HELDOUT, describe, headline, share, signed
 from rlflow.report.metrics_file import Row, read_metrics
-from rlflow.report.stats import Interval, paired_bootstrap
+from rlflow.report.pairing import NOT_KEPT, pair
+from rlflow.report.stats import Interval
 
 NOT_A_JUDGE = ("strict", "soft", "diversity", "base_distance")
 
@@ -34,6 +34,13 @@ class Change(NamedTuple):
     difference: Interval
     num_rows: int = 0
     num_prompts: int = 0
+    reason: str | None = None
+    """Why the two evaluations are not paired."""
+
+    @property
+    def unlike(self) -> bool:
+        """True where the two evaluations asked different things: their difference says nothing."""
+        return self.reason not in (None, NOT_KEPT)
 
     def words(self, label: str) -> str:
         """strict accuracy .41 -> .62 (+.21, 95 % paired bootstrap [.15, .27])."""
@@ -188,18 +195,19 @@ class RunRecord:
         values = {row["iteration"]: float(row[name]) for row in self.evals if name in row}
         before, after = values[ends[0]], values[ends[1]]
         plain = Change(before, after, Interval(after - before, math.nan, math.nan))
-        short = name.removeprefix(HELDOUT)
-        a, b = self.scores(ends[0]), self.scores(ends[1])
-        if (
-            short not in a
-            or short not in b
-            or ends[0] == ends[1]
-            or not _same(a.get("caption_id"), b.get("caption_id"))
-        ):
+        if ends[0] == ends[1]:
             return plain
-        ids = a["caption_id"].numpy()
-        difference = paired_bootstrap(a[short].numpy(), b[short].numpy(), ids)
-        return Change(before, after, difference, len(ids), len(np.unique(ids)))
+        paired = pair(self.scores(ends[0]), self.scores(ends[1]), name.removeprefix(HELDOUT))
+        if paired.reason is not None:
+            return plain._replace(reason=paired.reason)
+        return Change(before, after, paired.difference, paired.num_rows, paired.num_prompts)
+
+    def gain(self, name: str) -> float:
+        """Last minus first evaluation; nan before there are two, and where they asked different things."""
+        ends, change = self.ends(name), self.change(name)
+        if ends is None or change is None or ends[0] == ends[1] or change.unlike:
+            return math.nan
+        return change.difference.value
 
     def pictures(self, iteration: int) -> Pictures | None:
         """The fixed prompts' images of an evaluation; None where they were not kept."""
@@ -255,10 +263,6 @@ def _is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.yaml", "run.json", "metrics.jsonl"))
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and a.shape == b.shape and bool((a == b).all())
-
-
 def _mark(score: float) -> bool | None:
     return None if math.isnan(score) else score == 1
 
@@ -277,8 +281,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path) if path.exists() else {}
-    except SafetensorError:  # a run killed while it wrote
+        return read_tensors(path) if path.exists() else {}
+    except ValueError:  # a run killed while it wrote
         return {}
 
 

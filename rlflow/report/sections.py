@@ -103,7 +103,9 @@ def findings(run: RunRecord) -> Iterator[tuple[str, str]]:
 
 
 def direction(change: Change) -> int:
-    """+1 rises, -1 falls, 0 not clear: by the interval, or by more than .02 where there is none."""
+    """+1 rises, -1 falls, 0 not clear: by the interval, or by more than .02 where there is none to be had."""
+    if change.unlike:
+        return 0
     value, low, high = change.difference
     if math.isfinite(low):
         return 1 if low > 0 else -1 if high < 0 else 0

@@ -37,6 +37,8 @@ from rlflow.train.episodes import EpisodeEvaluator
 from rlflow.train.evaluate import Evaluator
 from rlflow.train.learners import make_algorithm, make_likelihood
 
+NOT_THE_WORLD = ("chunk", "threads")
+"""Settings of simulators that change how they are acted in, and not what they are: their episodes are compared."""
 PRECISION = {"float32": None, "float64": None, "bfloat16": torch.bfloat16}
 
 
@@ -188,6 +190,7 @@ def make_evaluator(config: Config, policy: FlowPolicy, trust_code: bool = False)
         noise=c.noise,
         video=c.video,
         noisy=registry.build("steps", "steps", config.steps, trust_code=trust_code) if c.train_mode else None,
+        world=[config.env.name, {k: v for k, v in config.env.settings.items() if k not in NOT_THE_WORLD}],
     )
 
 

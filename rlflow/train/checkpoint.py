@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rlflow.config.inputs import absolute
+from rlflow.config.parse import difference
+from rlflow.files import read_tensors, save_tensors, sync, write_text
+from rlflow.models.io import check_finite
 from rlflow.rl.groups import Groups
+from rlflow.train.seal import STATE, TENSORS, read_head, sealed, sha256
 
-STATE, TENSORS = "state.json", "state.safetensors"
+WEIGHTS = ("policy/", "weight_sets/")
+"""Beginnings of the names of tensors that are weights, of the live set and all others."""
 
 
 def pack(tree: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]:
@@ -40,6 +47,8 @@ def unpack(tensors: dict[str, Tensor], value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if "$tensor" in value:
+        if value["$tensor"] not in tensors:
+            raise ValueError(f"{TENSORS} lacks {value['$tensor']!r}, which {STATE} names")
         return tensors[value["$tensor"]]
     if "$list" in value:
         return [unpack(tensors, v) for v in value["$list"]]
@@ -93,8 +102,8 @@ class Checkpoints:
     One older than `last` stays in any case: whether weights still train is known only after the next step.
     """
 
-    def __init__(self, run: Path, keep: int = 3):
-        self.folder, self.keep = run / "checkpoints", keep
+    def __init__(self, run: Path, keep: int = 3, config: dict[str, Any] | None = None):
+        self.run, self.folder, self.keep, self.config = run, run / "checkpoints", keep, config
 
     def save(self, iteration: int, state: dict[str, Any], score: float | None = None, *, prune: bool = True) -> Path:
         """Write state of `iteration` completely or not at all; `score` (higher is better) may move `best`.
@@ -107,51 +116,67 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
             tensors, values = pack(state)
-            text = json.dumps({"iteration": iteration, "score": score, "state": values})
+            head = {"iteration": iteration, "score": score, "config": self.config, "state": values}
             if _complete(final):
-                write_text(final / STATE, text)
+                write_text(final / STATE, sealed(head, _sum_of(final)))
             else:
-                self._write_folder(final, tensors, text)
+                self._write_folder(final, tensors, head)
             self._link("last", final.name)
             if self.beats_best(score):
                 self._link("best", final.name)
         except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
             raise OSError(
-                f"could not write the checkpoint of iteration {iteration} ({error}): free some space; "
+                f"could not write the checkpoint of iteration {iteration} ({error}): {_remedy(error)}; "
                 "earlier checkpoints are intact and --resume last continues from them"
             ) from error
         if prune:
             self._prune()
         return final
 
-    def _write_folder(self, final: Path, tensors: dict[str, Tensor], text: str) -> None:
+    def _write_folder(self, final: Path, tensors: dict[str, Tensor], head: dict[str, Any]) -> None:
         work = self.folder / f".writing-{final.name}"
         work.mkdir()
         try:
-            save_file(tensors, work / TENSORS)
-            _sync(work / TENSORS)
-            write_text(work / STATE, text)
+            save_tensors(tensors, work / TENSORS)
+            sync(work / TENSORS)
+            write_text(work / STATE, sealed(head, sha256(work / TENSORS)))
             os.replace(work, final)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
-        _sync(self.folder)
+        sync(self.folder)
 
     def load(self, which: str | int | Path = "last") -> tuple[int, dict[str, Any]]:
-        """(iteration, state) of 'last', 'best', an iteration number or a path."""
+        """(iteration, state) of 'last', 'best', an iteration number or a path.
+
+        ValueError that names the file, and the key, of what is damaged, not finite, or of another run.
+        """
         path = self.path(which)
         try:
-            head = json.loads((path / STATE).read_text())
-            return head["iteration"], unpack(load_file(path / TENSORS), head["state"])
-        except (ValueError, KeyError, SafetensorError) as error:
+            head = read_head(path)
+            if head.get("tensors") not in (None, sha256(path / TENSORS)):
+                raise ValueError(f"{TENSORS} is not what was saved: its sha256 differs")
+            tensors = read_tensors(path / TENSORS)
+            state = unpack(tensors, head["state"])
+            check_finite({n: v for n, v in tensors.items() if n.startswith(WEIGHTS)}, TENSORS)
+        except ValueError as error:
             others = [p.name for p in self.all() if p.name != path.resolve().name]
             raise ValueError(
                 f"checkpoint {path} is damaged ({error}): resume from another one, there are {others or 'none'}"
             ) from error
+        self._check_origin(path, head)
+        return head["iteration"], state
+
+    def _check_origin(self, path: Path, head: dict[str, Any]) -> None:
+        """ValueError for a checkpoint of a run with another config, by its own word or by the run it lies in."""
+        mine = self.config or _config_of(self.run)
+        theirs = head.get("config") or _config_of(path.resolve().parent.parent)
+        if mine and theirs and (changed := difference(absolute(theirs), absolute(mine))):
+            raise ValueError(f"checkpoint {path} is of another run: " + ", ".join(changed))
 
     def head(self, which: str | int | Path = "last") -> dict[str, Any]:
         """The numbers of a checkpoint, without its tensors."""
-        return json.loads((self.path(which) / STATE).read_text())["state"]
+        return read_head(self.path(which))["state"]
 
     def cut(self, iteration: int) -> None:
         """Forget checkpoints after `iteration`, when a run goes on from an earlier one."""
@@ -214,8 +239,30 @@ class Checkpoints:
             _remove(path)
 
 
+def _remedy(error: Exception) -> str:
+    """What to do about an error of writing; safetensors says the system's in its own words."""
+    if isinstance(error, PermissionError):
+        return "allow this user to write there"
+    full = isinstance(error, SafetensorError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return "free some space" if full else "see that the folder is there and can be written"
+
+
 def _complete(path: Path) -> bool:
     return (path / STATE).is_file() and (path / TENSORS).is_file()
+
+
+def _config_of(run: Path) -> dict[str, Any]:
+    """The config of a run folder; {} where there is none."""
+    path = run / "config.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _sum_of(path: Path) -> str:
+    """The sum of a checkpoint's tensors as it was when they were written; anew where nobody noted it."""
+    try:
+        return str(read_head(path)["tensors"])
+    except (ValueError, KeyError):
+        return sha256(path / TENSORS)
 
 
 def _score(path: Path) -> float | None:
@@ -231,20 +278,3 @@ def _remove(path: Path) -> None:
     gone = path.with_name(f".removing-{path.name}")
     os.replace(path, gone)
     shutil.rmtree(gone)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file completely or not at all."""
-    work = path.with_name(f".{path.name}")
-    work.write_text(text, encoding="utf-8")
-    _sync(work)
-    os.replace(work, path)
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder to disk, so that a rename never outlives its content."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,20 +10,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rlflow.envs.base import VecEnv, told_scores
 from rlflow.envs.seeds import evaluation_seeds
+from rlflow.files import save_tensors
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Solver
 from rlflow.flow.steps import Steps
 from rlflow.parallel import dist
 from rlflow.registry import located
+from rlflow.report.pairing import kept, sample_keys
 from rlflow.train.evaluate import deployed
 from rlflow.train.film import Film
 from rlflow.types import Step, Tree, tree_map
@@ -43,6 +44,7 @@ class Episodes:
     film: Film = field(default_factory=Film)
     task: Tensor | None = None  # (N,) of `tasks`
     tasks: Sequence[str] = ()
+    key: Tensor | None = None  # (N,) of what was asked in each
 
     def __len__(self) -> int:
         return len(self.scores["return"])
@@ -65,7 +67,7 @@ class Episodes:
 
     def save(self, path: Path) -> None:
         """Per-episode scores, for paired comparisons later: row i is the same seed in every evaluation."""
-        save_file({**self.scores, "caption_id": torch.arange(len(self))}, path)
+        save_tensors(kept(self.scores, torch.arange(len(self)), self.key), path)
 
     def show(self, folder: Path, iteration: int, num: int) -> dict[str, Path]:
         """Write the films of the first episodes; returns them by name."""
@@ -77,7 +79,8 @@ class EpisodeEvaluator:
 
     `noise` is the start of every denoising chain: 'random' as in training; 'fixed', one draw per episode for all of
     its steps; 'zero'. `make(num_envs)` gives an environment without reward wrappers. With `noisy`, the plan of
-    training, all episodes are played a second time as training samples them: the gap between the two is told.
+    training, all episodes are played a second time as training samples them: the gap between the two is told. `world`,
+    JSON-able, is what tells this environment from others.
     """
 
     _task: Tensor  # of this rank's episodes
@@ -95,11 +98,13 @@ class EpisodeEvaluator:
         noise: Literal["random", "fixed", "zero"] = "random",
         video: int | None = 0,
         noisy: Steps | None = None,
+        world: Any = None,
     ):
         with located("eval.num_steps"):
             policy.plan(num_steps)
         self.policy, self.num, self.num_steps, self.solver, self.seed = policy, num, num_steps, solver, seed
         self.rows_per_call, self.noise, self.video, self.noisy = rows_per_call, noise, video, noisy
+        self.key = sample_keys([world, seed, i] for i in range(num))
         self.rows = torch.arange(num).tensor_split(dist.world())[dist.rank()]
         self.env = make(len(self.rows))
 
@@ -116,8 +121,8 @@ class EpisodeEvaluator:
         self.env.metrics()  # says what was not finite
         scores = told_scores({name: dist.gather_shares(value, self.num) for name, value in mine.items()})
         if not self.env.tasks:
-            return Episodes(scores, film)
-        return Episodes(scores, film, dist.gather_shares(self._task, self.num).long(), self.env.tasks)
+            return Episodes(scores, film, key=self.key)
+        return Episodes(scores, film, dist.gather_shares(self._task, self.num).long(), self.env.tasks, self.key)
 
     def _play(self, act: Act, film: Film) -> dict[str, Tensor]:
         """Scores of this rank's episodes."""

@@ -9,26 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rlflow.envs.prompts import Prompts
+from rlflow.files import save_tensors
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Solver
 from rlflow.parallel import dist
 from rlflow.registry import located
+from rlflow.report.pairing import kept, sample_keys
 from rlflow.rewards.base import RewardSet
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores per sample by metric name (N,), the images (N, 3, H, W), their captions and caption numbers (N,)."""
+    """Scores per sample by metric name (N,), the images (N, 3, H, W), their captions, caption numbers and keys (N,)."""
 
     scores: dict[str, Tensor]
     images: Tensor
     captions: list[str]
     caption_id: Tensor
+    key: Tensor | None = None  # (N,) of what each sample was asked
 
     def means(self) -> dict[str, float]:
         """Mean over the samples that have a score."""
@@ -48,7 +50,7 @@ class Evaluation:
 
     def save(self, path: Path) -> None:
         """Per-sample scores, for paired comparisons later."""
-        save_file({**self.scores, "caption_id": self.caption_id}, path)
+        save_tensors(kept(self.scores, self.caption_id, self.key), path)
 
     def show(self, folder: Path, iteration: int, num: int) -> dict[str, Path]:
         """Write `num` of the images, spread over the prompts, as tensors and as a captioned picture: {name: path}."""
@@ -58,7 +60,7 @@ class Evaluation:
         grid = folder / f"eval_{iteration:06d}.png"
         image_grid(self.images[some], [self.captions[i] for i in some], grid)
         images = {"images": (self.images[some] * 255).round().to(torch.uint8), "index": some}
-        save_file(images, folder / f"images_{iteration:06d}.safetensors")
+        save_tensors(images, folder / f"images_{iteration:06d}.safetensors")
         return {"eval/pictures": grid}
 
 
@@ -114,6 +116,8 @@ class Evaluator:
         captions: list[str] = self.columns["prompt"]
         known = {text: i for i, text in enumerate(dict.fromkeys(captions))}
         self.caption_id = torch.tensor([known[text] for text in captions])
+        asked = zip(*self.columns.values(), strict=True)
+        self.key = sample_keys([dict(zip(prompts.columns, row, strict=True)), seed, i] for i, row in enumerate(asked))
         self.base_images: Tensor | None = None
 
     @torch.no_grad()
@@ -144,7 +148,8 @@ class Evaluator:
         if self.base_images is None and self._compares:
             self.base_images = images
         columns = self.columns | {"images": images, "group": self.caption_id, "base_images": self.base_images}
-        return Evaluation(self.judges.compute(columns, len(images)), images, self.columns["prompt"], self.caption_id)
+        scores = self.judges.compute(columns, len(images))
+        return Evaluation(scores, images, self.columns["prompt"], self.caption_id, self.key)
 
     def compare_with(self, policy: FlowPolicy) -> None:
         """Take the base images, to measure the distance from, of another policy; nothing where no judge does."""

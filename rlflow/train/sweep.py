@@ -21,12 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rlflow import ranges
 from rlflow.config import plain, recipes
-from rlflow.config.parse import difference
 from rlflow.config.plain import yaml_errors
 from rlflow.config.schema import Config
 from rlflow.envs.prompt_files import read_text
@@ -36,6 +34,7 @@ from rlflow.report.aggregate import aggregate
 from rlflow.report.glossary import duration
 from rlflow.report.metrics_file import read_metrics
 from rlflow.train.checkpoint import Checkpoints
+from rlflow.train.folder import changes
 from rlflow.train.workers import Workers
 
 State = Literal["new", "interrupted", "finished"]
@@ -100,7 +99,8 @@ class Job:
         resume = ["--resume", "last"] if (run / "config.yaml").exists() else []
         trust = ["--trust-code"] if self.trust_code else []
         arguments = [self.recipe, *self.overrides, "--run", str(run), "--quiet", *trust, *resume]
-        return [sys.executable, "-m", "rlflow", "train", *arguments]
+        # -P: `-m` alone would import any rlflow, yaml, ... that lies where the command stands
+        return [sys.executable, "-P", "-m", "rlflow", "train", *arguments]
 
 
 def read_table(name: Path | str) -> dict[str, Any]:
@@ -165,8 +165,7 @@ def state(job: Job, root: Path) -> State:
     folder = job.folder(root)
     if not (folder / "config.yaml").exists():
         return "new"
-    saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    if changed := difference(saved, job.config.to_dict()):
+    if changed := changes(folder, job.config):
         lines = "\n  ".join(changed)
         raise ValueError(f"{folder} holds a run of another config: remove it, or take another folder\n  {lines}")
     checkpoints = Checkpoints(folder)

@@ -11,27 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from rlflow.config import recipes
-from rlflow.config.parse import difference
 from rlflow.config.schema import Config
 from rlflow.failures import sized_by
 from rlflow.flow.noise import generator
 from rlflow.models.io import save_field
 from rlflow.parallel import dist, shards
 from rlflow.report.glossary import HELDOUT, headline
-from rlflow.report.metrics_file import read_metrics
 from rlflow.rl.collector import permute_rewards
 from rlflow.rl.optim import NonFiniteError
 from rlflow.train.build import judged_by, make_evaluator, make_parts, whole_field
 from rlflow.train.callbacks import AfterIteration, Callback, Each
-from rlflow.train.checkpoint import Checkpoints, deal, pack, rng_state, set_rng_state, unpack, write_text
+from rlflow.train.checkpoint import Checkpoints, deal, pack, rng_state, set_rng_state, unpack
 from rlflow.train.episodes import Episodes
 from rlflow.train.evaluate import Evaluation
-from rlflow.train.head import write_head
+from rlflow.train.folder import RunFolder
 from rlflow.train.logger import RunLogger, import_wandb
 from rlflow.train.rollout_metrics import rollout_metrics
+from rlflow.train.seal import taken_up
 from rlflow.train.signals import Signals
 from rlflow.types import Rollout
 
@@ -65,27 +63,14 @@ class Trainer:
         if self.config.train.threads:
             torch.set_num_threads(self.config.train.threads)
         dist.start()
-        self._check_folder(resume)
-        with sized_by("setting up the run", self.config, "env.num_groups", "env.group_size"):
-            parts = make_parts(self.config, trust_code)
-        self.policy, self.collector, self.algorithm, self.groups = (
-            parts.policy,
-            parts.collector,
-            parts.algorithm,
-            parts.groups,
-        )
-        self._check_start()
-        self.evaluator = make_evaluator(self.config, self.policy, trust_code)
-        self.checkpoints = Checkpoints(self.run, self.config.train.keep)
-        self.iteration, self.seconds, self.network_rows, self.samples = 0, 0.0, 0, 0
-        self.last_eval: dict[str, float] = {}
-        self.interrupted = False
-        """True when a signal or a callback ended `fit` before the budget."""
-        self._stop_asked = self._warned = False
-        self._evaluated, self._headline, self._last_good = -1, "", 0
         self._resumed = resume is not None
-        if resume is not None:
-            self._load(resume)
+        self.folder = RunFolder(self.run, self.config, self.recipe, self._resumed)
+        try:
+            self.folder.enter()
+            self._prepare(resume, trust_code)
+        except BaseException:
+            self.folder.leave()
+            raise
 
     def stop(self) -> None:
         """Ask `fit` to end after this iteration, with a checkpoint; for callbacks and signals."""
@@ -97,21 +82,28 @@ class Trainer:
 
     # -- set-up -----------------------------------------------------------------------------------
 
-    def _check_folder(self, resume: str | Path | None) -> None:
-        saved = self.run / "config.yaml"
-        if resume is None:
-            if saved.exists() and dist.rank() == 0 and self._has_begun():
-                raise FileExistsError(f"{self.run} holds a run: pass --resume last, or another --run folder")
-            return
-        if not saved.exists():
-            raise FileNotFoundError(f"nothing to resume: {saved} does not exist")
-        changed = difference(yaml.safe_load(saved.read_text()), self.config.to_dict())
-        if changed:
-            raise ValueError("refusing to resume under a changed config:\n  " + "\n  ".join(changed))
-
-    def _has_begun(self) -> bool:
-        """False for a folder whose run ended before it trained: it holds nothing to continue or to lose."""
-        return bool(Checkpoints(self.run).all()) or any(row["kind"] == "train" for row in read_metrics(self.run))
+    def _prepare(self, resume: str | Path | None, trust_code: bool) -> None:
+        """All that trains, from its start or a checkpoint."""
+        config = self.folder.at_hand(trust_code)
+        with sized_by("setting up the run", self.config, "env.num_groups", "env.group_size"):
+            parts = make_parts(config, trust_code)
+        self.policy, self.collector, self.algorithm, self.groups = (
+            parts.policy,
+            parts.collector,
+            parts.algorithm,
+            parts.groups,
+        )
+        self._check_start()
+        self.evaluator = make_evaluator(config, self.policy, trust_code)
+        self.checkpoints = Checkpoints(self.run, self.config.train.keep, self.config.to_dict())
+        self.iteration, self.seconds, self.network_rows, self.samples = 0, 0.0, 0, 0
+        self.last_eval: dict[str, float] = {}
+        self.interrupted = False
+        """True when a signal or a callback ended `fit` before the budget."""
+        self._stop_asked = self._warned = False
+        self._evaluated, self._headline, self._last_good = -1, "", 0
+        if resume is not None:
+            self._load(resume)
 
     def _check_start(self) -> None:
         """What would otherwise end the run after its folder was written."""
@@ -125,9 +117,16 @@ class Trainer:
 
         SIGINT and SIGTERM finish the iteration, save a checkpoint and return.
         """
-        train = self.config.train
         self._stop_asked = False
-        self._write_head()
+        try:
+            facts = {"device": str(self.policy.device), "weights": self.config.eval.weights}
+            self.folder.begin(facts, self.iteration)
+            return self._fit()
+        finally:
+            self.folder.leave()
+
+    def _fit(self) -> dict[str, float]:
+        train = self.config.train
         with (
             RunLogger(
                 self.run if dist.rank() == 0 else None,
@@ -270,7 +269,7 @@ class Trainer:
 
     def _is_best(self) -> bool:
         """True for a score above all checkpoints'; rank 0 looks, and all hear of it, for all take part in saving."""
-        sound = dist.rank() == 0 and not self.algorithm.optimizer.bad_in_a_row
+        sound = self._finite() and dist.rank() == 0 and not self.algorithm.optimizer.bad_in_a_row
         best = sound and self.checkpoints.beats_best(self._score())
         return bool(dist.all_max(torch.tensor(float(best), device=self.policy.device)))
 
@@ -286,14 +285,6 @@ class Trainer:
         self.logger.show(self.iteration, result.show(folder, self.iteration, self.config.eval.grid))
 
     # -- files ------------------------------------------------------------------------------------
-
-    def _write_head(self) -> None:
-        if dist.rank() == 0:
-            self.run.mkdir(parents=True, exist_ok=True)
-            write_text(self.run / "config.yaml", self.config.to_yaml())
-            facts = {"device": str(self.policy.device), "weights": self.config.eval.weights}
-            write_head(self.run, self.recipe, facts, self.iteration if self._resumed else None)
-        dist.barrier()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything an exact resume needs; complete on rank 0, and every process has to ask for it at once."""
@@ -327,9 +318,14 @@ class Trainer:
         dist.barrier()
         self._tell(lambda c: c.on_checkpoint(self, self.checkpoints.folder / f"{self.iteration:06d}"))
 
+    def _finite(self) -> bool:
+        """Whether the weights of all sets are; the same on every rank."""
+        stored = [v for weights in self.policy.weights.sets.values() for v in weights.values()]
+        return shards.finite([*self.algorithm.optimizer.parameters, *stored])
+
     def _check_weights(self) -> None:
-        """NonFiniteError before such weights become the last checkpoint; the same on every rank."""
-        if not shards.finite(self.algorithm.optimizer.parameters):
+        """NonFiniteError before such weights, live or of another set, become the last checkpoint."""
+        if not self._finite():
             setting = self.algorithm.optimizer.setting
             raise NonFiniteError(f"the weights are not finite after iteration {self.iteration}: lower {setting}")
 
@@ -345,18 +341,25 @@ class Trainer:
     def _load(self, which: str | Path) -> None:
         if which == "last" and not self.checkpoints.all():
             return  # killed before its first checkpoint: the run begins again
-        iteration, state = self.checkpoints.load(which)
-        shards.load_whole_state(self.policy, state["policy"])
-        self.policy.weights.load_state_dict(state["weight_sets"])
-        self.algorithm.load_state_dict(state["algorithm"])
-        self._take_up(state["collector"])
-        set_rng_state(state["rng"])
-        mine = state["trainer"]
-        self.iteration, self.seconds = iteration, mine["seconds"]
-        self.network_rows, self.samples = mine["network_rows"], mine["samples"]
-        self.last_eval, self._evaluated, self._headline = mine["last_eval"], mine["evaluated"], mine["headline"]
+        path, (iteration, state) = self.checkpoints.path(which), self.checkpoints.load(which)
+        with taken_up(path, "policy"):
+            shards.load_whole_state(self.policy, state["policy"])
+        with taken_up(path, "weight_sets"):
+            self.policy.weights.load_state_dict(state["weight_sets"])
+        with taken_up(path, "algorithm"):
+            self.algorithm.load_state_dict(state["algorithm"])
+        with taken_up(path, "collector"):
+            self._take_up(state["collector"])
+        with taken_up(path, "rng"):
+            set_rng_state(state["rng"])
+        with taken_up(path, "trainer"):
+            mine = state["trainer"]
+            self.iteration, self.seconds = iteration, mine["seconds"]
+            self.network_rows, self.samples = mine["network_rows"], mine["samples"]
+            self.last_eval, self._evaluated, self._headline = mine["last_eval"], mine["evaluated"], mine["headline"]
+        with taken_up(path, "evaluator"):
+            self.evaluator.load_state_dict(state["evaluator"])
         self._last_good = iteration
-        self.evaluator.load_state_dict(state["evaluator"])
         if dist.rank() == 0:
             self.checkpoints.cut(iteration)
 

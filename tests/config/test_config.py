@@ -225,7 +225,7 @@ def test_text_stays_text() -> None:
         ("steps.skip_last=2", "steps", {"name": "all_but_last", "skip_last": 2}),
         ("reward.weights.brightness=0.1", "reward.weights.brightness", 0.1),
         ("algorithm.optimizer.betas=[0.5, 0.6]", "algorithm.optimizer.betas", [0.5, 0.6]),
-        ("eval.prompts=a=b.txt", "eval.prompts", "a=b.txt"),
+        ("eval.prompts=a=b.txt", "eval.prompts", str(Path("a=b.txt").absolute())),
     ],
 )
 def test_an_override_changes_exactly_its_key(override: str, path: str, value: object) -> None:

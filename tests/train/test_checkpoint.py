@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,7 @@ def test_full_disk_leaves_earlier_checkpoints(tmp_path: Path, monkeypatch: pytes
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    target = {"tensors": "save_file", "state": "write_text", "sync": "_sync"}.get(where)
+    target = {"tensors": "save_tensors", "state": "write_text", "sync": "sync"}.get(where)
     with monkeypatch.context() as patch:
         if target is None:
             patch.setattr(Checkpoints, "_link", full)
@@ -237,3 +238,89 @@ def test_a_kill_at_any_system_call_leaves_a_loadable_last(
         Checkpoints(run, keep=1).save(4, state(4))
         assert Checkpoints(run).load("last")[0] == 4
     assert survived >= 4, "the test has to stop the writer in between"
+
+
+def edited(path: Path, change: Callable[[dict], object]) -> None:
+    """Change state.json as an editor would."""
+    head = json.loads((path / STATE).read_text())
+    change(head)
+    (path / STATE).write_text(json.dumps(head))
+
+
+def flipped(path: Path) -> None:
+    """One bit of the last number of the tensors."""
+    content = bytearray((path / TENSORS).read_bytes())
+    content[-1] ^= 1
+    (path / TENSORS).write_bytes(content)
+
+
+EDITS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a number": (lambda p: edited(p, lambda h: h["state"]["trainer"].update(seconds=0)), "state.json was edited"),
+    "a score": (lambda p: edited(p, lambda h: h.update(score=9.0)), "state.json was edited"),
+    "a config": (lambda p: edited(p, lambda h: h["config"]["train"].update(seed=1)), "state.json was edited"),
+    "a key less": (lambda p: edited(p, lambda h: h.pop("state")), "state.json lacks 'state'"),
+    "no sum": (lambda p: edited(p, lambda h: h.pop("sha256")), "state.json lacks 'sha256'"),
+    "no JSON": (lambda p: (p / STATE).write_text("{"), "state.json is not JSON"),
+    "nothing": (lambda p: (p / STATE).write_text(""), "state.json is not JSON"),
+    "a list": (lambda p: (p / STATE).write_text("[1]"), "state.json is no table"),
+    "a bit": (flipped, "state.safetensors is not what was saved"),
+    "half": (lambda p: os.truncate(p / TENSORS, 40), "state.safetensors is not what was saved"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_what_was_edited_or_torn_is_named(tmp_path: Path, edit: str) -> None:
+    change, said = EDITS[edit]
+    path = Checkpoints(tmp_path, config={"train": {"seed": 0}}).save(4, state())
+    change(path)
+    with pytest.raises(ValueError, match="^checkpoint .*000004 is damaged") as refused:
+        Checkpoints(tmp_path).load(4)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("edit", [name for name, (_, said) in EDITS.items() if "JSON" in said or "half" in name])
+def test_without_a_seal_what_cannot_be_read_is_named_too(tmp_path: Path, edit: str) -> None:
+    """Checkpoints of earlier versions have neither config nor sums, and load as they are."""
+    saved = state()
+    path = Checkpoints(tmp_path).save(4, saved)
+    edited(path, lambda head: [head.pop(key) for key in ("config", "tensors", "sha256")])
+    assert same(Checkpoints(tmp_path).load("last")[1], saved)
+    EDITS[edit][0](path)
+    with pytest.raises(ValueError, match=r"^checkpoint .*000004 is damaged \(.*state\.(json|safetensors)"):
+        Checkpoints(tmp_path).load(4)
+
+
+def test_a_tensor_that_is_not_there_is_named(tmp_path: Path) -> None:
+    path = Checkpoints(tmp_path).save(4, state())
+    edited(path, lambda head: [head.pop(key) for key in ("config", "tensors", "sha256")])
+    edited(path, lambda head: head["state"]["policy"].update(w={"$tensor": "policy/v"}))
+    with pytest.raises(ValueError, match="lacks 'policy/v', which state.json names"):
+        Checkpoints(tmp_path).load("last")
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_the_setting_that_differs(tmp_path: Path) -> None:
+    """Its own config says whose it is, or the run it lies in; budgets and the like may differ."""
+    theirs = {"train": {"seed": 1, "iterations": 5}, "policy": {"field": "words"}}
+    path = Checkpoints(tmp_path / "theirs", config=theirs).save(4, state())
+    mine = Checkpoints(tmp_path / "mine", config=theirs | {"train": {"seed": 0, "iterations": 9}})
+    with pytest.raises(ValueError, match=r"^checkpoint .*theirs.*000004 is of another run: train\.seed: 1 -> 0$"):
+        mine.load(path)
+    assert Checkpoints(tmp_path / "mine", config=theirs | {"train": {"seed": 1}}).load(path)[0] == 4
+    edited(path, lambda head: [head.pop(key) for key in ("config", "tensors", "sha256")])
+    assert mine.load(path)[0] == 4, "of an earlier version, in no run: nobody can tell"
+    (tmp_path / "theirs/config.yaml").write_text("train: {seed: 1}\npolicy: {field: words}\n")
+    with pytest.raises(ValueError, match=r"is of another run: train\.seed: 1 -> 0$"):
+        mine.load(path)
+
+
+@pytest.mark.parametrize("where", ["policy", "weight_sets"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, where: str, value: float) -> None:
+    """Of the live set and of every other; an optimiser's numbers are not weights."""
+    spoilt = state() | {"other": torch.tensor([torch.inf])}
+    Checkpoints(tmp_path).save(1, spoilt)
+    assert Checkpoints(tmp_path).load("last")[0] == 1
+    Checkpoints(tmp_path).save(2, spoilt | {where: {"ema/w": torch.tensor([1.0, value])}})
+    with pytest.raises(ValueError, match=rf"'{where}/ema/w' has values that are not finite.*\['000001'\]"):
+        Checkpoints(tmp_path).load("last")

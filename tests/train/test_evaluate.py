@@ -124,7 +124,7 @@ def test_scores_come_back_from_disk(policy: FlowPolicy, tmp_path: Path) -> None:
     result = make(policy)()
     result.save(tmp_path / "scores.safetensors")
     loaded = load_file(tmp_path / "scores.safetensors")
-    assert set(loaded) == {"bright", "base_distance", "caption_id"}
+    assert set(loaded) == {"bright", "base_distance", "caption_id", "key"}
     assert torch.equal(loaded["bright"], result.scores["bright"])
 
 

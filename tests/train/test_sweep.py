@@ -50,7 +50,7 @@ def test_the_plan_is_every_run_with_every_seed() -> None:
 def test_the_command_runs_or_resumes(tmp_path: Path) -> None:
     job = plan(table())[1]
     command = job.command(tmp_path)
-    assert command[1:5] == ["-m", "rlflow", "train", "t2i_flow_grpo"]
+    assert command[1:6] == ["-P", "-m", "rlflow", "train", "t2i_flow_grpo"]
     assert command[command.index("--run") + 1] == str(tmp_path / "control" / "seed-0")
     assert "--resume" not in command
     job.folder(tmp_path).mkdir(parents=True)
@@ -136,7 +136,7 @@ def test_states(tmp_path: Path, tiny: list[str], scenes_field: str, trainer: Cal
         made.stop()
 
     made = trainer(run, *overrides, callbacks=[stop])
-    made._write_head()
+    made.folder.begin({}, 0)
     assert state(job, tmp_path) == "interrupted"
     made.fit()
     assert state(job, tmp_path) == "interrupted"

@@ -47,7 +47,7 @@ def test_a_run_folder_holds_everything(tmp_path: Path, trainer: Make, monkeypatc
     assert [row["iteration"] for row in evals(run)] == [0, 1, 2]
     for iteration in (0, 1, 2):
         scores = load_file(run / f"samples/eval_{iteration:06d}.safetensors")
-        assert {"brightness", "base_distance", "caption_id"} == set(scores)
+        assert {"brightness", "base_distance", "caption_id", "key"} == set(scores)
         assert all(len(v) == 6 for v in scores.values())
         assert (run / f"samples/eval_{iteration:06d}.png").stat().st_size > 0
     head = json.loads((run / "run.json").read_text())

@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from rlflow.files import as_readable
 from rlflow.flow.field import VelocityField
 from rlflow.types import Cond, Tree
 
@@ -164,3 +165,4 @@ def save_policy(field: VelocityField, folder: str) -> None:
     assert isinstance(field, LeRobotField)
     policy: Any = field.policy
     policy.save_pretrained(folder)
+    as_readable(Path(folder))

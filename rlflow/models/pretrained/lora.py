@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file
 from torch import Tensor
 
+from rlflow.files import as_readable, read_tensors
 from rlflow.models.pretrained.hub import quiet
 from rlflow.models.pretrained.opening import check_finite
 
@@ -103,6 +103,7 @@ def save(pipe: Any, folder: Path, args: dict[str, Any]) -> None:
 
         metadata = _collate_lora_metadata({"transformer": transformer})
         type(pipe).save_lora_weights(folder, transformer_lora_layers=_lora_state(transformer), **metadata)
+    as_readable(folder)
     (folder / "README.md").write_text(model_card(type(pipe).__name__, type(transformer).__name__, full, args))
 
 
@@ -115,7 +116,7 @@ def load(pipe: Any, folder: Path) -> None:
         check_finite(f"{folder / FULL}: ", stored)
         transformer.load_state_dict(stored)
         return
-    state = load_file(folder / WEIGHTS)
+    state = read_tensors(folder / WEIGHTS)
     _fill(transformer, {name.removeprefix("transformer."): value for name, value in state.items()})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from rlflow.models.pretrained import hub, scheduler
+from rlflow.models.pretrained.index import check_folder, check_index, read_json
 
 QUANTISERS = {"int8": "torchao", "nf4": "bitsandbytes"}
 """Packages by what they quantise to."""
@@ -45,6 +45,7 @@ def _index(checkpoint: str) -> dict[str, Any]:
     if Path(checkpoint).is_dir():
         if not is_pipeline(checkpoint):
             raise ValueError(f"{checkpoint} has no {INDEX}: give the folder that save_pretrained wrote")
+        check_folder(Path(checkpoint))
         index = Path(checkpoint) / INDEX
     elif "/" not in checkpoint:
         raise ValueError(
@@ -54,7 +55,8 @@ def _index(checkpoint: str) -> dict[str, Any]:
     else:
         _diffusers()  # or the extra that brings the hub along is not installed
         index = hub.one_file(checkpoint, INDEX)
-    found: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+    found = read_json(index)
+    check_index(checkpoint, found)
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rlflow.files import as_readable
 from rlflow.models.pretrained.hub import quiet
 
 TEXT_WIDTH, POOLED = 32, 16
@@ -27,6 +28,7 @@ def make_tiny(kind: str, folder: str | Path, seed: int = 0, **scheduler: Any) ->
         pipeline = KINDS[kind](Path(folder), scheduler)
     with quiet():
         pipeline.save_pretrained(folder)
+    as_readable(Path(folder))
     return Path(folder)
 
 
