@@ -23,7 +23,7 @@ TYPED := build/typed
 # constraints.txt on every install: the tested versions, torch above all (a newer one may bring gigabytes of CUDA)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: help demo demo-images demo-robots test test-all check types format docs wheel-smoke clean
+.PHONY: help demo demo-images demo-robots test test-all attack check types format docs wheel-smoke clean
 .NOTPARALLEL: # the acts of the demo, which take all cores each
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make demo-images  the first act alone; make demo-robots: the second"
 	@echo "make test         make $(VENV), install with the extras [image,robots,dev], run the fast tests"
 	@echo "make test-all     the slow tests too"
+	@echo "make attack       the tests of kills, mutated configs, a lying reward server and files of strangers, slow ones too"
 	@echo "make check        ruff check, ruff format --check, mypy on a normal install"
 	@echo "make format       let ruff fix and format"
 	@echo "make docs         the documentation as a site, build/docs/index.html"
@@ -82,6 +83,10 @@ demo-robots: $(VENV)/.installed-robots
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) $(ARGS)
+
+# what strangers, clumsy users and power cuts do, all of it bounded and on this machine alone
+attack: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q tests/attacks -n $(WORKERS) $(ARGS)
 
 # --- for developers ---
 

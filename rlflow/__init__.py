@@ -15,6 +15,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from rlflow import moved
+
 if TYPE_CHECKING:
     from rlflow.deploy.predict import Predictor, export
     from rlflow.deploy.runs import evaluate, load, sample, save
@@ -62,6 +64,8 @@ _HOMES: dict[str, str] = {  # the imports above, for when the program runs
     "write_demos": "rlflow.envs.demos.dataset",
     "compare_report": "rlflow.report.comparison",
 }
+
+moved.install()
 
 if not TYPE_CHECKING:  # to a type checker every unknown name would be Any
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import rlflow
+from rlflow.moved import MOVED
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -24,7 +25,7 @@ MAX_FILES, MAX_PACKAGE_LINES = 16, 3000
 
 # Rooms from the ground up: a module may import its own room and those before it, and no others.
 ROOMS = (
-    *("rlflow", "types", "ranges", "files", "registry", "failures", "console", "parallel"),
+    *("moved", "rlflow", "types", "ranges", "files", "registry", "failures", "console", "parallel"),
     *("flow", "models", "models.pretrained"),
     *("envs.captions", "rewards", "rewards.networks", "rewards.remote", "envs", "envs.demos", "envs.simulators"),
     *("rl.likelihoods", "rl.objectives", "rl", "rl.off_policy"),
@@ -242,6 +243,25 @@ def test_file_is_short_enough_to_read(module):
 def test_public_name_has_its_home(name):
     assert getattr(rlflow, name) is getattr(import_module(rlflow._HOMES[name]), name)
     assert name in dir(rlflow)
+
+
+@pytest.mark.parametrize("former", MOVED)
+def test_a_former_name_is_the_module_of_today(former, tmp_path):
+    """The same module, not a second one with classes of its own, and whoever imports it is told."""
+    code = f"""
+import importlib, sys, warnings
+import rlflow
+warnings.simplefilter("error")
+try:
+    importlib.import_module({former!r})
+except DeprecationWarning as told:
+    assert str(told) == {former + " is now " + MOVED[former]!r}
+warnings.simplefilter("ignore")
+assert importlib.import_module({former!r}) is importlib.import_module({MOVED[former]!r})
+assert sys.modules[{MOVED[former]!r}].__spec__.name == {MOVED[former]!r}
+"""
+    ran = run_python(code, tmp_path)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_unknown_public_name_is_an_attribute_error():

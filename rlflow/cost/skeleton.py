@@ -16,8 +16,8 @@ from rlflow.cost.trace import fake_mode
 from rlflow.envs.prompts import load_prompts
 from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
+from rlflow.models.hub import is_hub_id
 from rlflow.models.io import read_config
-from rlflow.models.pretrained.hub import is_hub_id
 from rlflow.models.pretrained.opening import is_pipeline
 from rlflow.models.pretrained.shapes_of import beside, shape_of
 from rlflow.models.scratch import make_field

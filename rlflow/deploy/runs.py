@@ -23,8 +23,8 @@ from rlflow.flow.guidance import CFG
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
+from rlflow.models.hub import is_hub_id
 from rlflow.models.io import load_field, read_config, save_field
-from rlflow.models.pretrained.hub import is_hub_id
 from rlflow.models.pretrained.opening import is_pipeline
 from rlflow.models.pretrained.pipeline import PretrainedField, pretrained
 from rlflow.parallel.dist import device

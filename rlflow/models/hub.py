@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +37,32 @@ def only_here(source: str) -> bool:
     return not Path(source).is_dir() and unreachable() is not None
 
 
+def is_hub_id(name: str) -> bool:
+    """True for what reads as owner/model and is nothing on this disk."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def one_file(repository: str, name: str) -> Path:
+    """A file of a repository, from the cache or the hub; ValueError."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, name, local_files_only=only_here(repository)))
+    except OSError as error:
+        raise ValueError(f"no folder, and {why_not(repository, name, error)}") from error
+
+
+def adapter_folder(repository: str) -> Path:
+    """The files of a LoRA, from the cache or the hub; ValueError."""
+    from huggingface_hub import snapshot_download
+
+    wanted = {"allow_patterns": ["*.safetensors", "adapter_config.json"], "ignore_patterns": ["*/*"]}
+    try:
+        return Path(snapshot_download(repository, local_files_only=only_here(repository), **wanted))
+    except OSError as error:
+        raise ValueError(f"no folder, and {why_not(repository, 'a LoRA', error)}") from error
+
+
 def why_not(source: str, holds: str, error: Exception) -> str:
     """One line on why a folder or a name on the hub did not load, and what to do; `holds`: what it has to hold."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -50,15 +78,22 @@ def why_not(source: str, holds: str, error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep warnings and progress bars of transformers and diffusers from the terminal, but for downloads."""
+    """Inside, the libraries that load draw no bars and give no advice; downloads show theirs, errors come through."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+
     loaded = [name for name in ("transformers", "diffusers") if name in sys.modules]
     logs = [importlib.import_module(f"{name}.utils.logging") for name in loaded]
     before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
-    for log in logs:
-        log.set_verbosity_error()
-        log.disable_progress_bar()
+    downloads = not are_progress_bars_disabled()
     try:
-        yield
+        for log in logs:
+            log.set_verbosity_error()
+            log.disable_progress_bar()
+        if downloads:
+            enable_progress_bars()  # those of transformers took the hub's along
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for log, verbosity, bar in before:
             log.set_verbosity(verbosity)

@@ -94,7 +94,7 @@ class PolicyGradient:
             if stop := not self._warming_up and self.objective.stop(lambda name: log.mean(name, self.num_minibatches)):
                 break
         self.policy.field.unguided.observe(rollout.flat(rollout.obs))
-        self.objective.after(self.policy, self.iteration)
+        self.objective.after(self.policy, self.optimizer.steps)
         self.iteration += 1
         return log.metrics() | batch.metrics | {"policy/early_stop": float(stop)} | self.optimizer.counters()
 

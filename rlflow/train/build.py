@@ -21,8 +21,8 @@ from rlflow.envs.wrappers import FrameStack, RewardScaling, RewardWrapper
 from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.squash import SQUASHES
+from rlflow.models.hub import is_hub_id
 from rlflow.models.io import embedded, load_field
-from rlflow.models.pretrained.hub import is_hub_id
 from rlflow.models.pretrained.opening import is_pipeline
 from rlflow.models.pretrained.pipeline import pretrained
 from rlflow.models.scratch import make_field

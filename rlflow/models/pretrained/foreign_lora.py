@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlflow.models.pretrained import hub
+from rlflow.models import hub
 from rlflow.models.pretrained.lora import WEIGHTS
 
 Tensors = dict[str, Tensor]

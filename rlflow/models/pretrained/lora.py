@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from rlflow.files import as_readable, read_tensors
-from rlflow.models.pretrained.hub import quiet
+from rlflow.models.hub import quiet
 from rlflow.models.pretrained.opening import check_finite
 
 ADAPTER = "default"

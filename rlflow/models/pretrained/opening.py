@@ -12,7 +12,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rlflow.models.pretrained import hub, scheduler
+from rlflow.models import hub
+from rlflow.models.pretrained import scheduler
 from rlflow.models.pretrained.index import check_folder, check_index, read_json
 
 QUANTISERS = {"int8": "torchao", "nf4": "bitsandbytes"}
@@ -66,14 +67,13 @@ def open_pipeline(checkpoint: str, dtype: torch.dtype, quantize: str | None = No
     if local and variant is None:
         _check_variants(Path(checkpoint))
     quantization = None if quantize is None else _quantization(quantize, dtype)
-    reachable = local or hub.online()
-    settings = {"variant": variant, "local_files_only": not reachable}
+    settings = {"variant": variant, "local_files_only": hub.only_here(checkpoint)}
     try:
         with hub.quiet():
             pipe = _from_pretrained(checkpoint, dtype, quantization, settings)
     except (OSError, ValueError) as error:
         hint = "" if variant or local else " (one with *.fp16.* files only wants variant=fp16)"
-        raise ValueError(f"{checkpoint} cannot be opened: {hub.why_not(error, reachable)}{hint}") from error
+        raise ValueError(hub.why_not(checkpoint, "pipeline", error) + hint) from error
     scheduler.check(pipe.scheduler, checkpoint)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):

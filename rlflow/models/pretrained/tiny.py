@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rlflow.files import as_readable
-from rlflow.models.pretrained.hub import quiet
+from rlflow.models.hub import quiet
 
 TEXT_WIDTH, POOLED = 32, 16
 

@@ -54,5 +54,5 @@ class Objective:
         """After an epoch: whether to leave out the iteration's other ones; mean(name) is that of a logged number."""
         return False
 
-    def after(self, policy: FlowPolicy, iteration: int) -> None:
-        """When iteration 0, 1, ... is over."""
+    def after(self, policy: FlowPolicy, steps: int) -> None:
+        """When an iteration is over, after so many optimiser steps in all."""

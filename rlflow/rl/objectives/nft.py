@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlflow.flow.policy import FlowPolicy
-from rlflow.ranges import BelowOne, NotNegative, Positive
+from rlflow.ranges import BelowOne, Natural, NotNegative, Positive
 from rlflow.rl.likelihoods.base import Likelihood, Score
 from rlflow.rl.objectives.base import Losses, Objective
 from rlflow.types import Evidence
@@ -27,7 +27,11 @@ SMALLEST = 1e-5
 
 
 class NFT(Objective):
-    """b is `beta`, c `clip`; the sampling weights keep a share min(`old_rate` x iteration, `old_max`) of themselves."""
+    """b is `beta`, c `clip`; after n optimiser steps the sampling weights keep a share of themselves.
+
+    min((n - `old_flat`) x `old_rate`, `old_max`), 0 before `old_flat`, taken once an iteration. The release's second
+    schedule is old_flat 75, old_rate .0075, old_max .999.
+    """
 
     sample_with = "old"
     weight_sets = ("old",)
@@ -39,11 +43,12 @@ class NFT(Objective):
         clip: Positive = 5.0,
         old_rate: NotNegative = 0.001,
         old_max: BelowOne = 0.5,
+        old_flat: Natural = 0,
     ):
         super().__init__(likelihood)
         if likelihood.scores_steps or likelihood.joint:
             raise ValueError("nft is a loss of matching draws: set likelihood={name: cfm, joint: false} with it")
-        self.beta, self.clip, self.old_rate, self.old_max = beta, clip, old_rate, old_max
+        self.beta, self.clip, self.old_rate, self.old_max, self.old_flat = beta, clip, old_rate, old_max, old_flat
 
     def loss(self, score: Score, evidence: Evidence, advantage: Tensor) -> Losses:
         """From the live velocities, which are the means of the draws' distributions."""
@@ -56,9 +61,9 @@ class NFT(Objective):
         up, down = (_error(evidence.old_mean + sign * ahead, evidence) for sign in (1, -1))
         return self.clip / self.beta * (good * up + (1 - good) * down)
 
-    def after(self, policy: FlowPolicy, iteration: int) -> None:
+    def after(self, policy: FlowPolicy, steps: int) -> None:
         """The sampling weights take their step towards the live ones."""
-        policy.weights.blend("old", min(self.old_rate * iteration, self.old_max))
+        policy.weights.blend("old", min(self.old_rate * max(0, steps - self.old_flat), self.old_max))
 
 
 def _error(velocity: Tensor, evidence: Evidence) -> Tensor:

@@ -95,15 +95,16 @@ class TestLoss:
 
 class TestLearner:
     def test_the_old_weights_sample_and_follow(self, make):
-        """Wholly after iteration 0; then a share min(rate x iteration, max) of them stays."""
+        """Wholly up to `flat` optimiser steps, two an iteration; then a share min(rate x iteration, max) of them stays."""
         parts = make(
             steps=NoSteps(),
             likelihood=DRAWS,
-            objective=partial(NFT, old_rate=0.3, old_max=0.5),
+            objective=partial(NFT, old_rate=0.1, old_max=0.5, old_flat=2),
+            num_minibatches=2,
             collector={"sample_with": "old"},
         )
         weights = parts.policy.weights
-        for iteration, stays in enumerate([0.0, 0.3, 0.5, 0.5]):
+        for iteration, stays in enumerate([0.0, 0.2, 0.4, 0.5]):
             rollout, before = parts.collect(iteration), {n: v.clone() for n, v in weights.sets["old"].items()}
             with weights.using("old"), torch.no_grad():
                 cond = parts.policy.encode(rollout.flat(rollout.obs))
