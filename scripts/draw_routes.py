@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Circle
 
+from rlflow.envs.seeds import first_seed
 from rlflow.envs.simulators.toy import RoutesSim, ToyRoutes
 from rlflow.flow.kernels import FlowSDE, LearnedNoise
 from rlflow.flow.matching import cfm_loss
@@ -116,7 +117,7 @@ def clone(policy: FlowPolicy, steps: int) -> None:
 
 def tune(made: Made, seed: int, iterations: int) -> None:
     """Reinforcement learning."""
-    groups, env = Groups(ROWS, 1), ToyRoutes(ROWS, gamma=GAMMA)
+    groups, env = Groups(ROWS, 1, first=first_seed(seed)), ToyRoutes(ROWS, gamma=GAMMA)
     policy, likelihood = made.policy, made.likelihood
     walker = Collector(env, policy, likelihood, made.steps, groups, seed=seed, horizon=env.horizon, rows_per_call=ROWS)
     learner = PolicyGradient(
