@@ -166,10 +166,10 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def saved(values: dict[str, Any]) -> dict[str, Any]:
-    """The config of a saved run in today's spelling, with what its version did not have at its default."""
+    """The config of a saved run: today's spelling, absolute paths, and defaults for what its version did not have."""
     values = translate(values)
     learner = SACConfig("sac") if algorithm_name(values.get("algorithm")) == "sac" else AlgorithmConfig()
-    return merge(Config(algorithm=learner).to_dict(), values)
+    return absolute(merge(Config(algorithm=learner).to_dict(), values))
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str) -> list[str]:

@@ -30,7 +30,7 @@ from rlflow.train.lock import RunLock
 def changes(run: Path, config: Config) -> list[str]:
     """Settings that differ from those of the run in a folder, leaving out those that may change."""
     saved = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    return difference(inputs.absolute(saved), config.to_dict())
+    return difference(saved, config.to_dict())
 
 
 class RunFolder:

@@ -27,7 +27,7 @@ KINDS = {
     "images": ("t2i_flow_grpo_fast", ("algorithm.num_minibatches=1",)),
     "reference, guidance": ("t2i_flow_grpo", ("policy.guidance={name: cfg, scale: 2}", "algorithm.kl.beta=0.1")),
     "checkpointing": ("t2i_mixgrpo", ("policy.grad_checkpointing=true", "algorithm.micro_batch=48")),
-    "bfloat16": ("t2i_cps", ("policy.precision=bfloat16", "algorithm.micro_batch=24")),
+    "bfloat16": ("t2i_cps", ("policy.precision=bfloat16", "algorithm.micro_batch=48")),
     "weights": (
         "robot_reach_reinflow",
         ("policy.field={name: mlp, width: 512}", "algorithm.critic_width=64", "env.num_groups=16"),

@@ -207,6 +207,7 @@ def test_columns_that_cannot_be_are_told_so_and_reach_no_reward(served: Served) 
 WRONG_SHAPES = [(2, 4, 4, 3), (2, 1, 4, 4), (2, 3, 4), (2,), (2, 3, 0, 4), (1, 3, 4, 4), (0, 3, 4, 4)]
 
 
+@pytest.mark.filterwarnings("ignore")  # workers of pytest cannot hand such a warning on
 def test_an_error_is_told_whatever_its_words_hold(served: Served) -> None:
     def fails(prompt: Sequence[str]) -> None:
         raise ValueError("half a letter \udcff, \x00")
