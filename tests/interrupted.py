@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlflow.parallel import dist
 from rlflow.report.metrics_file import read_metrics
@@ -37,12 +38,18 @@ def record(run: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor], di
     return rows, tensors, values
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal to the bit, nan included."""
+    a, b = (v.contiguous().flatten().view(torch.uint8) if v.numel() else v.flatten() for v in (a, b))
+    return torch.equal(a, b)
+
+
 def assert_equal_runs(a: Path, b: Path) -> None:
     (rows_a, tensors_a, values_a), (rows_b, tensors_b, values_b) = record(a), record(b)
     assert rows_a == rows_b
     assert values_a == values_b
     assert tensors_a.keys() == tensors_b.keys()
-    differ = [name for name in tensors_a if not torch.equal(tensors_a[name], tensors_b[name])]
+    differ = [name for name in tensors_a if not same_bits(tensors_a[name], tensors_b[name])]
     assert not differ
 
 

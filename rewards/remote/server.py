@@ -113,7 +113,8 @@ class Service:
             raise Refused(504, str(error)) from None
         except Exception as error:  # whatever user code raises
             self.errors += 1
-            log.warning("reward %r failed: %s: %s", self.name, type(error).__name__, error)
+            words = str(error).encode("utf-8", "backslashreplace").decode()  # a log may be no place for half a letter
+            log.warning("reward %r failed: %s: %s", self.name, type(error).__name__, words)
             raise Refused(500, f"{type(error).__name__}: {error}") from None
         self.rows += batch.rows
         return scores

@@ -162,7 +162,7 @@ def _complete(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Paths whose values differ between a saved config and one, leaving out those that may change on resume."""
-    return _difference(_complete(saved(old)), _complete(new), "")
+    return _difference(_complete(saved(old)), _complete(saved(new)), "")
 
 
 def saved(values: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from rlflow.report.metrics_file import read_metrics
 from rlflow.rl.groups import Groups
 from rlflow.train.checkpoint import Checkpoints, deal, pack
 from rlflow.train.trainer import Trainer
+from tests.interrupted import same_bits
 
 WALL_CLOCK = ("time/", "perf/samples_per_s", "perf/env_steps_per_s", "cost/train_seconds_total")
 
@@ -211,7 +212,9 @@ def test_weights_and_optimiser_agree(request: pytest.FixtureRequest, runs: Path,
     moved = [k for k in references if not torch.equal(one[k], one[k.replace("ref/", "ema/")])]
     assert moved, "a run that learns nothing proves nothing"
     for key, value in one.items():
-        torch.testing.assert_close(more[key], value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            more[key], value, rtol=1e-9, atol=1e-9, equal_nan=True, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 @pytest.mark.parametrize(("folder", "name"), BY_MORE)
@@ -255,7 +258,7 @@ def test_two_processes_resume_with_the_episodes_of_each(runs: Path) -> None:
     """1 + 1 iterations are 2, bit for bit: weights, optimiser, and the simulators of both."""
     straight, resumed = saved(runs / "two/simulator"), saved(runs / "two/simulator, resumed")
     assert straight.keys() == resumed.keys()
-    assert not [name for name in straight if not torch.equal(straight[name], resumed[name])]
+    assert not [name for name in straight if not same_bits(straight[name], resumed[name])]
     goals = [resumed[f"collector/{rank}/env/env/sim/goal"] for rank in (0, 1)]
     assert not torch.equal(*goals), "each process has episodes of its own"
 
@@ -267,7 +270,9 @@ def test_one_process_goes_on_with_the_episodes_of_two(runs: Path, tmp_path: Path
     one, mixed = saved(runs / "one/simulator"), saved(run)
     assert one.keys() == mixed.keys()
     for name, value in one.items():
-        torch.testing.assert_close(mixed[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            mixed[name], value, rtol=1e-9, atol=1e-9, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.fixture
