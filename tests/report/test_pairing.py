@@ -28,7 +28,7 @@ def test_rows_are_matched_by_key_not_by_place() -> None:
     for other in (b, shuffled):
         found = pair(a, other, "m")
         assert found.difference == expected
-        assert (found.reason, found.num_rows, found.num_captions) == (None, 20, 10)
+        assert (found.reason, found.num_rows, found.num_prompts) == (None, 20, 10)
 
 
 def test_one_other_question_and_nothing_is_paired() -> None:
@@ -50,7 +50,7 @@ def test_with_keys_it_does_not_matter_what_the_settings_are_called() -> None:
 def test_evaluations_of_earlier_versions_are_paired_by_caption_numbers() -> None:
     old = without(scores(), "key")
     assert pair(old, scores(0.5), "m").difference.value == pytest.approx(0.5)
-    assert pair(old, old | {"caption_id": CAPTIONS + 1}, "m").reason == "the captions differ"
+    assert pair(old, old | {"caption_id": CAPTIONS + 1}, "m").reason == "the prompts differ"
     assert pair({}, old, "m").reason == pair(old, old, "n").reason == "the scores of single samples were not kept"
 
 

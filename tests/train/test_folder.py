@@ -58,7 +58,7 @@ def test_a_run_is_resumed_evaluated_and_sampled_from_any_folder(run: Path) -> No
     assert rf.sample(rf.load(run), ["a red circle"]).shape[0] == 1
     resumed(run).fit()
     assert [row["iteration"] for row in read_metrics(run) if row["kind"] == "eval"] == [0, 2, 3]
-    assert RunRecord.read(run).change("eval/heldout/strict").reason is None
+    assert RunRecord.read(run).change("eval/heldout/brightness").reason is None
     assert yaml.safe_load((run / "config.yaml").read_text())["env"]["prompts"] == str(run.parent / "prompts.txt")
 
 
@@ -68,8 +68,8 @@ def test_a_replaced_prompt_file_is_announced_and_not_used(run: Path) -> None:
         UserWarning, match=r"env\.prompts: .*prompts\.txt is not what it was when the run began; .*own copy"
     ):
         resumed(run).fit()
-    change = RunRecord.read(run).change("eval/heldout/strict")
-    assert (change.reason, change.num_captions) == (None, 2)
+    change = RunRecord.read(run).change("eval/heldout/brightness")
+    assert (change.reason, change.num_prompts) == (None, 2)
 
 
 def test_what_was_not_kept_must_be_as_it_was(tmp_path: Path, trainer: Make, scenes_field: str) -> None:
@@ -107,7 +107,7 @@ def test_a_run_of_an_earlier_version_goes_on(run: Path, monkeypatch: pytest.Monk
         save_tensors({k: v for k, v in read_tensors(path).items() if k != "key"}, path)
     assert evaluate(run)
     resumed(run).fit()
-    assert RunRecord.read(run).change("eval/heldout/strict").reason is None
+    assert RunRecord.read(run).change("eval/heldout/brightness").reason is None
     assert (run / "inputs" / "env.prompts.txt").read_text() == "\n".join(WORDS)
 
 
@@ -120,7 +120,7 @@ def test_runs_of_equal_prompts_are_paired_and_others_are_not(tmp_path: Path, tra
         trainer(tmp_path / name, "train.iterations=1", *prompts).fit()
     found = compare([tmp_path / name for name in "abc"])["differences"]
     assert [d["reason"] for d in found] == [None, "other samples were evaluated"]
-    assert found[1]["metrics"]["eval/heldout/strict"]["low"] is None
+    assert found[1]["metrics"]["eval/heldout/brightness"]["low"] is None
 
 
 # -- checkpoints of others ------------------------------------------------------------------------
