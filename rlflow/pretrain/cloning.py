@@ -76,7 +76,7 @@ class Cloning:
 
     def make(self, out: Path, args: argparse.Namespace) -> dict[str, Any]:
         """Clone the demonstrations, judge the policy and save it in `out`; returns config.json's "made_by"."""
-        return self.make_of(demos_of(self.env, args.demos, num=self.num_demos), out, args)
+        return self.make_of(demos_of(self.env, Path(args.demos), num=self.num_demos), out, args)
 
     def make_of(self, demos: Demos, out: Path, args: argparse.Namespace, trust_code: bool = False) -> dict[str, Any]:
         """The same of demonstrations in hand; whatever they do not fit is said before anything is learnt."""

@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("made") / "sd3"
     args = argparse.Namespace(seed=0, steps=2, vae_steps=2, rows=64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worlds, "judge_scenes", lambda field: {"heldout_strict": 0.0})
+        patch.setattr(latent_scenes, "judge_scenes", lambda field: {"heldout_strict": 0.0})
         patch.setattr(latent_scenes, "reconstructed", lambda vae: 0.0)
         made_by = latent_scenes.LatentScenes().make(out, args)
     assert made_by["command"] == "rlflow pretrain sd3_scenes --vae-steps 2 --rows 64 --steps 2 --seed 0"
