@@ -287,13 +287,13 @@ def optimistic_bound(patch: Patch) -> None:
 
 def mean_of_micro_batch_means(patch: Patch) -> None:
     """Each micro-batch is divided by the number of its own rows that count, not of the minibatch's."""
-    loss = PolicyGradient._policy_loss
+    loss = PolicyGradient._objective_loss
 
-    def mutant(self: Any, log_ratio: Tensor, evidence: Any, of: Any, pairs: Any, log: Any) -> Tensor:
+    def mutant(self: Any, score: Any, evidence: Any, of: Any, pairs: Any, log: Any) -> Tensor:
         own = of.pair_weight(pairs, joint=False).sum().clamp(min=1)
-        return loss(self, log_ratio, evidence, of, pairs, log) * log.denominator(False) / own
+        return loss(self, score, evidence, of, pairs, log) * log.denominator(False) / own
 
-    patch.setattr(PolicyGradient, "_policy_loss", mutant)
+    patch.setattr(PolicyGradient, "_objective_loss", mutant)
 
 
 def average_overwrites_live(patch: Patch) -> None:
