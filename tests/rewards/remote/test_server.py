@@ -334,7 +334,7 @@ def test_a_port_that_is_taken_is_said_before_the_address() -> None:
 def test_a_time_limit_that_cannot_be_kept_is_refused(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["serve-reward", "redness", "--port", "0", "--timeout", seconds])
-    assert "--timeout): must be seconds from 0.001 to 1e+06" in capsys.readouterr().err
+    assert "error: argument --timeout: must be " in capsys.readouterr().err
 
 
 # -- the command ----------------------------------------------------------------------------------
@@ -380,4 +380,4 @@ def test_a_port_that_does_not_exist_is_one_line(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit) as end:
         cli.main(["serve-reward", "redness", "--port", "99999"])
     assert end.value.code == 2
-    assert "cannot listen on 127.0.0.1:99999" in capsys.readouterr().err
+    assert "error: argument --port: must be in [0, 65535], got 99999" in capsys.readouterr().err
