@@ -68,7 +68,7 @@ def _train(run: str, recipe: str, overrides: list[str], slow: bool, group: dict[
 
     torch.set_num_threads(1)
     os.environ.update(group)
-    for name in ("save_file", "_sync", "_remove") if slow else ():
+    for name in ("save_tensors", "sync", "_remove") if slow else ():
         setattr(checkpoint, name, _slow(getattr(checkpoint, name)))
     rlflow.report.report.write_report = lambda folder: Path(folder)  # spare the seconds that matplotlib takes
     resume = "last" if (Path(run) / "config.yaml").exists() else None

@@ -28,6 +28,7 @@ from rlflow.config import plain, recipes
 from rlflow.config.plain import yaml_errors
 from rlflow.config.schema import Config
 from rlflow.envs.prompt_files import read_text
+from rlflow.parallel.workers import Workers
 from rlflow.ranges import Positive, Seed, Size
 from rlflow.registry import located, nearest
 from rlflow.report.aggregate import aggregate
@@ -35,7 +36,6 @@ from rlflow.report.glossary import duration
 from rlflow.report.metrics_file import read_metrics
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.folder import changes
-from rlflow.train.workers import Workers
 
 State = Literal["new", "interrupted", "finished"]
 STRICT = ConfigDict(extra="forbid", strict=True)

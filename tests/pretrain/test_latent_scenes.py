@@ -19,7 +19,7 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.models.pretrained import lora
 from rlflow.models.pretrained.pipeline import pretrained
 from rlflow.models.pretrained.tiny import clip_tokenizer, t5_tokenizer
-from rlflow.pretrain import latent_scenes, worlds
+from rlflow.pretrain import latent_scenes
 
 
 def test_every_word_is_one_token_and_no_caption_is_cut(tmp_path: Path) -> None:

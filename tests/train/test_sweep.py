@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from rlflow.config import recipes
+from rlflow.parallel.workers import Workers
 from rlflow.report.aggregate import Spread, aggregate, eval_at
 from rlflow.report.curves import NETWORK_ROWS, SECONDS
 from rlflow.report.metrics_file import read_metrics
@@ -22,7 +23,6 @@ from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.logger import RunLogger
 from rlflow.train.sweep import describe_plan, parse_table, plan, read_table, run_sweep, state
 from rlflow.train.trainer import Trainer
-from rlflow.train.workers import Workers
 
 STRICT = "eval/heldout/strict"
 
