@@ -3,6 +3,7 @@
 python scripts/draw_results.py
 """
 
+import itertools
 import re
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def number(cell: str) -> tuple[float, float] | None:
 
 def table(text: str) -> list[dict[str, str]]:
     """Rows of the first table of a page, by column."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
+    below = itertools.dropwhile(lambda line: not line.startswith("|"), text.splitlines())
+    lines = itertools.takewhile(lambda line: line.startswith("|"), below)
     names, _, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
     return [dict(zip(names, row, strict=True)) for row in rows]
 
@@ -37,7 +39,7 @@ def main() -> None:
             if value is not None:
                 x, bar = (part / reached[0] for part in value)
                 axes.errorbar(x, y, xerr=bar or None, fmt="o", color=colour, capsize=3, label=None if y else column)
-    labels = [re.sub(r"`(\w+)`", r"\1", row["system, recipe"]) + "  " + row["task, metric"] for row in rows]
+    labels = [re.sub("[`*]", "", row["system, recipe"]) + "  " + row["task, metric"] for row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(left=0)
