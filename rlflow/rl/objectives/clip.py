@@ -133,6 +133,7 @@ class Clip(Objective):
         return log_ratio
 
     def surrogate(self, log_ratio: Tensor, advantage: Tensor, low: Bound, high: Bound) -> Tensor:
+        """Losses of log-ratios (M, R) or (M, 1)."""
         return clipped_surrogate(log_ratio, advantage, low, high)
 
     def _of_steps(self, advantage: Tensor, evidence: Evidence) -> tuple[Tensor, Bound, Bound]:
@@ -152,6 +153,7 @@ class SPO(Clip):
     """A quadratic penalty in place of the clip, which pulls back what went too far (Xie 2024)."""
 
     def surrogate(self, log_ratio: Tensor, advantage: Tensor, low: Bound, high: Bound) -> Tensor:
+        """Pulled back on both sides."""
         return simple_surrogate(log_ratio, advantage, low, high)
 
 
@@ -159,4 +161,5 @@ class ASPO(Clip):
     """PPO's clip where A >= 0, SPO where A < 0 (FPO++ 2026)."""
 
     def surrogate(self, log_ratio: Tensor, advantage: Tensor, low: Bound, high: Bound) -> Tensor:
+        """Clipped where A >= 0, pulled back elsewhere."""
         return asymmetric_surrogate(log_ratio, advantage, low, high)

@@ -59,6 +59,7 @@ class Guard(Clip):
             )
 
     def held(self, log_ratio: Tensor, score: Score, evidence: Evidence) -> Tensor:
+        """Centred, and of one scale."""
         return guard_log_ratio(log_ratio, score, evidence, self.likelihood.reduce)
 
     def loss(self, score: Score, evidence: Evidence, advantage: Tensor) -> Losses:
