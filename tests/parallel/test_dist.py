@@ -259,7 +259,7 @@ def test_two_processes_resume_with_the_episodes_of_each(runs: Path) -> None:
     straight, resumed = saved(runs / "two/simulator"), saved(runs / "two/simulator, resumed")
     assert straight.keys() == resumed.keys()
     assert not [name for name in straight if not same_bits(straight[name], resumed[name])]
-    goals = [resumed[f"collector/{rank}/env/env/sim/goal"] for rank in (0, 1)]
+    goals = [resumed[f"collector/{rank}/env/env/env/sim/goal"] for rank in (0, 1)]
     assert not torch.equal(*goals), "each process has episodes of its own"
 
 
