@@ -109,14 +109,14 @@ class Planner:
         bare, traced = self.traced(config.policy.grad_checkpointing)
         groups, horizon = share(config, world=gpus), config.env.horizon or bare.horizon
         check_updates(config, groups, horizon)
-        shape = _Shape.of(config, bare, groups, horizon, self.trust_code)
+        shape = Shape.of(config, bare, groups, horizon, self.trust_code)
         memory = Memory(_staying(config, bare, gpus), _moments(config, bare, traced, shape, gpus))
         flops = _flops(shape.cost, traced, bare.policy.field)
         return Estimate(gpus, groups.total_rows * horizon, shape.rows, shape.cost, memory, flops)
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """Sizes of an iteration on one process."""
 
     rows: int
@@ -127,7 +127,7 @@ class _Shape:
     pairs: int
 
     @staticmethod
-    def of(config: Config, bare: Skeleton, groups: Groups, horizon: int, trust_code: bool) -> _Shape:
+    def of(config: Config, bare: Skeleton, groups: Groups, horizon: int, trust_code: bool = False) -> Shape:
         c, policy, likelihood = learner(config), bare.policy, bare.likelihood
         steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
         grid = policy.grid(policy.num_steps)
@@ -138,7 +138,7 @@ class _Shape:
         ratios = Ratios(policy, likelihood, c.epochs, c.micro_batch, bool(c.kl.beta), bool(c.anchor))
         r = max(1, max(likelihood.num_columns(plan) for plan in plans))
         whole = max(1, c.micro_batch // r) * r if r <= c.micro_batch else c.micro_batch
-        return _Shape(
+        return Shape(
             rows=rows,
             copies=copies,
             cost=_mean([Cost(sampling.cost(plan), *ratios.cost(rows, plan)) for plan in plans]),
@@ -206,7 +206,7 @@ def _gathered(bare: Skeleton) -> float:
     return float(2 * max(sizes, default=0) + size(network) - sum(sizes))
 
 
-def _moments(config: Config, bare: Skeleton, traced: Trace, shape: _Shape, gpus: int) -> dict[str, dict[str, float]]:
+def _moments(config: Config, bare: Skeleton, traced: Trace, shape: Shape, gpus: int) -> dict[str, dict[str, float]]:
     """Bytes that come on top, at each of the moments that can be the worst."""
     shares = _shares(config, gpus)
     trained = parameter_bytes(bare.policy, trained=True) / shares

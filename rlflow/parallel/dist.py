@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE = 5.0
+"""Seconds that the others have to end in once one process has failed: they may wait for it in a collective."""
 
 
 def num_cpus() -> int:
@@ -60,7 +62,7 @@ def launch(processes: int, run: Callable[..., None], *args: Any) -> None:
     before = {n: signal.signal(n, hand_on) for n in SIGNALS}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
-        while not children.join():
+        while not children.join(grace_period=GRACE):
             pass
     except ProcessExitedException as error:
         if error.signal_name is not None:

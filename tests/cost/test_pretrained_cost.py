@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from rlflow.config import recipes
+from rlflow.config.processes import share
 from rlflow.cost.formula import iteration_cost
-from rlflow.cost.plan import Planner
+from rlflow.cost.plan import Shape
+from rlflow.cost.skeleton import skeleton
 from rlflow.doctor.doctor import NO_LIMIT
 from rlflow.train.build import make_parts
 
@@ -18,30 +20,27 @@ STATED = {name: int(rows) for name, rows in re.findall(r"^\| `(\w+)` \| (\d+) \|
 @pytest.mark.parametrize("name", STATED)
 def test_rows_per_image(name, tiny_pipeline, tmp_path):
     """Stated is the plan's mean over its iterations, windows having moved; iteration 0 is counted by the policy where
-    the network is called, on a few rows of a tiny checkpoint."""
+    the network is called, on a pair of rows of a tiny checkpoint."""
     (tmp_path / "prompts.txt").write_text("".join(f"{i} cats\n" for i in range(12)))
-    size = recipes.load(name).env.group_size
-    config = recipes.load(
-        name,
-        [
-            f"policy.field.checkpoint={tiny_pipeline('flux' if name.startswith('flux') else 'sd3')}",
-            "policy.field.resolution=32",
-            "policy.field.max_sequence_length=16",
-            f"policy.max_kappa={NO_LIMIT}",
-            f"env.prompts={tmp_path / 'prompts.txt'}",
-            "env.num_groups=1",
-            "algorithm.num_minibatches=1",
-            "reward.weights={brightness: 1, redness: 1}",
-            "reward.settings={}",
-            "eval.metrics={}",
-        ],
-    )
-    parts = make_parts(config)
+    overrides = [
+        f"policy.field.checkpoint={tiny_pipeline('flux' if name.startswith('flux') else 'sd3')}",
+        "policy.field.resolution=32",
+        "policy.field.max_sequence_length=16",
+        f"policy.max_kappa={NO_LIMIT}",
+        f"env.prompts={tmp_path / 'prompts.txt'}",
+        "env.num_groups=1",
+        "algorithm.num_minibatches=1",
+        "reward.weights={brightness: 1, redness: 1}",
+        "reward.settings={}",
+        "eval.metrics={}",
+    ]
+    parts = make_parts(recipes.load(name, [*overrides, "env.group_size=2"]))
     cost = iteration_cost(parts).total
     before = parts.policy.network_cost
     parts.algorithm.update(parts.collector.collect(0))
     assert parts.policy.network_cost - before == cost
-    mean = Planner(config).estimate(config).cost.total / size
+    config = recipes.load(name, overrides)
+    mean = Shape.of(config, skeleton(config), share(config, world=1), 1).cost.total / config.env.group_size
     assert round(mean) == STATED[name], mean
 
 
