@@ -197,7 +197,7 @@ def four(runs: Path) -> Callable[[str], None]:
 MASKED = ("one rank masked", "one rank not answered")
 CASES = ("grpo", "two rewards, minibatches", "ppo", "nft", "one rank stopped", *MASKED, "simulator")
 BY_MORE = [("two", name) for name in CASES]
-BY_MORE += [("four", "grpo"), *(pytest.param("four", name, marks=pytest.mark.slow) for name in ("ppo", "simulator"))]
+BY_MORE += [pytest.param("four", name, marks=pytest.mark.slow) for name in ("grpo", "ppo", "simulator")]
 
 
 @pytest.mark.parametrize(("folder", "name"), BY_MORE)
@@ -323,7 +323,10 @@ def test_a_killed_process_ends_all_and_leaves_the_last_checkpoint(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("env.num_groups=3", "in whole groups"), ("algorithm.num_minibatches=3", "leaves a process without rows")],
+    [
+        ("algorithm.num_minibatches=3", "leaves a process without rows"),
+        pytest.param("env.num_groups=3", "in whole groups", marks=pytest.mark.slow),
+    ],
 )
 def test_an_error_in_two_processes_is_said_once_and_at_the_start(
     tmp_path: Path, launched: list[str], override: str, message: str
@@ -354,6 +357,7 @@ def test_an_error_of_another_process_is_said(tmp_path: Path, launched: list[str]
     assert "this machine is another one" in said.stderr
 
 
+@pytest.mark.slow
 def test_seeds_are_trained_by_processes_one_after_the_other(tmp_path: Path, launched: list[str]) -> None:
     """The group is left after a seed and joined again for the next."""
     process = subprocess.Popen(
