@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rlflow import ranges, registry
+from rlflow.config.steps import make_steps
 
 if TYPE_CHECKING:
     from rlflow.config.schema import Config
@@ -125,7 +126,7 @@ def check(config: Config, trust_code: bool = False) -> None:
     if config.env.name != "prompt":
         spec = {**config.env.settings, "name": config.env.name}
         registry.validate("env", "env.settings", spec, ("num_envs", "gamma"), trust_code)
-    steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
+    steps = make_steps(config, trust_code)
     with registry.located("steps"):
         steps.possible(config.policy.num_steps)
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from rlflow import registry
 from rlflow.config.processes import can_share, check_updates, share
 from rlflow.config.schema import Config
+from rlflow.config.steps import make_steps
 from rlflow.console import terminal
 from rlflow.cost.formula import Cost, Ratios, Sampling
 from rlflow.cost.gpus import GPU
@@ -129,7 +129,7 @@ class Shape:
     @staticmethod
     def of(config: Config, bare: Skeleton, groups: Groups, horizon: int, trust_code: bool = False) -> Shape:
         c, policy, likelihood = learner(config), bare.policy, bare.likelihood
-        steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
+        steps = make_steps(config, trust_code)
         grid = policy.grid(policy.num_steps)
         plans = [steps(i, grid, groups.row_ids()) for i in range(ITERATIONS)]
         copies = groups.group_size if horizon == 1 and config.env.mode == "episodes" else 1

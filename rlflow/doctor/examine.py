@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlflow import registry
 from rlflow.config.schema import AlgorithmConfig, Config, SACConfig
+from rlflow.config.steps import make_steps
 from rlflow.doctor.check import Check
 from rlflow.doctor.probe import Probe
 from rlflow.flow.density import euler_log_prob
@@ -70,7 +71,7 @@ def _few_with_ratios(config: Config, group_size: int, trust_code: bool) -> tuple
 def _columns(config: Config, trust_code: bool) -> int:
     """R, the columns of a sample's evidence."""
     likelihood = registry.build("likelihood", "likelihood", config.likelihood, trust_code=trust_code)
-    steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
+    steps = make_steps(config, trust_code)
     grid = torch.linspace(0, 1, config.policy.num_steps + 1, dtype=torch.float64)
     return max(1, likelihood.num_columns(steps(0, grid, torch.zeros(1, dtype=torch.long))))
 

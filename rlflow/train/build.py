@@ -13,6 +13,7 @@ import torch
 from rlflow import registry
 from rlflow.config.processes import check_updates, share
 from rlflow.config.schema import Config
+from rlflow.config.steps import make_steps
 from rlflow.envs.base import VecEnv
 from rlflow.envs.checked import Checked
 from rlflow.envs.prompt import PromptEnv
@@ -52,7 +53,7 @@ def make_policy(config: Config, trust_code: bool = False) -> FlowPolicy:
     if sharded:  # block by block: the whole network need not fit the device
         shards.shard(policy.field.unguided, device())
         policy.kernel.to(device())
-    steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
+    steps = make_steps(config, trust_code)
     with registry.located("steps"):
         policy.check_steps(steps, config.policy.max_kappa)
     return policy
@@ -189,7 +190,7 @@ def make_evaluator(config: Config, policy: FlowPolicy, trust_code: bool = False)
         rows_per_call=c.rows_per_call,
         noise=c.noise,
         video=c.video,
-        noisy=registry.build("steps", "steps", config.steps, trust_code=trust_code) if c.train_mode else None,
+        noisy=make_steps(config, trust_code) if c.train_mode else None,
         world=[config.env.name, {k: v for k, v in config.env.settings.items() if k not in NOT_THE_WORLD}],
     )
 
@@ -222,7 +223,7 @@ def make_parts(config: Config, trust_code: bool = False) -> Parts:
     policy = make_policy(config, trust_code)
     env = _make_env(config, policy, groups, trust_code)
     likelihood = make_likelihood(config, trust_code)
-    steps = registry.build("steps", "steps", config.steps, trust_code=trust_code)
+    steps = make_steps(config, trust_code)
     horizon = config.env.horizon or env.horizon
     check_updates(config, groups, horizon)
     algorithm = make_algorithm(config, policy, likelihood, groups, trust_code)

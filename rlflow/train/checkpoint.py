@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from rlflow.models.io import check_finite
 from rlflow.rl.groups import Groups
 from rlflow.train.seal import STATE, TENSORS, read_head, sealed, sha256
 
-WEIGHTS = ("policy/", "weight_sets/")
-"""Beginnings of the names of tensors that are weights, of the live set and all others."""
+LEARNT = ("policy/", "weight_sets/", "algorithm/")
+"""Beginnings of the names of tensors that are weights, of all sets and critics, or moments of their optimisers."""
 
 
 def pack(tree: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]:
@@ -81,6 +81,11 @@ def deal(states: Sequence[Any], groups: Groups) -> Any:
     return share("", states)
 
 
+def learnt(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose numbers have to be finite."""
+    return {name: value for name, value in tensors.items() if name.startswith(LEARNT)}
+
+
 def rng_state() -> dict[str, Any]:
     """Global generators (training itself uses keyed ones only)."""
     state = {"cpu": torch.get_rng_state()}
@@ -109,13 +114,14 @@ class Checkpoints:
         """Write state of `iteration` completely or not at all; `score` (higher is better) may move `best`.
 
         Saved a second time, only the numbers are written again: weights change with the iteration alone,
-        the last evaluation may have come since.
+        the last evaluation may have come since. ValueError for what `load` would refuse.
         """
         final = self.folder / f"{iteration:06d}"
+        tensors, values = pack(state)
+        check_finite(learnt(tensors), f"the checkpoint of iteration {iteration} was not written")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
-            tensors, values = pack(state)
             head = {"iteration": iteration, "score": score, "config": self.config, "state": values}
             if _complete(final):
                 write_text(final / STATE, sealed(head, _sum_of(final)))
@@ -158,7 +164,7 @@ class Checkpoints:
                 raise ValueError(f"{TENSORS} is not what was saved: its sha256 differs")
             tensors = read_tensors(path / TENSORS)
             state = unpack(tensors, head["state"])
-            check_finite({n: v for n, v in tensors.items() if n.startswith(WEIGHTS)}, TENSORS)
+            check_finite(learnt(tensors), TENSORS)
         except ValueError as error:
             others = [p.name for p in self.all() if p.name != path.resolve().name]
             raise ValueError(

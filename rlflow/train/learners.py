@@ -11,6 +11,7 @@ import torch
 
 from rlflow import registry
 from rlflow.config.schema import AlgorithmConfig, Config, OfflineConfig, SACConfig
+from rlflow.config.steps import make_steps
 from rlflow.flow.policy import FlowPolicy
 from rlflow.pretrain.cloning import demos_of
 from rlflow.rl.algorithm import Algorithm
@@ -78,7 +79,7 @@ def _sac(config: Config, policy: FlowPolicy, likelihood: Likelihood | None, grou
     with registry.located("algorithm"):
         return SAC(
             policy,
-            registry.build("steps", "steps", config.steps, trust_code=trust_code),
+            make_steps(config, trust_code),
             Replay(c.capacity, config.env.gamma),
             optimizer=AdamW(lr=c.lr, betas=(0.9, 0.999), max_grad_norm=c.max_grad_norm),
             twin=twin,

@@ -314,13 +314,21 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_setting_that_differs(tmp_
         mine.load(path)
 
 
-@pytest.mark.parametrize("where", ["policy", "weight_sets"])
+@pytest.mark.parametrize("where", ["policy", "weight_sets", "algorithm"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, where: str, value: float) -> None:
-    """Of the live set and of every other; an optimiser's numbers are not weights."""
+def test_weights_that_are_not_finite_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, value: float
+) -> None:
+    """Of the live set and of every other, critics too, when they are saved and when they are loaded."""
     spoilt = state() | {"other": torch.tensor([torch.inf])}
     Checkpoints(tmp_path).save(1, spoilt)
     assert Checkpoints(tmp_path).load("last")[0] == 1
-    Checkpoints(tmp_path).save(2, spoilt | {where: {"ema/w": torch.tensor([1.0, value])}})
+    spoilt |= {where: {"ema/w": torch.tensor([1.0, value])}}
+    with pytest.raises(ValueError, match=rf"of iteration 2 was not written: '{where}/ema/w' has values that are not f"):
+        Checkpoints(tmp_path).save(2, spoilt)
+    assert Checkpoints(tmp_path).load("last")[0] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("rlflow.train.checkpoint.learnt", lambda tensors: {})
+        Checkpoints(tmp_path).save(2, spoilt)
     with pytest.raises(ValueError, match=rf"'{where}/ema/w' has values that are not finite.*\['000001'\]"):
         Checkpoints(tmp_path).load("last")
