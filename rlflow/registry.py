@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import inspect
 import json
-import os
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow import ranges
+from rlflow.trust import IMPORTS_NAMES, UntrustedCodeError, check_texts, check_trusted
 
 TABLE: dict[str, dict[str, str]] = {
     "model": {
@@ -174,10 +174,6 @@ GIVEN_PREFIX = "given:"
 """Begins the name of one that no module holds."""
 
 
-class UntrustedCodeError(ValueError):
-    """A dotted path was met where only registered names are allowed."""
-
-
 class SettingError(ValueError):
     """A component's own setting is wrong: `located` joins its name to the component's path."""
 
@@ -237,7 +233,7 @@ def find(kind: str, name: str, trust_code: bool = False) -> Callable[..., Any]:
             )
         if ":" not in name:
             raise ValueError(f"unknown {kind} {name!r}{nearest(name, TABLE[kind])}")
-        _check_trusted(f"{kind} {name!r} is code outside rlflow", trust_code)
+        check_trusted(f"{kind} {name!r} is code outside rlflow", trust_code)
         path = name
     module, _, attribute = path.partition(":")
     try:
@@ -250,26 +246,6 @@ def find(kind: str, name: str, trust_code: bool = False) -> Callable[..., Any]:
         return getattr(found, attribute)
     except AttributeError:
         raise ValueError(f"{kind} {name!r}: module {module} has no {attribute!r}") from None
-
-
-def _check_trusted(what: str, trust_code: bool) -> None:
-    """UntrustedCodeError for code outside rlflow unless it is trusted; then it is looked for here, too."""
-    if not trust_code:
-        raise UntrustedCodeError(f"{what}: pass --trust-code (trust_code=True) to run it")
-    if os.getcwd() not in sys.path:  # the `rlflow` command, unlike `python -m`, does not look where it stands
-        sys.path.append(os.getcwd())
-
-
-IMPORTS_NAMES = ("env",)
-"""Kinds of components that hand texts on to libraries which import what stands before a colon (gymnasium.make)."""
-
-
-def _check_texts(value: Any, trust_code: bool) -> None:
-    """UntrustedCodeError for a text with a colon anywhere in the settings of an environment."""
-    if isinstance(value, str) and ":" in value:
-        _check_trusted(f"{value!r} can name a module to import, code outside rlflow", trust_code)
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check_texts(part, trust_code)
 
 
 def about(kind: str) -> dict[str, str]:
@@ -356,7 +332,7 @@ def validate(kind: str, path: str, spec: Any, supplied: Iterable[str] = (), trus
         ranges.check(f"{path}.{key}", p.annotation, checked[key])
         if kind in IMPORTS_NAMES:
             with located(f"{path}.{key}"):
-                _check_texts(given[key], trust_code)
+                check_texts(given[key], trust_code)
     return checked
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from rlflow import registry
-from rlflow.registry import TABLE, UntrustedCodeError, build, find, nearest, validate
+from rlflow.registry import TABLE, build, find, nearest, validate
+from rlflow.trust import UntrustedCodeError
 
 MODULES = [(kind, name) for kind, table in TABLE.items() if kind != "policy" for name in table]
 

@@ -14,8 +14,9 @@ import yaml
 from rlflow.cli import main
 from rlflow.config import recipes
 from rlflow.models.pretrained.pipeline import adapter_of
-from rlflow.registry import UntrustedCodeError, validate
+from rlflow.registry import validate
 from rlflow.train.sweep import plan
+from rlflow.trust import UntrustedCodeError
 
 MODULE = "rlflow_tests_stranger"
 CODE = """

@@ -18,8 +18,8 @@ from rlflow.pretrain import cloning
 from rlflow.pretrain.cloning import CLONINGS, demos_of, validation_loss
 from rlflow.pretrain.matching import pretrain
 from rlflow.pretrain.worlds import WORLDS, main
-from rlflow.registry import UntrustedCodeError
 from rlflow.train.trainer import Trainer
+from rlflow.trust import UntrustedCodeError
 
 
 def two_modes(num: int = 40):
