@@ -80,6 +80,11 @@ TABLE: dict[str, dict[str, str]] = {
         "aspo": "rlflow.rl.objectives.clip:ASPO",
         "guard": "rlflow.rl.objectives.guard:Guard",
         "nft": "rlflow.rl.objectives.nft:NFT",
+        "flow_dppo": "rlflow.rl.objectives.divergence:FlowDPPO",
+        "awm": "rlflow.rl.objectives.awm:AWM",
+        "orw": "rlflow.rl.objectives.orw:ORW",
+        "ac_flow": "rlflow.rl.objectives.orw:ACFlow",
+        "dgfs": "rlflow.rl.objectives.dgfs:DGFS",
     },
     "advantage": {
         "group": "rlflow.rl.advantages:GroupAdvantage",

@@ -52,10 +52,10 @@ def _check_policy_gradient(config: Config, trust_code: bool) -> None:
             "reward.normalize: gae has one critic for the sum of the rewards and cannot normalise each one's "
             "advantage; set reward.normalize=reward, or advantage=group"
         )
-    if name == "group" and c.critic_warmup:
-        raise ValueError("algorithm.critic_warmup: group advantages have no critic; set it to 0, or advantage=gae")
     likelihood = registry.build("likelihood", "likelihood", config.likelihood, trust_code=trust_code)
-    registry.build("objective", "algorithm.objective", c.objective, {"likelihood": likelihood}, trust_code)
+    objective = registry.build("objective", "algorithm.objective", c.objective, {"likelihood": likelihood}, trust_code)
+    if name == "group" and c.critic_warmup and not objective.has_critic:
+        raise ValueError("algorithm.critic_warmup: group advantages have no critic; set it to 0, or advantage=gae")
     if config.env.name == "prompt" and c.num_minibatches > config.env.num_groups:
         raise ValueError(
             f"algorithm.num_minibatches: {c.num_minibatches} is more than "

@@ -112,7 +112,8 @@ class Collector:
             chains.append(chain)
             cond = cond.repeat(self.copies)
             if self.likelihood is not None:
-                evidence.append(self.likelihood.record(self.policy, cond, chain, key, ids))
+                draws = self.groups.group_ids()[rows] if self.likelihood.shared_draws else ids
+                evidence.append(self.likelihood.record(self.policy, cond, chain, key, draws))
             conds.append(cond)
         return chains, evidence, conds
 

@@ -59,12 +59,13 @@ class PolicyGradient:
         seed: int = 0,
     ):
         advantage.check(groups)
-        if critic_warmup and not advantage.needs_critic:
-            raise ValueError(f"{type(advantage).__name__} has no critic to warm up: use critic_warmup=0")
         self.policy, self.likelihood, self.advantage, self.groups = policy, likelihood, advantage, groups
         self.objective, self.kl = objective or Clip(likelihood), kl or KL()
         self.objective.attach(policy)
         self.sample_with = self.objective.sample_with
+        self.with_reference = bool(self.kl.beta) or self.objective.needs_reference
+        if critic_warmup and not (advantage.needs_critic or self.objective.has_critic):
+            raise ValueError(f"{type(advantage).__name__} has no critic to warm up: use critic_warmup=0")
         self.kl.check(policy, likelihood)
         if entropy:
             check_entropy(policy, likelihood)
@@ -75,7 +76,7 @@ class PolicyGradient:
         self.critic: CriticLearner | None = None
         if advantage.needs_critic:
             self.critic = CriticLearner(policy, lr=critic_lr, steps=critic_steps, width=critic_width)
-        for name in ("ema", *(("ref",) if self.kl.beta or anchor else ()), *self.objective.weight_sets):
+        for name in ("ema", *(("ref",) if self.with_reference or anchor else ()), *self.objective.weight_sets):
             policy.weights.snapshot(name)
         self.iteration = 0
 
@@ -115,11 +116,12 @@ class PolicyGradient:
             batch.metrics["policy/std_mean"] = float(moments(std, batch.row_alive)[0])
         if rollout.num_steps is not None:
             batch.evidence = self.likelihood.executed(batch.evidence, rollout.num_steps.flatten())
-        if self.kl.beta:
+        if self.with_reference:
             batch.evidence = self.likelihood.with_reference(self.policy, batch.cond, batch.evidence, self.micro_batch)
         if self.anchor:
             key, rows = Key(self.seed, "anchor", self.iteration), rollout.row_ids.flatten()
             batch.anchor = Anchor.at(self.policy, batch.cond, rows, key, self.micro_batch)
+        self.objective.prepare(batch)
         return batch
 
     def _minibatches(self, rollout: Rollout, epoch: int) -> list[Tensor]:
@@ -140,6 +142,8 @@ class PolicyGradient:
             with torch.no_grad():  # the critic trains only itself
                 cond = batch.cond(rows)
             log.add("critic/loss", self.critic.fit(cond, batch.returns[rows], batch.row_alive[rows]))
+        for name, value in self.objective.learn(batch, rows).items():
+            log.add(name, value)
         log.end(norm)
 
     def _policy_step(self, batch: Batch, rows: Tensor, log: Meter) -> float:
@@ -165,6 +169,10 @@ class PolicyGradient:
             for part in rows.split(max(1, self.micro_batch // r)):
                 yield Pairs(part, None), None
             return
+        if self.objective.whole_rows:
+            raise ValueError(
+                f"algorithm.micro_batch: {type(self.objective).__name__} needs the {r} columns of a sample in one pass"
+            )
         grid = torch.cartesian_prod(rows, torch.arange(r, device=rows.device))
         pairs = [Pairs(p[:, 0], p[:, 1]) for p in grid.split(self.micro_batch)]
         if not self.likelihood.joint:
@@ -230,6 +238,8 @@ class PolicyGradient:
     def state_dict(self) -> dict[str, Any]:
         """Everything an exact resume needs besides the policy and its weight sets."""
         state: dict[str, Any] = {"iteration": self.iteration, "optimizer": self.optimizer.state_dict()}
+        if own := self.objective.state_dict():
+            state["objective"] = own
         if self.critic is not None:
             state["critic"] = self.critic.state_dict()
         return state
@@ -238,5 +248,6 @@ class PolicyGradient:
         """Inverse of `state_dict`."""
         self.iteration = int(state["iteration"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.objective.load_state_dict(state.get("objective", {}))
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])

@@ -35,6 +35,8 @@ class Likelihood:
     joint: bool
     scores_steps: ClassVar[bool]
     """True when a column is a denoising step with its own density, kernel and std."""
+    shared_draws: bool = False
+    """True when `record` is given the numbers of groups for those of rows, so that a group's draws are one."""
 
     def check(self, policy: FlowPolicy, steps: Steps) -> None:
         """ValueError, before anything is sampled, where this likelihood cannot score what `steps` samples."""
@@ -58,6 +60,10 @@ class Likelihood:
 
     def log_ratio(self, log_prob: Tensor, evidence: Evidence) -> Tensor:
         """(N, R), or (N, 1) when joint; invalid columns count as ratio 1."""
+        raise NotImplementedError
+
+    def states(self, evidence: Evidence) -> Tensor:
+        """(N, R, *D) x_t of each pair, what the network reads when it is scored."""
         raise NotImplementedError
 
     def gain(self, policy: FlowPolicy, evidence: Evidence) -> Tensor:

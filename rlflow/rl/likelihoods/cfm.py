@@ -5,12 +5,15 @@
 for the sample x_1 and S draws (x_0, t) that are made once, during the rollout, and stored. No density and no noisy step
 is needed: samples come from the ODE. At unchanged weights the ratio is 1 and the gradient of the objective is -A grad
 loss; further away the log-ratio is some multiple of the exact one, which depends on the policy's width (`calibration`).
+
+V-GRPO (Tang et al. 2026) compares samples of a group at the same draws, stratifies their times, and weighs each loss
+by one over the size of its error, so that no time and no draw outshouts the reward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -25,25 +28,38 @@ from rlflow.ranges import Size
 from rlflow.rl.likelihoods.base import Likelihood, Score, carried_out, only
 from rlflow.types import Chain, Cond, Evidence
 
-WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {"velocity": torch.ones_like, "eps": lambda t: t}
-"""w(t) by what the loss supervises: the noise that v predicts is x_t - t v, whose error is t times that of v."""
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "velocity": torch.ones_like,
+    "eps": lambda t: t,
+    "sample": lambda t: 1 - t,
+}
+"""w(t) by what the loss supervises: v predicts the noise x_t - t v, of t times its error, and the sample
+x_t + (1 - t) v, of 1 - t times its error."""
+
+SMALLEST = 1e-5
+"""Of the mean error that a normalised loss is divided by."""
 
 
 @dataclass(frozen=True)
 class CFMLikelihood(Likelihood):
     """Minus the matching loss of the sample at `draws` stored (noise, time) draws (FPO, FPO++).
 
-    `supervise` eps weighs the velocity's squared error by t^2. `joint` means the draws before the exponential, one
-    ratio per sample (FPO); otherwise each draw has its own ratio (FPO++). `on_grid` draws times among the starts of the
-    policy's denoising steps, as released. The loss reads the field without guidance; samples made with guidance
-    are not its own, and refused unless `allow_guided`.
+    `supervise` eps weighs the velocity's squared error by t^2, sample by (1 - t)^2. `joint` means the draws before the
+    exponential, one ratio per sample (FPO); otherwise each draw has its own ratio (FPO++). `on_grid` draws times among
+    the starts of the policy's denoising steps, as released. V-GRPO: `stratified` draws one time in each S-th of [0, 1],
+    `shared_draws` the same draws for all rows of a group, `normalize` divides a loss by the mean absolute error that
+    the sampling weights have there. The loss reads the field without guidance; samples made with guidance are not its
+    own, and refused unless `allow_guided`.
     """
 
     draws: Size = 8
-    supervise: Literal["velocity", "eps"] = "velocity"
+    supervise: Literal["velocity", "eps", "sample"] = "velocity"
     reduce: Reduce = "mean"
     joint: bool = True
     on_grid: bool = False
+    stratified: bool = False
+    shared_draws: bool = False
+    normalize: bool = False
     allow_guided: bool = False
     scores_steps: ClassVar[bool] = False
 
@@ -77,7 +93,8 @@ class CFMLikelihood(Likelihood):
         v = self._velocity(policy, cond, x_0, x_1, t)
         valid = torch.ones_like(t, dtype=torch.bool)
         std = torch.full_like(t, 0.5**0.5)[(..., *[None] * (v.ndim - 2))]
-        return Evidence(x_0, x_1, t, torch.ones_like(t), self._minus_loss(v, x_0, x_1, t), v, std, valid)
+        found = Evidence(x_0, x_1, t, torch.ones_like(t), torch.zeros_like(t), v, std, valid)
+        return replace(found, old_log_prob=self._minus_loss(v, found))
 
     @staticmethod
     def _draw(policy: FlowPolicy, key: Key, what: str, row_ids: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -85,8 +102,10 @@ class CFMLikelihood(Likelihood):
         return noise(key, row_ids.cpu(), shape, policy.dtype, policy.device)
 
     def _times(self, policy: FlowPolicy, normal: Tensor) -> Tensor:
-        """Standard normal (N, S) to times: uniform, or uniform among the grid's starts."""
+        """Standard normal (N, S) to times: uniform, in all or in the s-th part, or uniform among the grid's starts."""
         t = torch.special.ndtr(normal)
+        if self.stratified:
+            t = (t + torch.arange(self.draws, device=t.device)) / self.draws
         if not self.on_grid:
             return t
         k = (t * policy.num_steps).long().clamp(max=policy.num_steps - 1)
@@ -104,22 +123,31 @@ class CFMLikelihood(Likelihood):
         flat = on_path(unguided, x_1.flatten(0, 1), cond.index(rows), x_0.flatten(0, 1), t.flatten())
         return flat.unflatten(0, (n, s))
 
-    def _minus_loss(self, v: Tensor, x_0: Tensor, x_1: Tensor, t: Tensor, counts: Tensor | None = None) -> Tensor:
-        """(N, S) minus the loss; entries where `counts` is False are left out, a mean still divides by all."""
-        square = (v - (x_1 - x_0)).square()
-        square = square if counts is None else torch.where(counts, square, 0.0)
-        return -WEIGHTS[self.supervise](t).square() * reduce_events(square, self.reduce, batch_dims=2)
+    def _minus_loss(self, v: Tensor, evidence: Evidence, counts: Tensor | None = None) -> Tensor:
+        """(N, S) minus the loss of v; entries where `counts` is False are left out, a mean still divides by all."""
+        u, weight = evidence.x_next - evidence.x, WEIGHTS[self.supervise](evidence.t)
+        loss = weight.square() * self._over_event((v - u).square(), counts)
+        if self.normalize:
+            loss = loss / (weight * self._over_event((evidence.old_mean - u).abs(), counts)).clamp(min=SMALLEST)
+        return -loss
+
+    def _over_event(self, value: Tensor, counts: Tensor | None) -> Tensor:
+        return reduce_events(value if counts is None else torch.where(counts, value, 0.0), self.reduce, batch_dims=2)
 
     def score(self, policy: FlowPolicy, cond: Cond, evidence: Evidence) -> Score:
         """Minus the losses, and the velocities as means of N(v, 1/2), whose KL is |v - v_ref|^2."""
         v = self._velocity(policy, cond, evidence.x, evidence.x_next, evidence.t)
-        log_prob = self._minus_loss(v, evidence.x, evidence.x_next, evidence.t, evidence.counts)
-        return Score(log_prob, Gaussian(v, evidence.old_std))
+        return Score(self._minus_loss(v, evidence, evidence.counts), Gaussian(v, evidence.old_std))
 
     def log_ratio(self, log_prob: Tensor, evidence: Evidence) -> Tensor:
         """(N, S), or the mean of the draws (N, 1) when joint."""
         diff = torch.where(evidence.valid, log_prob - evidence.old_log_prob, 0.0)
         return diff.mean(1, keepdim=True) if self.joint else diff
+
+    def states(self, evidence: Evidence) -> Tensor:
+        """On the straight path from each noise draw to the sample."""
+        t = evidence.t[(..., *[None] * (evidence.x.ndim - 2))]
+        return (1 - t) * evidence.x + t * evidence.x_next
 
     def gain(self, policy: FlowPolicy, evidence: Evidence) -> Tensor:
         """1: the distributions are over velocities."""
@@ -129,7 +157,7 @@ class CFMLikelihood(Likelihood):
         """The losses of the executed actions alone; the others still stand beside them in x_t."""
 
         def old(counts: Tensor) -> Tensor:
-            return self._minus_loss(evidence.old_mean, evidence.x, evidence.x_next, evidence.t, counts)
+            return self._minus_loss(evidence.old_mean, evidence, counts)
 
         return only(evidence, carried_out(evidence, num_steps), old)
 

@@ -83,6 +83,10 @@ class ChainLikelihood(Likelihood):
             return diff
         return diff.sum(1, keepdim=True) / (diff.shape[1] + 1 if self.published else 1)
 
+    def states(self, evidence: Evidence) -> Tensor:
+        """Where each step begins."""
+        return evidence.x
+
     def gain(self, policy: FlowPolicy, evidence: Evidence) -> Tensor:
         """The kernel's."""
         t, t_next = evidence.t.flatten(), evidence.t_next.flatten()

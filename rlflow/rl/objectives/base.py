@@ -8,11 +8,12 @@ It never asks which objective it holds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from rlflow.flow.policy import FlowPolicy
+from rlflow.rl.batch import Batch
 from rlflow.rl.likelihoods.base import Likelihood, Score
 from rlflow.types import Evidence
 
@@ -34,6 +35,12 @@ class Objective:
     """The weights that sample, 'live' or one of `weight_sets`."""
     weight_sets: ClassVar[tuple[str, ...]] = ()
     """Copies of the weights, made before the first iteration, that it reads or moves."""
+    needs_reference: ClassVar[bool] = False
+    """True where the evidence has to hold what the reference weights say."""
+    whole_rows: ClassVar[bool] = False
+    """True where a loss is of all columns of a row at once."""
+    has_critic: ClassVar[bool] = False
+    """True where it trains a network of its own, which `critic_warmup` lets learn alone."""
 
     def __init__(self, likelihood: Likelihood):
         self.likelihood = likelihood
@@ -46,9 +53,19 @@ class Objective:
     def attach(self, policy: FlowPolicy) -> None:
         """Meet the policy that is trained, once, before anything is sampled."""
 
+    def prepare(self, batch: Batch) -> None:
+        """Once an iteration, without gradient: what it makes of `batch.advantage`, (N, 1 or R) after it as before."""
+
     def loss(self, score: Score, evidence: Evidence, advantage: Tensor) -> Losses:
         """Of pairs scored under the live weights, with gradient; `advantage` is (M, 1) or (M, R)."""
         raise NotImplementedError
+
+    def learn(self, batch: Batch, rows: Tensor) -> dict[str, Tensor]:
+        """Beside each optimiser step of the policy, on its rows (M,): a step of its own network.
+
+        Logged are this rank's shares of means.
+        """
+        return {}
 
     def stop(self, mean: Callable[[str], float]) -> bool:
         """After an epoch: whether to leave out the iteration's other ones; mean(name) is that of a logged number."""
@@ -56,3 +73,10 @@ class Objective:
 
     def after(self, policy: FlowPolicy, steps: int) -> None:
         """When an iteration is over, after so many optimiser steps in all."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an exact resume needs of it, besides weight sets."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
