@@ -3,7 +3,7 @@
     python scripts/draw_matrix.py [--jobs N] [--out DIR]
 
 One panel per algorithm and likelihood; in it kernels down, step plans across; in each cell the three advantages across
-and the two environments down. About two minutes of one core. Exits with 1 where a combination does not do what
+and the two environments down. About four minutes of one core. Exits with 1 where a combination does not do what
 RULES says.
 """
 
@@ -133,7 +133,9 @@ def legend(figure: Figure, outcomes: dict[tuple[str, ...], int], top: float) -> 
 def draw(outcomes: dict[tuple[str, ...], int], path: Path) -> None:
     """The picture: algorithms down, likelihoods across."""
     m = matrix()
-    figure, grid = plt.subplots(len(m.ALGORITHMS), len(m.LIKELIHOODS), figsize=(16.0, 14.0), sharex=True, sharey=True)
+    figure, grid = plt.subplots(
+        len(m.ALGORITHMS), len(m.LIKELIHOODS), figsize=(16.0, 1.5 + 2.5 * len(m.ALGORITHMS)), sharex=True, sharey=True
+    )
     for i, algorithm in enumerate(m.ALGORITHMS):
         for j, likelihood in enumerate(m.LIKELIHOODS):
             panel(grid[i, j], outcomes, algorithm, likelihood)

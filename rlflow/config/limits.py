@@ -9,6 +9,7 @@ from rlflow.config.steps import make_steps
 
 if TYPE_CHECKING:
     from rlflow.config.schema import Config
+    from rlflow.rl.objectives.base import Objective
 
 
 def check_together(config: Config, trust_code: bool = False) -> None:
@@ -54,6 +55,7 @@ def _check_policy_gradient(config: Config, trust_code: bool) -> None:
         )
     likelihood = registry.build("likelihood", "likelihood", config.likelihood, trust_code=trust_code)
     objective = registry.build("objective", "algorithm.objective", c.objective, {"likelihood": likelihood}, trust_code)
+    _check_objective_steps(config, objective, trust_code)
     if name == "group" and c.critic_warmup and not objective.has_critic:
         raise ValueError("algorithm.critic_warmup: group advantages have no critic; set it to 0, or advantage=gae")
     if config.env.name == "prompt" and c.num_minibatches > config.env.num_groups:
@@ -129,6 +131,16 @@ def check(config: Config, trust_code: bool = False) -> None:
     steps = make_steps(config, trust_code)
     with registry.located("steps"):
         steps.possible(config.policy.num_steps)
+
+
+def _check_objective_steps(config: Config, objective: Objective, trust_code: bool) -> None:
+    """The plan of the first iteration, on an even grid, shows which columns an objective gets."""
+    import torch
+
+    steps, num = make_steps(config, trust_code), config.policy.num_steps
+    with registry.located("steps"):
+        plan = steps(0, torch.linspace(0, 1, num + 1, dtype=torch.float64), torch.arange(config.env.group_size))
+        objective.check_steps(plan)
 
 
 def _check_rewards(config: Config, trust_code: bool) -> None:

@@ -31,6 +31,7 @@ class PathCritic(nn.Module):
         last = self.net[-1]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x (M, *D), t (M,), M rows of cond to (M,); the features are detached."""

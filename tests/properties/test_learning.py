@@ -17,15 +17,21 @@ from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, Le
 from rlflow.flow.noise import generator
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import DPMSolver2M, Solver
-from rlflow.flow.steps import All, AllButLast, Fraction, OneRandom, RandomWindow, Steps, Window
+from rlflow.flow.steps import All, AllButLast, Fraction, NoSteps, OneRandom, RandomWindow, Steps, Window
 from rlflow.models.mlp import MLPField
 from rlflow.rl.advantages import GAE, GroupAdvantage
 from rlflow.rl.collector import Collector, permute_rewards
 from rlflow.rl.groups import Groups
+from rlflow.rl.likelihoods.base import Likelihood
+from rlflow.rl.likelihoods.cfm import CFMLikelihood
 from rlflow.rl.likelihoods.chain import ChainLikelihood
+from rlflow.rl.objectives.awm import AWM
 from rlflow.rl.objectives.base import Objective
 from rlflow.rl.objectives.clip import Clip
+from rlflow.rl.objectives.dgfs import DGFS
+from rlflow.rl.objectives.divergence import FlowDPPO
 from rlflow.rl.objectives.guard import Guard
+from rlflow.rl.objectives.orw import ORW, ACFlow
 from rlflow.rl.optim import AdamW
 from rlflow.rl.policy_gradient import PolicyGradient
 from rlflow.rl.regularizers import KL
@@ -33,6 +39,8 @@ from rlflow.train.trainer import Trainer
 
 MEAN, SUM, JOINT = ChainLikelihood("mean"), ChainLikelihood("sum"), ChainLikelihood("sum", joint=True)
 ENVS = {"image": ToyImage, "reach": ToyReach}
+DRAWS = CFMLikelihood(8, joint=False, supervise="sample", stratified=True, normalize=True)
+SHARED = CFMLikelihood(8, supervise="sample", stratified=True, shared_draws=True, normalize=True)
 CRITIC = {"critic_steps": 4, "critic_lr": 3e-3}
 
 
@@ -43,9 +51,9 @@ class Method:
     kernel: Callable[[tuple[int, ...]], Kernel]
     steps: Steps
     advantage: GroupAdvantage | GAE
-    likelihood: ChainLikelihood = MEAN
+    likelihood: Likelihood = MEAN
     solver: Solver | None = None
-    objective: Callable[[ChainLikelihood], Objective] = lambda likelihood: Clip(likelihood, low=0.1)
+    objective: Callable[[Likelihood], Objective] = lambda likelihood: Clip(likelihood, low=0.1)
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -73,6 +81,18 @@ METHODS = {
     ),
     "pi_rl": Method(
         lambda _: FlowSDE(0.5), OneRandom(), GAE(0.9), SUM, objective=partial(Clip, low=0.2), settings=CRITIC
+    ),
+    "flow_dppo": Method(
+        lambda _: FlowSDE(0.7), AllButLast(), GroupAdvantage("epoch"), objective=partial(FlowDPPO, delta=2e-3)
+    ),
+    "awm": Method(lambda _: FlowSDE(0.7), NoSteps(), GroupAdvantage("epoch"), DRAWS, objective=AWM),
+    "vgrpo": Method(lambda _: FlowSDE(0.7), NoSteps(), GroupAdvantage("epoch"), SHARED),
+    "orw": Method(lambda _: FlowSDE(0.7), NoSteps(), GroupAdvantage(), DRAWS, objective=ORW, settings={"kl": KL(0.01)}),
+    "ac_flow": Method(
+        lambda _: FlowSDE(0.7), NoSteps(), GroupAdvantage(), DRAWS, objective=ACFlow, settings={"kl": KL(0.01)}
+    ),
+    "dgfs": Method(
+        lambda _: Ancestral(1.0), AllButLast(), GroupAdvantage("none"), SUM, objective=partial(DGFS, scale=5.0)
     ),
     "flow_noise_grpo": Method(learned, All(), GroupAdvantage(), JOINT, objective=partial(Clip, low=0.2)),
 }

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from rlflow.flow.policy import FlowPolicy
+from rlflow.flow.steps import Plan
 from rlflow.rl.batch import Batch
 from rlflow.rl.likelihoods.base import Likelihood, Score
 from rlflow.types import Evidence
@@ -52,6 +53,9 @@ class Objective:
 
     def attach(self, policy: FlowPolicy) -> None:
         """Meet the policy that is trained, once, before anything is sampled."""
+
+    def check_steps(self, plan: Plan) -> None:
+        """ValueError for a plan of scored steps, as of the first iteration, whose columns it cannot take."""
 
     def prepare(self, batch: Batch) -> None:
         """Once an iteration, without gradient: what it makes of `batch.advantage`, (N, 1 or R) after it as before."""

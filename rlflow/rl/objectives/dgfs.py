@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.policy import FlowPolicy
+from rlflow.flow.steps import Plan
 from rlflow.parallel import dist
 from rlflow.ranges import LearningRate, Positive, Share, Size
 from rlflow.rl.advantages import moments
@@ -66,11 +67,14 @@ class DGFS(Objective):
         """Make the critic F."""
         self.critic = PathCriticLearner(policy, self.likelihood, self.critic_lr, self.critic_width)
 
+    def check_steps(self, plan: Plan) -> None:
+        """ValueError for columns with other steps between them, whose densities are not known."""
+        later = plan.scored.long().cumsum(-1)
+        if bool(((later > 0) & (later < later[..., -1:]) & ~plan.scored).any()):
+            raise ValueError("dgfs balances spans of adjacent steps: use steps=all_but_last, or a window")
+
     def prepare(self, batch: Batch) -> None:
         """Advantages become those of single steps, F_{k+1} - F_k (N, R), the last one's end being the reward's."""
-        t, t_next = batch.evidence.t, batch.evidence.t_next
-        if not torch.equal(t[:, 1:], t_next[:, :-1]):
-            raise ValueError("dgfs balances spans of adjacent steps: use steps=all_but_last, or a window")
         self.target, flow = self.scale * batch.advantage, self.critic.values(batch)
         batch.advantage = _gains(flow, self.target)
         batch.metrics["policy/log_z"] = float(moments(flow[:, 0], batch.row_weight)[0])

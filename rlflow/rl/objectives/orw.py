@@ -52,8 +52,8 @@ class ORW(Objective):
         batch.metrics["policy/effective_frac"] = float(first.square() / second / count)
 
     def exponent(self, batch: Batch) -> Tensor:
-        """(N, 1 or R) before beta."""
-        return batch.advantage
+        """(N, R) before beta."""
+        return batch.advantage.expand(-1, batch.num_columns)
 
     def loss(self, score: Score, evidence: Evidence, advantage: Tensor) -> Losses:
         """The matching loss of each draw, weighed by what `prepare` has made of the advantages."""

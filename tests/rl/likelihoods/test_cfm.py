@@ -101,8 +101,51 @@ class TestSupervision:
         predicted = x_t - t * eps.old_mean
         torch.testing.assert_close(eps.old_log_prob, -(predicted - eps.x).square().mean(-1))
 
+    def test_of_the_sample_is_the_squared_error_of_the_sample_that_the_velocity_predicts(self, make):
+        sample, _ = record(make().policy, CFMLikelihood(4, "sample", joint=False))
+        t = sample.t[..., None]
+        x_t = (1 - t) * sample.x + t * sample.x_next
+        predicted = x_t + (1 - t) * sample.old_mean
+        torch.testing.assert_close(sample.old_log_prob, -(predicted - sample.x_next).square().mean(-1))
+
+    @pytest.mark.parametrize("supervise", ["velocity", "eps", "sample"])
+    def test_normalized_is_divided_by_the_mean_error_of_the_sampling_weights(self, make, supervise):
+        """Of one scale at all times and draws; the divisor stays while the weights move, so 1 is still the first ratio."""
+        policy = make().policy
+        plain, likelihood = CFMLikelihood(4, supervise, joint=False), CFMLikelihood(4, supervise, normalize=True)
+        evidence, cond = record(policy, likelihood)
+        before, _ = record(policy, plain)
+        t = evidence.t
+        weight = {"velocity": t**0, "eps": t, "sample": 1 - t}[supervise]
+        size = weight * (evidence.old_mean - (evidence.x_next - evidence.x)).abs().mean(-1)
+        torch.testing.assert_close(evidence.old_log_prob, before.old_log_prob / size)
+        with torch.no_grad():
+            for p in policy.field.parameters():
+                p.add_(0.05)
+            moved = likelihood.score(policy, cond, evidence).log_prob
+            torch.testing.assert_close(moved, plain.score(policy, cond, evidence).log_prob / size)
+
 
 class TestDraws:
+    def test_stratified_times_are_one_in_each_part_and_uniform_in_all(self, make):
+        policy, ids = make().policy, torch.arange(500)
+        cond, chain = policy.encode(torch.zeros(500, 4)), chain_of(torch.zeros(500, 2))
+        t = CFMLikelihood(4, stratified=True).record(policy, cond, chain, Key(0, "a"), ids).t
+        assert torch.equal((t * 4).long(), torch.arange(4).expand(500, 4))
+        inside = (t * 4 - torch.arange(4)).flatten().sort().values
+        assert float((inside - torch.linspace(0, 1, 2000)).abs().max()) < 1.63 / 2000**0.5
+
+    def test_a_group_may_share_its_draws(self, make):
+        """The same noises and times in all of its rows, others in every other group and iteration."""
+        parts = make(steps=NoSteps(), likelihood=CFMLikelihood(3, shared_draws=True))
+        one, next_one = (parts.collect(i).evidence for i in (0, 1))
+        for value in (one.x, one.t):
+            groups = value.unflatten(0, (4, 4))
+            assert torch.equal(groups, groups[:, :1].expand_as(groups))
+            assert not torch.isclose(groups[0, 0], groups[1, 0]).any()
+        assert not torch.isclose(one.t, next_one.t).any()
+        assert not torch.equal(one.x_next[0], one.x_next[1]), "the samples differ"
+
     def test_are_of_the_key_and_the_row_and_of_nothing_else(self, make):
         policy = make().policy
         whole, _ = record(policy, PER_DRAW)
