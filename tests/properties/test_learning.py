@@ -87,9 +87,9 @@ METHODS = {
     ),
     "awm": Method(lambda _: FlowSDE(0.7), NoSteps(), GroupAdvantage("epoch"), DRAWS, objective=AWM),
     "vgrpo": Method(lambda _: FlowSDE(0.7), NoSteps(), GroupAdvantage("epoch"), SHARED),
-    "orw": Method(lambda _: FlowSDE(0.7), NoSteps(), GroupAdvantage(), DRAWS, objective=ORW, settings={"kl": KL(0.01)}),
+    "orw": Method(lambda _: FlowSDE(0.7), NoSteps(), GroupAdvantage(), DRAWS, objective=ORW, settings={"kl": KL(0.1)}),
     "ac_flow": Method(
-        lambda _: FlowSDE(0.7), NoSteps(), GroupAdvantage(), DRAWS, objective=ACFlow, settings={"kl": KL(0.01)}
+        lambda _: FlowSDE(0.7), NoSteps(), GroupAdvantage(), DRAWS, objective=ACFlow, settings={"kl": KL(0.1)}
     ),
     "dgfs": Method(
         lambda _: Ancestral(1.0), AllButLast(), GroupAdvantage("none"), SUM, objective=partial(DGFS, scale=5.0)
