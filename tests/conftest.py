@@ -9,6 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import importlib.util
 import json
+import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 from torch import Tensor
 
@@ -32,6 +35,8 @@ from rlflow.rewards.remote.wire import answer, unpack
 from rlflow.train.trainer import Trainer
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: processes that tests start inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("rlflow", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("rlflow")
@@ -160,16 +165,27 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[int], Any
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """tiny_pipeline("sd3" | "flux", **scheduler) -> the folder of a random checkpoint in the real format, made once."""
+    """tiny_pipeline("sd3" | "flux", **scheduler) -> the folder of a random checkpoint in the real format.
+
+    Made once, for all workers.
+    """
     from rlflow.models.pretrained.tiny import make_tiny
 
-    made: dict[tuple[Any, ...], Any] = {}
+    mine = tmp_path_factory.getbasetemp()
+    shared = (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "pipelines"
+    shared.mkdir(exist_ok=True)
 
-    def make(kind: str, **scheduler: Any) -> Any:
-        key = (kind, *sorted(scheduler.items()))
-        if key not in made:
-            made[key] = make_tiny(kind, tmp_path_factory.mktemp(kind) / "pipeline", **scheduler)
-        return made[key]
+    def make(kind: str, **scheduler: Any) -> Path:
+        made = shared / "-".join([kind, *(f"{key}={value}" for key, value in sorted(scheduler.items()))])
+        with FileLock(f"{made}.lock"):
+            if made.exists():
+                return made
+            if not scheduler:
+                return make_tiny(kind, made)
+            shutil.copytree(make(kind), made)
+            config = made / "scheduler" / "scheduler_config.json"
+            config.write_text(json.dumps(json.loads(config.read_text()) | scheduler))
+            return made
 
     return make
 

@@ -111,12 +111,21 @@ NFT = {
     "algorithm.ema_decay": 0.9,
     "eval.solver": "dpm2m",
 }
+AWM = {  # of the release: six draws of the sampler's own times, a clip of 1, velocity KL .003; the trust term's place is ours
+    "likelihood": {"name": "cfm", "draws": 6, "joint": False, "on_grid": True}
+    | {"supervise": "sample", "stratified": True, "normalize": True},
+    "algorithm.objective": "awm",
+    "algorithm.kl.beta": 3e-3,
+}
+DPPO = {"algorithm.objective": {"name": "flow_dppo", "delta": 1e-5}}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "sd35_flow_grpo_geneval": FLOW_GRPO | {"reward.weights": {"geneval_soft": 1.0}, "env.prompts": "geneval"},
     "sd35_flow_grpo_ocr": FLOW_GRPO | {"reward.weights": {"ocr": 1.0}, "env.prompts": "signs"},
     "sd35_mixgrpo_pickscore": FLOW_GRPO | MIX_GRPO | {"reward.weights": {"pickscore": 1.0}},
     "sd35_24gb": FLOW_GRPO | FAST | {"reward.weights": {"pickscore": 1.0}},
     "sd35_nft": FLOW_GRPO | NFT | {"reward.weights": {"geneval_soft": 1.0}},
+    "sd35_awm": FLOW_GRPO | NFT | AWM | {"reward.weights": {"geneval_soft": 1.0}},
+    "sd35_flow_dppo": FLOW_GRPO | DPPO | {"reward.weights": {"geneval_soft": 1.0}, "env.prompts": "geneval"},
     "flux_mixgrpo": FLUX,
     "flux_mixgrpo_flash": FLUX | FLASH,
     "flux_dance_grpo": FLUX | DANCE,
