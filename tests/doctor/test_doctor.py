@@ -15,11 +15,11 @@ from rlflow.doctor import doctor as doctor_module
 from rlflow.doctor import examine
 from rlflow.doctor.doctor import Check, checks_as_json, doctor, few_rows, print_checks
 from rlflow.doctor.examine import calibrated
-from rlflow.doctor.marginal import MEAN, STD, end_error, end_moments
 from rlflow.doctor.probe import Probe, two_passes
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.grid import Shifted, Uniform
 from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, LearnedNoise
+from rlflow.flow.marginal import MEAN, STD, end_error, end_moments
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import DPMSolver2M, Euler, FireFlow, Heun, Midpoint, Solver
 from rlflow.flow.steps import AllButLast, Fraction, OneRandom, Plan, Window, deterministic
@@ -316,8 +316,8 @@ def test_solver_calls_by_hand(solver: Solver, calls: int) -> None:
 
 def monte_carlo(kernel: Kernel, solver: Solver, plan: Plan, num: int) -> tuple[float, float]:
     """Mean and std at the end by sampling the same chain with the policy's own loop."""
-    from rlflow.doctor.marginal import exact_velocity
     from rlflow.flow.field import VelocityField
+    from rlflow.flow.marginal import exact_velocity
     from rlflow.types import Cond
 
     class Exact(VelocityField):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from rlflow.config import recipes
 from rlflow.config.parse import parse
-from rlflow.config.schema import AlgorithmConfig
+from rlflow.config.schema import AlgorithmConfig, SACConfig
 from rlflow.envs.demos.dataset import Episode, write_demos
 from rlflow.models.io import load_field
 from rlflow.report.metrics_file import read_metrics
@@ -443,8 +443,10 @@ def test_every_recipe_runs_two_iterations(
         "eval.num=4",
         "train.tensorboard=false",
     ]
-    ratios = isinstance(recipes.load(name).algorithm, AlgorithmConfig)
-    few += ["algorithm.num_minibatches=2"] if ratios else ["algorithm.start=0", "algorithm.batch_size=16"]
+    learner = recipes.load(name).algorithm
+    ratios = isinstance(learner, AlgorithmConfig)
+    few += ["algorithm.num_minibatches=2"] if ratios else []
+    few += ["algorithm.start=0", "algorithm.batch_size=16"] if isinstance(learner, SACConfig) else []
     if name.startswith("t2i_"):
         field = {"shapes": scenes_field, "words": words_field}[recipes.load(name).policy.field]
         few += [f"policy.field={field}", "reward.weights.brightness=1"]
@@ -452,7 +454,7 @@ def test_every_recipe_runs_two_iterations(
         few += on_a_tiny_checkpoint(name, tiny_pipeline, tmp_path / "prompts.txt")
     else:
         few += ["env.horizon=6", "eval.video=0"]
-    if not ratios and recipes.load(name).algorithm.offline is not None:
+    if isinstance(learner, SACConfig) and learner.offline is not None:
         demos = some_demos(tmp_path, recipes.load(name).env.name)
         few += [f"algorithm.offline.{key}" for key in (f"demos={demos}", "clone=2", "updates=2")]
     made = Trainer(name, tmp_path / "run", overrides=[*few, "train.minutes=", "train.iterations=2"], quiet=True)

@@ -119,11 +119,11 @@ def test_rewards_of_one_checkpoint_share_its_network_and_its_pass(
     torch.save({"weight": torch.ones(1, WIDTH), "bias": torch.zeros(1)}, tmp_path / "head.pth")
     first, second = ClipScore(folder), Aesthetic(str(tmp_path / "head.pth"), folder)
     assert first.clip is second.clip
-    before = first.clip.images.calls
+    before = first.clip.memory.calls
     RewardSet([Reward("a", first), Reward("b", second)]).compute(
         {"images": pictures * 0.5, "prompt": TEXTS, "group": torch.zeros(6)}, 6
     )
-    assert first.clip.images.calls == before + 1
+    assert first.clip.memory.calls == before + 1
 
 
 # -- aesthetic ------------------------------------------------------------------------------------
