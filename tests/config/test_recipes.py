@@ -111,7 +111,15 @@ NFT = {
     "algorithm.ema_decay": 0.9,
     "eval.solver": "dpm2m",
 }
+DRAFT = {
+    "policy.guidance": None,
+    "policy.grad_checkpointing": True,
+    "steps": "none",
+    "algorithm.name": "reward_gradient",
+    "algorithm.through": {"name": "last_n", "n": 1},
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "sd35_draft": DRAFT | {"reward.weights": {"pickscore": 1.0}},
     "sd35_flow_grpo_geneval": FLOW_GRPO | {"reward.weights": {"geneval_soft": 1.0}, "env.prompts": "geneval"},
     "sd35_flow_grpo_ocr": FLOW_GRPO | {"reward.weights": {"ocr": 1.0}, "env.prompts": "signs"},
     "sd35_mixgrpo_pickscore": FLOW_GRPO | MIX_GRPO | {"reward.weights": {"pickscore": 1.0}},
