@@ -141,7 +141,7 @@ def test_the_last_prediction_is_the_last_step() -> None:
 def test_masked_and_broken_samples_pull_nothing() -> None:
     """A row of weight 0, one whose states are not finite, one that the reward has no score for: the mean of the others."""
     policy, groups = make_policy(), Groups(8, 1)
-    blind = lambda x, rows: torch.where(rows == 5, torch.nan, reward(x, rows))  # noqa: E731
+    blind = lambda x, rows: reward(x, rows) * torch.where(rows == 5, torch.nan, 1.0)  # noqa: E731
     algorithm = learner(policy, LastN(2), reward=blind)
     rollout = collect(policy, NoSteps(), groups, 2)
     rollout.weight[0, 1] = 0
