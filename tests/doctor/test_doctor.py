@@ -71,6 +71,37 @@ def test_a_sound_recipe_passes(tiny: list[str], scenes_field: str) -> None:
     assert all(c.limit or "no bound: " in c.detail for c in checks), "held to a bound, or the reason why not"
 
 
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [("t2i_draft", ["algorithm.kl=0.1"]), ("t2i_adjoint", ["algorithm.kl=0"]), ("t2i_draft", [])],
+    ids=["kl", "adjoint", "refl"],
+)
+def test_a_recipe_of_reward_gradients_passes(scenes_field: str, recipe: str, more: list[str]) -> None:
+    """The reward's own gradient among the rest; costs are counted for every way back."""
+    small = ["policy.num_steps=4", "policy.precision=float32", "reward.weights={brightness: 1}", "eval.num=4"]
+    small += [] if more else ["algorithm.through={name: refl, n: 2}"]
+    config = recipes.load(
+        recipe, [f"policy.field={scenes_field}", "train.minutes=", "train.iterations=3", *small, *more]
+    )
+    checks = doctor(replace(config, env=replace(config.env, num_groups=6)))
+    assert {c.name for c in checks if c.passed is False} == set()
+    assert by_name(checks)["reward gradient"].value < 1e-2
+
+
+def test_a_gradient_that_is_no_slope_fails() -> None:
+    """Of a reward that lets its gradient through where it rounds."""
+    x = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def straight_through(x: torch.Tensor) -> torch.Tensor:
+        return (x + (x.round() - x).detach()).mean((1, 2, 3))
+
+    found, differences = examine.gradient_and_differences(straight_through, x)
+    assert (found - differences).abs().max() > examine.GRADIENT_ERROR * found.abs().max()
+    smooth, differences = examine.gradient_and_differences(lambda x: x.square().sum((1, 2, 3)), x)
+    assert torch.allclose(smooth, differences, rtol=1e-3)
+    assert smooth.min() >= 2 * x.flatten().topk(8).values[-1]
+
+
 def test_cost_is_that_of_the_recipes_size(tiny: list[str], scenes_field: str) -> None:
     """Not of the few rows of the other checks."""
     config = load(tiny, scenes_field, "env.num_groups=4", "env.group_size=5", "env.rows_per_call=10")
