@@ -76,6 +76,13 @@ class PromptEnv(VecEnv):
         done = torch.ones(self.num_envs, dtype=torch.bool)
         return Step(self.obs, reward, done, ~done, None, valid & self._finite, {}, parts)
 
+    def graded(self, action: Tensor, rows: Tensor) -> Tensor:
+        """Rewards (M,) of samples (M, *D) for the prompts in hand of `rows` (M,), with a graph through the decoder."""
+        picked = rows.tolist()
+        columns: dict[str, Any] = self.prompts.take([self.rows[i] for i in picked])
+        columns |= {"images": self.decode(action).float(), "group": self.serial[picked]}
+        return self.rewards.graded(columns, len(picked))
+
     @property
     def reward_weights(self) -> dict[str, float]:
         """Weights when rewards combine as advantages."""

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlflow.rewards.calls import Deadline, Pending, check_seconds
-from rlflow.rewards.component import column_names
+from rlflow.rewards.component import column_names, is_differentiable
+from rlflow.rewards.meter import Meter
 from rlflow.rewards.scores import Scores, scored
 from rlflow.rewards.watch import Watch, own
 
@@ -91,38 +92,6 @@ def standardise(scores: Tensor, population: Tensor | None = None) -> Tensor:
 
 
 @dataclass
-class _Meter:
-    """What one reward did since the last `metrics()`."""
-
-    rows: int = 0
-    masked: int = 0
-    errors: int = 0
-    seconds: float = 0.0
-    sum: float = 0.0
-    sum_sq: float = 0.0
-
-    def add(self, scores: Tensor, seconds: float) -> None:
-        valid = ~scores.isnan()
-        x = torch.where(valid, scores, 0).double()
-        self.rows += len(scores)
-        self.masked += int((~valid).sum())
-        self.seconds += seconds
-        self.sum += float(x.sum())
-        self.sum_sq += float(x.square().sum())
-
-    def metrics(self, prefix: str) -> dict[str, float]:
-        count = self.rows - self.masked
-        out = {f"{prefix}/masked_frac": self.masked / max(1, self.rows), f"{prefix}/seconds": self.seconds}
-        if count:  # a mean of nothing is left out, not zero
-            mean = self.sum / count
-            out[f"{prefix}/mean"] = mean
-            out[f"{prefix}/std"] = math.sqrt(max(0.0, self.sum_sq / count - mean**2))
-        if self.errors:
-            out[f"{prefix}/errors"] = float(self.errors)
-        return out
-
-
-@dataclass
 class RewardSet:
     """Several rewards over one batch; see the head of the file.
 
@@ -150,7 +119,7 @@ class RewardSet:
         self.masked, self.errors = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
         self.seconds = dict.fromkeys(names, 0.0)
         self._call = {r.name: Deadline(r.name, r.fn, r.timeout_s) for r in self.rewards}
-        self._meter = {n: _Meter() for n in names}
+        self._meter = {n: Meter() for n in names}
         self._rows, self._invalid = 0, 0
         self._warned: set[tuple[str, str]] = set()
         self._spoilers: set[str] = set()
@@ -263,6 +232,31 @@ class RewardSet:
         self._invalid += int((~valid).sum())
         return reward, valid
 
+    def check_graded(self) -> None:
+        """ValueError unless the weighted sum has a gradient: names the reward that has none, and the fix."""
+        if self.normalize != "none":
+            raise ValueError(
+                f"normalize={self.normalize!r} compares a batch's scores, a gradient is of each image's own: use none"
+            )
+        for r in self.rewards:
+            if r.weight and not is_differentiable(r.fn):
+                raise ValueError(
+                    f"reward {r.name!r} gives no gradient by the images: give it weight 0, which logs it, or declare "
+                    "it @differentiable (rlflow.rewards.component) and compute it in tensors"
+                )
+
+    def graded(self, columns: Mapping[str, Any], num_rows: int) -> Tensor:
+        """Weighted sum (N,) of what `check_graded` allows, with a graph to the images; nan where one has no score.
+
+        Nothing is logged, and an error is the caller's.
+        """
+        self.check_graded()
+        total = torch.zeros(num_rows, device=columns["images"].device)
+        for r in self.rewards:
+            if r.weight:
+                total = total + r.weight * _with_graph(r.name, r.fn(**self._given(r, columns)), num_rows).to(total)
+        return total
+
     def metrics(self) -> dict[str, float]:
         """reward/<name>/{mean,std,masked_frac,seconds,errors} and reward/masked_frac since the last call."""
         out: dict[str, float] = {}
@@ -270,9 +264,20 @@ class RewardSet:
             out |= meter.metrics(f"reward/{name}")
         if self._rows:
             out["reward/masked_frac"] = self._invalid / self._rows
-        self._meter = {n: _Meter() for n in self._meter}
+        self._meter = {n: Meter() for n in self._meter}
         self._rows, self._invalid = 0, 0
         return out
+
+
+def _with_graph(name: str, scores: Any, num_rows: int) -> Tensor:
+    """The scores (N,) of a reward that was declared differentiable; ValueError where they are not."""
+    if not isinstance(scores, Tensor) or scores.shape != (num_rows,) or not scores.requires_grad:
+        what = f"{type(scores).__name__} of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else repr(scores)
+        raise ValueError(
+            f"reward {name!r} is declared differentiable and returned {what[:60]} without a graph to the images for "
+            f"{num_rows} rows: return a tensor ({num_rows},) made of them in tensors, under no no_grad"
+        )
+    return scores
 
 
 def _finite_rows(images: Any, num_rows: int) -> Tensor:

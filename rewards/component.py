@@ -5,6 +5,9 @@
 
 Parameters without a default are columns, of a function or of `__call__`; settings are what a recipe says under
 `reward.settings.NAME`. A class is made once, before the first iteration, so a missing model is said at the start.
+
+    @differentiable
+    def softness(images): ...        where `wants_graph(images)`, returns a tensor (N,) with a graph to them
 """
 
 from __future__ import annotations
@@ -12,9 +15,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from rlflow import registry
+
+C = TypeVar("C", bound=Callable[..., Any])
 
 Settings = Mapping[str, Mapping[str, Any]]
 """Settings by reward name; the key `name` inside says which reward it is, where that is not the name itself."""
@@ -34,6 +42,25 @@ def column_names(fn: Callable[..., Any]) -> tuple[str, ...]:
 def reads(columns: Sequence[str]) -> inspect.Signature:
     """A signature of `columns`: as `self.__signature__` it says what an instance reads, where that is a setting."""
     return inspect.Signature([inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in columns])
+
+
+def differentiable(reward: C) -> C:
+    """Declare that a function, or a class's instances, return scores with a graph to images that have one.
+
+    They are then on the images' device; nothing may be rounded or detached on the way to them.
+    """
+    reward.differentiable = True  # type: ignore[attr-defined]
+    return reward
+
+
+def is_differentiable(fn: Callable[..., Any]) -> bool:
+    """Whether a reward, with its settings filled in or not, was declared so."""
+    return bool(getattr(fn.func if isinstance(fn, partial) else fn, "differentiable", False))
+
+
+def wants_graph(images: Tensor) -> bool:
+    """Whether a gradient by these images is asked for: scores that are only logged may read 8-bit pictures."""
+    return torch.is_grad_enabled() and images.requires_grad
 
 
 def _spec(name: str, settings: Settings) -> dict[str, Any]:

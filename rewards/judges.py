@@ -25,6 +25,7 @@ from torch import Tensor
 
 import rlflow
 from rlflow.envs.captions.scenes import COLORS, RELATIONS, SHAPES, Scene, Thing, parse
+from rlflow.rewards.component import differentiable
 from rlflow.rewards.memory import BatchMemory
 
 M = TypeVar("M", bound=nn.Module)
@@ -96,10 +97,12 @@ def load_judge() -> SceneCNN:
 
 def small_images(pixels: NDArray[np.uint8]) -> tuple[Tensor, ...]:
     """8-bit pixels (N, H, W, 3) to batches (<= 256, 3, 32, 32) in [0, 1], as the judges' networks read them."""
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    if images.shape[-2:] != (SIZE, SIZE):
-        images = F.interpolate(images, (SIZE, SIZE), mode="area")
-    return images.split(256)
+    return _small(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255).split(256)
+
+
+def _small(images: Tensor) -> Tensor:
+    """(N, 3, H, W) to (N, 3, 32, 32)."""
+    return images if images.shape[-2:] == (SIZE, SIZE) else F.interpolate(images, (SIZE, SIZE), mode="area")
 
 
 @torch.no_grad()
@@ -115,19 +118,41 @@ def verdicts(model: SceneCNN, counts: Tensor, places: Tensor, scenes: Sequence[S
     """(N,) bool: all 18 counts round to the scene's and the likeliest relation is the scene's."""
     wanted = torch.stack([thing_counts(scene) for scene in scenes])
     right = ((counts - wanted).abs() < 0.5).all(1)
-    related = [i for i, scene in enumerate(scenes) if scene.relation is not None]
-    if related:
-        names = list(COLORS)
-        first, second = (torch.tensor([names.index(scenes[i].things[k].color) for i in related]) for k in (0, 1))
-        target = torch.tensor([RELATIONS.index(scenes[i].relation or "") for i in related])
-        right[related] &= model.relation_logits(places[related], first, second).argmax(1) == target
+    related, logits, target = _relations(model, places, scenes)
+    right[related] &= logits.argmax(1) == target
     return right
+
+
+def _relations(model: SceneCNN, places: Tensor, scenes: Sequence[Scene]) -> tuple[list[int], Tensor, Tensor]:
+    """Rows (M) whose scene has a relation, the network's logits (M, 4) for it, and which it is (M,)."""
+    names = list(COLORS)
+    related = [i for i, scene in enumerate(scenes) if scene.relation is not None]
+    first, second = (
+        torch.tensor([names.index(scenes[i].things[k].color) for i in related], dtype=torch.long) for k in (0, 1)
+    )
+    target = torch.tensor([RELATIONS.index(scenes[i].relation or "") for i in related], dtype=torch.long)
+    return related, model.relation_logits(places[related], first, second), target
 
 
 def cnn_judge(images: Tensor, prompt: Sequence[str]) -> Tensor:
     """(N,) 1 where the network sees exactly what the caption says, else 0; ValueError for a foreign caption."""
     counts, places = memory(images)
     return verdicts(load_judge(), counts, places, [parse(caption) for caption in prompt]).float()
+
+
+@differentiable
+def cnn_judge_soft(images: Tensor, prompt: Sequence[str]) -> Tensor:
+    """(N,) <= 0: less the errors of the 18 counts, plus the log-probability of the relation; 0 is certainly right.
+
+    Of the images as they are, not rounded to 8 bits: a reward that gives gradients.
+    """
+    scenes = [parse(caption) for caption in prompt]
+    counts, places = load_judge()(_small(images.float().cpu()))
+    wanted = torch.stack([thing_counts(scene) for scene in scenes])
+    scores = -F.smooth_l1_loss(counts, wanted, reduction="none").sum(1)
+    related, logits, target = _relations(load_judge(), places, scenes)
+    chances = logits.log_softmax(1)[torch.arange(len(target)), target]
+    return scores.index_add(0, torch.tensor(related, dtype=torch.long), chances).to(images.device)
 
 
 def diversity(images: Tensor, group: Tensor) -> Tensor:

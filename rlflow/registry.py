@@ -90,9 +90,15 @@ TABLE: dict[str, dict[str, str]] = {
         "group": "rlflow.rl.advantages:GroupAdvantage",
         "gae": "rlflow.rl.advantages:GAE",
     },
+    "through": {
+        "last_n": "rlflow.rl.reward_gradient:LastN",
+        "refl": "rlflow.rl.reward_gradient:ReFL",
+        "adjoint": "rlflow.rl.adjoint:Adjoint",
+    },
     "algorithm": {
         "policy_gradient": "rlflow.rl.policy_gradient:PolicyGradient",
         "sac": "rlflow.rl.off_policy.sac:SAC",
+        "reward_gradient": "rlflow.rl.reward_gradient:RewardGradient",
     },
     "env": {
         "prompt": "rlflow.envs.prompt:PromptEnv",
@@ -130,6 +136,7 @@ TABLE: dict[str, dict[str, str]] = {
         "brightness": "rlflow.rewards.colour:brightness",
         "redness": "rlflow.rewards.colour:redness",
         "cnn_judge": "rlflow.rewards.judges:cnn_judge",
+        "cnn_judge_soft": "rlflow.rewards.judges:cnn_judge_soft",
         "word_judge": "rlflow.rewards.word_judge:word_judge",
         "clip_score": "rlflow.rewards.networks.clip:ClipScore",
         "pickscore": "rlflow.rewards.networks.pickscore:PickScore",
@@ -165,13 +172,13 @@ MAKES = {
     "steps": "rlflow.flow.steps:Steps",
     "guidance": "rlflow.flow.field:VelocityField",
     "likelihood": "rlflow.rl.likelihoods.base:Likelihood",
+    "through": "rlflow.rl.reward_gradient:Through",
     "env": "rlflow.envs.base:VecEnv",
 }
 """What a component of a kind derives from."""
 
 FOREIGN: dict[tuple[str, str], str] = {}
 """Components outside rlflow that were found so far, by kind and name, with their files: an error in one names it."""
-
 
 GIVEN: dict[str, Callable[..., Any]] = {}
 """Components handed over in Python, by the name that stands for them in a config; who gives code trusts it."""
@@ -263,9 +270,7 @@ def about(kind: str) -> dict[str, str]:
 def _first_line(path: str) -> str:
     """First line of a component's docstring, read from the source."""
     module, _, attribute = path.partition(":")
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    assert spec.origin is not None
+    spec: Any = importlib.util.find_spec(module)  # of our own table: it is there
     for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == attribute:
             return (ast.get_docstring(node) or "").split("\n")[0]

@@ -188,6 +188,7 @@ class Rollout:
     reward_parts: dict[str, Tensor] = field(default_factory=dict)  # (T, B) per reward, nan = no score
     reward_weights: dict[str, float] = field(default_factory=dict)  # set when they combine as advantages
     evidence: Evidence | None = None  # (T * B, R, ...)
+    path: Tensor | None = None  # (T * B, n + 1, *D) states before the last n denoising steps, and the sample
     cond: Cond | None = None  # (T * B, ...) kept when the encoder is frozen
     num_steps: Tensor | None = None  # (T, B) long, primitive steps of each action; None = 1
     network_calls: int = 0  # network rows evaluated while sampling

@@ -74,6 +74,7 @@ def test_every_number_of_every_component_refuses_nan_and_the_absurd(kind: str, n
 def sections() -> list[tuple[str, type]]:
     """Path and class of every section."""
     algorithm = {"policy_gradient": config_module.AlgorithmConfig, "sac": config_module.SACConfig}
+    algorithm["reward_gradient"] = config_module.RewardGradientConfig
     return [*((f"algorithm.{name}", cls) for name, cls in algorithm.items()), ("", config_module.Config)]
 
 
@@ -89,14 +90,15 @@ def numbers(cls: type) -> list[tuple[str, Any]]:
     return listed
 
 
-BASES = {"policy_gradient": "t2i_flow_grpo", "sac": "robot_reach_sac"}
+BASES = {"policy_gradient": "t2i_flow_grpo", "sac": "robot_reach_sac", "reward_gradient": "t2i_draft"}
 
 
 @pytest.mark.parametrize(
     ("learner", "path", "annotation"),
     [("policy_gradient", path, a) for path, a in numbers(config_module.Config)]
     + [("policy_gradient", f"algorithm.{path}", a) for path, a in numbers(config_module.AlgorithmConfig)]
-    + [("sac", f"algorithm.{path}", a) for path, a in numbers(config_module.SACConfig)],
+    + [("sac", f"algorithm.{path}", a) for path, a in numbers(config_module.SACConfig)]
+    + [("reward_gradient", f"algorithm.{path}", a) for path, a in numbers(config_module.RewardGradientConfig)],
 )
 def test_every_number_of_every_section_refuses_nan_and_the_absurd(learner: str, path: str, annotation: Any) -> None:
     for plain in plain_types(annotation) - ({str} if path == "about" else set()):

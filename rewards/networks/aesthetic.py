@@ -17,10 +17,12 @@ import torch.nn as nn
 from torch import Tensor
 
 from rlflow.registry import SettingError
+from rlflow.rewards.component import differentiable
 from rlflow.rewards.networks.embed import load_clip
 from rlflow.rewards.networks.hub import Precision, Source, read_weights
 
 
+@differentiable
 class Aesthetic:
     """How much people would like the picture, about 1 to 10 (LAION's predictor on CLIP-L)."""
 
@@ -43,7 +45,8 @@ class Aesthetic:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(N,) score."""
-        return self.head(self.clip.images(images)).squeeze(-1)
+        vectors = self.clip.images(images)
+        return self.head.to(vectors.device)(vectors).squeeze(-1)
 
 
 def linear_layers(weights: dict[str, Tensor]) -> nn.Sequential:

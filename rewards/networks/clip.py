@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from rlflow.ranges import Text
+from rlflow.rewards.component import differentiable
 from rlflow.rewards.networks.embed import load_clip
 from rlflow.rewards.networks.hub import Precision, Source
 
 
+@differentiable
 class ClipScore:
     """How well the image fits the prompt: 2.5 max(cosine, 0) of a CLIP model."""
 

@@ -4,7 +4,7 @@
 
 Images are judged as the 8-bit pictures that would be saved: resized with Pillow's bicubic, centre-cropped and
 normalised as the checkpoint's own preprocessor says. Rewards that name the same checkpoint share one network and one
-pass over the images of a batch.
+pass over the images of a batch. Where a gradient is asked for, the same is done in tensors, without the rounding.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlflow.rewards.component import wants_graph
 from rlflow.rewards.memory import BatchMemory
 from rlflow.rewards.networks.hub import OnDevice, Precision, Source, need_transformers
 
@@ -50,16 +51,25 @@ class Pixels:
 
     def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
         """(N, H, W, 3) uint8 to (N, 3, size, size) float32, normalised; what is not square is centre-cropped."""
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        # on 8 bits it rounds as Pillow does
+        return self._normalised(self._cropped(torch.from_numpy(pixels).permute(0, 3, 1, 2)).float() / 255)
+
+    def graded(self, images: Tensor) -> Tensor:
+        """The same of images (N, 3, H, W) in [0, 1], with their graph: not rounded, bicubic's overshoot cut off."""
+        return self._normalised(self._cropped(images.float()).clamp(0, 1))
+
+    def _cropped(self, images: Tensor) -> Tensor:
+        """The centre (N, 3, size, size) of images whose shorter side was brought to `size`."""
         height, width = images.shape[-2:]
         scale = self.size / min(height, width)
         shape = (max(self.size, int(height * scale)), max(self.size, int(width * scale)))
         if shape != (height, width):
-            # on 8 bits it rounds as Pillow does
             images = F.interpolate(images, shape, mode="bicubic", antialias=True)
         top, left = ((side - self.size) // 2 for side in shape)
-        images = images[..., top : top + self.size, left : left + self.size].float() / 255
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
+        return images[..., top : top + self.size, left : left + self.size]
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (self.mean, self.std))
         return (images - mean) / std
 
 
@@ -74,13 +84,21 @@ class Clip:
     def __init__(self, network: OnDevice[Any], tokenizer: Any, pixels: Pixels):
         self.network, self.tokenizer, self.pixels = network, tokenizer, pixels
         self.max_tokens = int(network.network.config.text_config.max_position_embeddings)
-        self.images = BatchMemory(self._images)
-        """images (N, 3, H, W) in [0, 1] -> (N, F) unit vectors, float32 on the host"""
+        self.memory = BatchMemory(self._images)
 
     @property
     def scale(self) -> float:
         """The learned temperature, exp(logit_scale)."""
         return float(self.network.network.logit_scale.float().exp())
+
+    def images(self, images: Tensor) -> Tensor:
+        """(N, F) unit vectors of images (N, 3, H, W) in [0, 1], float32 on the host; on their device with a graph."""
+        if not wants_graph(images):
+            return self.memory(images)
+        values = self.pixels.graded(images).to(self.network.device, self.network.dtype)
+        with self.network.use(graph=True) as network:
+            found = vector(network.get_image_features(pixel_values=values)).float()
+        return F.normalize(found, dim=-1).to(images.device)
 
     def _images(self, pixels: NDArray[np.uint8]) -> Tensor:
         return self._vectors([self.pixels(pixels[i : i + ROWS]) for i in range(0, len(pixels), ROWS)])
@@ -117,7 +135,8 @@ class Clip:
 
     def cosine(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """(N,) cosine of each image and its text."""
-        return (self.images(images) * self.texts(texts)).sum(-1)
+        seen = self.images(images)
+        return (seen * self.texts(texts).to(seen.device)).sum(-1)
 
 
 def read_processor(source: Source, config: Any) -> tuple[Any, Pixels]:

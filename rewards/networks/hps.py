@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rlflow.registry import SettingError
+from rlflow.rewards.component import differentiable
 from rlflow.rewards.networks.embed import Clip, read_processor
 from rlflow.rewards.networks.hub import OnDevice, Precision, Source, need_transformers, read_weights
 
@@ -93,6 +94,7 @@ def load_hps(checkpoint: Path, base: Source, device: str, offload: bool, precisi
     return Clip(OnDevice(network, device, offload, precision), *read_processor(base, network.config))
 
 
+@differentiable
 class HPS:
     """How much people prefer the image for the prompt: a cosine, about .2 to .35 (HPSv2.1)."""
 

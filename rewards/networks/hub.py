@@ -51,15 +51,18 @@ class OnDevice(Generic[M]):
         self._lock = threading.RLock()
 
     @contextmanager
-    def use(self) -> Iterator[M]:
-        """The network on its device, without gradients; one user at a time."""
-        with self._lock, torch.no_grad():
+    def use(self, graph: bool = False) -> Iterator[M]:
+        """The network on its device, without gradients; one user at a time.
+
+        With a `graph` to its inputs it stays there until its next user has done: the way back needs it.
+        """
+        with self._lock, torch.set_grad_enabled(graph):
             if self.offload:
                 self.network.to(self.device)
             try:
                 yield self.network
             finally:
-                if self.offload:
+                if self.offload and not graph:
                     self.network.to("cpu")
 
 

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from rlflow.ranges import Positive
 from rlflow.registry import SettingError
+from rlflow.rewards.component import differentiable
 from rlflow.rewards.networks.embed import load_clip
 from rlflow.rewards.networks.hub import Precision, Source
 
 
+@differentiable
 class PickScore:
     """How likely users are to pick the image for the prompt, as a log-odds (PickScore v1)."""
 

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlflow.rewards.component import differentiable
 from rlflow.rewards.networks.embed import load_clip
 from rlflow.rewards.networks.hub import Precision, Source
 
 log = logging.getLogger(__name__)
 
 
+@differentiable
 class ImageSimilarity:
     """Cosine of the image and the picture that the column `reference` names, of a CLIP model."""
 
@@ -38,7 +40,8 @@ class ImageSimilarity:
         found = [self._reference(path) for path in reference]
         blank = torch.full((self.clip.network.network.config.projection_dim,), torch.nan)
         wanted = torch.stack([blank if vector is None else vector for vector in found])
-        return (self.clip.images(images) * wanted).sum(-1)
+        seen = self.clip.images(images)
+        return (seen * wanted.to(seen.device)).sum(-1)
 
     def _reference(self, path: str) -> Tensor | None:
         if path not in self._known:

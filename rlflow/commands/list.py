@@ -17,6 +17,7 @@ KINDS = {
     "likelihoods": "likelihood",
     "advantages": "advantage",
     "objectives": "objective",
+    "through": "through",
     "algorithms": "algorithm",
     "models": "model",
     "rewards": "reward",

@@ -21,11 +21,29 @@ def check_together(config: Config, trust_code: bool = False) -> None:
         raise ValueError("train: give a budget, train.iterations=N or train.minutes=M")
 
 
+def _check_unread(config: Config, likelihood: str, advantage: str) -> None:
+    """ValueError for a likelihood or an advantage of a learner that reads none; the texts say why."""
+    for path, usual, why in (("likelihood", "chain", likelihood), ("advantage", "group", advantage)):
+        if registry.split_spec(path, getattr(config, path)) != (usual, {}):
+            raise ValueError(f"{path}: algorithm={config.algorithm.name} does not read it ({why}); leave it out")
+
+
+def _check_reward_gradient(config: Config, trust_code: bool) -> None:
+    """ValueError for settings that reward gradients do not read, or that have none."""
+    c: Any = config.algorithm
+    _check_unread(config, "it has no ratio", "it has the reward's gradient")
+    if config.env.name != "prompt":
+        raise ValueError(
+            "env.name: algorithm=reward_gradient needs rewards that it can differentiate; set it to prompt"
+        )
+    if config.reward.normalize != "none":
+        raise ValueError("reward.normalize: algorithm=reward_gradient climbs the rewards themselves; set it to none")
+    registry.build("through", "algorithm.through", c.through, trust_code=trust_code)
+
+
 def _check_sac(config: Config, trust_code: bool) -> None:
     """ValueError for settings that off-policy learning does not read."""
-    for path, usual, why in (("likelihood", "chain", "it has no ratio"), ("advantage", "group", "it has critics")):
-        if registry.split_spec(path, getattr(config, path)) != (usual, {}):
-            raise ValueError(f"{path}: algorithm=sac does not read it ({why}); leave it out")
+    _check_unread(config, "it has no ratio", "it has critics")
     if registry.split_spec("steps", config.steps)[0] != "all":
         raise ValueError("steps: algorithm=sac differentiates through every denoising step; set steps=all")
     if config.env.name == "prompt":
@@ -69,7 +87,11 @@ def _check_policy_gradient(config: Config, trust_code: bool) -> None:
         raise ValueError("env.mode: group advantages compare whole episodes; set env.mode=episodes, or advantage=gae")
 
 
-OF_LEARNERS = {"policy_gradient": _check_policy_gradient, "sac": _check_sac}
+OF_LEARNERS = {
+    "policy_gradient": _check_policy_gradient,
+    "sac": _check_sac,
+    "reward_gradient": _check_reward_gradient,
+}
 
 
 def check_sharding(config: Config) -> None:

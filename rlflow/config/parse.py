@@ -21,7 +21,7 @@ from rlflow.config.former import refuse, translate
 from rlflow.config.inputs import absolute
 from rlflow.config.limits import check
 from rlflow.config.plain import check_plain
-from rlflow.config.schema import AlgorithmConfig, Config, SACConfig, algorithm_name
+from rlflow.config.schema import LEARNERS, AlgorithmConfig, Config, algorithm_name
 from rlflow.config.values import merge
 from rlflow.registry import nearest
 
@@ -145,6 +145,7 @@ COMPONENTS = {
     "likelihood": "likelihood",
     "advantage": "advantage",
     "algorithm.objective": "objective",
+    "algorithm.through": "through",
     "eval.solver": "solver",
 }
 """Paths of components, and their kinds."""
@@ -168,8 +169,8 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def saved(values: dict[str, Any]) -> dict[str, Any]:
     """The config of a saved run: today's spelling, absolute paths, and defaults for what its version did not have."""
     values = translate(values)
-    learner = SACConfig("sac") if algorithm_name(values.get("algorithm")) == "sac" else AlgorithmConfig()
-    return absolute(merge(Config(algorithm=learner).to_dict(), values))
+    learner = LEARNERS.get(algorithm_name(values.get("algorithm")), AlgorithmConfig)
+    return absolute(merge(Config(algorithm=learner()).to_dict(), values))
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str) -> list[str]:

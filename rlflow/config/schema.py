@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -141,6 +142,20 @@ class SACConfig:
     ema_decay: BelowOne = 0.9
 
 
+@dataclass
+class RewardGradientConfig:
+    """Ascent of differentiable rewards through the sampler."""
+
+    __pydantic_config__ = STRICT
+    sizes: ClassVar = ("algorithm.micro_batch",)
+    name: Literal["reward_gradient"]
+    through: Spec = "last_n"
+    micro_batch: Count = 48
+    kl: NotNegative = 0.0  # weight of the squared distance to the un-tuned policy's velocity
+    ema_decay: BelowOne = 0.9
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
 def algorithm_name(values: Any) -> str:
     """Which learner a section is of; policy_gradient where it does not say."""
     name = values.get("name", "policy_gradient") if isinstance(values, dict) else getattr(values, "name", "")
@@ -148,9 +163,19 @@ def algorithm_name(values: Any) -> str:
 
 
 AnyAlgorithm = Annotated[
-    Annotated[AlgorithmConfig, Tag("policy_gradient")] | Annotated[SACConfig, Tag("sac")],
+    Annotated[AlgorithmConfig, Tag("policy_gradient")]
+    | Annotated[SACConfig, Tag("sac")]
+    | Annotated[RewardGradientConfig, Tag("reward_gradient")],
     Discriminator(algorithm_name),
 ]
+
+
+LEARNERS: dict[str, Callable[[], AlgorithmConfig | SACConfig | RewardGradientConfig]] = {
+    "policy_gradient": AlgorithmConfig,
+    "sac": lambda: SACConfig("sac"),
+    "reward_gradient": lambda: RewardGradientConfig("reward_gradient"),
+}
+"""Default settings by the learner's name."""
 
 
 @dataclass

@@ -5,6 +5,7 @@ rollout   N x calls of the K' steps (a noisy step is 1, a run of ODE steps what 
           and the S passes in which a CFM likelihood records its losses
 reference N x R when a KL term is on
 update    3 N x R per epoch (+ N x R for a joint ratio that does not fit in one micro-batch);
+          of reward gradients 3 N for each step they go back through (adjoint.py: 3 N K under the reference too);
           off-policy, a step on a batch of n rows is n K for the target and 3 n K for the actor
 each times the field's calls, 2 under guidance; a detached guidance branch has no backward pass
 """
@@ -22,6 +23,7 @@ from rlflow.flow.steps import Plan
 from rlflow.rl.likelihoods.base import Likelihood
 from rlflow.rl.off_policy.sac import SAC
 from rlflow.rl.policy_gradient import PolicyGradient
+from rlflow.rl.reward_gradient import RewardGradient
 from rlflow.train.build import Parts
 
 
@@ -126,4 +128,17 @@ def _off_policy(parts: Parts, rows: int, plan: Plan) -> tuple[int, int]:
     return 0, passes * (len(steps) + 3 * actor)
 
 
-UPDATES: dict[type, Callable[[Parts, int, Plan], tuple[int, int]]] = {PolicyGradient: _with_ratios, SAC: _off_policy}
+def _with_gradients(parts: Parts, rows: int, plan: Plan) -> tuple[int, int]:
+    """(reference, update) of RewardGradient, if every sample counts."""
+    a, field = parts.algorithm, parts.policy.field
+    assert isinstance(a, RewardGradient)
+    (reference, live), graph = a.through.passes(parts.policy, plan), field.calls + 2 * field.graph_calls
+    kl = bool(a.kl)
+    return rows * (reference * graph + kl * field.calls), rows * (live + kl) * graph
+
+
+UPDATES: dict[type, Callable[[Parts, int, Plan], tuple[int, int]]] = {
+    PolicyGradient: _with_ratios,
+    SAC: _off_policy,
+    RewardGradient: _with_gradients,
+}

@@ -24,8 +24,8 @@ from rlflow.console import finite, terminal
 from rlflow.cost.formula import iteration_cost
 from rlflow.doctor.check import Check
 from rlflow.doctor.examine import at_work, few_updates, of_the_learner
-from rlflow.doctor.marginal import STD, end_error
 from rlflow.doctor.probe import GradientWatch, Probe, bare_seconds, two_passes
+from rlflow.flow.marginal import STD, end_error
 from rlflow.flow.steps import Plan
 from rlflow.report.metrics_file import read_metrics
 from rlflow.train.build import Parts, make_parts

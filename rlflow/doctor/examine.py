@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlflow import registry
-from rlflow.config.schema import AlgorithmConfig, Config, SACConfig
+from rlflow.config.schema import AlgorithmConfig, Config, RewardGradientConfig, SACConfig
 from rlflow.config.steps import make_steps
 from rlflow.doctor.check import Check
 from rlflow.doctor.probe import Probe
@@ -23,12 +23,19 @@ from rlflow.rl.likelihoods.cfm import calibration
 from rlflow.rl.off_policy.path_entropy import highest_entropy
 from rlflow.rl.off_policy.sac import SAC
 from rlflow.rl.policy_gradient import PolicyGradient
+from rlflow.rl.reward_gradient import RewardGradient
 from rlflow.train.build import Parts, make_policy
 
 GPU_LOG_RATIO = 1e-2
 """Largest first log-ratio that passes where kernels of different batch sizes round differently."""
 LARGEST_DENSITY = 32
 """Numbers of an action up to which the density of a noise-free chain is computed."""
+FEW_GROUPS = 4
+"""Of an iteration of reward gradients."""
+FEW_NUMBERS, DIFFERENCE, GRADIENT_ERROR = 7, 1e-2, 0.1
+"""Numbers of a sample whose gradient is checked, by how much each is moved up and down, and the error that passes.
+
+Their median: where a picture is cut off at black or white a difference is of both sides of an edge."""
 FEW_DECISIONS = 16
 """Batch of an off-policy learner's optimiser step."""
 
@@ -173,11 +180,47 @@ def _few_off_policy(config: Config, group_size: int, trust_code: bool) -> tuple[
     return 2, replace(c, **few, offline=offline)
 
 
+# -- reward gradients -----------------------------------------------------------------------------
+
+
+def _gradient_checks(config: Config, parts: Parts, probe: Probe, trust_code: bool) -> list[Check]:
+    """The reward's gradient by the numbers of a sample that it depends on most, against differences of the reward."""
+    algorithm, policy = parts.algorithm, parts.policy
+    assert isinstance(algorithm, RewardGradient)
+    x = policy.squash(probe.rollout.flat(probe.rollout.action)[:1])
+    row = torch.zeros(1, dtype=torch.long, device=policy.device)
+    found, differences = gradient_and_differences(lambda x: algorithm.reward(x, row.expand(len(x))), x)
+    error = float((found - differences).abs().median() / found.abs().max().clamp(min=1e-12))
+    pairs = zip(found.tolist(), differences.tolist(), strict=True)
+    detail = "median error of the reward's gradient by a sample's numbers, over their size; it and the differences: "
+    detail += ", ".join(f"{a:.3g} / {b:.3g}" for a, b in pairs)
+    return [Check("reward gradient", error, f"<= {GRADIENT_ERROR:g}", error <= GRADIENT_ERROR, detail)]
+
+
+def gradient_and_differences(reward: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient (P,) of reward((1, *D)) at its P largest entries, and central differences there."""
+    x = x.detach().requires_grad_()
+    (whole,) = torch.autograd.grad(reward(x).sum(), x)
+    largest = whole.flatten().abs().topk(min(FEW_NUMBERS, whole.numel())).indices
+    step = torch.zeros(len(largest), whole.numel()).to(x)
+    step[torch.arange(len(largest)), largest] = DIFFERENCE
+    up, down = (reward((x + sign * step.view(-1, *x.shape[1:])).detach().requires_grad_()).detach() for sign in (1, -1))
+    return whole.flatten()[largest], (up - down) / (2 * DIFFERENCE)
+
+
+def _few_gradients(config: Config, group_size: int, trust_code: bool) -> tuple[int, RewardGradientConfig]:
+    c = config.algorithm
+    assert isinstance(c, RewardGradientConfig)
+    return FEW_GROUPS, replace(c, micro_batch=min(c.micro_batch, FEW_GROUPS * group_size - 1))
+
+
 CHECKS: dict[type, Callable[[Config, Parts, Probe, bool], list[Check]]] = {
     AlgorithmConfig: _ratio_checks,
     SACConfig: _off_policy_checks,
+    RewardGradientConfig: _gradient_checks,
 }
 FEW: dict[type, Callable[[Config, int, bool], tuple[int, Any]]] = {
     AlgorithmConfig: _few_with_ratios,
     SACConfig: _few_off_policy,
+    RewardGradientConfig: _few_gradients,
 }

@@ -9,7 +9,7 @@ from rlflow.types import Rollout
 
 
 class Algorithm(Protocol):
-    """PolicyGradient, SAC, or a learner of your own."""
+    """PolicyGradient, SAC, RewardGradient, or a learner of your own."""
 
     @property
     def optimizer(self) -> Optimizer:
@@ -22,6 +22,10 @@ class Algorithm(Protocol):
     @property
     def sample_with(self) -> str:
         """The weights that are to sample, 'live' or another set of the policy."""
+
+    @property
+    def keep_path(self) -> int:
+        """Last denoising steps of which rollouts are to keep the states; 0 for none."""
 
     def begin(self) -> None:
         """Once, before the first iteration of a run and its first evaluation; not after a resume."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -36,6 +37,7 @@ class Collector:
         rows_per_call: int = 64,
         sample_with: str = "live",
         shared_noise: bool = False,
+        keep_path: int = 0,
     ):
         if env.num_envs != groups.num_rows:
             raise ValueError(f"the environment has {env.num_envs} rows, the groups of this process {groups.num_rows}")
@@ -62,7 +64,7 @@ class Collector:
             groups,
         )
         self.seed, self.horizon, self.mode, self.sample_with = seed, horizon, mode, sample_with
-        self.shared_noise = shared_noise
+        self.shared_noise, self.keep_path = shared_noise, keep_path
         # only rows of one group share an observation, and only while an episode has just begun
         self.copies = groups.group_size if horizon == 1 and mode == "episodes" else 1
         self.rows_per_call = max(self.copies, rows_per_call // self.copies * self.copies)
@@ -106,9 +108,17 @@ class Collector:
             mine = tree_map(lambda v: v[rows][:: self.copies], obs)  # noqa: B023 - used at once
             cond = self.policy.encode(mine)
             chain = self.policy.sample(
-                cond, plan, key=key, row_ids=ids, copies=self.copies, shared_noise=self.shared_noise
+                cond,
+                plan,
+                key=key,
+                row_ids=ids,
+                copies=self.copies,
+                shared_noise=self.shared_noise,
+                keep_path=self.keep_path > 0,
             )
             self.env.send(self.policy.squash(chain.final), rows)
+            if chain.path is not None:  # a copy: the states of earlier steps are let go
+                chain = replace(chain, path=chain.path[:, -self.keep_path - 1 :].clone())
             chains.append(chain)
             cond = cond.repeat(self.copies)
             if self.likelihood is not None:
@@ -122,6 +132,7 @@ class Collector:
         return {
             "obs": obs,
             "action": torch.cat([c.final for c in chains]),
+            "path": [c.path for c in chains if c.path is not None],
             "reward": step.reward,
             "terminated": step.terminated,
             "truncated": step.truncated,
@@ -155,6 +166,7 @@ class Collector:
             reward_parts=stack("parts"),
             reward_weights=self.env.reward_weights,
             evidence=Evidence.cat(evidence) if evidence else None,
+            path=torch.cat([p for o in outs for p in o["path"]]) if self.keep_path else None,
             cond=Cond.cat([c for o in outs for c in o["cond"]]) if keep else None,
             num_steps=None if outs[0]["num_steps"] is None else stack("num_steps"),
             network_calls=network_rows,

@@ -36,6 +36,8 @@ from rlflow.types import Evidence, Rollout
 class PolicyGradient:
     """Descent of an objective over any likelihood, clipped ratios by default; `update(rollout)` is one iteration."""
 
+    keep_path = 0
+
     def __init__(
         self,
         policy: FlowPolicy,

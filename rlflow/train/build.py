@@ -226,7 +226,7 @@ def make_parts(config: Config, trust_code: bool = False) -> Parts:
     steps = make_steps(config, trust_code)
     horizon = config.env.horizon or env.horizon
     check_updates(config, groups, horizon)
-    algorithm = make_algorithm(config, policy, likelihood, groups, trust_code)
+    algorithm = make_algorithm(config, policy, likelihood, groups, env, trust_code)
     collector = Collector(
         env,
         policy,
@@ -239,6 +239,7 @@ def make_parts(config: Config, trust_code: bool = False) -> Parts:
         rows_per_call=config.env.rows_per_call,
         sample_with=algorithm.sample_with,
         shared_noise=config.env.shared_noise,
+        keep_path=algorithm.keep_path,
     )
     return Parts(policy, collector, algorithm, groups)
 

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from rlflow import registry
-from rlflow.config.schema import AlgorithmConfig, Config, OfflineConfig, SACConfig
+from rlflow.config.schema import AlgorithmConfig, Config, OfflineConfig, RewardGradientConfig, SACConfig
 from rlflow.config.steps import make_steps
+from rlflow.envs.base import VecEnv
+from rlflow.envs.prompt import PromptEnv
 from rlflow.flow.policy import FlowPolicy
 from rlflow.pretrain.cloning import demos_of
 from rlflow.rl.algorithm import Algorithm
@@ -24,26 +26,32 @@ from rlflow.rl.off_policy.twin import TwinSettings
 from rlflow.rl.optim import AdamW
 from rlflow.rl.policy_gradient import PolicyGradient
 from rlflow.rl.regularizers import KL
+from rlflow.rl.reward_gradient import RewardGradient
 
 
 def make_likelihood(config: Config, trust_code: bool = False) -> Likelihood | None:
     """How the rollout's samples are scored; None for a learner without ratios."""
-    if isinstance(config.algorithm, SACConfig):
+    if not isinstance(config.algorithm, AlgorithmConfig):
         return None
     found: Likelihood = registry.build("likelihood", "likelihood", config.likelihood, trust_code=trust_code)
     return found
 
 
 def make_algorithm(
-    config: Config, policy: FlowPolicy, likelihood: Likelihood | None, groups: Groups, trust_code: bool = False
+    config: Config,
+    policy: FlowPolicy,
+    likelihood: Likelihood | None,
+    groups: Groups,
+    env: VecEnv,
+    trust_code: bool = False,
 ) -> Algorithm:
     """The learner of a config, with weights of its own from the run's seed."""
     torch.manual_seed(config.train.seed)
-    return MAKERS[type(config.algorithm)](config, policy, likelihood, groups, trust_code)
+    return MAKERS[type(config.algorithm)](config, policy, likelihood, groups, env, trust_code)
 
 
 def _policy_gradient(
-    config: Config, policy: FlowPolicy, likelihood: Likelihood | None, groups: Groups, trust_code: bool
+    config: Config, policy: FlowPolicy, likelihood: Likelihood | None, groups: Groups, env: VecEnv, trust_code: bool
 ) -> PolicyGradient:
     c = config.algorithm
     assert isinstance(c, AlgorithmConfig)
@@ -72,7 +80,9 @@ def _policy_gradient(
     )
 
 
-def _sac(config: Config, policy: FlowPolicy, likelihood: Likelihood | None, groups: Groups, trust_code: bool) -> SAC:
+def _sac(
+    config: Config, policy: FlowPolicy, likelihood: Likelihood | None, groups: Groups, env: VecEnv, trust_code: bool
+) -> SAC:
     c = config.algorithm
     assert isinstance(c, SACConfig)
     twin = TwinSettings(c.num_critics, c.critic_width, c.critic_depth, c.critic_norm, c.tau, c.critic_lr, c.pessimism)
@@ -98,6 +108,30 @@ def _sac(config: Config, policy: FlowPolicy, likelihood: Likelihood | None, grou
         )
 
 
+def _reward_gradient(
+    config: Config, policy: FlowPolicy, likelihood: Likelihood | None, groups: Groups, env: VecEnv, trust_code: bool
+) -> RewardGradient:
+    c = config.algorithm
+    assert isinstance(c, RewardGradientConfig)
+    assert isinstance(env, PromptEnv)
+    with registry.located("reward.weights"):
+        env.rewards.check_graded()
+    with registry.located("algorithm"):
+        return RewardGradient(
+            policy,
+            registry.build("steps", "steps", config.steps, trust_code=trust_code),
+            groups,
+            env.graded,
+            registry.build("through", "algorithm.through", c.through, trust_code=trust_code),
+            optimizer=AdamW(**dataclasses.asdict(c.optimizer)),
+            micro_batch=c.micro_batch,
+            kl=c.kl,
+            ema_decay=c.ema_decay,
+            seed=config.train.seed,
+            permute=config.train.permute_rewards,
+        )
+
+
 def _offline(config: Config, c: OfflineConfig, policy: FlowPolicy) -> Offline:
     """Demonstrations of the config's simulator as decisions of its chunk."""
     with registry.located("offline"):
@@ -108,4 +142,8 @@ def _offline(config: Config, c: OfflineConfig, policy: FlowPolicy) -> Offline:
         return Offline(data, whole, c.clone, c.updates, c.share)
 
 
-MAKERS: dict[type, Callable[..., Any]] = {AlgorithmConfig: _policy_gradient, SACConfig: _sac}
+MAKERS: dict[type, Callable[..., Any]] = {
+    AlgorithmConfig: _policy_gradient,
+    SACConfig: _sac,
+    RewardGradientConfig: _reward_gradient,
+}

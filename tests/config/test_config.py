@@ -384,6 +384,8 @@ def test_every_key_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     few += ["train.wandb=true"]
     few += [f"algorithm.offline={{demos: {tmp_path / 'demos'}, clone: 1, updates: 1}}"]
     Trainer(recipes.load("robot_reach_sac", few), tmp_path / "off_policy", quiet=True).fit()
+    few = ["train.iterations=1", "train.minutes=", "eval.num=2", "env.num_groups=2", "reward.weights={brightness: 1}"]
+    Trainer(recipes.load("t2i_draft", few), tmp_path / "gradient", quiet=True).fit()
     keys = {(cls.__name__, f.name) for cls in sections() for f in dataclasses.fields(cls)}
     dead = sorted(key for key in keys - seen if key[1] not in READ_ELSEWHERE)
     assert not dead

@@ -118,7 +118,15 @@ AWM = {  # of the release: six draws of the sampler's own times, a clip of 1, ve
     "algorithm.kl.beta": 3e-3,
 }
 DPPO = {"algorithm.objective": {"name": "flow_dppo", "delta": 1e-5}}
+DRAFT = {
+    "policy.guidance": None,
+    "policy.grad_checkpointing": True,
+    "steps": "none",
+    "algorithm.name": "reward_gradient",
+    "algorithm.through": {"name": "last_n", "n": 1},
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "sd35_draft": DRAFT | {"reward.weights": {"pickscore": 1.0}},
     "sd35_flow_grpo_geneval": FLOW_GRPO | {"reward.weights": {"geneval_soft": 1.0}, "env.prompts": "geneval"},
     "sd35_flow_grpo_ocr": FLOW_GRPO | {"reward.weights": {"ocr": 1.0}, "env.prompts": "signs"},
     "sd35_mixgrpo_pickscore": FLOW_GRPO | MIX_GRPO | {"reward.weights": {"pickscore": 1.0}},

@@ -15,11 +15,11 @@ from rlflow.doctor import doctor as doctor_module
 from rlflow.doctor import examine
 from rlflow.doctor.doctor import Check, checks_as_json, doctor, few_rows, print_checks
 from rlflow.doctor.examine import calibrated
-from rlflow.doctor.marginal import MEAN, STD, end_error, end_moments
 from rlflow.doctor.probe import Probe, two_passes
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.grid import Shifted, Uniform
 from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, LearnedNoise
+from rlflow.flow.marginal import MEAN, STD, end_error, end_moments
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import DPMSolver2M, Euler, FireFlow, Heun, Midpoint, Solver
 from rlflow.flow.steps import AllButLast, Fraction, OneRandom, Plan, Window, deterministic
@@ -69,6 +69,37 @@ def test_a_sound_recipe_passes(tiny: list[str], scenes_field: str) -> None:
     assert rollout + update == pytest.approx(1)
     assert found["peak memory, MiB"].value > 10
     assert all(c.limit or "no bound: " in c.detail for c in checks), "held to a bound, or the reason why not"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [("t2i_draft", ["algorithm.kl=0.1"]), ("t2i_adjoint", ["algorithm.kl=0"]), ("t2i_draft", [])],
+    ids=["kl", "adjoint", "refl"],
+)
+def test_a_recipe_of_reward_gradients_passes(scenes_field: str, recipe: str, more: list[str]) -> None:
+    """The reward's own gradient among the rest; costs are counted for every way back."""
+    small = ["policy.num_steps=4", "policy.precision=float32", "reward.weights={brightness: 1}", "eval.num=4"]
+    small += [] if more else ["algorithm.through={name: refl, n: 2}"]
+    config = recipes.load(
+        recipe, [f"policy.field={scenes_field}", "train.minutes=", "train.iterations=3", *small, *more]
+    )
+    checks = doctor(replace(config, env=replace(config.env, num_groups=6)))
+    assert {c.name for c in checks if c.passed is False} == set()
+    assert by_name(checks)["reward gradient"].value < 1e-2
+
+
+def test_a_gradient_that_is_no_slope_fails() -> None:
+    """Of a reward that lets its gradient through where it rounds."""
+    x = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def straight_through(x: torch.Tensor) -> torch.Tensor:
+        return (x + (x.round() - x).detach()).mean((1, 2, 3))
+
+    found, differences = examine.gradient_and_differences(straight_through, x)
+    assert (found - differences).abs().max() > examine.GRADIENT_ERROR * found.abs().max()
+    smooth, differences = examine.gradient_and_differences(lambda x: x.square().sum((1, 2, 3)), x)
+    assert torch.allclose(smooth, differences, rtol=1e-3)
+    assert smooth.min() >= 2 * x.flatten().topk(8).values[-1]
 
 
 def test_cost_is_that_of_the_recipes_size(tiny: list[str], scenes_field: str) -> None:
@@ -316,8 +347,8 @@ def test_solver_calls_by_hand(solver: Solver, calls: int) -> None:
 
 def monte_carlo(kernel: Kernel, solver: Solver, plan: Plan, num: int) -> tuple[float, float]:
     """Mean and std at the end by sampling the same chain with the policy's own loop."""
-    from rlflow.doctor.marginal import exact_velocity
     from rlflow.flow.field import VelocityField
+    from rlflow.flow.marginal import exact_velocity
     from rlflow.types import Cond
 
     class Exact(VelocityField):

@@ -128,6 +128,13 @@ def cases(root: Path, url: str = "") -> dict[str, dict]:
             "likelihood": {"name": "cfm", "draws": 3, "joint": False},
             "algorithm": base["algorithm"] | {"objective": {"name": "nft", "old_rate": 0.5}},
         },
+        "reward gradient": base
+        | {
+            "steps": "none",
+            "algorithm": {"name": "reward_gradient", "through": {"name": "refl", "n": 3}, "micro_batch": 3, "kl": 0.1}
+            | {"optimizer": {"lr": 1e-3}},
+            "reward": {"weights": {"brightness": 1.0, "redness": -0.5}},
+        },
         "one rank stopped": base,
         "one rank masked": base
         | {

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from rlflow.config import recipes
 from rlflow.config.parse import parse
-from rlflow.config.schema import AlgorithmConfig
+from rlflow.config.schema import AlgorithmConfig, SACConfig
 from rlflow.envs.demos.dataset import Episode, write_demos
 from rlflow.models.io import load_field
 from rlflow.report.metrics_file import read_metrics
@@ -407,6 +407,59 @@ def test_permuted_rewards_are_the_same_rewards(tmp_path: Path, trainer: Make) ->
     assert a["advantage/abs_mean"] != b["advantage/abs_mean"]
 
 
+@pytest.mark.parametrize("through", ["last_n", "refl", "adjoint"])
+def test_reward_gradients_resume_and_are_not_the_controls(
+    tmp_path: Path, scenes_field: str, no_report: None, through: str
+) -> None:
+    """1 + 1 iterations are 2 bit for bit; the control trains other weights by the same pictures' rewards."""
+    recipe = "t2i_adjoint" if through == "adjoint" else "t2i_draft"
+    few = [
+        f"policy.field={scenes_field}",
+        "train.minutes=",
+        "env.num_groups=3",
+        "eval.num=3",
+        "train.tensorboard=false",
+    ]
+    few += [f"algorithm.through={{name: {through}}}", "policy.num_steps=4", "algorithm.kl=0.1"]
+
+    def run(name: str, iterations: int, *more: str, **settings: str) -> Trainer:
+        overrides = [*few, f"train.iterations={iterations}", *more]
+        made = Trainer(recipe, tmp_path / name, overrides=overrides, quiet=True, **settings)
+        made.fit()
+        return made
+
+    straight = run("straight", 2)
+    run("resumed", 1)
+    resumed, control = run("resumed", 2, resume="last"), run("control", 2, "train.permute_rewards=true")
+    for name, value in straight.policy.state_dict().items():
+        assert torch.equal(value, resumed.policy.state_dict()[name]), name
+    rows, permuted = train_rows(tmp_path / "straight"), train_rows(tmp_path / "control")
+    assert permuted[0]["reward/mean"] == pytest.approx(rows[0]["reward/mean"])
+    assert permuted[0]["policy/loss"] != rows[0]["policy/loss"]
+    moved = [not torch.equal(v, control.policy.state_dict()[n]) for n, v in straight.policy.state_dict().items()]
+    assert any(moved)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("reward.weights={shapes_soft: 1}", r"^reward\.weights: reward 'shapes_soft' gives no gradient"),
+        ("reward.normalize=reward", r"^reward\.normalize: algorithm=reward_gradient climbs"),
+        ("likelihood=cfm", r"^likelihood: algorithm=reward_gradient does not read it"),
+        ("advantage=gae", r"^advantage: algorithm=reward_gradient does not read it"),
+        ("steps=all_but_last", r"^algorithm: last_n differentiates the deployment sampler.*steps=none"),
+        ("algorithm.through={name: last_n, n: 99}", r"^algorithm: last_n of n=99 steps"),
+        ("algorithm.through={name: lastn}", r"^algorithm\.through: unknown through 'lastn'; did you mean 'last_n'"),
+        ("algorithm.through={name: adjoint}", r"^algorithm: adjoint needs the same noisy steps"),
+        ("env.name=toy_reach", r"^env\.name: algorithm=reward_gradient needs rewards"),
+    ],
+)
+def test_reward_gradients_refuse_what_has_none(tmp_path: Path, scenes_field: str, override: str, reason: str) -> None:
+    few = [f"policy.field={scenes_field}", "policy.num_steps=4"]
+    with pytest.raises(ValueError, match=reason):
+        Trainer("t2i_draft", tmp_path / "run", overrides=[*few, override], quiet=True)
+
+
 # -- every recipe ---------------------------------------------------------------------------------
 
 
@@ -443,8 +496,10 @@ def test_every_recipe_runs_two_iterations(
         "eval.num=4",
         "train.tensorboard=false",
     ]
-    ratios = isinstance(recipes.load(name).algorithm, AlgorithmConfig)
-    few += ["algorithm.num_minibatches=2"] if ratios else ["algorithm.start=0", "algorithm.batch_size=16"]
+    learner = recipes.load(name).algorithm
+    ratios = isinstance(learner, AlgorithmConfig)
+    few += ["algorithm.num_minibatches=2"] if ratios else []
+    few += ["algorithm.start=0", "algorithm.batch_size=16"] if isinstance(learner, SACConfig) else []
     if name.startswith("t2i_"):
         field = {"shapes": scenes_field, "words": words_field}[recipes.load(name).policy.field]
         few += [f"policy.field={field}", "reward.weights.brightness=1"]
@@ -452,7 +507,7 @@ def test_every_recipe_runs_two_iterations(
         few += on_a_tiny_checkpoint(name, tiny_pipeline, tmp_path / "prompts.txt")
     else:
         few += ["env.horizon=6", "eval.video=0"]
-    if not ratios and recipes.load(name).algorithm.offline is not None:
+    if isinstance(learner, SACConfig) and learner.offline is not None:
         demos = some_demos(tmp_path, recipes.load(name).env.name)
         few += [f"algorithm.offline.{key}" for key in (f"demos={demos}", "clone=2", "updates=2")]
     made = Trainer(name, tmp_path / "run", overrides=[*few, "train.minutes=", "train.iterations=2"], quiet=True)

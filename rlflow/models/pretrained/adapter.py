@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from rlflow.models.prompt_table import Encoding
 
@@ -79,8 +80,17 @@ class Adapter:
         raise NotImplementedError
 
     def decode(self, x: Tensor) -> Tensor:
-        """Latents (N, *D) to images (N, 3, H, W) in [0, 1], a row at a time: decoding needs much memory."""
+        """Latents (N, *D) to images (N, 3, H, W) in [0, 1], a row at a time: decoding needs much memory.
+
+        For a gradient it is done again on the way back, so that only one row's activations are ever there.
+        """
         vae = self.pipe.vae.to(x.device)
         z = x / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        images = [vae.decode(row, return_dict=False)[0] for row in z.to(vae.dtype).split(1)]
+
+        def decode(row: Tensor) -> Tensor:
+            return vae.decode(row, return_dict=False)[0]
+
+        graph = torch.is_grad_enabled() and x.requires_grad
+        rows = z.to(vae.dtype).split(1)
+        images = [checkpoint(decode, row, use_reentrant=False) if graph else decode(row) for row in rows]
         return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)

@@ -131,8 +131,7 @@ class PretrainedField(VelocityField):
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents (N, *D) to images (N, 3, H, W) in [0, 1]."""
-        with torch.no_grad():
-            return self.adapter.decode(x)
+        return self.adapter.decode(x)
 
     def times(self, num_steps: int) -> Tensor:
         """The pipeline's grid (K + 1,), of the resolution in place."""

@@ -48,6 +48,7 @@ class SAC:
     """
 
     sample_with = "live"
+    keep_path = 0
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 from transformers import CLIPConfig
 
 from rlflow.rewards.base import Reward, RewardSet, to_uint8
+from rlflow.rewards.component import is_differentiable
 from rlflow.rewards.networks.aesthetic import Aesthetic, linear_layers
 from rlflow.rewards.networks.clip import ClipScore
 from rlflow.rewards.networks.embed import Clip, Pixels, load_clip, vector
@@ -85,6 +86,74 @@ def test_pictures_are_made_small_as_pillow_does(height: int, width: int) -> None
     assert (found - torch.from_numpy(np.stack(wanted)).permute(0, 3, 1, 2)).abs().max() <= 1.01
 
 
+@pytest.mark.parametrize(("height", "width"), [(40, 40), (16, 16), (48, 64), (75, 50)])
+def test_tensors_are_prepared_as_the_image_processor_does(clip_folder: Path, height: int, width: int) -> None:
+    """But for the 8 bits that it rounds to; and a gradient reaches every pixel of the crop."""
+    pil = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+    rough = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    images = (torch.nn.functional.interpolate(rough, (height, width), mode="bilinear") * 255).round() / 255
+    processor = pil.CLIPImageProcessorPil.from_pretrained(clip_folder)
+    wanted = processor(list(to_uint8(images)), return_tensors="pt")["pixel_values"]
+    pixels = Pixels.read(Source(str(clip_folder), "model").preprocessor())
+    found = pixels.graded(images.requires_grad_())
+    levels = (found - wanted).abs() * 255 * 0.25  # of 256, at least: the smallest std
+    assert levels.max() <= 1.6, "it rounds twice, once for each axis"
+    assert levels.mean() < 0.4
+    found.square().sum().backward()
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    assert (images.grad[..., top + 1 : top + side - 1, left + 1 : left + side - 1] != 0).float().mean() > 0.99
+
+
+def every_reward(folder: str, head: Path) -> dict[str, Any]:
+    """Those that read a CLIP, on one checkpoint."""
+    torch.save({"weight": torch.linspace(-1, 1, WIDTH)[None], "bias": torch.zeros(1)}, head)
+    torch.manual_seed(0)
+    torch.save(OpenClip(CLIPConfig.from_pretrained(folder)).state_dict(), head.with_name("hps.pt"))
+    scores = {"clip_score": ClipScore(folder), "pickscore": PickScore(folder, folder)}
+    return scores | {"hps": HPS(str(head.with_name("hps.pt")), folder), "aesthetic": Aesthetic(str(head), folder)}
+
+
+@pytest.mark.parametrize("name", ["clip_score", "pickscore", "hps", "aesthetic"])
+def test_scores_with_a_graph_are_the_scores_and_their_slope(
+    clip_folder: Path, tmp_path: Path, pictures: Tensor, name: str
+) -> None:
+    """Equal but for the rounding to 8 bits; the gradient by a picture is that of a finite difference."""
+    score = every_reward(str(clip_folder), tmp_path / "head.pth")[name]
+    assert is_differentiable(score)
+
+    def of(images: Tensor) -> Tensor:
+        return score(images, *([TEXTS] if name != "aesthetic" else []))
+
+    images = (0.1 + 0.8 * pictures).requires_grad_()  # away from 0 and 1, where the preparation cuts off
+    with_graph = of(images)
+    plain = of(images.detach())
+    assert not plain.requires_grad
+    size = plain.abs().mean()
+    assert torch.allclose(with_graph.detach(), plain, atol=0.02 * float(size) + 2e-3)
+    (found,) = torch.autograd.grad(with_graph.sum(), images)
+    way = torch.randn(images.shape, generator=torch.Generator().manual_seed(3))
+    up, down = (of((images + sign * 1e-3 * way).detach().requires_grad_()).detach() for sign in (1, -1))
+    slopes = (found * way).flatten(1).sum(1)
+    assert slopes.abs().max() > 1e-4
+    torch.testing.assert_close((up - down) / 2e-3, slopes, rtol=0.05, atol=0.02 * float(slopes.abs().max()))
+
+
+def test_a_network_lent_to_the_device_stays_for_the_way_back() -> None:
+    """With `offload` the weights go home with the next user that needs no graph; the way back needs them there."""
+    placed = OnDevice(torch.nn.Linear(2, 1), "cpu", offload=True)
+    went: list[str] = []
+    placed.network.to = lambda place: went.append(str(place))  # type: ignore[method-assign]
+    x = torch.ones(1, 2, requires_grad=True)
+    with placed.use(graph=True) as network:
+        y = network(x)
+    y.sum().backward()
+    assert x.grad is not None
+    with placed.use():
+        pass
+    assert went == ["cpu", "cpu", "cpu"], "there, there again, and home"
+
+
 def test_preprocessors_are_read_in_every_spelling() -> None:
     rest = {"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
     for size in ({"crop_size": 8}, {"crop_size": {"height": 8, "width": 8}}, {"size": {"shortest_edge": 8}}):
@@ -119,11 +188,11 @@ def test_rewards_of_one_checkpoint_share_its_network_and_its_pass(
     torch.save({"weight": torch.ones(1, WIDTH), "bias": torch.zeros(1)}, tmp_path / "head.pth")
     first, second = ClipScore(folder), Aesthetic(str(tmp_path / "head.pth"), folder)
     assert first.clip is second.clip
-    before = first.clip.images.calls
+    before = first.clip.memory.calls
     RewardSet([Reward("a", first), Reward("b", second)]).compute(
         {"images": pictures * 0.5, "prompt": TEXTS, "group": torch.zeros(6)}, 6
     )
-    assert first.clip.images.calls == before + 1
+    assert first.clip.memory.calls == before + 1
 
 
 # -- aesthetic ------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ running the chain once per noise on the unit vector of that noise.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -31,10 +32,10 @@ def exact_velocity(x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
     return MEAN + slope * (x - t * MEAN)
 
 
-def end_moments(
+def end_weights(
     kernel: Kernel, solver: Solver, plan: Plan, event_shape: tuple[int, ...], num_features: int
-) -> tuple[float, float]:
-    """Mean and std at t = 1, exact in float64 and averaged over event dims, of the chain of the plan's first row."""
+) -> tuple[Tensor, Tensor]:
+    """Mean (*D) at t = 1, and what x_0 and the noise of each step add to it (K + 1, *D); of the plan's first row."""
     times = plan.t if plan.t.ndim == 1 else plan.t[0]
     noisy = plan.noisy if plan.noisy.ndim == 1 else plan.noisy[0]
     num = plan.num_steps + 2  # no noise at all, x_0, and the noise of each step
@@ -50,8 +51,25 @@ def end_moments(
             x, memory = step.mean + step.std * expand(unit[:, k + 1], like), None
         else:
             x, memory = solver(exact_velocity, x, t, t_next, cond, memory)
-    variance = (x[1:] - x[0]).square().sum(0)
-    return float(x[0].mean()), float(variance.mean().sqrt())
+    return x[0], x[1:] - x[0]
+
+
+def end_moments(
+    kernel: Kernel, solver: Solver, plan: Plan, event_shape: tuple[int, ...], num_features: int
+) -> tuple[float, float]:
+    """Mean and std at t = 1, exact in float64 and averaged over event dims, of the chain of the plan's first row."""
+    mean, weights = end_weights(kernel, solver, plan, event_shape, num_features)
+    return float(mean.mean()), float(weights.square().sum(0).mean().sqrt())
+
+
+@torch.no_grad()
+def start_correlation(
+    kernel: Kernel, solver: Solver, plan: Plan, event_shape: tuple[int, ...], num_features: int
+) -> float:
+    """|correlation| of x_0 and the sample, worst over event dims: 0 where the chain has forgotten its start."""
+    kernel = copy.deepcopy(kernel).to("cpu", torch.float64)
+    _, weights = end_weights(kernel, solver, plan, event_shape, num_features)
+    return float((weights[0].abs() / weights.square().sum(0).sqrt()).max())
 
 
 def end_error(
