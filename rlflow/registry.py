@@ -7,10 +7,8 @@ dotted path, "my_package.rewards:sharpness".
 
 from __future__ import annotations
 
-import ast
 import difflib
 import importlib
-import importlib.util
 import inspect
 import json
 import os
@@ -18,7 +16,6 @@ import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rlflow import ranges
@@ -69,6 +66,12 @@ TABLE: dict[str, dict[str, str]] = {
     "guidance": {
         "cfg": "rlflow.flow.guidance:CFG",
         "cfg_zero": "rlflow.flow.guidance:CFGZero",
+    },
+    "select": {
+        "best_of": "rlflow.flow.select:BestOf",
+    },
+    "scorer": {
+        "critic": "rlflow.deploy.critics:SavedCritic",
     },
     "likelihood": {
         "chain": "rlflow.rl.likelihoods.chain:ChainLikelihood",
@@ -159,6 +162,7 @@ MAKES = {
     "solver": "rlflow.flow.solvers:Solver",
     "steps": "rlflow.flow.steps:Steps",
     "guidance": "rlflow.flow.field:VelocityField",
+    "select": "rlflow.flow.select:Select",
     "likelihood": "rlflow.rl.likelihoods.base:Likelihood",
     "env": "rlflow.envs.base:VecEnv",
 }
@@ -270,25 +274,6 @@ def _check_texts(value: Any, trust_code: bool) -> None:
         _check_trusted(f"{value!r} can name a module to import, code outside rlflow", trust_code)
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _check_texts(part, trust_code)
-
-
-def about(kind: str) -> dict[str, str]:
-    """What each component of a kind is, in one line; nothing is imported for it."""
-    if kind == "policy":
-        return dict(TABLE[kind])
-    return {name: _first_line(path) for name, path in TABLE[kind].items()}
-
-
-def _first_line(path: str) -> str:
-    """First line of a component's docstring, read from the source."""
-    module, _, attribute = path.partition(":")
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    assert spec.origin is not None
-    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == attribute:
-            return (ast.get_docstring(node) or "").split("\n")[0]
-    return ""
 
 
 @contextmanager

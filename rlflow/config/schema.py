@@ -47,6 +47,7 @@ class PolicyConfig:
     grid: Spec = "uniform"
     num_steps: Size = 8
     guidance: Spec | None = None
+    select: Spec | None = None  # of evaluation and deployment: best_of, num, scorer (a reward's name, or a critic)
     squash: Literal["identity", "tanh"] = "identity"
     precision: Literal["float32", "bfloat16", "float64"] = "bfloat16"  # of the network; the chain is at least float32
     grad_checkpointing: bool = False

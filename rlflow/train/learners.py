@@ -74,14 +74,13 @@ def _policy_gradient(
 def _sac(config: Config, policy: FlowPolicy, likelihood: Likelihood | None, groups: Groups, trust_code: bool) -> SAC:
     c = config.algorithm
     assert isinstance(c, SACConfig)
-    twin = TwinSettings(c.num_critics, c.critic_width, c.critic_depth, c.critic_norm, c.tau, c.critic_lr, c.pessimism)
     with registry.located("algorithm"):
         return SAC(
             policy,
             registry.build("steps", "steps", config.steps, trust_code=trust_code),
             Replay(c.capacity, config.env.gamma),
             optimizer=AdamW(lr=c.lr, betas=(0.9, 0.999), max_grad_norm=c.max_grad_norm),
-            twin=twin,
+            twin=twin_settings(c),
             batch_size=c.batch_size,
             start=c.start,
             updates_per_step=c.updates_per_step,
@@ -95,6 +94,11 @@ def _sac(config: Config, policy: FlowPolicy, likelihood: Likelihood | None, grou
             seed=config.train.seed,
             permute=config.train.permute_rewards,
         )
+
+
+def twin_settings(c: SACConfig) -> TwinSettings:
+    """The critics of a config."""
+    return TwinSettings(c.num_critics, c.critic_width, c.critic_depth, c.critic_norm, c.tau, c.critic_lr, c.pessimism)
 
 
 def _offline(config: Config, c: OfflineConfig, policy: FlowPolicy) -> Offline:
