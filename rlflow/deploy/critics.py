@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ class SavedCritic:
             raise SettingError("run", f"{run} has a critic of actions {shape}, the policy makes {event_shape}")
         width = self.policy.field.num_features + torch.Size(shape).numel()
         self.twin = Twin(width, twin_settings(config.algorithm), self.policy.device, self.policy.dtype)
-        self.twin.net.load_state_dict(Checkpoints(run).load(checkpoint)[1]["algorithm"]["twin"]["net"])
+        self.twin.net.load_state_dict(Checkpoints(Path(run)).load(checkpoint)[1]["algorithm"]["twin"]["net"])
 
     @torch.no_grad()
     def __call__(self, actions: Tensor, obs: Tree) -> Tensor:

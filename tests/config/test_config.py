@@ -118,6 +118,13 @@ REFUSED = {
     "algorithm={name: sac, clip_low: 1}": r"^algorithm\.clip_low: no such setting",
     "algorithm={name: sac, tau: 2.0}": r"^algorithm\.tau: must be in \[0, 1\], got 2",
     "algorithm={name: sac}": r"^advantage: algorithm=sac does not read it",
+    "policy.select=best_of": r"^policy\.select\.scorer: best_of needs one: name a reward \(images\), or a critic \(robots\)$",
+    "policy.select={name: best_of, scorer: ocr}": r"^policy\.select\.num: best_of needs this setting$",
+    "policy.select={name: best_off, num: 2, scorer: ocr}": r"^policy\.select: unknown select 'best_off'; did you mean",
+    "policy.select={name: best_of, num: 0, scorer: ocr}": r"^policy\.select\.num: must be positive, got 0$",
+    "policy.select={name: best_of, num: 2, called: x, scorer: ocr}": r"^policy\.select\.called: best_of has no such setting",
+    "policy.select={name: best_of, num: 2, scorer: cnn_jugde}": r"^policy\.select\.scorer: unknown reward 'cnn_jugde'; did",
+    "policy.select={name: best_of, num: 2, scorer: {name: jpeg, x: 1}}": r"^policy\.select\.scorer: .* of reward\.settings\.jpeg$",
     # not an assignment
     "train": r"^override 'train': write section\.key=value$",
     "=5": r"^override '=5': write section\.key=value$",

@@ -1,5 +1,7 @@
 """Best-of-N: one of the N, the better the more there are, and the plain sampler where N is 1."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -65,7 +67,7 @@ def test_more_samples_never_score_less(policy: FlowPolicy) -> None:
         scores.append(few.scores.amax(1))
         chosen(policy, BestOf(8, many))
         torch.testing.assert_close(few.made, many.made[:, :num])
-    assert all(bool((b >= a).all()) for a, b in zip(scores, scores[1:], strict=False))
+    assert all(bool((b >= a).all()) for a, b in pairwise(scores))
     assert float((scores[-1] - scores[0]).mean()) > 0.1
 
 
@@ -84,7 +86,9 @@ def test_no_two_samples_share_a_number_of_noise() -> None:
             BestOf(6, lambda made, asked: made.flatten(2).sum(2))(
                 policy, policy.encode(OBS[rows - 5]), OBS[rows - 5], policy.plan(), KEY, rows
             )
-            made.append(policy.sample(policy.encode(OBS[rows - 5]), policy.plan(), key=KEY, row_ids=policy.ids, copies=6))
+            made.append(
+                policy.sample(policy.encode(OBS[rows - 5]), policy.plan(), key=KEY, row_ids=policy.ids, copies=6)
+            )
     starts = torch.cat([chain.path[:, 0] for chain in made]).flatten()
     assert len(starts.unique()) == 5 * 6 * 6
     assert int(policy.ids.max()) == 9 + 5 * APART
