@@ -92,6 +92,7 @@ class AlgorithmConfig:
     num_minibatches: Count = 1
     micro_batch: Count = 96
     kl: KLConfig = field(default_factory=KLConfig)
+    norm_guard: NotNegative = 0.0  # weight of the velocity's norm above the un-tuned policy's
     entropy: NotNegative = 0.0
     anchor: NotNegative = 0.0  # weight of the squared distance to the un-tuned policy's action from the same noise
     critic_steps: Count = 1  # optimiser steps of the critic per step of the policy
@@ -100,6 +101,11 @@ class AlgorithmConfig:
     critic_warmup: Natural = 0  # first iterations, in which the critic learns alone
     ema_decay: BelowOne = 0.9
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    @property
+    def needs_reference(self) -> bool:
+        """True where the un-tuned weights look at every scored pair, once an iteration."""
+        return bool(self.kl.beta or self.norm_guard)
 
 
 @dataclass

@@ -135,7 +135,7 @@ class Shape:
         copies = groups.group_size if horizon == 1 and config.env.mode == "episodes" else 1
         rows = groups.num_rows * horizon
         sampling = Sampling(policy, likelihood, rows, copies, config.env.shared_noise)
-        ratios = Ratios(policy, likelihood, c.epochs, c.micro_batch, bool(c.kl.beta), bool(c.anchor))
+        ratios = Ratios(policy, likelihood, c.epochs, c.micro_batch, c.needs_reference, bool(c.anchor))
         r = max(1, max(likelihood.num_columns(plan) for plan in plans))
         whole = max(1, c.micro_batch // r) * r if r <= c.micro_batch else c.micro_batch
         return Shape(
@@ -170,7 +170,7 @@ def _staying(config: Config, bare: Skeleton, gpus: int) -> dict[str, float]:
     trained = parameter_bytes(bare.policy, trained=True) / shares
     numbers = sum(p.numel() for p in bare.policy.parameters() if p.requires_grad) / shares
     element = trained / max(1, numbers)
-    needed = learner(config).kl.beta or learner(config).anchor
+    needed = learner(config).needs_reference or learner(config).anchor
     reference = trained if needed and not config.policy.offload_reference else 0
     reference += len(bare.objective.weight_sets) * numbers * max(FLOAT, element)
     critic = 0 if bare.critic is None else 4 * parameter_bytes(bare.critic, trained=True)
@@ -216,7 +216,7 @@ def _moments(config: Config, bare: Skeleton, traced: Trace, shape: Shape, gpus: 
     event = torch.Size(bare.policy.event_shape).numel() * FLOAT
     observed = 2 * sum(v.numel() * v.element_size() for v in tree_leaves(bare.obs_spec))  # obs and final_obs
     chains = rows * (event + observed) + traced.pair_bytes() * rows * shape.num_columns
-    reference = rows * shape.num_columns * event if learner(config).kl.beta else 0
+    reference = rows * shape.num_columns * event if learner(config).needs_reference else 0
     conds = 0.0 if bare.policy.encoder_trains else traced.cond_bytes() * (rows // shape.copies)
     kept = {"chains": chains + reference, "conditions": conds, "gathered blocks": gathered}
     update = {**kept, "gradients": trained}

@@ -53,6 +53,10 @@ class Kernel(nn.Module, ABC):
         at = [self(zero, zero + v, t, t_next, None).mean for v in (0.0, 1.0)]
         return (at[1] - at[0]).reshape(len(t), -1)[:, 0]
 
+    def velocity_of(self, mean: Tensor, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        """The v (N, *D) whose step from x has this mean: the inverse of an affine map."""
+        return (mean - self(x, torch.zeros_like(x), t, t_next, None).mean) / expand(self.gain(t, t_next), x)
+
     def min_std(self, t: Tensor, t_next: Tensor) -> Tensor:
         """The smallest std (N,) the kernel can give at these times."""
         zero = torch.zeros_like(t).unsqueeze(-1)
@@ -230,6 +234,9 @@ class LearnedNoise(Kernel):
 
     def gain(self, t: Tensor, t_next: Tensor) -> Tensor:
         return t_next - t
+
+    def velocity_of(self, mean: Tensor, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        return (mean - x) / expand(t_next - t, x)
 
     def min_std(self, t: Tensor, t_next: Tensor) -> Tensor:
         return torch.full_like(t, math.exp(self.lo))

@@ -60,6 +60,7 @@ def _policy_gradient(
         num_minibatches=c.num_minibatches,
         micro_batch=c.micro_batch,
         kl=KL(c.kl.beta, c.kl.kind),
+        norm_guard=c.norm_guard,
         entropy=c.entropy,
         anchor=c.anchor,
         critic_steps=c.critic_steps,
