@@ -37,6 +37,7 @@ TABLE: dict[str, dict[str, str]] = {
         "constant_sde": "rlflow.flow.kernels:ConstantSDE",
         "cps": "rlflow.flow.kernels:CPS",
         "ancestral": "rlflow.flow.kernels:Ancestral",
+        "overshoot": "rlflow.flow.kernels:Overshoot",
         "learned_noise": "rlflow.flow.kernels:LearnedNoise",
     },
     "solver": {
