@@ -30,6 +30,7 @@ TABLE: dict[str, dict[str, str]] = {
         "gated": "rlflow.models.gated:GatedField",
         "decoder": "rlflow.models.decoder:DecoderField",
         "gaussian": "rlflow.models.gaussian:GaussianField",
+        "boundary": "rlflow.models.boundary:boundary",
         "pretrained": "rlflow.models.pretrained.pipeline:pretrained",
     },
     "kernel": {

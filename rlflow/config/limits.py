@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rlflow import ranges, registry
+from rlflow.config.stopping import check_rule
 
 if TYPE_CHECKING:
     from rlflow.config.schema import Config
@@ -15,6 +16,9 @@ def check_together(config: Config, trust_code: bool = False) -> None:
     OF_LEARNERS[config.algorithm.name](config, trust_code)
     _check_kind(config)
     check_sharding(config)
+    judges = list(config.eval.metrics) if config.env.name == "prompt" else None
+    for i, rule in enumerate(config.train.stop_when):
+        check_rule(f"train.stop_when.{i}", rule, judges)
     if config.train.iterations is None and config.train.minutes is None:
         raise ValueError("train: give a budget, train.iterations=N or train.minutes=M")
 

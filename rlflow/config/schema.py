@@ -203,12 +203,24 @@ class WandbConfig:
 
 
 @dataclass
+class StopRule:
+    """Ends a run whose metric, of any row, is below or above a number, or falls by one from its best."""
+
+    __pydantic_config__ = STRICT
+    metric: str
+    below: float | None = None
+    above: float | None = None
+    falls: Positive | None = None
+
+
+@dataclass
 class TrainConfig:
     """Budget, seed and the run folder's habits."""
 
     __pydantic_config__ = STRICT
     iterations: Count | None = None
     minutes: Limit | None = None  # of training; evaluation is not counted
+    stop_when: list[StopRule] = field(default_factory=list)  # one rule may stand without the list
     seed: Seed = 0
     threads: Size | None = None
     permute_rewards: bool = False  # the control: rewards shuffled across the batch, of SAC across the replay
