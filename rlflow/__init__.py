@@ -19,7 +19,8 @@ from rlflow import moved
 
 if TYPE_CHECKING:
     from rlflow.deploy.predict import Predictor, export
-    from rlflow.deploy.runs import evaluate, load, sample, save
+    from rlflow.deploy.runs import evaluate, load, save
+    from rlflow.deploy.sampling import sample
     from rlflow.envs.demos.dataset import write_demos
     from rlflow.envs.prompts import Prompts, load_prompts
     from rlflow.flow.policy import FlowPolicy
@@ -50,7 +51,7 @@ __all__ = [
 _HOMES: dict[str, str] = {  # the imports above, for when the program runs
     "load": "rlflow.deploy.runs",
     "save": "rlflow.deploy.runs",
-    "sample": "rlflow.deploy.runs",
+    "sample": "rlflow.deploy.sampling",
     "evaluate": "rlflow.deploy.runs",
     "Predictor": "rlflow.deploy.predict",
     "export": "rlflow.deploy.predict",

@@ -7,17 +7,14 @@ dotted path, "my_package.rewards:sharpness".
 
 from __future__ import annotations
 
-import ast
 import difflib
 import importlib
-import importlib.util
 import inspect
 import json
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rlflow import ranges
@@ -33,6 +30,7 @@ TABLE: dict[str, dict[str, str]] = {
         "gated": "rlflow.models.gated:GatedField",
         "decoder": "rlflow.models.decoder:DecoderField",
         "gaussian": "rlflow.models.gaussian:GaussianField",
+        "boundary": "rlflow.models.boundary:boundary",
         "pretrained": "rlflow.models.pretrained.pipeline:pretrained",
     },
     "kernel": {
@@ -40,6 +38,7 @@ TABLE: dict[str, dict[str, str]] = {
         "constant_sde": "rlflow.flow.kernels:ConstantSDE",
         "cps": "rlflow.flow.kernels:CPS",
         "ancestral": "rlflow.flow.kernels:Ancestral",
+        "overshoot": "rlflow.flow.kernels:Overshoot",
         "learned_noise": "rlflow.flow.kernels:LearnedNoise",
     },
     "solver": {
@@ -69,6 +68,12 @@ TABLE: dict[str, dict[str, str]] = {
     "guidance": {
         "cfg": "rlflow.flow.guidance:CFG",
         "cfg_zero": "rlflow.flow.guidance:CFGZero",
+    },
+    "select": {
+        "best_of": "rlflow.flow.select:BestOf",
+    },
+    "scorer": {
+        "critic": "rlflow.deploy.critics:SavedCritic",
     },
     "likelihood": {
         "chain": "rlflow.rl.likelihoods.chain:ChainLikelihood",
@@ -171,6 +176,7 @@ MAKES = {
     "solver": "rlflow.flow.solvers:Solver",
     "steps": "rlflow.flow.steps:Steps",
     "guidance": "rlflow.flow.field:VelocityField",
+    "select": "rlflow.flow.select:Select",
     "likelihood": "rlflow.rl.likelihoods.base:Likelihood",
     "through": "rlflow.rl.reward_gradient:Through",
     "env": "rlflow.envs.base:VecEnv",
@@ -258,23 +264,6 @@ def find(kind: str, name: str, trust_code: bool = False) -> Callable[..., Any]:
         return getattr(found, attribute)
     except AttributeError:
         raise ValueError(f"{kind} {name!r}: module {module} has no {attribute!r}") from None
-
-
-def about(kind: str) -> dict[str, str]:
-    """What each component of a kind is, in one line; nothing is imported for it."""
-    if kind == "policy":
-        return dict(TABLE[kind])
-    return {name: _first_line(path) for name, path in TABLE[kind].items()}
-
-
-def _first_line(path: str) -> str:
-    """First line of a component's docstring, read from the source."""
-    module, _, attribute = path.partition(":")
-    spec: Any = importlib.util.find_spec(module)  # of our own table: it is there
-    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == attribute:
-            return (ast.get_docstring(node) or "").split("\n")[0]
-    return ""
 
 
 @contextmanager

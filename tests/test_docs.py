@@ -245,8 +245,8 @@ def test_every_setting_is_documented():
 
 
 def test_every_component_is_listed_by_the_command_line():
-    from rlflow.commands.list import KINDS
+    from rlflow.commands.list import KINDS, about
 
     for kind in KINDS.values():
-        assert all(registry.about(kind).values()), f"a {kind} has no docstring"
+        assert all(about(kind).values()), f"a {kind} has no docstring"
     assert set(registry.TABLE["steps"]) <= set(re.findall(r"`(\w+)`", (ROOT / "docs" / "cli.md").read_text()))

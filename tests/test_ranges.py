@@ -25,6 +25,8 @@ SUPPLIED = {
     "grid": ("field",),
     "guidance": ("field",),
     "advantage": ("gamma",),
+    "select": ("scorer", "called"),
+    "scorer": ("event_shape", "trust_code"),
 }
 ABSURD: dict[Any, tuple[Any, ...]] = {
     float: (math.nan, -math.inf, 1e31, -1e31),

@@ -43,3 +43,18 @@ def which_weights(parser: argparse.ArgumentParser) -> None:
     """--checkpoint and --weights of a run."""
     parser.add_argument("--checkpoint", type=filled, default="last", help="of a run: last, best or an iteration")
     parser.add_argument("--weights", choices=["live", "ema"], help="of a run; default: the ones it evaluates")
+
+
+def best_of_flags(parser: argparse.ArgumentParser) -> None:
+    """--best-of and --scorer."""
+    parser.add_argument(
+        "--best-of", type=positive, metavar="N", help="make N of each and keep the one that scores best"
+    )
+    parser.add_argument("--scorer", type=filled, metavar="NAME", help="a reward's name, or critic: of that run of sac")
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Any] | None:
+    """`policy.select` as the flags say it; None without them."""
+    if (args.best_of is None) != (args.scorer is None):
+        raise ValueError("--best-of N and --scorer NAME go together: give both or none")
+    return None if args.best_of is None else {"name": "best_of", "num": args.best_of, "scorer": args.scorer}

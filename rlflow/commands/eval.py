@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rlflow.commands.arguments import command, json_flag, positive, trust_flag, which_weights
+from rlflow.commands.arguments import best_of_flags, chosen, command, json_flag, positive, trust_flag, which_weights
 from rlflow.console import print_json
 from rlflow.ranges import Seed, argument, filled
 
@@ -18,6 +18,7 @@ def add(commands: Any) -> None:
     p.add_argument("--solver", type=filled, metavar="NAME")
     p.add_argument("--seed", type=argument(Seed), default=None, help="of the initial noise")
     p.add_argument("--num", type=positive, help="number of samples")
+    best_of_flags(p)
     which_weights(p)
     trust_flag(p)
     json_flag(p)
@@ -34,6 +35,7 @@ def _run(args: argparse.Namespace) -> None:
         seed=args.seed,
         checkpoint=args.checkpoint,
         weights=args.weights,
+        select=chosen(args),
         trust_code=args.trust_code,
     )
     result = evaluator()
@@ -42,7 +44,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.json:
         print_json({"samples": len(result), **means})
         return
-    print(f"{result.about}, deployment sampler")
+    how = ", ".join(filter(None, ("deployment sampler", evaluator.select.about)))
+    print(f"{result.about}, {how}")
     width = max(28, *(len(name) for name in means))
     for name, value in means.items():
         print(f"  {name:{width}s} {value:.4f}")

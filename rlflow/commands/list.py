@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib.util
+from pathlib import Path
 from typing import Any
 
+from rlflow import registry
 from rlflow.commands.arguments import command, json_flag
 from rlflow.console import print_json
 
@@ -14,6 +18,8 @@ KINDS = {
     "grids": "grid",
     "steps": "steps",
     "guidance": "guidance",
+    "selections": "select",
+    "scorers": "scorer",
     "likelihoods": "likelihood",
     "advantages": "advantage",
     "objectives": "objective",
@@ -35,8 +41,6 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from rlflow.registry import about
-
     own = {"recipes": _recipes, "tables": _tables}
     rows = own[args.kind]() if args.kind in own else about(KINDS[args.kind])
     if args.json:
@@ -45,6 +49,25 @@ def _run(args: argparse.Namespace) -> None:
     width = max(len(name) for name in rows)
     for name, text in rows.items():
         print(f"{name:{width}s}  {text}")
+
+
+def about(kind: str) -> dict[str, str]:
+    """What each component of a kind is, in one line; nothing is imported for it."""
+    if kind == "policy":
+        return dict(registry.TABLE[kind])
+    return {name: _first_line(path) for name, path in registry.TABLE[kind].items()}
+
+
+def _first_line(path: str) -> str:
+    """First line of a component's docstring, read from the source."""
+    module, _, attribute = path.partition(":")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == attribute:
+            return (ast.get_docstring(node) or "").split("\n")[0]
+    return ""
 
 
 def _recipes() -> dict[str, str]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rlflow.commands.arguments import command, positive, trust_flag, which_weights
+from rlflow.commands.arguments import best_of_flags, chosen, command, positive, trust_flag, which_weights
 from rlflow.ranges import Seed, argument, filled
 
 
@@ -19,12 +19,14 @@ def add(commands: Any) -> None:
     p.add_argument("--num", type=positive, default=4, help="images per prompt, or episodes")
     p.add_argument("--steps", type=positive, metavar="K", help="denoising steps")
     p.add_argument("--seed", type=argument(Seed), default=0)
+    best_of_flags(p)
     which_weights(p)
     trust_flag(p)
 
 
 def _run(args: argparse.Namespace) -> None:
-    from rlflow.deploy.runs import load, sample, world_of
+    from rlflow.deploy.runs import load, world_of
+    from rlflow.deploy.sampling import sample
     from rlflow.report.figures import image_grid
 
     env = world_of(args.source, args.trust_code)
@@ -37,7 +39,13 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.source} makes images: say of what, with --prompt")
     if Path(args.out).suffix != ".png":
         raise ValueError(f"{args.out}: {args.source} makes images, name a file that ends in .png")
-    policy = load(args.source, checkpoint=args.checkpoint, weights=args.weights, trust_code=args.trust_code)
+    policy = load(
+        args.source,
+        checkpoint=args.checkpoint,
+        weights=args.weights,
+        select=chosen(args),
+        trust_code=args.trust_code,
+    )
     prompts = [text for text in args.prompt for _ in range(args.num)]
     images = sample(policy, prompts, seed=args.seed, num_steps=args.steps)
     image_grid(images, prompts, Path(args.out))
@@ -45,7 +53,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _film(args: argparse.Namespace) -> None:
-    from rlflow.deploy.runs import film
+    from rlflow.deploy.sampling import film
 
     episodes = film(
         args.source,
@@ -55,6 +63,7 @@ def _film(args: argparse.Namespace) -> None:
         seed=args.seed,
         checkpoint=args.checkpoint,
         weights=args.weights,
+        select=chosen(args),
         trust_code=args.trust_code,
     )
     for row in range(len(episodes)):

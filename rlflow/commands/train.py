@@ -93,7 +93,8 @@ def _train_one(args: argparse.Namespace, run: Path | str | None, overrides: list
     )
     trainer.fit()
     if os.environ.get("RANK", "0") == "0":
-        state = "stopped by a signal, resume with --resume last" if trainer.interrupted else "finished"
+        state = f"stopped: {trainer.stops.reason}" if trainer.stops.reason else "finished"
+        state = "stopped by a signal, resume with --resume last" if trainer.interrupted else state
         spent = f"{trainer.iteration} iterations, {duration(trainer.seconds)} of training"
         print(f"{state}: {spent}; {summary(trainer.run)}")
     return trainer.interrupted

@@ -19,7 +19,7 @@ from rlflow.registry import TABLE
 
 PROMPTS = ("env.prompts", "eval.prompts")
 DEMOS = "algorithm.offline.demos"
-SECTIONS = ("policy.field", "env.settings", "reward.settings")
+SECTIONS = ("policy.field", "policy.select.scorer.", "env.settings", "reward.settings")
 """Of components, in whose settings a text is a file or folder if there is one of that name."""
 MARKS = ("config.json", "model_index.json", "adapter_config.json", "dataset.json")
 """What a folder of weights or data holds."""

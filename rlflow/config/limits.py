@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlflow import ranges, registry
 from rlflow.config.steps import make_steps
+from rlflow.config.stopping import check_rule
 
 if TYPE_CHECKING:
     from rlflow.config.schema import Config
@@ -17,6 +18,9 @@ def check_together(config: Config, trust_code: bool = False) -> None:
     OF_LEARNERS[config.algorithm.name](config, trust_code)
     _check_kind(config)
     check_sharding(config)
+    judges = list(config.eval.metrics) if config.env.name == "prompt" else None
+    for i, rule in enumerate(config.train.stop_when):
+        check_rule(f"train.stop_when.{i}", rule, judges)
     if config.train.iterations is None and config.train.minutes is None:
         raise ValueError("train: give a budget, train.iterations=N or train.minutes=M")
 
@@ -145,6 +149,7 @@ def check(config: Config, trust_code: bool = False) -> None:
                     check_solver(made)
     if config.policy.guidance is not None:
         registry.validate("guidance", "policy.guidance", config.policy.guidance, ("field",), trust_code)
+    check_select(config, trust_code)
     _check_rewards(config, trust_code)
     _check_field(config, trust_code)
     if config.env.name != "prompt":
@@ -173,7 +178,40 @@ def _check_rewards(config: Config, trust_code: bool) -> None:
     for section, names in (("reward.weights", weights), ("eval.metrics", metrics)):
         for name in names:
             check_reward(section, name, config.reward.settings, trust_code)
-    check_unused(config.reward.settings, weights + metrics)
+    check_unused(config.reward.settings, [*weights, *metrics, *select_rewards(config)])
+
+
+def select_rewards(config: Config) -> list[str]:
+    """The reward that chooses among samples, if one does."""
+    select = config.policy.select
+    if not isinstance(select, dict) or config.env.name != "prompt" or "scorer" not in select:
+        return []
+    return [registry.split_spec("policy.select.scorer", select["scorer"])[0]]
+
+
+def check_select(config: Config, trust_code: bool = False) -> None:
+    """ValueError for a choice among samples that cannot be made: without a scorer, or with one of another world."""
+    from rlflow.rewards.component import check_reward
+
+    if config.policy.select is None:
+        return
+    path = "policy.select.scorer"
+    name, settings = registry.split_spec("policy.select", config.policy.select)
+    if "scorer" not in settings:
+        raise ValueError(f"{path}: {name} needs one: name a reward (images), or a critic (robots)")
+    spec = settings.pop("scorer")
+    registry.validate("select", "policy.select", {"name": name, **settings}, ("scorer", "called"), trust_code)
+    scorer, own = registry.split_spec(path, spec)
+    if config.env.name != "prompt":
+        registry.validate("scorer", path, spec, ("event_shape", "trust_code"), trust_code)
+        if config.eval.noise == "zero":
+            raise ValueError(
+                "eval.noise: chains that start at zero end alike: set it to random or fixed, or select=null"
+            )
+        return
+    if own:
+        raise ValueError(f"{path}: is a reward's name; its settings are of reward.settings.{scorer}")
+    check_reward(path, scorer, config.reward.settings, trust_code)
 
 
 def _check_field(config: Config, trust_code: bool) -> None:

@@ -29,6 +29,7 @@ MAY_CHANGE_ON_RESUME = (
     "about",
     "train.iterations",
     "train.minutes",
+    "train.stop_when",
     "train.checkpoint_every",
     "train.keep",
     "train.tensorboard",
@@ -53,6 +54,8 @@ def _field_names(cls: type, path: Sequence[Any]) -> list[str]:
     """Valid keys of the section at `path`."""
     found: list[Any] = [cls]
     for part in path:
+        if isinstance(part, int):  # of a list
+            continue
         hints = [hint for c in found if (hint := typing.get_type_hints(c).get(part)) is not None]
         members = [m for hint in hints for m in typing.get_args(hint) or (hint,)]
         found = [m for m in members if dataclasses.is_dataclass(m)]
@@ -122,6 +125,8 @@ def parse(values: dict[str, Any], trust_code: bool = False) -> Config:
     train = values.get("train")
     if isinstance(train, dict) and isinstance(on := train.get("wandb"), bool):
         values = values | {"train": train | {"wandb": {} if on else None}}
+    if isinstance(train, dict) and isinstance(rule := train.get("stop_when"), dict):
+        values = values | {"train": values["train"] | {"stop_when": [rule]}}
     values = merge(UNNAMED, values)
     if isinstance(algorithm := values["algorithm"], dict) and algorithm.get("name") == "policy_gradient":
         refuse(algorithm)

@@ -48,6 +48,7 @@ class PolicyConfig:
     grid: Spec = "uniform"
     num_steps: Size = 8
     guidance: Spec | None = None
+    select: Spec | None = None  # of evaluation and deployment: best_of, num, scorer (a reward's name, or a critic)
     squash: Literal["identity", "tanh"] = "identity"
     precision: Literal["float32", "bfloat16", "float64"] = "bfloat16"  # of the network; the chain is at least float32
     grad_checkpointing: bool = False
@@ -92,6 +93,7 @@ class AlgorithmConfig:
     num_minibatches: Count = 1
     micro_batch: Count = 96
     kl: KLConfig = field(default_factory=KLConfig)
+    norm_guard: NotNegative = 0.0  # weight of the velocity's norm above the un-tuned policy's
     entropy: NotNegative = 0.0
     anchor: NotNegative = 0.0  # weight of the squared distance to the un-tuned policy's action from the same noise
     critic_steps: Count = 1  # optimiser steps of the critic per step of the policy
@@ -100,6 +102,11 @@ class AlgorithmConfig:
     critic_warmup: Natural = 0  # first iterations, in which the critic learns alone
     ema_decay: BelowOne = 0.9
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    @property
+    def needs_reference(self) -> bool:
+        """True where the un-tuned weights look at every scored pair, once an iteration."""
+        return bool(self.kl.beta or self.norm_guard)
 
 
 @dataclass
@@ -221,12 +228,24 @@ class WandbConfig:
 
 
 @dataclass
+class StopRule:
+    """Ends a run whose metric, of any row, is below or above a number, or falls by one from its best."""
+
+    __pydantic_config__ = STRICT
+    metric: str
+    below: float | None = None
+    above: float | None = None
+    falls: Positive | None = None
+
+
+@dataclass
 class TrainConfig:
     """Budget, seed and the run folder's habits."""
 
     __pydantic_config__ = STRICT
     iterations: Count | None = None
     minutes: Limit | None = None  # of training; evaluation is not counted
+    stop_when: list[StopRule] = field(default_factory=list)  # one rule may stand without the list
     seed: Seed = 0
     threads: Size | None = None
     permute_rewards: bool = False  # the control: rewards shuffled across the batch, of SAC across the replay

@@ -114,7 +114,7 @@ def _with_ratios(parts: Parts, rows: int, plan: Plan) -> tuple[int, int]:
     """(reference, update) of PolicyGradient."""
     a = parts.algorithm
     assert isinstance(a, PolicyGradient)
-    reference, anchor = a.with_reference, bool(a.anchor)
+    reference, anchor = a.needs_reference, bool(a.anchor)
     return Ratios(parts.policy, a.likelihood, a.epochs, a.micro_batch, reference, anchor).cost(rows, plan)
 
 

@@ -166,7 +166,7 @@ def _shares(config: Config, gpus: int) -> int:
 
 def _scores_reference(config: Config, bare: Skeleton) -> bool:
     """Whether the reference weights score every pair."""
-    return bool(learner(config).kl.beta) or bare.objective.needs_reference
+    return learner(config).needs_reference or bare.objective.needs_reference
 
 
 def _staying(config: Config, bare: Skeleton, gpus: int) -> dict[str, float]:

@@ -102,8 +102,8 @@ class Predictor:
         if not deterministic:
             plan = All()(0, plan.t, rows)
         with policy.using(self.weights):
-            cond = policy.encode(tree_map(lambda v: v[rows], obs))
-            chunk = policy.squash(policy.sample(cond, plan, key=key, row_ids=rows).final)
+            asked = tree_map(lambda v: v[rows], obs)
+            chunk = policy.select(policy, policy.encode(asked), asked, plan, key, rows)
         return self.bounds(chunk.float().cpu()).numpy()
 
 
@@ -128,8 +128,13 @@ def export(policy: FlowPolicy, obs_spec: Tree, path: str | Path, weights: str = 
     """Write the deployed policy as a .pt2 file of torch.export, for any number of rows; it runs without rlflow:
 
     `torch.export.load(path).module()(obs, torch.randn(N, H, *A))`; float32 observations, as the environment gives
-    them. Bounds are the caller's: clip to [-1, 1] and stretch.
+    them. Bounds are the caller's: clip to [-1, 1] and stretch. A choice among samples, which needs its scorer, is
+    refused.
     """
+    if policy.select.num > 1:
+        raise ValueError(
+            f"{policy.select.about} needs its scorer, which is not exported: load the policy without select"
+        )
     obs = tree_map(lambda v: torch.zeros(2, *v.shape, dtype=v.dtype, device=policy.device), obs_spec)
     x_0 = torch.zeros(2, *policy.event_shape, dtype=policy.dtype, device=policy.device)
     rows = torch.export.Dim("rows", min=1)

@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rlflow import registry
 from rlflow.config import inputs, recipes
+from rlflow.config.limits import check_select
 from rlflow.config.parse import parse, saved
-from rlflow.config.schema import Config
+from rlflow.config.schema import Config, PolicyConfig, Spec
 from rlflow.config.values import merge
 from rlflow.flow.field import VelocityField
 from rlflow.flow.grid import FromScheduler
 from rlflow.flow.guidance import CFG
 from rlflow.flow.kernels import FlowSDE
-from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.hub import is_hub_id
 from rlflow.models.io import load_field, read_config, save_field
 from rlflow.models.pretrained.opening import is_pipeline
 from rlflow.models.pretrained.pipeline import PretrainedField, pretrained
 from rlflow.parallel.dist import device
-from rlflow.report.video import write_video
-from rlflow.train.build import heldout_prompts, judged_by, make_evaluator, make_policy
+from rlflow.train.build import heldout_prompts, judged_by, make_evaluator, make_policy, make_select
 from rlflow.train.checkpoint import Checkpoints
-from rlflow.train.episodes import EpisodeEvaluator, Episodes
+from rlflow.train.episodes import EpisodeEvaluator
 from rlflow.train.evaluate import Evaluator
 from rlflow.train.seal import taken_up
 
@@ -102,20 +98,24 @@ def load(
     guidance: float | None = None,
     num_steps: int | None = None,
     variant: str | None = None,
+    select: Spec | None = None,
     trust_code: bool = False,
 ) -> FlowPolicy:
     """A FlowPolicy from an embedded checkpoint ('shapes'), a checkpoint folder, a run folder, or a diffusers pipeline.
 
-    It samples as it is evaluated: steps, solver, resolution and guidance are those of the run's, or the checkpoint's,
-    evaluations. Of a run, `weights` is 'live' or 'ema' (default: the ones the run evaluates). Of a pipeline (Stable
-    Diffusion 3 or 3.5, FLUX.1; a folder or a hub id), the other settings: `lora` adds one of this rank, which then
-    trains; without, nothing does. Resolution, guidance and number of steps are the pipeline's own unless given;
-    `variant` names its files' (fp16).
+    It samples as it is evaluated: steps, solver, resolution, guidance and choice among samples are those of the run's,
+    or the checkpoint's, evaluations; `select`, as in a recipe, replaces that choice. Of a run, `weights` is 'live' or
+    'ema' (default: the ones the run evaluates). Of a pipeline (Stable Diffusion 3 or 3.5, FLUX.1; a folder or a hub
+    id), the other settings: `lora` adds one of this rank, which then trains; without, nothing does. Resolution,
+    guidance and number of steps are the pipeline's own unless given; `variant` names its files' (fp16).
     """
     if not is_run(name):
         _check_of_runs(name, checkpoint, weights)
     if _is_foreign(name):
-        return _load_pipeline(str(name), lora, resolution, guidance, num_steps, variant)
+        made = _load_pipeline(str(name), lora, resolution, guidance, num_steps, variant)
+        config = _selecting(Config(policy=PolicyConfig(field=str(name))), name, select, trust_code)
+        made.select = make_select(config, made, trust_code)
+        return made
     if (lora, resolution, guidance, num_steps, variant) != (None,) * 5:
         raise ValueError(
             f"{name} is no diffusers pipeline: lora, resolution, guidance, num_steps and variant are of those"
@@ -123,16 +123,22 @@ def load(
     if not is_run(name):
         if not _said(name, trust_code) and isinstance(field := load_field(str(name), trust_code), PretrainedField):
             return _as_its_pipeline(field.to(device()).requires_grad_(False))
-        config = judging_config(name, trust_code)
+        config = _selecting(judging_config(name, trust_code), name, select, trust_code)
         return _as_evaluated(make_policy(config, trust_code), config, trust_code)
-    config = read_run_config(name, trust_code)
+    config = _selecting(read_run_config(name, trust_code), name, select, trust_code)
+    return _as_evaluated(
+        restored(config, name, checkpoint, weights or config.eval.weights, trust_code), config, trust_code
+    )
+
+
+def restored(config: Config, name: str | Path, checkpoint: str, chosen: str, trust_code: bool = False) -> FlowPolicy:
+    """The policy of a run's config with the weights `chosen` of a checkpoint."""
     policy = make_policy(config, trust_code)
     checkpoints = Checkpoints(Path(name))
     _, state = checkpoints.load(checkpoint)
     with taken_up(checkpoints.path(checkpoint), "policy, weight_sets"):
         policy.load_state_dict(state["policy"])
         policy.weights.load_state_dict(state["weight_sets"])
-    chosen = weights or config.eval.weights
     known = [n for n in ("live", "ema") if n == "live" or n in policy.weights.sets]
     if chosen not in known:
         raise ValueError(f"weights {chosen!r}: {name} has {' and '.join(known)}; `load(policy.field)` is the base")
@@ -141,7 +147,7 @@ def load(
         with torch.no_grad():
             for parameter, value in policy.weights.sets[chosen].items():
                 live[parameter].copy_(value)
-    return _as_evaluated(policy, config, trust_code)
+    return policy
 
 
 def _as_evaluated(policy: FlowPolicy, config: Config, trust_code: bool) -> FlowPolicy:
@@ -152,7 +158,19 @@ def _as_evaluated(policy: FlowPolicy, config: Config, trust_code: bool) -> FlowP
         policy.solver = registry.build("solver", "eval.solver", c.solver, trust_code=trust_code)
     if c.resolution is not None:
         policy.field.unguided.resize(c.resolution)
+    policy.select = make_select(config, policy, trust_code)
     return policy.requires_grad_(False)
+
+
+def _selecting(config: Config, name: str | Path, select: Spec | None, trust_code: bool) -> Config:
+    """With a choice among samples in place of its own; the critic of a run that names none is its own."""
+    if select is None:
+        return config
+    if isinstance(select, dict) and select.get("scorer") == "critic":
+        select = select | {"scorer": {"name": "critic", "run": str(name)}}
+    config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, select=select))
+    check_select(config, trust_code)
+    return config
 
 
 def _check_of_runs(name: str | Path, checkpoint: str, weights: str | None) -> None:
@@ -198,44 +216,6 @@ def save(policy: FlowPolicy, folder: str | Path, *, push: str | None = None) -> 
     return folder
 
 
-def sample(policy: FlowPolicy, prompts: str | Sequence[str], *, seed: int = 0, num_steps: int | None = None) -> Tensor:
-    """Images (N, 3, H, W) in [0, 1] of a prompt or a list of N by the deployment sampler (no noise after the first)."""
-    texts = [prompts] if isinstance(prompts, str) else prompts
-    if not (isinstance(texts, Sequence) and texts and all(isinstance(text, str) for text in texts)):
-        raise ValueError(f"prompts: give a text, or a list of texts, got {prompts!r}")
-    with torch.no_grad():
-        cond = policy.encode(policy.field.unguided.tokenize(list(texts)))
-        chain = policy.sample(cond, policy.plan(num_steps), key=Key(seed, "sample"))
-        return policy.field.decode(policy.squash(chain.final)).float().cpu()
-
-
-def film(
-    name: str | Path,
-    out: str | Path,
-    *,
-    num: int = 4,
-    num_steps: int | None = None,
-    seed: int = 0,
-    checkpoint: str = "last",
-    weights: str | None = None,
-    trust_code: bool = False,
-) -> Episodes:
-    """Play `num` episodes of a robot's run or checkpoint and write them to `out`, an mp4, one after the other."""
-    if Path(out).suffix != ".mp4":
-        raise ValueError(f"{out}: {name} is filmed, name a file that ends in .mp4")
-    evaluator = evaluator_of(
-        name, num=num, num_steps=num_steps, seed=seed, checkpoint=checkpoint, weights=weights, trust_code=trust_code
-    )
-    assert isinstance(evaluator, EpisodeEvaluator)
-    evaluator.video = num
-    episodes = evaluator()
-    frames = list(itertools.chain(*episodes.film.frames))
-    if not frames:
-        raise ValueError(f"{out} was not written: there is no picture of the {len(episodes)} episodes, see above")
-    write_video(frames, Path(out), episodes.film.fps)
-    return episodes
-
-
 def evaluator_of(
     name: str | Path,
     *,
@@ -245,6 +225,7 @@ def evaluator_of(
     seed: int | None = None,
     checkpoint: str = "last",
     weights: str | None = None,
+    select: Spec | None = None,
     trust_code: bool = False,
 ) -> Evaluator | EpisodeEvaluator:
     """What evaluates a run (by its own settings unless given) or a checkpoint (by what it is judged by).
@@ -253,7 +234,7 @@ def evaluator_of(
     """
     if not is_run(name):
         _check_of_runs(name, checkpoint, weights)
-    config = judging_config(name, trust_code)
+    config = _selecting(judging_config(name, trust_code), name, select, trust_code)
     c = config.eval
     judged = dataclasses.replace(
         c,
@@ -269,7 +250,7 @@ def evaluator_of(
             heldout_prompts(config).check(untrained.field.unguided.tokenize)
     if not is_run(name):
         return make_evaluator(config, untrained, trust_code)
-    policy = load(name, checkpoint=checkpoint, weights=weights, trust_code=trust_code)
+    policy = restored(config, name, checkpoint, weights or config.eval.weights, trust_code).requires_grad_(False)
     evaluator = make_evaluator(config, policy, trust_code)
     evaluator.compare_with(untrained)
     return evaluator
@@ -284,6 +265,7 @@ def evaluate(
     seed: int | None = None,
     checkpoint: str = "last",
     weights: str | None = None,
+    select: Spec | None = None,
     trust_code: bool = False,
 ) -> dict[str, float]:
     """Held-out metrics of a run folder or a checkpoint; exactly `num` samples. Settings as of `evaluator_of`."""
@@ -295,6 +277,7 @@ def evaluate(
         seed=seed,
         checkpoint=checkpoint,
         weights=weights,
+        select=select,
         trust_code=trust_code,
     )
     return evaluator().means()

@@ -98,3 +98,72 @@ class VelocityField(nn.Module):
     def load_weights(self, folder: Path) -> None:
         """Inverse of `save_weights`; RuntimeError where names or shapes differ."""
         raise NotImplementedError
+
+
+class Around(VelocityField):
+    """Base of fields that change the velocity of another and are it in all else."""
+
+    def __init__(self, field: VelocityField):
+        super().__init__()
+        self.field, self.num_features = field, field.num_features
+        self.uses_dt, self.has_instantaneous = field.uses_dt, field.has_instantaneous
+        self.calls, self.graph_calls = field.calls, field.graph_calls
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """As the inner field's."""
+        return self.field.event_shape
+
+    @property
+    def resolution(self) -> int | None:  # type: ignore[override]
+        """As the inner field's."""
+        return self.field.resolution
+
+    @property
+    def grad_checkpointing(self) -> bool:  # type: ignore[override]
+        """As the inner field's."""
+        return self.field.grad_checkpointing
+
+    @grad_checkpointing.setter
+    def grad_checkpointing(self, on: bool) -> None:
+        self.field.grad_checkpointing = on
+
+    def tokenize(self, captions: list[str]) -> Tree:
+        """As the inner field."""
+        return self.field.tokenize(captions)
+
+    def settle(self) -> None:
+        """As the inner field."""
+        self.field.settle()
+
+    def encode(self, obs: Tree) -> Cond:
+        """As the inner field."""
+        return self.field.encode(obs)
+
+    def observe(self, obs: Tree) -> None:
+        """As the inner field."""
+        self.field.observe(obs)
+
+    def null(self, cond: Cond) -> Cond:
+        """As the inner field."""
+        return self.field.null(cond)
+
+    def times(self, num_steps: int) -> Tensor:
+        """As the inner field."""
+        return self.field.times(num_steps)
+
+    def unscored(self, grid: Tensor) -> int:
+        """As the inner field."""
+        return self.field.unscored(grid)
+
+    def resize(self, resolution: int) -> None:
+        """As the inner field."""
+        self.field.resize(resolution)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """As the inner field."""
+        return self.field.decode(x)
+
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        """As the inner field."""
+        return self.field.encoder_parameters()

@@ -6,13 +6,12 @@ A guided field is not E[x_1 - x_0 | x_t] of its own samples, so matching losses 
 from __future__ import annotations
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
-from rlflow.flow.field import VelocityField
+from rlflow.flow.field import Around, VelocityField
 from rlflow.flow.path import at_least_float, expand
 from rlflow.ranges import Scale, Unit
-from rlflow.types import Cond, Tree
+from rlflow.types import Cond
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
@@ -20,7 +19,7 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return expand((a * b).flatten(1).sum(-1), a)
 
 
-class CFG(VelocityField):
+class CFG(Around):
     """Classifier-free guidance v_u + w (v_c - v_u) (Ho & Salimans 2022), both branches in one network call.
 
     `detach` takes the unconditional branch as a constant, without a graph: a call of its own, and no backward pass
@@ -28,45 +27,10 @@ class CFG(VelocityField):
     """
 
     def __init__(self, field: VelocityField, scale: Scale, detach: bool = False):
-        super().__init__()
-        self.field, self.scale, self.detach = field, scale, detach
-        self.num_features = field.num_features
-        self.uses_dt, self.has_instantaneous = field.uses_dt, field.has_instantaneous
+        super().__init__(field)
+        self.scale, self.detach = scale, detach
         self.calls = 2 * field.calls
         self.graph_calls = field.graph_calls * (1 if detach else 2)
-
-    @property
-    def event_shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        """As the inner field's."""
-        return self.field.event_shape
-
-    def encode(self, obs: Tree) -> Cond:
-        """As the inner field."""
-        return self.field.encode(obs)
-
-    def observe(self, obs: Tree) -> None:
-        """As the inner field."""
-        self.field.observe(obs)
-
-    def null(self, cond: Cond) -> Cond:
-        """As the inner field."""
-        return self.field.null(cond)
-
-    def times(self, num_steps: int) -> Tensor:
-        """As the inner field."""
-        return self.field.times(num_steps)
-
-    def unscored(self, grid: Tensor) -> int:
-        """As the inner field."""
-        return self.field.unscored(grid)
-
-    def decode(self, x: Tensor) -> Tensor:
-        """As the inner field."""
-        return self.field.decode(x)
-
-    def encoder_parameters(self) -> list[nn.Parameter]:
-        """As the inner field."""
-        return self.field.encoder_parameters()
 
     @property
     def unguided(self) -> VelocityField:

@@ -53,6 +53,10 @@ class Kernel(nn.Module, ABC):
         at = [self(zero, zero + v, t, t_next, None).mean for v in (0.0, 1.0)]
         return (at[1] - at[0]).reshape(len(t), -1)[:, 0]
 
+    def velocity_of(self, mean: Tensor, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        """The v (N, *D) whose step from x has this mean: the inverse of an affine map."""
+        return (mean - self(x, torch.zeros_like(x), t, t_next, None).mean) / expand(self.gain(t, t_next), x)
+
     def min_std(self, t: Tensor, t_next: Tensor) -> Tensor:
         """The smallest std (N,) the kernel can give at these times."""
         zero = torch.zeros_like(t).unsqueeze(-1)
@@ -179,6 +183,29 @@ class Ancestral(Kernel):
         return Gaussian(_mix(x, v, t, t_next, keep), std)
 
 
+class Overshoot(Kernel):
+    """Step too far along the ODE, then back by noise (Hu et al. 2025, the sampler of AMO without its attention).
+
+    t_o = min(t' + c (t' - t), 1), x_o = x + (t_o - t) v, and x_o is scaled to the signal t' and filled up with noise to
+    the spread 1 - t': mean = t' x1_hat + k x0_hat, std^2 = (1 - t')^2 - k^2, k = t' (1 - t_o) / t_o. For small steps
+    this is FlowSDE with a = sqrt(2 c).
+    """
+
+    marginal_preserving = True
+
+    def __init__(self, c: Level = 0.5):
+        super().__init__()
+        if c <= 0:
+            raise ValueError(f"Overshoot needs c > 0, got {c}; a step that ends where it should has no noise to score")
+        self.c = c
+
+    def step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, hidden: Tensor | None) -> Gaussian:
+        too_far = (t_next + self.c * (t_next - t)).clamp(max=1)
+        keep = t_next * (1 - too_far) / too_far
+        std = ((1 - t_next).square() - keep.square()).clamp(min=0).sqrt()
+        return Gaussian(_mix(x, v, t, t_next, keep), std)
+
+
 class LearnedNoise(Kernel):
     """mean = x + v dt, std = exp(lo + (hi - lo)(tanh(net) + 1) / 2) per event dim (ReinFlow, Flow-Noise, SAC Flow).
 
@@ -230,6 +257,9 @@ class LearnedNoise(Kernel):
 
     def gain(self, t: Tensor, t_next: Tensor) -> Tensor:
         return t_next - t
+
+    def velocity_of(self, mean: Tensor, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        return (mean - x) / expand(t_next - t, x)
 
     def min_std(self, t: Tensor, t_next: Tensor) -> Tensor:
         return torch.full_like(t, math.exp(self.lo))

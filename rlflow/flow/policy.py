@@ -20,6 +20,7 @@ from rlflow.flow.grid import TimeGrid, Uniform
 from rlflow.flow.kernels import Kernel
 from rlflow.flow.noise import Key, noise
 from rlflow.flow.path import expand
+from rlflow.flow.select import Select
 from rlflow.flow.solvers import Euler, Solver
 from rlflow.flow.squash import Squash
 from rlflow.flow.steps import Plan, Steps, deterministic
@@ -61,6 +62,7 @@ class FlowPolicy(nn.Module):
         self.field, self.kernel = field, kernel
         self.solver, self.grid, self.num_steps = solver or Euler(), grid or Uniform(), num_steps
         self.squash = squash or Squash()
+        self.select = Select()  # of deployment; a rollout refuses a choice among samples
         self.autocast, self.storage_dtype = autocast, storage_dtype
         self.network_rows, self.graph_rows = 0, 0  # rows evaluated; those of them with a graph
         self.encoder_rows = 0

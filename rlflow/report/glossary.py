@@ -117,6 +117,18 @@ _FIXED: dict[str, Metric] = {
         -1,
         "Largest |log ratio| before any update: 0 when the recorded and the recomputed probabilities agree.",
     ),
+    "policy/velocity_norm": Metric(
+        "norm of the velocity",
+        "rms",
+        0,
+        "Root mean square of the velocity where steps were scored; a rise over the run means glare and texture.",
+    ),
+    "policy/norm_excess": Metric(
+        "norm above the reference", "rms", -1, "By how much the velocity's norm is above the reference's, else 0."
+    ),
+    "rollout/sample_norm": Metric(
+        "norm of the sample", "rms", 0, "Root mean square of the latents that training sampled."
+    ),
     "policy/entropy": Metric("entropy", "nats", 0, "Entropy of the scored steps."),
     "policy/std_mean": Metric(
         "exploration noise",

@@ -95,6 +95,8 @@ def _state(run: RunRecord) -> str:
     done = f"{run.iterations} iterations" + (f", {duration(seconds)} of training" if seconds else "")
     if not run.train:
         return page.pill("no training iteration yet", "watch")
+    if "stopped" in run.info:
+        return page.pill(f"{done}, then stopped: {run.info['stopped']}")
     finished = bool(iterations and run.iterations >= iterations) or bool(minutes and seconds >= 60 * minutes)
     parts = [f"{iterations} iterations"] if iterations else []
     budget = " or ".join(parts + ([f"{minutes:g} min"] if minutes else []))

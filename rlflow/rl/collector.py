@@ -43,6 +43,11 @@ class Collector:
             raise ValueError(f"the environment has {env.num_envs} rows, the groups of this process {groups.num_rows}")
         if tuple(env.action_shape) != tuple(policy.event_shape):
             raise ValueError(f"the policy makes {policy.event_shape}, the environment takes {env.action_shape}")
+        if policy.select.num > 1:
+            raise ValueError(
+                f"no density describes a sample that is the {policy.select.about}, so rollouts are of single samples: "
+                "a recipe's policy.select is of evaluation alone; load a policy to train without select"
+            )
         if likelihood is not None:
             likelihood.check(policy, steps)
         if mode == "steps" and env.horizon == 1:

@@ -1,6 +1,7 @@
 """PolicyGradient: one iteration of Flow-GRPO, MixGRPO, DanceGRPO, CPS, ReinFlow, pi_RL, FPO, NFT, PPO and others.
 
-    L = E[ objective ] + beta KL(policy || reference) - entropy H + anchor E[ |action - reference's action|^2 ]
+    L = E[ objective ] + beta KL(policy || reference) + norm_guard E[ max(0, |v| - |v_ref|) ] - entropy H
+        + anchor E[ |action - reference's action|^2 ]
 
 over (row, column) pairs of recorded evidence. objectives/ has the objectives, regularizers.py and anchor.py the rest,
 critic.py the critic of an advantage that needs one. Every expectation is a weighted mean whose denominator is
@@ -29,7 +30,7 @@ from rlflow.rl.masked import weighted_sum
 from rlflow.rl.objectives.base import Objective
 from rlflow.rl.objectives.clip import Clip
 from rlflow.rl.optim import AdamW, Optimizer
-from rlflow.rl.regularizers import KL, check_entropy
+from rlflow.rl.regularizers import KL, check_entropy, norm_excess, velocity_norm
 from rlflow.types import Evidence, Rollout
 
 
@@ -51,6 +52,7 @@ class PolicyGradient:
         num_minibatches: int = 1,
         micro_batch: int = 256,
         kl: KL | None = None,
+        norm_guard: float = 0.0,
         entropy: float = 0.0,
         anchor: float = 0.0,
         critic_steps: int = 1,
@@ -65,20 +67,20 @@ class PolicyGradient:
         self.objective, self.kl = objective or Clip(likelihood), kl or KL()
         self.objective.attach(policy)
         self.sample_with = self.objective.sample_with
-        self.with_reference = bool(self.kl.beta) or self.objective.needs_reference
         if critic_warmup and not (advantage.needs_critic or self.objective.has_critic):
             raise ValueError(f"{type(advantage).__name__} has no critic to warm up: use critic_warmup=0")
         self.kl.check(policy, likelihood)
         if entropy:
             check_entropy(policy, likelihood)
         self.epochs, self.num_minibatches, self.micro_batch = epochs, num_minibatches, micro_batch
-        self.entropy, self.anchor = entropy, anchor
+        self.norm_guard, self.entropy, self.anchor = norm_guard, entropy, anchor
+        self.needs_reference = bool(self.kl.beta or norm_guard) or self.objective.needs_reference
         self.critic_warmup, self.ema_decay, self.seed = critic_warmup, ema_decay, seed
         self.optimizer = Optimizer([p for p in policy.parameters() if p.requires_grad], optimizer or AdamW())
         self.critic: CriticLearner | None = None
         if advantage.needs_critic:
             self.critic = CriticLearner(policy, lr=critic_lr, steps=critic_steps, width=critic_width)
-        for name in ("ema", *(("ref",) if self.with_reference or anchor else ()), *self.objective.weight_sets):
+        for name in ("ema", *(("ref",) if self.needs_reference or anchor else ()), *self.objective.weight_sets):
             policy.weights.snapshot(name)
         self.iteration = 0
 
@@ -116,9 +118,11 @@ class PolicyGradient:
         if self.likelihood.scores_steps and self.policy.kernel.learns_std:
             std = batch.evidence.old_std.flatten(1).mean(1)
             batch.metrics["policy/std_mean"] = float(moments(std, batch.row_alive)[0])
+        norm = velocity_norm(self.policy, self.likelihood, batch.evidence, batch.evidence.old_mean).mean(1)
+        batch.metrics["policy/velocity_norm"] = float(moments(norm, batch.row_alive)[0])
         if rollout.num_steps is not None:
             batch.evidence = self.likelihood.executed(batch.evidence, rollout.num_steps.flatten())
-        if self.with_reference:
+        if self.needs_reference:
             batch.evidence = self.likelihood.with_reference(self.policy, batch.cond, batch.evidence, self.micro_batch)
         if self.anchor:
             key, rows = Key(self.seed, "anchor", self.iteration), rollout.row_ids.flatten()
@@ -215,13 +219,18 @@ class PolicyGradient:
         (self.anchor * distance).backward()
 
     def _regularizer(self, score: Score, evidence: Evidence, batch: Batch, pairs: Pairs, log: Meter) -> Tensor:
-        """beta KL to the reference less the entropy bonus, over their global denominators; logged apart."""
+        """KL and norm above the reference less the entropy bonus, over their global denominators; logged apart."""
         loss = score.log_prob.new_zeros(())
         if self.kl.beta:
             kl = self.kl.pairs(self.policy, self.likelihood, score, evidence)
             kl_mean = weighted_sum(kl, batch.alive(pairs)) / log.alive
             log.add("kl/ref", kl_mean)
             loss = loss + self.kl.beta * kl_mean
+        if self.norm_guard:
+            excess = norm_excess(self.policy, self.likelihood, score, evidence)
+            excess_mean = weighted_sum(excess, batch.alive(pairs)) / log.alive
+            log.add("policy/norm_excess", excess_mean)
+            loss = loss + self.norm_guard * excess_mean
         if self.entropy:
             weight = batch.pair_weight(pairs, joint=False)
             pairs_entropy = score.dist.entropy(self.likelihood.reduce, batch_dims=2)

@@ -1,10 +1,11 @@
-"""Regularisers of a policy gradient beside its objective: KL to the reference, and entropy."""
+"""Regularisers of a policy gradient beside its objective: KL to the reference, norm of the velocity, and entropy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from rlflow.flow.gaussian import Gaussian, Reduce, reduce_events
@@ -39,6 +40,24 @@ class KL:
         """(M, R) of scored pairs whose reference was recorded, without beta."""
         gain = likelihood.gain(policy, evidence) if self.kind == "velocity" else None
         return reference_kl(self.kind, score.dist, evidence, likelihood.reduce, gain)
+
+
+def velocity_norm(policy: FlowPolicy, likelihood: Likelihood, evidence: Evidence, mean: Tensor) -> Tensor:
+    """|v| (M, R), the root mean square over the event, of the velocities behind means (M, R, *D)."""
+    flat = likelihood.velocity(policy, evidence, mean).flatten(2)
+    return torch.linalg.vector_norm(flat, dim=-1) / flat.shape[-1] ** 0.5  # unlike a root, no nan at v = 0
+
+
+def norm_excess(policy: FlowPolicy, likelihood: Likelihood, score: Score, evidence: Evidence) -> Tensor:
+    """(M, R) max(0, |v| - |v_ref|) of scored pairs whose reference was recorded (NormGuard, Pan et al. 2026).
+
+    RL inflates the velocity's norm, which shows as glare and texture; the hinge holds it back and nothing else: a pair
+    whose norm is below the reference's has no gradient. Of the paper its abstract was read: linear in the root mean
+    square is ours.
+    """
+    assert evidence.ref_mean is not None
+    mine, reference = (velocity_norm(policy, likelihood, evidence, m) for m in (score.dist.mean, evidence.ref_mean))
+    return (mine - reference).relu()
 
 
 def check_entropy(policy: FlowPolicy, likelihood: Likelihood) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from rlflow import registry
+from rlflow.config.limits import select_rewards
 from rlflow.config.processes import check_updates, share
 from rlflow.config.schema import Config
 from rlflow.config.steps import make_steps
@@ -21,7 +21,9 @@ from rlflow.envs.prompts import Prompts, load_prompts
 from rlflow.envs.wrappers import FrameStack, RewardScaling, RewardWrapper
 from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
+from rlflow.flow.select import Select
 from rlflow.flow.squash import SQUASHES
+from rlflow.models.freeze import freeze
 from rlflow.models.hub import is_hub_id
 from rlflow.models.io import embedded, load_field
 from rlflow.models.pretrained.opening import is_pipeline
@@ -31,6 +33,7 @@ from rlflow.parallel import dist, shards
 from rlflow.parallel.dist import device
 from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rewards.component import make_reward
+from rlflow.rewards.scorer import RewardScorer
 from rlflow.rl.algorithm import Algorithm
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
@@ -106,22 +109,6 @@ def whole_field(policy: FlowPolicy, config: Config) -> Iterator[VelocityField]:
     yield copy.field.unguided
 
 
-def freeze(field: VelocityField, pattern: str) -> None:
-    """Exclude parameters in whose names the regular expression is found; ValueError if it finds none, or all."""
-    try:
-        found = {name for name, _ in field.named_parameters() if re.search(pattern, name)}
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-    everything = {name for name, _ in field.named_parameters()}
-    if not found or found == everything:
-        parts = sorted({name.partition(".")[0] for name in everything})
-        raise ValueError(
-            f"{pattern!r} is found in {'all' if found else 'no'} parameters: set it to null, or name {parts}"
-        )
-    for name, parameter in field.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and name not in found)
-
-
 def _make_field(config: Config, trust_code: bool) -> VelocityField:
     """From a checkpoint, or from scratch to fit the simulator."""
     spec = config.policy.field
@@ -148,9 +135,11 @@ def make_rewards(config: Config, trust_code: bool = False) -> RewardSet:
 
 def make_judges(config: Config, trust_code: bool = False) -> RewardSet:
     """The evaluation metrics under their display names."""
-    settings = config.reward.settings
-    found = [Reward(n, make_reward(r, settings, trust_code), 1.0, 600.0) for n, r in config.eval.metrics.items()]
-    return RewardSet(found)
+    return RewardSet([_judge(n, r, config, trust_code) for n, r in config.eval.metrics.items()])
+
+
+def _judge(name: str, reward: str, config: Config, trust_code: bool) -> Reward:
+    return Reward(name, make_reward(reward, config.reward.settings, trust_code), 1.0, 600.0)
 
 
 def _short(name: str) -> str:
@@ -163,9 +152,26 @@ def heldout_prompts(config: Config) -> Prompts:
     return load_prompts(config.eval.prompts or config.env.prompts, "heldout", whole=config.eval.prompts is not None)
 
 
+def make_select(config: Config, policy: FlowPolicy, trust_code: bool = False) -> Select:
+    """What `policy.select` says: one sample of each row, or the best of several by a reward or a critic."""
+    if config.policy.select is None:
+        return Select()
+    name, settings = registry.split_spec("policy.select", config.policy.select)
+    path, spec = "policy.select.scorer", settings.pop("scorer")
+    called, _ = registry.split_spec(path, spec)
+    if config.env.name == "prompt":
+        scorer: Any = RewardScorer(_judge(_short(called), called, config, trust_code))
+    else:
+        told = {"event_shape": tuple(policy.event_shape), "trust_code": trust_code}
+        scorer = registry.build("scorer", path, spec, told, trust_code)
+    supplied = {"scorer": scorer, "called": called}
+    chosen: Select = registry.build("select", "policy.select", {"name": name, **settings}, supplied, trust_code)
+    return chosen
+
+
 def make_evaluator(config: Config, policy: FlowPolicy, trust_code: bool = False) -> Evaluator | EpisodeEvaluator:
     """What `eval` says, of images or of episodes."""
-    c = config.eval
+    c, select = config.eval, make_select(config, policy, trust_code)
     solver = None if c.solver is None else registry.build("solver", "eval.solver", c.solver, trust_code=trust_code)
     if config.env.name == "prompt":
         prompts, judges = heldout_prompts(config), make_judges(config, trust_code)
@@ -179,6 +185,7 @@ def make_evaluator(config: Config, policy: FlowPolicy, trust_code: bool = False)
             seed=c.seed,
             rows_per_call=c.rows_per_call,
             resolution=c.resolution,
+            select=select,
         )
     return EpisodeEvaluator(
         policy,
@@ -192,6 +199,7 @@ def make_evaluator(config: Config, policy: FlowPolicy, trust_code: bool = False)
         video=c.video,
         noisy=make_steps(config, trust_code) if c.train_mode else None,
         world=[config.env.name, {k: v for k, v in config.env.settings.items() if k not in NOT_THE_WORLD}],
+        select=select,
     )
 
 
@@ -200,9 +208,10 @@ def judged_by(config: Config) -> dict[str, Any]:
     c = config.eval
     deployed = {"num_steps": c.num_steps or config.policy.num_steps, "solver": c.solver or config.policy.solver}
     judged = {"prompts": c.prompts, "metrics": c.metrics, "num": c.num, "noise": c.noise, "resolution": c.resolution}
-    policy = {name: getattr(config.policy, name) for name in ("guidance", "precision", "squash", "grid")}
+    policy = {name: getattr(config.policy, name) for name in ("guidance", "precision", "squash", "grid", "select")}
     env = {name: getattr(config.env, name) for name in ("name", "settings", "prompts", "gamma", "frame_stack")}
-    settings = {name: value for name, value in config.reward.settings.items() if name in c.metrics.values()}
+    asked = (*c.metrics.values(), *select_rewards(config))
+    settings = {name: value for name, value in config.reward.settings.items() if name in asked}
     judging = {"policy": policy, "env": env, "eval": judged | deployed}
     return judging | ({"reward": {"settings": settings}} if settings else {})
 

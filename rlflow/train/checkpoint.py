@@ -226,6 +226,15 @@ class Checkpoints:
         best = self.best_score()
         return score is not None and (best is None or score > best)
 
+    def ways_on(self, last_good: int) -> str:
+        """What is left after non-finite steps; only a good step after it, up to `last_good`, proves a checkpoint."""
+        kept = [int(path.name) for path in self.all()]
+        proven = [i for i in kept if i < last_good or i == 0]
+        if not proven:
+            return "No checkpoint is from before: begin again"
+        doubt = f"; {late} may be spoilt" if (late := [i for i in kept if i not in proven]) else ""
+        return f"Checkpoint {proven[-1]} is from before (--resume {proven[-1]}){doubt}"
+
     def _link(self, name: str, target: str) -> None:
         temporary = self.folder / f".{name}"
         temporary.unlink(missing_ok=True)

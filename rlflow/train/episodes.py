@@ -20,6 +20,7 @@ from rlflow.envs.seeds import evaluation_seeds
 from rlflow.files import save_tensors
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
+from rlflow.flow.select import Select
 from rlflow.flow.solvers import Solver
 from rlflow.flow.steps import Steps
 from rlflow.parallel import dist
@@ -99,11 +100,14 @@ class EpisodeEvaluator:
         video: int | None = 0,
         noisy: Steps | None = None,
         world: Any = None,
+        select: Select | None = None,
     ):
         with located("eval.num_steps"):
             policy.plan(num_steps)
         self.policy, self.num, self.num_steps, self.solver, self.seed = policy, num, num_steps, solver, seed
-        self.rows_per_call, self.noise, self.video, self.noisy = rows_per_call, noise, video, noisy
+        self.select = select or Select()
+        self.rows_per_call = max(1, rows_per_call // self.select.num)
+        self.noise, self.video, self.noisy = noise, video, noisy
         self.key = sample_keys([world, seed, i] for i in range(num))
         self.rows = torch.arange(num).tensor_split(dist.world())[dist.rank()]
         self.env = make(len(self.rows))
@@ -155,9 +159,8 @@ class EpisodeEvaluator:
         zero = torch.zeros(len(ids), *policy.event_shape, dtype=policy.dtype, device=policy.device)
         key = Key(self.seed, "evaluate", outer=0 if self.noise == "fixed" else step)
         with deployed(policy, self.solver):
-            x_0 = zero if self.noise == "zero" else None
-            chain = policy.sample(policy.encode(obs), policy.plan(self.num_steps), key=key, row_ids=ids, x_0=x_0)
-        return policy.squash(chain.final)
+            x_0, plan = zero if self.noise == "zero" else None, policy.plan(self.num_steps)
+            return self.select(policy, policy.encode(obs), obs, plan, key, ids, x_0)
 
     def _trained(self, steps: Steps, obs: Tree, ids: Tensor, step: int) -> Tensor:
         """The same with the noise and the number of steps of training."""

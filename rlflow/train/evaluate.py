@@ -15,6 +15,7 @@ from rlflow.envs.prompts import Prompts
 from rlflow.files import save_tensors
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
+from rlflow.flow.select import Select
 from rlflow.flow.solvers import Solver
 from rlflow.parallel import dist
 from rlflow.registry import located
@@ -102,6 +103,7 @@ class Evaluator:
         seed: int = 0,
         rows_per_call: int = 100,
         resolution: int | None = None,
+        select: Select | None = None,
     ):
         judges.check_columns([*prompts.columns, "images", "group", "base_images"])
         with located("eval.resolution"), deployed(policy, solver, resolution):
@@ -110,7 +112,7 @@ class Evaluator:
             policy.plan(num_steps)
         self.policy, self.prompts, self.judges = policy, prompts, judges
         self.num_steps, self.solver, self.seed = num_steps, solver, seed
-        self.rows_per_call, self.resolution = rows_per_call, resolution
+        self.rows_per_call, self.resolution, self.select = rows_per_call, resolution, select or Select()
         self._compares = "base_images" in judges.columns
         self.columns: dict[str, Any] = prompts.take(evenly(prompts, num))
         captions: list[str] = self.columns["prompt"]
@@ -123,23 +125,22 @@ class Evaluator:
     @torch.no_grad()
     def images(self, progress: Callable[[int], None] | None = None) -> Tensor:
         """(N, 3, H, W) in [0, 1] from the weights in place; every rank makes a share and gets all."""
-        captions = self.columns["prompt"]
-        ids = torch.arange(len(captions))
+        ids = torch.arange(len(self.caption_id))
         mine = ids.tensor_split(dist.world())[dist.rank()]
         equal = torch.cat([mine, mine[-1:]])[: -(-len(ids) // dist.world())]  # a sharded network is called by all
         parts = []
-        for rows in equal.split(self.rows_per_call):
-            parts.append(self._batch([captions[i] for i in rows], rows))
+        for rows in equal.split(max(1, self.rows_per_call // self.select.num)):
+            parts.append(self._batch(rows))
             if progress is not None:
                 progress(len(rows))
-        return dist.gather_shares(torch.cat(parts)[: len(mine)], len(captions))
+        return dist.gather_shares(torch.cat(parts)[: len(mine)], len(ids))
 
-    def _batch(self, captions: list[str], rows: Tensor) -> Tensor:
-        policy = self.policy
+    def _batch(self, rows: Tensor) -> Tensor:
+        policy, asked = self.policy, {name: [values[i] for i in rows] for name, values in self.columns.items()}
         with deployed(policy, self.solver, self.resolution):
-            cond = policy.encode(policy.field.unguided.tokenize(captions))
-            chain = policy.sample(cond, policy.plan(self.num_steps), key=Key(self.seed, "evaluate"), row_ids=rows)
-        return policy.field.decode(policy.squash(chain.final)).float().cpu()
+            cond = policy.encode(policy.field.unguided.tokenize(asked["prompt"]))
+            plan, key = policy.plan(self.num_steps), Key(self.seed, "evaluate")
+            return self.select(policy, cond, asked, plan, key, rows).float().cpu()
 
     def __call__(self, weights: str = "live") -> Evaluation:
         """Evaluate one weight set; the first call fixes the base images unless they were set."""

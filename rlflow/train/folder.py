@@ -57,6 +57,12 @@ class RunFolder:
             self._begun = True
         dist.barrier()
 
+    def end(self, stopped: str) -> None:
+        """Note in run.json which rule ended the run before its budget, if one did; it goes when the run goes on."""
+        if dist.rank() == 0 and stopped:
+            path = self.path / "run.json"
+            write_text(path, json.dumps(_read(path) | {"stopped": stopped}, indent=1) + "\n")
+
     def leave(self) -> None:
         """Let others write."""
         self.lock.release()
@@ -101,6 +107,7 @@ def write_head(run: Path, recipe: str, facts: dict[str, Any], resumed_at: int | 
     mine = {"recipe": recipe, **_now(), **facts}
     first = {} if resumed_at is None else _read(run / "run.json")
     if first:
+        first.pop("stopped", None)
         mine = first | {"resumes": [*first.get("resumes", []), {"iteration": resumed_at, **mine}]}
     write_text(run / "run.json", json.dumps(mine, indent=1) + "\n")
 

@@ -69,6 +69,7 @@ def _policy_gradient(
         num_minibatches=c.num_minibatches,
         micro_batch=c.micro_batch,
         kl=KL(c.kl.beta, c.kl.kind),
+        norm_guard=c.norm_guard,
         entropy=c.entropy,
         anchor=c.anchor,
         critic_steps=c.critic_steps,
@@ -85,14 +86,13 @@ def _sac(
 ) -> SAC:
     c = config.algorithm
     assert isinstance(c, SACConfig)
-    twin = TwinSettings(c.num_critics, c.critic_width, c.critic_depth, c.critic_norm, c.tau, c.critic_lr, c.pessimism)
     with registry.located("algorithm"):
         return SAC(
             policy,
             make_steps(config, trust_code),
             Replay(c.capacity, config.env.gamma),
             optimizer=AdamW(lr=c.lr, betas=(0.9, 0.999), max_grad_norm=c.max_grad_norm),
-            twin=twin,
+            twin=twin_settings(c),
             batch_size=c.batch_size,
             start=c.start,
             updates_per_step=c.updates_per_step,
@@ -119,7 +119,7 @@ def _reward_gradient(
     with registry.located("algorithm"):
         return RewardGradient(
             policy,
-            registry.build("steps", "steps", config.steps, trust_code=trust_code),
+            make_steps(config, trust_code),
             groups,
             env.graded,
             registry.build("through", "algorithm.through", c.through, trust_code=trust_code),
@@ -130,6 +130,11 @@ def _reward_gradient(
             seed=config.train.seed,
             permute=config.train.permute_rewards,
         )
+
+
+def twin_settings(c: SACConfig) -> TwinSettings:
+    """The critics of a config."""
+    return TwinSettings(c.num_critics, c.critic_width, c.critic_depth, c.critic_norm, c.tau, c.critic_lr, c.pessimism)
 
 
 def _offline(config: Config, c: OfflineConfig, policy: FlowPolicy) -> Offline:

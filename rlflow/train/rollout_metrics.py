@@ -1,4 +1,4 @@
-"""What is logged of a rollout: rewards and the episodes that ended, over all ranks."""
+"""What is logged of a rollout: rewards, the size of samples and the episodes that ended, over all ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlflow.types import Rollout
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """Named numbers, the same on every rank; all ranks have to ask at once."""
-    return _reward_metrics(rollout) | _episode_metrics(rollout)
+    return _reward_metrics(rollout) | _sample_metrics(rollout) | _episode_metrics(rollout)
 
 
 def _reward_metrics(rollout: Rollout) -> dict[str, float]:
@@ -24,6 +24,14 @@ def _reward_metrics(rollout: Rollout) -> dict[str, float]:
         masked = dist.all_sum((~value.isfinite()).double().mean()) / dist.world()  # ranks have equal numbers of rows
         out[f"{name}/masked_frac"] = float(masked)
     return out
+
+
+def _sample_metrics(rollout: Rollout) -> dict[str, float]:
+    """Root mean square of a sample's numbers, of images, where it drifts as they glare or blur."""
+    if rollout.num_steps is not None:
+        return {}
+    norm = rollout.action.flatten(2).float().square().mean(2).sqrt()
+    return {"rollout/sample_norm": float(moments(norm, rollout.weight)[0])}
 
 
 def _episode_metrics(rollout: Rollout) -> dict[str, float]:

@@ -176,6 +176,7 @@ def state(job: Job, root: Path) -> State:
     spent = (train.iterations is not None and mine["iteration"] >= train.iterations) or (
         train.minutes is not None and mine["seconds"] >= 60 * train.minutes
     )
+    spent = spent or bool(mine.get("stops", {}).get("reason"))
     return "finished" if spent and mine["evaluated"] == mine["iteration"] else "interrupted"
 
 

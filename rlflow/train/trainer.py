@@ -14,6 +14,7 @@ import torch
 
 from rlflow.config import recipes
 from rlflow.config.schema import Config
+from rlflow.config.stopping import StopRules
 from rlflow.failures import sized_by
 from rlflow.flow.noise import generator
 from rlflow.models.io import save_field
@@ -93,22 +94,20 @@ class Trainer:
             parts.algorithm,
             parts.groups,
         )
-        self._check_start()
+        if self.config.train.wandb is not None:  # what would otherwise end the run after its folder was written
+            import_wandb()
         self.evaluator = make_evaluator(config, self.policy, trust_code)
         self.checkpoints = Checkpoints(self.run, self.config.train.keep, self.config.to_dict())
         self.iteration, self.seconds, self.network_rows, self.samples = 0, 0.0, 0, 0
         self.last_eval: dict[str, float] = {}
         self.interrupted = False
         """True when a signal or a callback ended `fit` before the budget."""
+        self.stops = StopRules(self.config.train.stop_when if dist.rank() == 0 else ())
+        """`stops.reason`, of rank 0, says which rule of `train.stop_when` ended the run, if one did."""
         self._stop_asked = self._warned = False
         self._evaluated, self._headline, self._last_good = -1, "", 0
         if resume is not None:
             self._load(resume)
-
-    def _check_start(self) -> None:
-        """What would otherwise end the run after its folder was written."""
-        if self.config.train.wandb is not None:
-            import_wandb()
 
     # -- the loop ---------------------------------------------------------------------------------
 
@@ -148,10 +147,11 @@ class Trainer:
                 self._loop()
             except NonFiniteError as error:
                 self._report()
-                raise NonFiniteError(f"{error}. {self._ways_on()}") from None
+                raise NonFiniteError(f"{error}. {self.checkpoints.ways_on(self._last_good)}") from None
             if self._evaluated != self.iteration and not self.interrupted:
                 self._evaluate()
             self._save()
+            self.folder.end(self.stops.reason)
             self._finish()
             self._tell(lambda c: c.on_end(self))
         return self.last_eval
@@ -161,6 +161,7 @@ class Trainer:
         while not self._done():
             metrics = self._one()
             self.logger.log(self.iteration, "train", metrics)
+            self.stops.see(self.iteration, metrics)
             self._warn_of_no_score(metrics)
             self.logger.progress(self.iteration, metrics | self.last_eval, self.seconds)
             for callback in self.callbacks:
@@ -235,11 +236,14 @@ class Trainer:
         return min(1.0, max(shares))
 
     def _done(self) -> bool:
-        """Budget spent, or any rank was asked to stop."""
-        spent = self._progress() >= 1.0
-        asked = dist.all_max(torch.tensor(float(self._stop_asked), device=self.policy.device)) > 0
-        self.interrupted = bool(asked) and not spent
-        return spent or self.interrupted
+        """Budget spent, a rule of `stop_when` holds, or any rank was asked to stop."""
+        over, asked = self._any(bool(self.stops.reason)) or self._progress() >= 1.0, self._any(self._stop_asked)
+        self.interrupted = asked and not over
+        return over or asked
+
+    def _any(self, mine: bool) -> bool:
+        """True on every rank where any says so; all have to ask at once."""
+        return bool(dist.all_max(torch.tensor(float(mine), device=self.policy.device)))
 
     def _periodic(self) -> None:
         every = self.config.eval.every
@@ -260,6 +264,7 @@ class Trainer:
         self._headline = (headline(self.last_eval) or "").removeprefix(HELDOUT)
         told = self.last_eval | {f"eval/task/{name}": share for name, share in result.by_task().items()}
         self.logger.log(self.iteration, "eval", told | self._cost() | {"time/eval": time.perf_counter() - start})
+        self.stops.see(self.iteration, told)
         if dist.rank() == 0:
             self._keep(result)
         if self._is_best():
@@ -270,8 +275,7 @@ class Trainer:
     def _is_best(self) -> bool:
         """True for a score above all checkpoints'; rank 0 looks, and all hear of it, for all take part in saving."""
         sound = self._finite() and dist.rank() == 0 and not self.algorithm.optimizer.bad_in_a_row
-        best = sound and self.checkpoints.beats_best(self._score())
-        return bool(dist.all_max(torch.tensor(float(best), device=self.policy.device)))
+        return self._any(sound and self.checkpoints.beats_best(self._score()))
 
     def _score(self) -> float | None:
         """What `best` goes by; None unless these very weights were evaluated."""
@@ -303,6 +307,7 @@ class Trainer:
                 "last_eval": {k: v for k, v in self.last_eval.items() if math.isfinite(v)},
                 "evaluated": self._evaluated,
                 "headline": self._headline,
+                "stops": self.stops.state_dict(),
             },
             "evaluator": self.evaluator.state_dict(),
         }
@@ -329,15 +334,6 @@ class Trainer:
             setting = self.algorithm.optimizer.setting
             raise NonFiniteError(f"the weights are not finite after iteration {self.iteration}: lower {setting}")
 
-    def _ways_on(self) -> str:
-        """What is left after non-finite steps. Only a later good step shows that a checkpoint still trains."""
-        kept = [int(path.name) for path in self.checkpoints.all()]
-        proven = [i for i in kept if i < self._last_good or i == 0]
-        if not proven:
-            return "No checkpoint is from before: begin again"
-        doubt = f"; {late} may be spoilt" if (late := [i for i in kept if i not in proven]) else ""
-        return f"Checkpoint {proven[-1]} is from before (--resume {proven[-1]}){doubt}"
-
     def _load(self, which: str | Path) -> None:
         if which == "last" and not self.checkpoints.all():
             return  # killed before its first checkpoint: the run begins again
@@ -357,6 +353,7 @@ class Trainer:
             self.iteration, self.seconds = iteration, mine["seconds"]
             self.network_rows, self.samples = mine["network_rows"], mine["samples"]
             self.last_eval, self._evaluated, self._headline = mine["last_eval"], mine["evaluated"], mine["headline"]
+            self.stops.load_state_dict(mine.get("stops", {}))
         with taken_up(path, "evaluator"):
             self.evaluator.load_state_dict(state["evaluator"])
         self._last_good = iteration

@@ -118,6 +118,21 @@ REFUSED = {
     "algorithm={name: sac, clip_low: 1}": r"^algorithm\.clip_low: no such setting",
     "algorithm={name: sac, tau: 2.0}": r"^algorithm\.tau: must be in \[0, 1\], got 2",
     "algorithm={name: sac}": r"^advantage: algorithm=sac does not read it",
+    "train.stop_when={metric: reward/mean}": r"^train\.stop_when\.0: give one of below, above and falls, got none$",
+    "train.stop_when={metric: reward/mean, below: 1, falls: 1}": r"^train\.stop_when\.0: give one of .*got below and falls$",
+    "train.stop_when=[{metric: kl/ref, above: 1}, {below: 1}]": r"^train\.stop_when\.1\.metric: Field required",
+    "train.stop_when={metrc: kl/ref, above: 1}": r"train\.stop_when\.0\.metrc: no such setting; did you mean 'metric'\?",
+    "train.stop_when={metric: judge, below: 0.4}": r"^train\.stop_when\.0\.metric: nothing logs 'judge': .* begins with eval/, ",
+    "train.stop_when={metric: eval/heldout/jugde, below: 0.4}": r"^train\.stop_when\.0\.metric: .*did you mean 'eval/heldout/judge'",
+    "train.stop_when={metric: kl/ref, falls: 0}": r"^train\.stop_when\.falls: must be positive, got 0",
+    "train.stop_when={metric: kl/ref, below: .nan}": r"^train\.stop_when\.below: must be finite, got nan",
+    "policy.select=best_of": r"^policy\.select\.scorer: best_of needs one: name a reward \(images\), or a critic \(robots\)$",
+    "policy.select={name: best_of, scorer: ocr}": r"^policy\.select\.num: best_of needs this setting$",
+    "policy.select={name: best_off, num: 2, scorer: ocr}": r"^policy\.select: unknown select 'best_off'; did you mean",
+    "policy.select={name: best_of, num: 0, scorer: ocr}": r"^policy\.select\.num: must be positive, got 0$",
+    "policy.select={name: best_of, num: 2, called: x, scorer: ocr}": r"^policy\.select\.called: best_of has no such setting",
+    "policy.select={name: best_of, num: 2, scorer: cnn_jugde}": r"^policy\.select\.scorer: unknown reward 'cnn_jugde'; did",
+    "policy.select={name: best_of, num: 2, scorer: {name: jpeg, x: 1}}": r"^policy\.select\.scorer: .* of reward\.settings\.jpeg$",
     # not an assignment
     "train": r"^override 'train': write section\.key=value$",
     "=5": r"^override '=5': write section\.key=value$",
@@ -325,7 +340,13 @@ def test_every_key_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from rlflow.train.trainer import Trainer
 
     field = save_field(DiT(scenes.VOCAB, size=8, width=16, depth=1, heads=2), tmp_path / "field")
-    config = load(f"policy.field={field}", "env.num_groups=2", "eval.num=4", "eval.metrics={brightness: brightness}")
+    config = load(
+        f"policy.field={field}",
+        "env.num_groups=2",
+        "eval.num=4",
+        "eval.metrics={brightness: brightness}",
+        "train.stop_when={metric: kl/ref, above: 9}",
+    )
     seen: set[tuple[str, str]] = set()
     watching = True
 

@@ -185,7 +185,7 @@ def test_what_is_loaded_samples_as_it_is_evaluated(run: Path, scenes_field: str,
     trainer = Trainer("t2i_flow_grpo", tmp_path / "run", overrides=overrides, quiet=True)
     trainer.fit()
     asked, row = trainer.evaluator, torch.zeros(1, dtype=torch.long)
-    images = asked._batch([asked.columns["prompt"][0]], row)
+    images = asked._batch(row)
     for name in ("run", "run/model"):
         policy = rf.load(tmp_path / name, **({"weights": "live"} if name == "run" else {}))
         assert (policy.num_steps, type(policy.solver).__name__) == (3, "Heun")

@@ -14,10 +14,11 @@ from torch import Tensor
 from rlflow.flow import path
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.grid import FromSigmas, Shifted, Uniform
-from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, LearnedNoise, MarginalSDE
+from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, LearnedNoise, MarginalSDE, Overshoot
 
 UNEVEN = torch.tensor([0.0, 0.03, 0.11, 0.3, 0.55, 0.85, 1.0], dtype=torch.float64)
 KERNELS = [FlowSDE(0.7), FlowSDE(1.2), ConstantSDE(0.3), CPS(0.7), CPS(1.0), Ancestral(0.5), Ancestral(1.0)]
+KERNELS += [Overshoot(0.25), Overshoot(3.0)]
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def learned(event_shape: tuple[int, ...] = (3,), **kwargs: float) -> LearnedNois
 
 
 def named(kernel: Kernel) -> str:
-    return f"{type(kernel).__name__}-{getattr(kernel, 'a', None) or getattr(kernel, 'eta', '')}"
+    return f"{type(kernel).__name__}-{getattr(kernel, 'a', None) or getattr(kernel, 'eta', None) or getattr(kernel, 'c', '')}"
 
 
 def draw(num: int, *shape: int) -> tuple[Tensor, Tensor]:
@@ -73,6 +74,16 @@ class TestPublishedForms:
         data, noise = x + s * v, x - (1 - s) * v
         mean = data * (1 - s_next) + noise * (s_next - g**2 * d / (2 * s))
         close(FlowSDE(a)(x, v, *steps()), mean, g * d.sqrt())
+
+    @pytest.mark.parametrize("c", [0.1, 0.5, 1.0, 4.0])
+    def test_overshooting(self, c):
+        """Along the ODE to t_o, then the two steps back: signal t', noise of the missing variance."""
+        x, v = draw(6)
+        t, t_next = (col(z) for z in steps())
+        too_far = torch.minimum(t_next + c * (t_next - t), torch.ones(1))
+        there = x + (too_far - t) * v
+        left = t_next / too_far * (1 - too_far)
+        close(Overshoot(c)(x, v, *steps()), t_next / too_far * there, ((1 - t_next) ** 2 - left**2).sqrt())
 
     @pytest.mark.parametrize("eta", [0.25, 0.3])
     def test_dance_grpo(self, eta):
@@ -129,7 +140,9 @@ class TestOneDataPoint:
         mean = (t_next * x_1 / (1 - t_next) ** 2 + ratio / step_var * x) / precision
         close(Ancestral(1.0)(x, v, t[:, 0], t_next[:, 0]), mean, precision**-0.5)
 
-    @pytest.mark.parametrize("kernel", [CPS(0.3), CPS(1.0), Ancestral(0.2), Ancestral(1.0)], ids=named)
+    @pytest.mark.parametrize(
+        "kernel", [CPS(0.3), CPS(1.0), Ancestral(0.2), Ancestral(1.0), Overshoot(0.3), Overshoot(2.0)], ids=named
+    )
     @pytest.mark.parametrize("grid", [Uniform()(1), Uniform()(2), UNEVEN, Shifted()(50)], ids=len)
     def test_exact_on_one_data_point_at_every_number_of_steps(self, kernel, grid):
         """x_t ~ N(t mu, (1-t)^2) maps to N(t' mu, (1-t')^2), step by step."""
@@ -187,8 +200,38 @@ class TestResidualNoise:
         assert left / (1 - float(t_next)) == pytest.approx(27, abs=0.5)
 
 
+class TestOneFamily:
+    """CPS, Ancestral and Overshoot: t' x1_hat + k x0_hat with the noise that fills k up to 1 - t'; only k differs."""
+
+    @pytest.mark.parametrize("kernel", [k for k in KERNELS if isinstance(k, CPS | Ancestral | Overshoot)], ids=named)
+    def test_the_noise_share_keeps_its_variance(self, kernel):
+        x, v = draw(6)
+        t, t_next = (col(z) for z in steps())
+        dist = kernel(x, v, *steps())
+        data, noise = x + (1 - t) * v, x - t * v
+        k = (dist.mean - t_next * data) / noise
+        torch.testing.assert_close(k, k[:, :1].expand_as(k), rtol=0, atol=1e-11)
+        torch.testing.assert_close(k[:, :1] ** 2 + dist.std**2, (1 - t_next) ** 2, rtol=0, atol=1e-11)
+
+    def test_equal_shares_are_equal_kernels(self):
+        """CPS at the eta whose cosine is what Overshoot keeps of this step's noise."""
+        x, v = draw(1)
+        t, t_next, c = torch.tensor([0.3]), torch.tensor([0.45]), 0.6
+        too_far = 0.45 + c * 0.15
+        share = 0.45 * (1 - too_far) / too_far / 0.55
+        ours, cps = (k(x, v, t, t_next) for k in (Overshoot(c), CPS(2 / math.pi * math.acos(share))))
+        close(ours, cps.mean, cps.std)
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, learned()], ids=named)
+def test_the_velocity_behind_a_mean_is_the_one_that_made_it(kernel):
+    x, v = draw(6)
+    mean = kernel(x, v, *steps(), torch.randn(6, 4)).mean
+    torch.testing.assert_close(kernel.velocity_of(mean, x, *steps()), v, rtol=0, atol=1e-11)
+
+
 class TestSmallSteps:
-    @pytest.mark.parametrize("kernel", [FlowSDE(0.7), ConstantSDE(0.3), Ancestral(0.6)], ids=named)
+    @pytest.mark.parametrize("kernel", [FlowSDE(0.7), ConstantSDE(0.3), Ancestral(0.6), Overshoot(0.4)], ids=named)
     def test_marginal_preserving_kernels_obey_the_fokker_planck_condition(self, kernel):
         """drift = v + g^2/2 score with g^2 = var / dt, to first order in dt."""
         x, v = draw(3)
@@ -212,13 +255,21 @@ class TestSmallSteps:
         assert not kernel.marginal_preserving
         assert float(wrong.detach().abs().min()) > 0.1
 
-    @pytest.mark.parametrize("eta", [0.2, 0.495, 1.0])
-    def test_ancestral_becomes_flow_sde_with_a_eta_sqrt_2(self, eta):
+    @pytest.mark.parametrize(
+        ("kernel", "a"),
+        [
+            *((Ancestral(eta), eta * 2**0.5) for eta in (0.2, 0.495, 1.0)),
+            *((Overshoot(c), (2 * c) ** 0.5) for c in (0.1, 1.0)),
+        ],
+        ids=str,
+    )
+    def test_ancestral_and_overshoot_become_flow_sde(self, kernel, a):
+        """With a = eta sqrt 2 and sqrt(2 c)."""
         x, v = draw(3)
         t = torch.tensor([0.2, 0.5, 0.8])
         gaps = []
-        for dt in (1e-3, 1e-4):
-            ours, flow = (k(x, v, t, t + dt) for k in (Ancestral(eta), FlowSDE(eta * math.sqrt(2))))
+        for dt in (5e-4, 5e-5):
+            ours, flow = (k(x, v, t, t + dt) for k in (kernel, FlowSDE(a)))
             drift, noise = (ours.mean - flow.mean) / dt, ours.std / flow.std - 1
             gaps.append([float(drift.abs().max()), float(noise.abs().max())])
         for coarse, fine in zip(*gaps, strict=True):
@@ -324,7 +375,7 @@ class TestKappa:
 
 
 class TestLastStep:
-    @pytest.mark.parametrize("kernel", [CPS(0.7), Ancestral(0.7)], ids=named)
+    @pytest.mark.parametrize("kernel", [CPS(0.7), Ancestral(0.7), Overshoot(0.5)], ids=named)
     def test_has_no_noise_and_says_so_by_an_infinite_kappa(self, kernel):
         t, t_next = torch.tensor([0.9]), torch.ones(1)
         x, v = draw(1)
@@ -451,8 +502,8 @@ class TestExtension:
         close(Sine()(x, v, *steps()), mean, g * dt.sqrt())
 
     def test_which_velocity_a_kernel_asks_for(self):
-        asks = {k: k.velocity for k in (FlowSDE, ConstantSDE, CPS, Ancestral, LearnedNoise)}
-        assert [k.__name__ for k, v in asks.items() if v == "instantaneous"] == ["FlowSDE", "ConstantSDE", "CPS"]
+        asks = {k: k.velocity for k in (FlowSDE, ConstantSDE, CPS, Ancestral, Overshoot, LearnedNoise)}
+        assert [k.__name__ for k, v in asks.items() if v == "step"] == ["Ancestral", "LearnedNoise"]
 
 
 @pytest.mark.parametrize(
@@ -465,6 +516,8 @@ class TestExtension:
         (lambda: CPS(1.8), "CPS needs 0 < eta <= 1, got 1.8: .* not monotonic"),
         (lambda: Ancestral(1.0001), "Ancestral needs 0 < eta <= 1"),
         (lambda: Ancestral(-0.1), "0 < eta <= 1"),
+        (lambda: Overshoot(0.0), "Overshoot needs c > 0, got 0.0; .* no noise to score"),
+        (lambda: Overshoot(-1.0), "c > 0"),
         (lambda: LearnedNoise(4, (3,), 0.2, 0.1), "std_min < std_max"),
         (lambda: LearnedNoise(4, (3,), 0.0, 0.1), "0 < std_min"),
         (lambda: LearnedNoise(4, (3,), hold=1.5), "hold in"),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.grid import Shifted, Uniform
-from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, LearnedNoise
+from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, LearnedNoise, Overshoot
 
 Velocity = Callable[[Tensor, float, float], Tensor]
 MEAN, STD = 2.0, 0.5
@@ -28,6 +28,7 @@ KERNELS: dict[str, Kernel | None] = {
     "constant": ConstantSDE(0.3),
     "cps": CPS(0.7),
     "ancestral": Ancestral(0.7 / 2**0.5),
+    "overshoot": Overshoot(0.7**2 / 2),
 }
 # W1 at 10 and 160 steps, broad data; then the same for two narrow modes
 TABLE = {
@@ -36,6 +37,7 @@ TABLE = {
     "constant": (0.047, 0.003, 0.039, 0.001),
     "cps": (0.104, 0.064, 0.024, 0.008),
     "ancestral": (0.062, 0.005, 0.022, 0.002),
+    "overshoot": (0.067, 0.005, 0.022, 0.003),
 }
 
 
@@ -124,7 +126,7 @@ def test_flow_sde_at_5_steps():
 
 
 class TestConvergence:
-    @pytest.mark.parametrize("name", ["ode", "flow", "constant", "ancestral"])
+    @pytest.mark.parametrize("name", ["ode", "flow", "constant", "ancestral", "overshoot"])
     @pytest.mark.parametrize("grid", [Uniform(), Shifted(3.0)], ids=repr)
     def test_marginal_preserving_kernels_reach_broad_data(self, name, grid):
         kernel = KERNELS[name]
@@ -133,9 +135,9 @@ class TestConvergence:
         assert errors[1] < 0.001
         assert errors[1] < errors[0]
 
-    @pytest.mark.parametrize("eta", [0.2, 0.7, 1.0])
-    def test_ancestral_converges_like_one_over_k(self, eta):
-        errors = [w1_to_broad(*affine_law(Ancestral(eta), Uniform()(num))) for num in (200, 400, 800)]
+    @pytest.mark.parametrize("kernel", [Ancestral(0.2), Ancestral(0.7), Ancestral(1.0), Overshoot(0.2), Overshoot(1.0)])
+    def test_ancestral_and_overshoot_converge_like_one_over_k(self, kernel):
+        errors = [w1_to_broad(*affine_law(kernel, Uniform()(num))) for num in (200, 400, 800)]
         assert errors[0] / errors[1] == pytest.approx(2, abs=0.05)
         assert errors[1] / errors[2] == pytest.approx(2, abs=0.05)
 

@@ -11,9 +11,11 @@ from torch import Tensor
 from rlflow.config import recipes
 from rlflow.envs.prompts import Prompts, load_prompts
 from rlflow.flow.policy import FlowPolicy
+from rlflow.flow.select import BestOf
 from rlflow.flow.solvers import Heun
 from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rewards.judges import base_distance
+from rlflow.rewards.scorer import RewardScorer
 from rlflow.train.build import heldout_prompts, make_parts, make_policy
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.evaluate import Evaluation, Evaluator, evenly
@@ -93,7 +95,7 @@ def test_weights_are_swapped_in_and_out(policy: FlowPolicy) -> None:
     assert torch.equal(evaluate("ema").images, before)
     assert not torch.equal(evaluate("live").images, before)
     evaluate.prompts = evaluate.columns = None  # type: ignore[assignment]
-    with pytest.raises(TypeError):
+    with pytest.raises(AttributeError):
         evaluate("ema")
     assert all(torch.equal(a, b) for a, b in zip(live, policy.parameters(), strict=True))
 
@@ -118,6 +120,43 @@ def test_other_steps_and_solver_for_evaluation_only(policy: FlowPolicy) -> None:
     assert policy.network_rows - before == 4 * 2 * 3
     assert type(policy.solver).__name__ == "Euler"
     assert policy.num_steps == 4
+
+
+def test_the_best_of_several_is_as_good_as_its_scorer_says(policy: FlowPolicy) -> None:
+    """N times the network rows, whatever the batch; a row's score never below that of its plain sample."""
+    prompts = table(3)
+    plain, before = make(policy, 5, prompts), policy.network_rows
+    single = plain().scores["bright"]
+    spent = policy.network_rows - before
+    scorer = RewardScorer(Reward("bright", brightness))
+    images = {}
+    for rows_per_call in (1, 100):
+        before = policy.network_rows
+        evaluate = make(policy, 5, prompts, select=BestOf(4, scorer), rows_per_call=rows_per_call)
+        images[rows_per_call] = evaluate.images()
+        assert policy.network_rows - before == 4 * spent
+    torch.testing.assert_close(images[1], images[100])
+    best = brightness(images[100])
+    assert bool((best > single - 1e-6).all())
+    assert float(best.mean()) > float(single.mean())
+
+
+def test_a_scorer_is_asked_with_its_rows_of_the_prompt_table() -> None:
+    """Every column, repeated for the samples of a row, which are a group."""
+    seen = {}
+
+    def score(images: Tensor, prompt: list[str], group: Tensor, wanted: list[float]) -> Tensor:
+        seen.update(prompt=prompt, group=group.tolist())
+        return -(images.mean((1, 2, 3)) - torch.tensor(wanted)).abs()
+
+    scorer = RewardScorer(Reward("score", score))
+    with pytest.raises(ValueError, match="'score' reads column 'wanted'"):
+        scorer.check_columns(["prompt"])
+    levels = torch.tensor([[0.1, 0.9, 0.5], [0.1, 0.9, 0.5]])
+    images = levels[..., None, None, None].expand(2, 3, 3, 4, 4)
+    scores = scorer(images, {"prompt": ["dark", "light"], "wanted": [0.0, 1.0]})
+    assert seen == {"prompt": ["dark"] * 3 + ["light"] * 3, "group": [0, 0, 0, 1, 1, 1]}
+    assert scores.argmax(1).tolist() == [0, 1]
 
 
 def test_scores_come_back_from_disk(policy: FlowPolicy, tmp_path: Path) -> None:
@@ -152,9 +191,10 @@ def test_held_out_prompts_are_never_trained_on(name: str) -> None:
 
 
 def test_evaluating_does_not_touch_the_training(tmp_path: Path, trainer: Callable[..., Trainer]) -> None:
-    """With and without evaluations in between: the same weights, bit for bit."""
-    for name, every in (("a", 0), ("b", 1)):
-        trainer(tmp_path / name, "train.iterations=3", f"eval.every={every}").fit()
+    """With and without evaluations in between, of the best of two too: the same weights, bit for bit."""
+    best = "policy.select={name: best_of, num: 2, scorer: brightness}"
+    for name, more in (("a", ["eval.every=0"]), ("b", ["eval.every=1", best])):
+        trainer(tmp_path / name, "train.iterations=3", *more).fit()
     a, b = (Checkpoints(tmp_path / name).load("last")[1] for name in ("a", "b"))
     for part in ("policy", "weight_sets"):
         assert all(torch.equal(value, b[part][name]) for name, value in a[part].items())

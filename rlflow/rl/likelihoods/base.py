@@ -70,6 +70,10 @@ class Likelihood:
         """(N, R) |dmean / dv| of the distributions that `score` gives."""
         raise NotImplementedError
 
+    def velocity(self, policy: FlowPolicy, evidence: Evidence, mean: Tensor) -> Tensor:
+        """(N, R, *D) the velocities that means of such distributions come from."""
+        raise NotImplementedError
+
     def executed(self, evidence: Evidence, num_steps: Tensor) -> Evidence:
         """Leave out actions of a chunk that were not carried out: those from num_steps (N,) on; no network call."""
         raise NotImplementedError

@@ -153,6 +153,10 @@ class CFMLikelihood(Likelihood):
         """1: the distributions are over velocities."""
         return torch.ones_like(evidence.t)
 
+    def velocity(self, policy: FlowPolicy, evidence: Evidence, mean: Tensor) -> Tensor:
+        """The means themselves."""
+        return mean
+
     def executed(self, evidence: Evidence, num_steps: Tensor) -> Evidence:
         """The losses of the executed actions alone; the others still stand beside them in x_t."""
 

@@ -92,6 +92,11 @@ class ChainLikelihood(Likelihood):
         t, t_next = evidence.t.flatten(), evidence.t_next.flatten()
         return policy.kernel.gain(t, t_next).view_as(evidence.t)
 
+    def velocity(self, policy: FlowPolicy, evidence: Evidence, mean: Tensor) -> Tensor:
+        """By the kernel, whose mean is affine in it; no network call."""
+        flat = (v.flatten(0, 1) for v in (mean, evidence.x, evidence.t, evidence.t_next))
+        return policy.kernel.velocity_of(*flat).view_as(mean)
+
     def executed(self, evidence: Evidence, num_steps: Tensor) -> Evidence:
         """Leave out actions that were not carried out: those from num_steps (N,) on along the chunk, x's axis 2.
 
