@@ -30,7 +30,7 @@ from rlflow.rl.masked import weighted_sum
 from rlflow.rl.objectives.base import Objective
 from rlflow.rl.objectives.clip import Clip
 from rlflow.rl.optim import AdamW, Optimizer
-from rlflow.rl.regularizers import KL, check_entropy, norm_excess, velocity_norm
+from rlflow.rl.regularizers import KL, Regularizers, velocity_norm
 from rlflow.types import Evidence, Rollout
 
 
@@ -64,17 +64,15 @@ class PolicyGradient:
     ):
         advantage.check(groups)
         self.policy, self.likelihood, self.advantage, self.groups = policy, likelihood, advantage, groups
-        self.objective, self.kl = objective or Clip(likelihood), kl or KL()
+        self.objective = objective or Clip(likelihood)
         self.objective.attach(policy)
         self.sample_with = self.objective.sample_with
         if critic_warmup and not (advantage.needs_critic or self.objective.has_critic):
             raise ValueError(f"{type(advantage).__name__} has no critic to warm up: use critic_warmup=0")
-        self.kl.check(policy, likelihood)
-        if entropy:
-            check_entropy(policy, likelihood)
+        self.regularizers = Regularizers(policy, likelihood, kl or KL(), norm_guard, entropy)
         self.epochs, self.num_minibatches, self.micro_batch = epochs, num_minibatches, micro_batch
-        self.norm_guard, self.entropy, self.anchor = norm_guard, entropy, anchor
-        self.needs_reference = bool(self.kl.beta or norm_guard) or self.objective.needs_reference
+        self.anchor = anchor
+        self.needs_reference = self.regularizers.needs_reference or self.objective.needs_reference
         self.critic_warmup, self.ema_decay, self.seed = critic_warmup, ema_decay, seed
         self.optimizer = Optimizer([p for p in policy.parameters() if p.requires_grad], optimizer or AdamW())
         self.critic: CriticLearner | None = None
@@ -198,7 +196,7 @@ class PolicyGradient:
     def _backward(self, batch: Batch, pairs: Pairs, later: Later | None, log: Meter) -> None:
         score, evidence = self._score(batch, pairs)
         loss = self._objective_loss(score, evidence, batch, pairs, log) if later is None else later(score)
-        (loss + self._regularizer(score, evidence, batch, pairs, log)).backward()
+        (loss + self.regularizers.loss(score, evidence, batch, pairs, log)).backward()
         if self.sample_with == "live" or self.iteration == 0:  # else the samples are of other weights
             log.first_ratio(torch.where(evidence.valid, score.log_prob.detach() - evidence.old_log_prob, 0.0))
 
@@ -217,27 +215,6 @@ class PolicyGradient:
         distance = weighted_sum(anchor.distance(batch.cond(rows), rows), weight) / total
         log.add("policy/anchor", distance)
         (self.anchor * distance).backward()
-
-    def _regularizer(self, score: Score, evidence: Evidence, batch: Batch, pairs: Pairs, log: Meter) -> Tensor:
-        """KL and norm above the reference less the entropy bonus, over their global denominators; logged apart."""
-        loss = score.log_prob.new_zeros(())
-        if self.kl.beta:
-            kl = self.kl.pairs(self.policy, self.likelihood, score, evidence)
-            kl_mean = weighted_sum(kl, batch.alive(pairs)) / log.alive
-            log.add("kl/ref", kl_mean)
-            loss = loss + self.kl.beta * kl_mean
-        if self.norm_guard:
-            excess = norm_excess(self.policy, self.likelihood, score, evidence)
-            excess_mean = weighted_sum(excess, batch.alive(pairs)) / log.alive
-            log.add("policy/norm_excess", excess_mean)
-            loss = loss + self.norm_guard * excess_mean
-        if self.entropy:
-            weight = batch.pair_weight(pairs, joint=False)
-            pairs_entropy = score.dist.entropy(self.likelihood.reduce, batch_dims=2)
-            entropy = weighted_sum(pairs_entropy, weight) / log.denominator(False)
-            log.add("policy/entropy", entropy)
-            loss = loss - self.entropy * entropy
-        return loss
 
     # -- state ------------------------------------------------------------------------------------
 

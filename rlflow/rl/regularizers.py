@@ -10,7 +10,9 @@ from torch import Tensor
 
 from rlflow.flow.gaussian import Gaussian, Reduce, reduce_events
 from rlflow.flow.policy import FlowPolicy
+from rlflow.rl.batch import Batch, Meter, Pairs
 from rlflow.rl.likelihoods.base import Likelihood, Score
+from rlflow.rl.masked import weighted_sum
 from rlflow.types import Evidence
 
 KLKind = Literal["exact", "velocity", "released"]
@@ -40,6 +42,39 @@ class KL:
         """(M, R) of scored pairs whose reference was recorded, without beta."""
         gain = likelihood.gain(policy, evidence) if self.kind == "velocity" else None
         return reference_kl(self.kind, score.dist, evidence, likelihood.reduce, gain)
+
+
+class Regularizers:
+    """beta KL + norm_guard E[ max(0, |v| - |v_ref|) ] - entropy H, of what a policy gradient scores.
+
+    ValueError at construction for a term that has no meaning, or no gradient, for such a policy or likelihood.
+    """
+
+    def __init__(self, policy: FlowPolicy, likelihood: Likelihood, kl: KL, norm_guard: float, entropy: float):
+        kl.check(policy, likelihood)
+        if entropy:
+            check_entropy(policy, likelihood)
+        self.policy, self.likelihood = policy, likelihood
+        self.kl, self.norm_guard, self.entropy = kl, norm_guard, entropy
+        self.needs_reference = bool(kl.beta or norm_guard)
+
+    def loss(self, score: Score, evidence: Evidence, batch: Batch, pairs: Pairs, log: Meter) -> Tensor:
+        """This rank's share of each term over its global denominator; logged apart."""
+        loss, alive = score.log_prob.new_zeros(()), batch.alive(pairs)
+        if self.kl.beta:
+            kl = weighted_sum(self.kl.pairs(self.policy, self.likelihood, score, evidence), alive) / log.alive
+            log.add("kl/ref", kl)
+            loss = loss + self.kl.beta * kl
+        if self.norm_guard:
+            excess = weighted_sum(norm_excess(self.policy, self.likelihood, score, evidence), alive) / log.alive
+            log.add("policy/norm_excess", excess)
+            loss = loss + self.norm_guard * excess
+        if self.entropy:
+            of_pairs = score.dist.entropy(self.likelihood.reduce, batch_dims=2)
+            entropy = weighted_sum(of_pairs, batch.pair_weight(pairs, joint=False)) / log.denominator(False)
+            log.add("policy/entropy", entropy)
+            loss = loss - self.entropy * entropy
+        return loss
 
 
 def velocity_norm(policy: FlowPolicy, likelihood: Likelihood, evidence: Evidence, mean: Tensor) -> Tensor:
