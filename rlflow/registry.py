@@ -96,14 +96,14 @@ TABLE: dict[str, dict[str, str]] = {
         "gae": "rlflow.rl.advantages:GAE",
     },
     "through": {
-        "last_n": "rlflow.rl.reward_gradient:LastN",
-        "refl": "rlflow.rl.reward_gradient:ReFL",
-        "adjoint": "rlflow.rl.adjoint:Adjoint",
+        "last_n": "rlflow.rl.learners.reward_gradient:LastN",
+        "refl": "rlflow.rl.learners.reward_gradient:ReFL",
+        "adjoint": "rlflow.rl.learners.adjoint:Adjoint",
     },
     "algorithm": {
-        "policy_gradient": "rlflow.rl.policy_gradient:PolicyGradient",
+        "policy_gradient": "rlflow.rl.learners.policy_gradient:PolicyGradient",
         "sac": "rlflow.rl.off_policy.sac:SAC",
-        "reward_gradient": "rlflow.rl.reward_gradient:RewardGradient",
+        "reward_gradient": "rlflow.rl.learners.reward_gradient:RewardGradient",
     },
     "env": {
         "prompt": "rlflow.envs.prompt:PromptEnv",
@@ -178,7 +178,7 @@ MAKES = {
     "guidance": "rlflow.flow.field:VelocityField",
     "select": "rlflow.flow.select:Select",
     "likelihood": "rlflow.rl.likelihoods.base:Likelihood",
-    "through": "rlflow.rl.reward_gradient:Through",
+    "through": "rlflow.rl.learners.reward_gradient:Through",
     "env": "rlflow.envs.base:VecEnv",
 }
 """What a component of a kind derives from."""

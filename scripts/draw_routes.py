@@ -39,13 +39,13 @@ from rlflow.models.mlp import MLPField
 from rlflow.rl.advantages import GAE
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
+from rlflow.rl.learners.policy_gradient import PolicyGradient
+from rlflow.rl.learners.regularizers import KL
 from rlflow.rl.likelihoods.base import Likelihood
 from rlflow.rl.likelihoods.cfm import CFMLikelihood
 from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.objectives.clip import Clip
 from rlflow.rl.optim import AdamW
-from rlflow.rl.policy_gradient import PolicyGradient
-from rlflow.rl.regularizers import KL
 
 ROWS, SHAPE, GAMMA = 256, ToyRoutes.action_shape, 0.99
 INK, ABOVE, BELOW = "#262a30", "#009e73", "#d97f2b"

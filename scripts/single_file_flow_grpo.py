@@ -2,7 +2,7 @@
 
 Liu et al. 2025, "Flow-GRPO: Training Flow Matching Models via Online RL" (arXiv:2505.05470). Time is sigma, from 1
 (noise) to 0 (data): x_sigma = (1 - sigma) data + sigma noise, and the network predicts v = noise - data. Read it
-from top to bottom; tests/rl/test_single_file.py holds rlflow to the same gradients.
+from top to bottom; tests/rl/learners/test_single_file.py holds rlflow to the same gradients.
 
 Nothing of rlflow's flow mathematics, learners or trainer is used. The package lends the network with its weights
 (converted at the border, in `Backbone`), the captions and the reward.

@@ -56,7 +56,7 @@ GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. G
     ("method", "settings"),
     [
         ("rlflow.rl.collector.Collector.collect", "env.rows_per_call=32, env.num_groups=2, env.group_size="),
-        ("rlflow.rl.policy_gradient.PolicyGradient.update", "algorithm.micro_batch="),
+        ("rlflow.rl.learners.policy_gradient.PolicyGradient.update", "algorithm.micro_batch="),
         ("rlflow.train.episodes.EpisodeEvaluator.__call__", "eval.rows_per_call="),
     ],
 )

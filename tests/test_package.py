@@ -28,7 +28,7 @@ ROOMS = (
     *("moved", "rlflow", "types", "ranges", "files", "trust", "registry", "failures", "console", "parallel"),
     *("flow", "models", "models.pretrained"),
     *("envs.captions", "rewards", "rewards.networks", "rewards.remote", "envs", "envs.demos", "envs.simulators"),
-    *("rl.likelihoods", "rl.objectives", "rl", "rl.off_policy"),
+    *("rl.likelihoods", "rl", "rl.objectives", "rl.learners", "rl.off_policy"),
     *("config", "pretrain", "report", "train", "deploy", "cost", "doctor", "bench", "commands", "cli", "__main__"),
 )
 
@@ -198,7 +198,7 @@ def test_every_room_is_in_the_order():
         ("rlflow.envs.prompt", "from rlflow.rl.collector import Collector", True),
         ("rlflow.envs.captions.scenes", "from rlflow.envs.base import VecEnv", True),
         ("rlflow.rewards.base", "import rlflow.train.trainer as t", True),
-        ("rlflow.rl.objectives.clip", "from rlflow.rl.batch import Batch", True),
+        ("rlflow.rl.objectives.clip", "from rlflow.rl.learners.joint import Later", True),
         ("rlflow.rl.batch", "from rlflow.parallel import dist", False),
         ("rlflow.report.report", "from rlflow.train.trainer import Trainer", True),
         ("rlflow.train.trainer", "from rlflow.cli import main", True),

@@ -31,10 +31,10 @@ from rlflow.models.mlp import MLPField
 from rlflow.rl.advantages import GAE
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
+from rlflow.rl.learners.policy_gradient import PolicyGradient
 from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.objectives.clip import Clip
 from rlflow.rl.optim import AdamW
-from rlflow.rl.policy_gradient import PolicyGradient
 
 GAMMA = 0.9975  # .99 for a chunk of four
 

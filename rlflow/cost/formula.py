@@ -20,10 +20,10 @@ import torch
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Solver
 from rlflow.flow.steps import Plan
+from rlflow.rl.learners.policy_gradient import PolicyGradient
+from rlflow.rl.learners.reward_gradient import RewardGradient
 from rlflow.rl.likelihoods.base import Likelihood
 from rlflow.rl.off_policy.sac import SAC
-from rlflow.rl.policy_gradient import PolicyGradient
-from rlflow.rl.reward_gradient import RewardGradient
 from rlflow.train.build import Parts
 
 

@@ -19,11 +19,11 @@ from rlflow.flow.density import euler_log_prob
 from rlflow.flow.solvers import Euler
 from rlflow.ranges import LARGEST
 from rlflow.rl.batch import Batch
+from rlflow.rl.learners.policy_gradient import PolicyGradient
+from rlflow.rl.learners.reward_gradient import RewardGradient
 from rlflow.rl.likelihoods.cfm import calibration
 from rlflow.rl.off_policy.path_entropy import highest_entropy
 from rlflow.rl.off_policy.sac import SAC
-from rlflow.rl.policy_gradient import PolicyGradient
-from rlflow.rl.reward_gradient import RewardGradient
 from rlflow.train.build import Parts, make_policy
 
 GPU_LOG_RATIO = 1e-2

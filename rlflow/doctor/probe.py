@@ -12,7 +12,7 @@ from rlflow.cost.formula import Cost
 from rlflow.flow.noise import generator
 from rlflow.flow.policy import FlowPolicy
 from rlflow.rl.batch import cond_of
-from rlflow.rl.policy_gradient import PolicyGradient
+from rlflow.rl.learners.policy_gradient import PolicyGradient
 from rlflow.train.build import Parts
 from rlflow.types import Rollout
 

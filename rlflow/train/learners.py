@@ -18,15 +18,15 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.pretrain.cloning import demos_of
 from rlflow.rl.algorithm import Algorithm
 from rlflow.rl.groups import Groups
+from rlflow.rl.learners.policy_gradient import PolicyGradient
+from rlflow.rl.learners.regularizers import KL
+from rlflow.rl.learners.reward_gradient import RewardGradient
 from rlflow.rl.likelihoods.base import Likelihood
 from rlflow.rl.off_policy.offline import Offline, offline_data
 from rlflow.rl.off_policy.replay import Replay
 from rlflow.rl.off_policy.sac import SAC
 from rlflow.rl.off_policy.twin import TwinSettings
 from rlflow.rl.optim import AdamW
-from rlflow.rl.policy_gradient import PolicyGradient
-from rlflow.rl.regularizers import KL
-from rlflow.rl.reward_gradient import RewardGradient
 
 
 def make_likelihood(config: Config, trust_code: bool = False) -> Likelihood | None:

@@ -15,8 +15,8 @@ from rlflow.models.vla import VLA
 from rlflow.rl.advantages import GAE, GroupAdvantage
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
+from rlflow.rl.learners.policy_gradient import PolicyGradient
 from rlflow.rl.likelihoods.chain import ChainLikelihood
-from rlflow.rl.policy_gradient import PolicyGradient
 from rlflow.types import Tree
 
 ROWS = 8

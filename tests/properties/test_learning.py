@@ -22,6 +22,8 @@ from rlflow.models.mlp import MLPField
 from rlflow.rl.advantages import GAE, GroupAdvantage
 from rlflow.rl.collector import Collector, permute_rewards
 from rlflow.rl.groups import Groups
+from rlflow.rl.learners.policy_gradient import PolicyGradient
+from rlflow.rl.learners.regularizers import KL
 from rlflow.rl.likelihoods.base import Likelihood
 from rlflow.rl.likelihoods.cfm import CFMLikelihood
 from rlflow.rl.likelihoods.chain import ChainLikelihood
@@ -33,8 +35,6 @@ from rlflow.rl.objectives.divergence import FlowDPPO
 from rlflow.rl.objectives.guard import Guard
 from rlflow.rl.objectives.orw import ORW, ACFlow
 from rlflow.rl.optim import AdamW
-from rlflow.rl.policy_gradient import PolicyGradient
-from rlflow.rl.regularizers import KL
 from rlflow.train.trainer import Trainer
 
 MEAN, SUM, JOINT = ChainLikelihood("mean"), ChainLikelihood("sum"), ChainLikelihood("sum", joint=True)

@@ -28,6 +28,8 @@ from rlflow.models.mlp import MLPField
 from rlflow.rl.advantages import GAE, GroupAdvantage
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
+from rlflow.rl.learners.policy_gradient import PolicyGradient
+from rlflow.rl.learners.regularizers import KL
 from rlflow.rl.likelihoods.base import Likelihood
 from rlflow.rl.likelihoods.cfm import CFMLikelihood
 from rlflow.rl.likelihoods.chain import ChainLikelihood
@@ -37,8 +39,6 @@ from rlflow.rl.objectives.divergence import FlowDPPO
 from rlflow.rl.objectives.guard import Guard
 from rlflow.rl.objectives.orw import ORW, ACFlow
 from rlflow.rl.optim import AdamW
-from rlflow.rl.policy_gradient import PolicyGradient
-from rlflow.rl.regularizers import KL
 
 KERNELS: dict[str, Callable[[tuple[int, ...]], Kernel]] = {
     "flow_sde": lambda _: FlowSDE(0.7),

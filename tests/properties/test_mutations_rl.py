@@ -23,16 +23,17 @@ from rlflow.flow.steps import AllButLast
 from rlflow.flow.weights import WeightSets
 from rlflow.models.mlp import MLPField
 from rlflow.rewards.base import Reward, RewardSet
-from rlflow.rl import advantages, batch, policy_gradient
+from rlflow.rl import advantages, batch
 from rlflow.rl.advantages import GAE, GroupAdvantage
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
+from rlflow.rl.learners import policy_gradient
+from rlflow.rl.learners.policy_gradient import PolicyGradient
+from rlflow.rl.learners.regularizers import KL
 from rlflow.rl.likelihoods.base import Score
 from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.objectives import clip, guard
 from rlflow.rl.optim import AdamW
-from rlflow.rl.policy_gradient import PolicyGradient
-from rlflow.rl.regularizers import KL
 from rlflow.types import Evidence, Rollout
 
 Patch = pytest.MonkeyPatch

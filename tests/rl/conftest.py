@@ -16,12 +16,12 @@ from rlflow.models.mlp import MLPField
 from rlflow.rl.advantages import GAE, GroupAdvantage
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
+from rlflow.rl.learners.policy_gradient import PolicyGradient
 from rlflow.rl.likelihoods.base import Likelihood
 from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.objectives.base import Objective
 from rlflow.rl.objectives.clip import Clip
 from rlflow.rl.optim import AdamW
-from rlflow.rl.policy_gradient import PolicyGradient
 from rlflow.types import Rollout
 
 ENVS = {"image": ToyImage, "reach": ToyReach}

@@ -510,6 +510,8 @@ def test_every_recipe_runs_two_iterations(
     if isinstance(learner, SACConfig) and learner.offline is not None:
         demos = some_demos(tmp_path, recipes.load(name).env.name)
         few += [f"algorithm.offline.{key}" for key in (f"demos={demos}", "clone=2", "updates=2")]
+    if getattr(recipes.load(name).algorithm, "critic_warmup", 0):
+        few += ["algorithm.critic_warmup=0"]  # else neither iteration moves the policy
     made = Trainer(name, tmp_path / "run", overrides=[*few, "train.minutes=", "train.iterations=2"], quiet=True)
     before = {k: v.clone() for k, v in made.policy.state_dict().items()}
     made.fit()

@@ -17,8 +17,8 @@ from rlflow.models.pretrained.lerobot import LeRobotField, save_policy
 from rlflow.rl.advantages import GAE
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
+from rlflow.rl.learners.policy_gradient import PolicyGradient
 from rlflow.rl.likelihoods.chain import ChainLikelihood
-from rlflow.rl.policy_gradient import PolicyGradient
 from rlflow.types import Tree
 
 ROWS, K = 6, 4

@@ -18,10 +18,10 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import All, AllButLast, NoSteps
 from rlflow.models.mlp import MLPField
 from rlflow.rl.advantages import GAE
+from rlflow.rl.learners.regularizers import KL, reference_kl
 from rlflow.rl.likelihoods.cfm import CFMLikelihood, calibration
 from rlflow.rl.objectives.clip import ASPO, SPO, Clip, asymmetric_surrogate, clipped_surrogate, simple_surrogate
 from rlflow.rl.objectives.guard import Guard
-from rlflow.rl.regularizers import KL, reference_kl
 from rlflow.types import Chain, Cond, Evidence
 
 N = 6

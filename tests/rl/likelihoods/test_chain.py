@@ -17,8 +17,8 @@ from rlflow.flow.steps import All, AllButLast, Fraction, LastN, NoSteps, OneRand
 from rlflow.models.cnn import PixelField
 from rlflow.models.mlp import MLPField
 from rlflow.rl.advantages import GAE
+from rlflow.rl.learners.policy_gradient import KL
 from rlflow.rl.likelihoods.chain import ChainLikelihood
-from rlflow.rl.policy_gradient import KL
 from rlflow.types import Cond, Evidence
 
 KERNELS = ["flow", "constant", "cps", "ancestral", "learned"]

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.grid import Shifted
 from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, LearnedNoise
+from rlflow.rl.learners.regularizers import reference_kl
 from rlflow.rl.likelihoods.base import Score
 from rlflow.rl.masked import weighted_sum
 from rlflow.rl.objectives.clip import clip_fraction, clipped_surrogate
 from rlflow.rl.objectives.guard import guard_log_ratio, mean_shift
-from rlflow.rl.regularizers import reference_kl
 from rlflow.types import Evidence
 
 LOW, HIGH = 0.1, 0.3

@@ -10,12 +10,12 @@ from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.steps import NoSteps
 from rlflow.rl.advantages import Advantages
 from rlflow.rl.batch import Batch
+from rlflow.rl.learners.regularizers import KL, reference_kl
 from rlflow.rl.likelihoods.base import Score
 from rlflow.rl.likelihoods.cfm import CFMLikelihood
 from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.objectives.orw import ORW, ACFlow
 from rlflow.rl.path_critic import PathCritic
-from rlflow.rl.regularizers import KL, reference_kl
 from tests.rl.objectives.test_nft import evidence_of
 
 DRAWS = CFMLikelihood(3, joint=False)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tests.rl.test_reward_gradient import collect, gradient_of, learner, make_policy
 from torch import Tensor, nn
 
 from rlflow.flow.field import VelocityField
@@ -14,11 +15,10 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import DPMSolver2M, Solver
 from rlflow.flow.steps import AllButLast, NoSteps, RandomWindow, Steps, Window
 from rlflow.models.mlp import MLPField
-from rlflow.rl.adjoint import Adjoint
 from rlflow.rl.groups import Groups
+from rlflow.rl.learners.adjoint import Adjoint
 from rlflow.rl.optim import AdamW
 from rlflow.types import Cond
-from tests.rl.test_reward_gradient import collect, gradient_of, learner, make_policy
 
 
 class Shifted(VelocityField):

@@ -24,13 +24,13 @@ from rlflow.rl.anchor import Anchor
 from rlflow.rl.batch import Batch, Meter, Pairs
 from rlflow.rl.critic import CriticLearner, explained_variance
 from rlflow.rl.groups import Groups
-from rlflow.rl.joint import Later, differentiate
+from rlflow.rl.learners.joint import Later, differentiate
+from rlflow.rl.learners.regularizers import KL, Regularizers, velocity_norm
 from rlflow.rl.likelihoods.base import Likelihood, Score
 from rlflow.rl.masked import weighted_sum
 from rlflow.rl.objectives.base import Objective
 from rlflow.rl.objectives.clip import Clip
 from rlflow.rl.optim import AdamW, Optimizer
-from rlflow.rl.regularizers import KL, Regularizers, velocity_norm
 from rlflow.types import Evidence, Rollout
 
 

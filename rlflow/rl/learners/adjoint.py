@@ -21,7 +21,7 @@ from rlflow.flow.marginal import start_correlation
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import Plan, Steps
 from rlflow.ranges import NotNegative
-from rlflow.rl.reward_gradient import Samples, Through, check_whole_steps
+from rlflow.rl.learners.reward_gradient import Samples, Through, check_whole_steps
 
 MEMORY = 0.02
 """Correlation of x_0 and x_K up to which a chain counts as memoryless."""

@@ -12,8 +12,8 @@ from rlflow.flow.solvers import DPMSolver2M, Euler, Heun, Solver
 from rlflow.flow.steps import AllButLast, NoSteps, Steps, deterministic
 from rlflow.models.mlp import MLPField
 from rlflow.rl.groups import Groups
+from rlflow.rl.learners.reward_gradient import LastN, ReFL, RewardGradient, Through
 from rlflow.rl.optim import AdamW
-from rlflow.rl.reward_gradient import LastN, ReFL, RewardGradient, Through
 from rlflow.types import Rollout
 
 K, SHAPE = 4, (3,)

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.steps import NoSteps
+from rlflow.rl.learners.regularizers import norm_excess, velocity_norm
 from rlflow.rl.likelihoods.base import Score
 from rlflow.rl.likelihoods.cfm import CFMLikelihood
 from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.objectives.clip import Clip
 from rlflow.rl.objectives.nft import NFT
-from rlflow.rl.regularizers import norm_excess, velocity_norm
 from rlflow.train.rollout_metrics import rollout_metrics
 
 CASES = [("flow", False), ("constant", False), ("cps", False), ("ancestral", False), ("learned", False), ("flow", True)]

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from rlflow.flow import path
-from rlflow.flow.boundary import Boundary
 from rlflow.flow.guidance import CFG
-from rlflow.models.boundary import boundary
+from rlflow.models.boundary import Boundary, boundary
 from rlflow.models.dit import DiT
 from rlflow.models.io import load_field, save_field
 from rlflow.models.mlp import MLPField

@@ -28,14 +28,14 @@ from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rl.advantages import GroupAdvantage
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
+from rlflow.rl.learners.policy_gradient import PolicyGradient
+from rlflow.rl.learners.regularizers import KL
 from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.objectives.clip import Clip
 from rlflow.rl.optim import AdamW
-from rlflow.rl.policy_gradient import PolicyGradient
-from rlflow.rl.regularizers import KL
 from rlflow.types import Rollout
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "single_file_flow_grpo.py"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "single_file_flow_grpo.py"
 K, GROUPS, GROUP_SIZE, BETA, CLIP = 5, 3, 4, 0.3, 2e-3
 TOLERANCE = 1e-9  # in float64; the contract is 1e-5
 

@@ -14,11 +14,11 @@ from rlflow.flow.steps import AllButLast, Fraction, LastN, OneRandom, RandomWind
 from rlflow.models.mlp import MLPField
 from rlflow.rl.advantages import GAE, GroupAdvantage
 from rlflow.rl.groups import Groups
+from rlflow.rl.learners.regularizers import KL
 from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.objectives.clip import Clip
 from rlflow.rl.objectives.guard import Guard
 from rlflow.rl.optim import AdamW, NonFiniteError
-from rlflow.rl.regularizers import KL
 from rlflow.types import Cond, Rollout, tree_map
 
 JOINT = ChainLikelihood("sum", joint=True)
