@@ -120,7 +120,7 @@ class Around(VelocityField):
         return self.field.resolution
 
     @property
-    def grad_checkpointing(self) -> bool:  # type: ignore[override]
+    def grad_checkpointing(self) -> bool:
         """As the inner field's."""
         return self.field.grad_checkpointing
 
