@@ -93,6 +93,8 @@ def numbers(cls: type) -> list[tuple[str, Any]]:
 
 
 BASES = {"policy_gradient": "t2i_flow_grpo", "sac": "robot_reach_sac", "reward_gradient": "t2i_draft"}
+NEEDED = {"stop_when": {"metric": "kl/ref"}}
+"""What a section has no default for."""
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ def test_every_number_of_every_section_refuses_nan_and_the_absurd(learner: str, 
             node = values
             for part in path.split(".")[:-1]:
                 if not isinstance(node.get(part), dict):
-                    node[part] = {"name": node[part]} if part in node else {}
+                    node[part] = {"name": node[part]} if part in node else dict(NEEDED.get(part, {}))
                 node = node[part]
             node[path.rpartition(".")[2]] = put
             with pytest.raises(ValueError, match=rf"^{path}"):
