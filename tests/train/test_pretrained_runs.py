@@ -157,7 +157,7 @@ def test_a_reward_moves_a_lora_through_the_decoder(tiny_pipeline, tmp_path, monk
     x = torch.randn(2, *made.policy.event_shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
     (found,) = torch.autograd.grad(env.graded(x, rows).sum(), x)
     ends = [
-        float(env.graded((x + sign * 1e-2 * found / found.norm()).detach().requires_grad_(), rows).sum())
+        float(env.graded((x + sign * 1e-2 * found / found.norm()).detach().requires_grad_(), rows).sum().detach())
         for sign in (1, -1)
     ]
     assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(float(found.norm()), rel=0.05)
