@@ -94,7 +94,7 @@ _FIXED: dict[str, Metric] = {
         "policy loss",
         "",
         0,
-        "Clipped surrogate loss, without the KL term; near zero by construction.",
+        "What is minimised, without the KL term; near zero for a clipped surrogate, less the reward for its gradient.",
     ),
     "policy/ratio_mean": Metric(
         "probability ratio", "", 0, "Mean probability ratio of new to old policy; should stay close to 1."

@@ -202,7 +202,7 @@ def four(runs: Path) -> Callable[[str], None]:
 
 
 MASKED = ("one rank masked", "one rank not answered")
-CASES = ("grpo", "two rewards, minibatches", "ppo", "nft", "one rank stopped", *MASKED, "simulator")
+CASES = ("grpo", "two rewards, minibatches", "ppo", "nft", "reward gradient", "one rank stopped", *MASKED, "simulator")
 BY_MORE = [("two", name) for name in CASES]
 BY_MORE += [pytest.param("four", name, marks=pytest.mark.slow) for name in ("grpo", "ppo", "simulator")]
 

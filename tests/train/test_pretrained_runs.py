@@ -138,3 +138,26 @@ def test_doctor_passes_on_a_recipe_of_a_checkpoint(trainer):
 
     checks = doctor(trainer("run", "train.iterations=1").config)
     assert [c.name for c in checks if c.passed is False] == []
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_a_reward_moves_a_lora_through_the_decoder(tiny_pipeline, tmp_path, monkeypatch, family: str) -> None:
+    """Every row's picture made again on the way back; the gradient of R(decode(x)) is that of a difference."""
+    monkeypatch.setattr("rlflow.report.report.write_report", lambda run: Path(run))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"{i} cats\n" for i in range(12)))
+    small = [f"policy.field.checkpoint={tiny_pipeline(family)}", f"env.prompts={prompts}", *SMALL]
+    small += ["train.iterations=1", "reward.weights={brightness: 1, redness: 1}", "algorithm.micro_batch=3"]
+    made = Trainer("sd35_draft", tmp_path / "run", overrides=small, quiet=True)
+    before = {n: p.detach().clone() for n, p in made.policy.weights.parameters().items()}
+    made.fit()
+    assert all("lora_" in name for name in before)
+    assert any(not torch.equal(p, before[n]) for n, p in made.policy.weights.parameters().items())
+    env, rows = made.collector.env, torch.tensor([1, 6])
+    x = torch.randn(2, *made.policy.event_shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (found,) = torch.autograd.grad(env.graded(x, rows).sum(), x)
+    ends = [
+        float(env.graded((x + sign * 1e-2 * found / found.norm()).detach().requires_grad_(), rows).sum().detach())
+        for sign in (1, -1)
+    ]
+    assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(float(found.norm()), rel=0.05)
