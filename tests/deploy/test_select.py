@@ -146,6 +146,13 @@ def test_a_critic_of_something_else_is_refused(sac_run: Path, tmp_path: Path, tr
         )
 
 
+def test_a_critic_is_found_from_any_folder(sac_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config's paths are absolute from the start, bare names of folders too."""
+    monkeypatch.chdir(sac_run.parent)
+    select = "policy.select={name: best_of, num: 2, scorer: {name: critic, run: run}}"
+    assert recipes.load("robot_reach_sac", [select]).policy.select["scorer"]["run"] == str(sac_run)
+
+
 def bandit_reward(actions: Tensor, obs: Tensor) -> Tensor:
     """What ToyBandit pays."""
     return -(actions.flatten(2) - 0.5).square().sum(2)
