@@ -66,6 +66,14 @@ def test_a_recipe_s_choice_is_of_its_evaluations_and_of_whoever_loads_it(
         assert plain["brightness"] < chosen
 
 
+def test_a_scorer_of_columns_that_no_prompt_has_is_refused_at_construction(
+    tmp_path: Path, trainer: Callable[..., Trainer]
+) -> None:
+    best = "policy.select={name: best_of, num: 2, scorer: base_distance}"
+    with pytest.raises(ValueError, match=r"^policy\.select\.scorer: reward 'base_distance' reads column 'base_images'"):
+        trainer(tmp_path / "run", best)
+
+
 def test_a_rollout_refuses_a_chosen_sample(tiny: list[str], scenes_field: str) -> None:
     overrides = [*tiny, f"policy.field={scenes_field}", "train.minutes=", "train.iterations=1"]
     collector = make_parts(recipes.load("t2i_flow_grpo", overrides)).collector
