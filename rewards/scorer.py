@@ -12,14 +12,15 @@ from rlflow.rewards.base import Reward, RewardSet
 
 
 class RewardScorer:
-    """Scores n pictures of each of N rows by one reward; the pictures of a row are a group."""
+    """Scores n pictures of each of N rows by one reward; the pictures of a row are a group.
 
-    def __init__(self, reward: Reward):
+    ValueError where the reward reads what the prompt table, of these `columns` where they are known, does not have.
+    """
+
+    def __init__(self, reward: Reward, columns: Sequence[str] | None = None):
         self.name, self.rewards = reward.name, RewardSet([reward])
-
-    def check_columns(self, available: Sequence[str]) -> None:
-        """ValueError where the reward reads what the prompt table does not have."""
-        self.rewards.check_columns([*available, "images", "group"])
+        if columns is not None:
+            self.rewards.check_columns([*columns, "images", "group"])
 
     def __call__(self, images: Tensor, asked: Mapping[str, Sequence[Any]]) -> Tensor:
         """(N, n) scores of images (N, n, 3, H, W) in [0, 1]; `asked` holds the N rows of the prompt table."""

@@ -18,8 +18,9 @@ from rlflow.files import digest, write_text
 from rlflow.registry import TABLE
 
 PROMPTS = ("env.prompts", "eval.prompts")
-DEMOS = "algorithm.offline.demos"
-SECTIONS = ("policy.field", "policy.select.scorer.", "env.settings", "reward.settings")
+FOLDERS = ("algorithm.offline.demos", "policy.select.scorer.run")
+"""Settings that are a folder whatever they say."""
+SECTIONS = ("policy.field", "env.settings", "reward.settings")
 """Of components, in whose settings a text is a file or folder if there is one of that name."""
 MARKS = ("config.json", "model_index.json", "adapter_config.json", "dataset.json")
 """What a folder of weights or data holds."""
@@ -138,7 +139,7 @@ def _path(setting: str, text: str) -> str | None:
     if setting in PROMPTS:
         path = text.partition(":")[2] if text.startswith("geneval:") else text
         return path if Path(path).suffix in READERS else None
-    if setting == DEMOS:
+    if setting in FOLDERS:
         return text
     if not setting.startswith(SECTIONS) or setting.endswith(".name"):
         return None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rlflow import registry
+from rlflow.config.limits import select_rewards
 from rlflow.config.schema import Config
 
 NETWORKS = {
@@ -44,7 +45,7 @@ class RewardNetworks:
 
 
 def reward_networks(config: Config) -> RewardNetworks:
-    """Of all that `reward.weights` and `eval.metrics` name."""
+    """Of all that `reward.weights`, `eval.metrics` and `policy.select` name."""
     sizes: dict[Any, float] = {}
     unknown: dict[str, None] = {}
     for use, spec in enumerate(_specs(config)):
@@ -67,7 +68,7 @@ def reward_networks(config: Config) -> RewardNetworks:
 
 def _specs(config: Config) -> Iterator[dict[str, Any]]:
     """One for each time a reward is made; of a rank that of the reward it ranks."""
-    for name in (*config.reward.weights, *config.eval.metrics.values()):
+    for name in (*config.reward.weights, *config.eval.metrics.values(), *select_rewards(config)):
         spec = {"name": name, **config.reward.settings.get(name, {})}
         while spec["name"] == "group_rank":
             spec = {"name": spec["of"], **(spec.get("settings") or {})}

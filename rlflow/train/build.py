@@ -152,7 +152,7 @@ def heldout_prompts(config: Config) -> Prompts:
     return load_prompts(config.eval.prompts or config.env.prompts, "heldout", whole=config.eval.prompts is not None)
 
 
-def make_select(config: Config, policy: FlowPolicy, trust_code: bool = False) -> Select:
+def make_select(config: Config, policy: FlowPolicy, trust_code: bool = False, prompts: Prompts | None = None) -> Select:
     """What `policy.select` says: one sample of each row, or the best of several by a reward or a critic."""
     if config.policy.select is None:
         return Select()
@@ -160,7 +160,9 @@ def make_select(config: Config, policy: FlowPolicy, trust_code: bool = False) ->
     path, spec = "policy.select.scorer", settings.pop("scorer")
     called, _ = registry.split_spec(path, spec)
     if config.env.name == "prompt":
-        scorer: Any = RewardScorer(_judge(_short(called), called, config, trust_code))
+        judge = _judge(_short(called), called, config, trust_code)
+        with registry.located(path):
+            scorer: Any = RewardScorer(judge, None if prompts is None else prompts.columns)
     else:
         told = {"event_shape": tuple(policy.event_shape), "trust_code": trust_code}
         scorer = registry.build("scorer", path, spec, told, trust_code)
@@ -171,14 +173,14 @@ def make_select(config: Config, policy: FlowPolicy, trust_code: bool = False) ->
 
 def make_evaluator(config: Config, policy: FlowPolicy, trust_code: bool = False) -> Evaluator | EpisodeEvaluator:
     """What `eval` says, of images or of episodes."""
-    c, select = config.eval, make_select(config, policy, trust_code)
+    c, prompts = config.eval, heldout_prompts(config) if config.env.name == "prompt" else None
+    select = make_select(config, policy, trust_code, prompts)
     solver = None if c.solver is None else registry.build("solver", "eval.solver", c.solver, trust_code=trust_code)
-    if config.env.name == "prompt":
-        prompts, judges = heldout_prompts(config), make_judges(config, trust_code)
+    if prompts is not None:
         return Evaluator(
             policy,
             prompts,
-            judges,
+            make_judges(config, trust_code),
             num=c.num,
             num_steps=c.num_steps,
             solver=solver,

@@ -15,6 +15,7 @@ from rlflow.cli import main
 from rlflow.config import recipes
 from rlflow.config.schema import Config
 from rlflow.cost import plan as plan_module
+from rlflow.cost.formula import iteration_cost
 from rlflow.cost.gpus import GPU, find_gpu
 from rlflow.cost.plan import Memory, Planner, make_fit, more_gpus
 from rlflow.cost.skeleton import skeleton
@@ -306,3 +307,17 @@ def test_what_a_card_of_24_gb_takes(words: list[str], fits: bool, capsys: pytest
     said = capsys.readouterr().out
     assert ("Fits." in said, "Does not fit" in said) == (fits, not fits)
     assert "text encoders" in said
+
+
+def test_the_guard_of_the_norm_asks_the_reference_as_the_kl_does(tiny: list[str], scenes_field: str) -> None:
+    """As many network rows as a real iteration evaluates, and as much memory as with the KL."""
+    base = [*tiny, *SMALL, f"policy.field={scenes_field}"]
+    guard, kl, neither = (
+        recipes.load("t2i_flow_grpo_fast", [*base, *more])
+        for more in (["algorithm.norm_guard=1"], ["algorithm.kl.beta=0.1"], [])
+    )
+    parts = make_parts(guard)
+    parts.algorithm.update(parts.collector.collect(0))
+    assert iteration_cost(parts).total == parts.policy.network_cost
+    peaks = [Planner(config).estimate(config).memory.peak for config in (guard, kl, neither)]
+    assert peaks[0] == peaks[1] > peaks[2]

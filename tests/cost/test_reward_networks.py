@@ -44,6 +44,12 @@ def test_a_network_counts_once_and_a_detector_as_often_as_it_is_made(weights: st
     assert (found.bytes, found.not_counted) == (4 * numbers, ())
 
 
+def test_the_reward_that_chooses_among_samples_counts_too() -> None:
+    select = "policy.select={name: best_of, num: 4, scorer: pickscore}"
+    changes = ["reward.weights={shapes_soft: 1}", "eval.metrics={}", select]
+    assert reward_networks(recipes.load("t2i_flow_grpo_fast", changes)).bytes == 4 * H
+
+
 @pytest.mark.parametrize(
     ("settings", "numbers", "said"),
     [

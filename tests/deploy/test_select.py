@@ -66,6 +66,14 @@ def test_a_recipe_s_choice_is_of_its_evaluations_and_of_whoever_loads_it(
         assert plain["brightness"] < chosen
 
 
+def test_a_scorer_of_columns_that_no_prompt_has_is_refused_at_construction(
+    tmp_path: Path, trainer: Callable[..., Trainer]
+) -> None:
+    best = "policy.select={name: best_of, num: 2, scorer: base_distance}"
+    with pytest.raises(ValueError, match=r"^policy\.select\.scorer: reward 'base_distance' reads column 'base_images'"):
+        trainer(tmp_path / "run", best)
+
+
 def test_a_rollout_refuses_a_chosen_sample(tiny: list[str], scenes_field: str) -> None:
     overrides = [*tiny, f"policy.field={scenes_field}", "train.minutes=", "train.iterations=1"]
     collector = make_parts(recipes.load("t2i_flow_grpo", overrides)).collector
@@ -144,6 +152,13 @@ def test_a_critic_of_something_else_is_refused(sac_run: Path, tmp_path: Path, tr
             replace(config, eval=replace(config.eval, noise="zero")).to_dict(),
             [f"policy.select={{name: best_of, num: 2, scorer: {{name: critic, run: {sac_run}}}}}"],
         )
+
+
+def test_a_critic_is_found_from_any_folder(sac_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config's paths are absolute from the start, bare names of folders too."""
+    monkeypatch.chdir(sac_run.parent)
+    select = "policy.select={name: best_of, num: 2, scorer: {name: critic, run: run}}"
+    assert recipes.load("robot_reach_sac", [select]).policy.select["scorer"]["run"] == str(sac_run)
 
 
 def bandit_reward(actions: Tensor, obs: Tensor) -> Tensor:

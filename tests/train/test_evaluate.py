@@ -149,9 +149,9 @@ def test_a_scorer_is_asked_with_its_rows_of_the_prompt_table() -> None:
         seen.update(prompt=prompt, group=group.tolist())
         return -(images.mean((1, 2, 3)) - torch.tensor(wanted)).abs()
 
-    scorer = RewardScorer(Reward("score", score))
     with pytest.raises(ValueError, match="'score' reads column 'wanted'"):
-        scorer.check_columns(["prompt"])
+        RewardScorer(Reward("score", score), ["prompt"])
+    scorer = RewardScorer(Reward("score", score), ["prompt", "wanted"])
     levels = torch.tensor([[0.1, 0.9, 0.5], [0.1, 0.9, 0.5]])
     images = levels[..., None, None, None].expand(2, 3, 3, 4, 4)
     scores = scorer(images, {"prompt": ["dark", "light"], "wanted": [0.0, 1.0]})

@@ -173,14 +173,15 @@ class TestCost:
         [(AllButLast(), 5, 4), (Window(size=2), 5, 2), (OneRandom(), 5, 1), (Window(size=2, compress=0.5), 3, 2)],
         ids=["all_but_last", "window", "one_random", "flash"],
     )
-    @pytest.mark.parametrize("beta", [0.0, 0.1])
+    @pytest.mark.parametrize(("beta", "guard"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1.0), (0.1, 1.0)])
     def test_is_the_rollout_the_reference_once_and_three_per_scored_pair_and_epoch(
-        self, make, env, steps, walked, scored, beta
+        self, make, env, steps, walked, scored, beta, guard
     ):
-        parts = make(env, steps=steps, kl=KL(beta), epochs=3, num_minibatches=2, micro_batch=13)
+        """One look of the reference serves the KL and the guard of the velocity's norm."""
+        parts = make(env, steps=steps, kl=KL(beta), norm_guard=guard, epochs=3, num_minibatches=2, micro_batch=13)
         n = self.ROWS[env]
         parts.iterate(0)
-        reference = n * scored if beta else 0
+        reference = n * scored if beta or guard else 0
         assert parts.policy.network_cost == n * walked + reference + 3 * (3 * n * scored)
         assert parts.policy.network_rows == n * walked + reference + 3 * n * scored
 
