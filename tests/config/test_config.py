@@ -416,12 +416,22 @@ SAVED = json.loads((Path(__file__).parent / "saved_configs.json").read_text())
 """config.yaml of each recipe as the version before objectives wrote it."""
 
 
+CHANGED = {
+    "t2i_fpo": [
+        "likelihood={name: cfm, draws: 4, supervise: eps}",
+        "algorithm.kl.beta=0",
+        "algorithm.optimizer.lr=1e-4",
+    ]
+}
+"""What a recipe said then, where it says something else now."""
+
+
 @pytest.mark.parametrize("name", SAVED)
 def test_a_saved_run_is_the_run_of_todays_recipe(name: str) -> None:
     """It resumes, and evaluates as it did."""
-    assert not difference(SAVED[name], recipes.load(name).to_dict())
-    read_again = parse(saved(SAVED[name]))
-    assert not difference(read_again.to_dict(), recipes.load(name).to_dict())
+    today = recipes.load(name, CHANGED.get(name, ())).to_dict()
+    assert not difference(SAVED[name], today)
+    assert not difference(parse(saved(SAVED[name])).to_dict(), today)
 
 
 def test_a_saved_run_of_another_objective_is_not() -> None:

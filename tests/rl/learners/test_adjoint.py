@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from tests.rl.test_reward_gradient import collect, gradient_of, learner, make_policy
 from torch import Tensor, nn
 
 from rlflow.flow.field import VelocityField
@@ -19,6 +18,7 @@ from rlflow.rl.groups import Groups
 from rlflow.rl.learners.adjoint import Adjoint
 from rlflow.rl.optim import AdamW
 from rlflow.types import Cond
+from tests.rl.learners.test_reward_gradient import collect, gradient_of, learner, make_policy
 
 
 class Shifted(VelocityField):
