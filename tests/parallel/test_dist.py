@@ -328,12 +328,10 @@ def test_a_killed_process_ends_all_and_leaves_the_last_checkpoint(tmp_path: Path
     assert checkpoints.load("last")[0] == done + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "message"),
-    [
-        ("algorithm.num_minibatches=3", "leaves a process without rows"),
-        pytest.param("env.num_groups=3", "in whole groups", marks=pytest.mark.slow),
-    ],
+    [("env.num_groups=3", "in whole groups"), ("algorithm.num_minibatches=3", "leaves a process without rows")],
 )
 def test_an_error_in_two_processes_is_said_once_and_at_the_start(
     tmp_path: Path, launched: list[str], override: str, message: str
@@ -345,6 +343,7 @@ def test_an_error_in_two_processes_is_said_once_and_at_the_start(
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_an_error_of_another_process_is_said(tmp_path: Path, launched: list[str]) -> None:
     """Rank 0 waits in a collective and knows nothing: the one that failed speaks, with its number."""
     (tmp_path / "rlflow_tests_rank.py").write_text(
