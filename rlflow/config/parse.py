@@ -75,7 +75,7 @@ def _explain(error: ValidationError) -> str:
         if loc[0] == "algorithm" and len(loc) > 2:
             loc.pop(1)  # less the algorithm's name
         loc = loc[:-1] if len(loc) > 1 and loc[-1] == "str" else loc
-        path = ".".join(str(p) for p in loc)
+        path = ".".join(str(p) or "''" for p in loc)
         of_spec = item["loc"][-1] == "str" or str(item["loc"][-1]).startswith("dict[")  # the member of that union
         if item["type"] == "union_tag_invalid" and isinstance(item["input"], dict):
             name = algorithm_name(item["input"])
