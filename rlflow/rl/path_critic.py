@@ -54,7 +54,7 @@ class PathCriticLearner:
     """A PathCritic of a policy, and its optimiser; x_t and t are those of a likelihood's evidence."""
 
     def __init__(self, policy: FlowPolicy, likelihood: Likelihood, lr: float, width: int):
-        self.policy, self.likelihood = policy, likelihood
+        self.likelihood = likelihood
         self.net = PathCritic(policy.event_shape, policy.field.num_features, width).to(policy.device, policy.dtype)
         self.optimizer = Optimizer(list(self.net.parameters()), AdamW(lr=lr), "algorithm.objective.critic_lr")
 

@@ -16,6 +16,7 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import Plan
 from rlflow.rl.batch import Batch
 from rlflow.rl.likelihoods.base import Likelihood, Score
+from rlflow.rl.path_critic import PathCriticLearner
 from rlflow.types import Evidence
 
 
@@ -41,7 +42,8 @@ class Objective:
     whole_rows: ClassVar[bool] = False
     """True where a loss is of all columns of a row at once."""
     has_critic: ClassVar[bool] = False
-    """True where it trains a network of its own, which `critic_warmup` lets learn alone."""
+    """True where it trains a network of its own, `critic`, which `critic_warmup` lets learn alone."""
+    critic: PathCriticLearner | None = None
 
     def __init__(self, likelihood: Likelihood):
         self.likelihood = likelihood
@@ -79,8 +81,10 @@ class Objective:
         """When an iteration is over, after so many optimiser steps in all."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What an exact resume needs of it, besides weight sets."""
-        return {}
+        """What an exact resume needs of it, besides weight sets: its critic."""
+        return {} if self.critic is None else {"critic": self.critic.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"])

@@ -11,8 +11,6 @@ eta=1, flow_sde a=1.4142); with others it is tilted for each x_0 apart.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -46,6 +44,7 @@ class DGFS(Objective):
     needs_reference = True
     whole_rows = True
     has_critic = True
+    critic: PathCriticLearner
 
     def __init__(
         self,
@@ -92,20 +91,14 @@ class DGFS(Objective):
         evidence, target = batch.evidence_of(Pairs(rows, None)), self.target[rows]
         gain, weight = evidence.old_log_prob - _reference(evidence), batch.row_weight[rows]
         total = dist.all_sum(weight.sum()).clamp(min=1e-12)
+        with torch.no_grad():  # the critic trains only itself
+            cond = batch.cond(rows)
 
         def loss() -> Tensor:
-            left = gain - _gains(self.critic.of(batch.cond(rows), evidence), target)
+            left = gain - _gains(self.critic.of(cond, evidence), target)
             return weighted_sum(sub_trajectory_balance(left, self.lam), weight) / total
 
         return {"critic/loss": self.critic.step(loss)}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The critic."""
-        return {"critic": self.critic.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
-        self.critic.load_state_dict(state["critic"])
 
 
 def _gains(flow: Tensor, end: Tensor) -> Tensor:

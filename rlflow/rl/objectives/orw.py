@@ -15,7 +15,7 @@ the soft value V = log E[exp(beta A) | x_t] / beta the mean of w is 1 at every x
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ class ACFlow(ORW):
     """`value` is regressed on what it has to be at the draws' own (x_t, t), by one step beside each of the policy."""
 
     has_critic = True
+    critic: PathCriticLearner
 
     def __init__(
         self,
@@ -91,19 +92,13 @@ class ACFlow(ORW):
         evidence, target = batch.evidence_of(Pairs(rows, None)), self.target[rows]
         weight = batch.pair_weight(Pairs(rows, None), joint=False)
         total = dist.all_sum(weight.sum()).clamp(min=1e-12)
+        with torch.no_grad():  # the critic trains only itself
+            cond = batch.cond(rows)
 
         def loss() -> Tensor:
-            v = self.critic.of(batch.cond(rows), evidence)
+            v = self.critic.of(cond, evidence)
             if self.value == "mean":
                 return weighted_sum((v - target).square(), weight) / total
             return weighted_sum(((self.beta * v).exp() - (self.beta * target).exp()).square(), weight) / total
 
         return {"critic/loss": self.critic.step(loss)}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The critic."""
-        return {"critic": self.critic.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
-        self.critic.load_state_dict(state["critic"])

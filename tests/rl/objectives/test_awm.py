@@ -1,5 +1,7 @@
 """AWM: at the sampling weights the gradient is the advantage times that of the matching loss; a distance holds it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,9 +11,16 @@ from rlflow.rl.likelihoods.base import Score
 from rlflow.rl.likelihoods.cfm import CFMLikelihood
 from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.objectives.awm import AWM, velocity_distance
+from rlflow.types import Evidence
 from tests.rl.objectives.test_nft import evidence_of
 
 DRAWS = CFMLikelihood(3, joint=False, supervise="sample", normalize=True, stratified=True)
+
+
+def recorded() -> Evidence:
+    """Random draws, with the losses that the sampling velocities have there."""
+    e = evidence_of()
+    return replace(e, old_log_prob=DRAWS._minus_loss(e.old_mean, e))
 
 
 def scored(v: torch.Tensor, evidence, likelihood: CFMLikelihood = DRAWS) -> Score:
@@ -33,8 +42,7 @@ def test_first_gradient_is_the_advantage_times_that_of_the_loss(make, gradient) 
 
 
 def test_the_distance_is_the_mean_square_of_velocities_and_is_weighed_by_trust() -> None:
-    e = evidence_of()
-    e = DRAWS_like(e)
+    e = recorded()
     v = e.old_mean + 0.2
     score, a = scored(v, e), torch.ones(5, 1, dtype=torch.float64)
     torch.testing.assert_close(velocity_distance(score, e), torch.full((5, 3), 0.04, dtype=torch.float64))
@@ -42,16 +50,9 @@ def test_the_distance_is_the_mean_square_of_velocities_and_is_weighed_by_trust()
     torch.testing.assert_close(apart, torch.full((5, 3), 0.08, dtype=torch.float64))
 
 
-def DRAWS_like(e):
-    """The evidence with the losses that the sampling velocities have."""
-    from dataclasses import replace
-
-    return replace(e, old_log_prob=DRAWS._minus_loss(e.old_mean, e))
-
-
 def test_a_bad_sample_is_let_go_of_far_away() -> None:
     """Where A < 0 the slope vanishes as the loss grows; A D alone would push for ever."""
-    e, a = DRAWS_like(evidence_of()), -torch.ones(5, 1, dtype=torch.float64)
+    e, a = recorded(), -torch.ones(5, 1, dtype=torch.float64)
 
     def slope(distance: float) -> float:
         v = (e.x_next - e.x + distance).requires_grad_()

@@ -16,6 +16,7 @@ from rlflow.rl.likelihoods.cfm import CFMLikelihood
 from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.objectives.orw import ORW, ACFlow
 from rlflow.rl.path_critic import PathCritic
+from rlflow.types import Cond, Evidence
 from tests.rl.objectives.test_nft import evidence_of
 
 DRAWS = CFMLikelihood(3, joint=False)
@@ -31,7 +32,6 @@ def prepared(objective: ORW, advantage: Tensor, weight: Tensor | None = None) ->
     class Bare:
         row_weight = torch.ones(len(advantage), dtype=torch.float64) if weight is None else weight
         num_columns = 1
-        metrics: dict[str, float] = {}
 
     bare = Bare()
     bare.advantage, bare.metrics = advantage, {}
@@ -83,8 +83,6 @@ def test_the_best_velocity_is_the_tilted_one_drawn_to_the_reference(alpha: float
     u = torch.randn(num, 1, 1, dtype=torch.float64)
     t, zero = torch.full((num, 1), 0.3, dtype=torch.float64), torch.zeros(num, 1, 1, dtype=torch.float64)
     std, valid = torch.full_like(zero, 0.5**0.5), t.bool()
-    from rlflow.types import Evidence
-
     e = Evidence(zero, u, t, t, t, zero, std, valid, torch.full_like(zero, v_ref), std)
     w = (0.8 * u[:, 0]).exp() * 1.7
     best = float(((w * u[:, 0]).mean() + alpha * v_ref) / (w.mean() + alpha))
@@ -142,8 +140,6 @@ class TestCritic:
             torch.manual_seed(0)
             net = PathCritic(shape, 5).double()
             torch.nn.init.normal_(net.net[-1].weight)
-            from rlflow.types import Cond
-
             x, t, pooled = torch.randn(2, *shape).double(), torch.rand(2).double(), torch.randn(2, 5).double()
             base = net(x, t, Cond({"pooled": pooled}))
             for moved in ((x + 0.5, t, pooled), (x, t * 0.5, pooled), (x, t, pooled + 1)):
