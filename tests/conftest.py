@@ -251,7 +251,14 @@ def served() -> Callable[..., Any]:
 # -- a network of 20k weights that trains in milliseconds, and runs made of it --------------------
 
 TINY = (
-    *("env.num_groups=2", "env.group_size=4", "env.rows_per_call=8", "eval.num=6", "train.tensorboard=false"),
+    *(
+        "env.num_groups=2",
+        "env.group_size=4",
+        "env.rows_per_call=8",
+        "eval.num=6",
+        "train.tensorboard=false",
+        "train.report=false",
+    ),
     *("policy.precision=float32", "policy.num_steps=6", "reward.weights={brightness: 1}"),
     "eval.metrics={brightness: brightness, base_distance: base_distance}",
 )
@@ -285,13 +292,7 @@ def tiny() -> list[str]:
 
 
 @pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare the seconds that matplotlib takes."""
-    monkeypatch.setattr("rlflow.report.report.write_report", lambda run: Path(run))
-
-
-@pytest.fixture
-def trainer(scenes_field: str, no_report: None) -> Callable[..., Trainer]:
+def trainer(scenes_field: str) -> Callable[..., Trainer]:
     """Make a Trainer of a tiny run: trainer(folder, *overrides, recipe=..., **keywords of Trainer)."""
 
     def make(run: Path, *overrides: str, recipe: str = "t2i_flow_grpo", **more: Any) -> Trainer:

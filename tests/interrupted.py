@@ -64,13 +64,10 @@ def _slow(real: Callable[..., None]) -> Callable[..., None]:
 
 def _train(run: str, recipe: str, overrides: list[str], slow: bool, group: dict[str, str]) -> None:
     """Train or go on, perhaps with a disk so slow that most kills hit the writing, perhaps as one of a group."""
-    import rlflow.report.report
-
     torch.set_num_threads(1)
     os.environ.update(group)
     for name in ("save_tensors", "sync", "_remove") if slow else ():
         setattr(checkpoint, name, _slow(getattr(checkpoint, name)))
-    rlflow.report.report.write_report = lambda folder: Path(folder)  # spare the seconds that matplotlib takes
     resume = "last" if (Path(run) / "config.yaml").exists() else None
     Trainer(recipe, run, overrides=overrides, resume=resume, quiet=True).fit()
     dist.stop()

@@ -47,13 +47,13 @@ TOY_RUN = (
     "train.minutes=",
     "train.iterations=2",
     "train.tensorboard=false",
+    "train.report=false",
 )
 
 
 @pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def toy(tmp_path: Path) -> Callable[..., None]:
     """toy(*words): train a toy for two iterations in tmp_path/run."""
-    monkeypatch.setattr("rlflow.report.report.write_report", lambda run: Path(run))
     return lambda *words: cli.main(["train", *TOY_RUN, "--run", str(tmp_path / "run"), "--quiet", *words])
 
 

@@ -103,13 +103,21 @@ def test_the_reward_of_the_readme_trains(tmp_path):
     python, command = (next(t for n, t in fences(PAGES[0]) if n == name and "darkness" in t) for name in ("python", ""))
     (tmp_path / "my_rewards.py").write_text(python)
     words = [*shlex.split(command), "train.iterations=1", "train.threads=1", "eval.num=2", "env.num_groups=2"]
+    words += ["train.tensorboard=false", "train.report=false"]
     words = [Path(sys.executable).parent / words[0], *words[1:], "env.group_size=2", "--run", "run"]
     said = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert said.returncode == 0, said.stderr
     assert '"reward/darkness/mean"' in (tmp_path / "run/metrics.jsonl").read_text()
 
 
-SMALL = ("train.minutes=", "train.iterations=1", "train.threads=1", "train.tensorboard=false", "env.num_groups=2")
+SMALL = (
+    "train.minutes=",
+    "train.iterations=1",
+    "train.threads=1",
+    "train.tensorboard=false",
+    "train.report=false",
+    "env.num_groups=2",
+)
 SMALL += ("env.group_size=2", "eval.num=2", "policy.precision=float32")
 
 
@@ -120,9 +128,8 @@ def trusted(*words):
     main([*words, "--trust-code"])
 
 
-def test_an_own_model_and_recipe_work_in_every_command(own_code, monkeypatch, capsys):
+def test_an_own_model_and_recipe_work_in_every_command(own_code, capsys):
     """The page's steps: save the network, then train, eval and sample by file and folder."""
-    monkeypatch.setattr("rlflow.report.report.write_report", lambda run: Path(run))
     subprocess.run([sys.executable, "my_models.py"], check=True, timeout=300)
     assert json.loads((own_code / "my_model/config.json").read_text())["model"] == "my_models:BagOfWords"
     trusted("train", "my.yaml", *SMALL, "--run", "run", "--quiet")
@@ -148,8 +155,7 @@ def test_a_sweep_trusts_as_it_is_told(own_code):
     assert parse(job.command(own_code)[4:]).trust_code
 
 
-def test_an_own_environment_trains(own_code, monkeypatch, capsys):
-    monkeypatch.setattr("rlflow.report.report.write_report", lambda run: Path(run))
+def test_an_own_environment_trains(own_code, capsys):
     page = (ROOT / "docs" / "extending.md").read_text()
     words = shlex.split(next(line for line in page.splitlines() if "env.name=my_envs" in line))[1:]
     assert words.pop() == "--trust-code"
@@ -157,9 +163,8 @@ def test_an_own_environment_trains(own_code, monkeypatch, capsys):
     assert "finished: 1 iterations" in capsys.readouterr().out
 
 
-def test_an_own_objective_trains(own_code, monkeypatch, capsys):
+def test_an_own_objective_trains(own_code, capsys):
     """The weights move, what it logs is logged, and its settings are checked like any other's."""
-    monkeypatch.setattr("rlflow.report.report.write_report", lambda run: Path(run))
     page = (ROOT / "docs" / "extending.md").read_text()
     words = shlex.split(next(line for line in page.splitlines() if "objective=my_objectives" in line))[1:]
     assert words.pop() == "--trust-code"

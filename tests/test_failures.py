@@ -34,7 +34,14 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return run
 
 
-REACH = ("robot_reach_reinflow", "env.num_groups=2", "train.iterations=1", "eval.num=2", "train.tensorboard=false")
+REACH = (
+    "robot_reach_reinflow",
+    "env.num_groups=2",
+    "train.iterations=1",
+    "eval.num=2",
+    "train.tensorboard=false",
+    "train.report=false",
+)
 
 # -- memory ---------------------------------------------------------------------------------------
 
@@ -276,6 +283,7 @@ def test_ctrl_c_in_any_other_command_is_one_line(
     assert (end.value.code, capfd.readouterr().err) == (130, "rlflow: stopped\n")
 
 
+@pytest.mark.slow
 def test_processes_that_are_only_starting_end_quietly(tmp_path: Path) -> None:
     """A terminal sends Ctrl-C to the launcher and to children that have not left its group yet."""
     command = [sys.executable, "-m", "rlflow", "train", *REACH, "--run", str(tmp_path / "run"), "--processes", "2"]

@@ -33,6 +33,7 @@ MAY_CHANGE_ON_RESUME = (
     "train.checkpoint_every",
     "train.keep",
     "train.tensorboard",
+    "train.report",
     "train.wandb",
     "train.threads",
     "train.sharding",

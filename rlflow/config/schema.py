@@ -253,6 +253,7 @@ class TrainConfig:
     checkpoint_every: Count = 50
     keep: Count = 3
     tensorboard: bool = True
+    report: bool = True  # report.html when the run ends; `rlflow report RUN` writes it at any time
     wandb: WandbConfig | None = None  # true: with these defaults
 
 

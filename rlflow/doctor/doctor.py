@@ -76,7 +76,7 @@ def few_rows(config: Config, trust_code: bool = False) -> Config:
         policy=replace(config.policy, max_kappa=NO_LIMIT),
         env=replace(config.env, num_groups=groups, group_size=size, rows_per_call=size, horizon=horizon),
         algorithm=algorithm,
-        train=replace(config.train, iterations=2, minutes=None, tensorboard=False, wandb=None),
+        train=replace(config.train, iterations=2, minutes=None, tensorboard=False, report=False, wandb=None),
         eval=replace(config.eval, num=4, every=0, metrics=metrics, video=0),
     )
 

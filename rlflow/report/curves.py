@@ -30,6 +30,8 @@ AXES = {"iterations": "iteration", "time": SECONDS, "network_rows": NETWORK_ROWS
 TIMES = ((3 * 3600, 3600, "h"), (180, 60, "min"), (0, 1, "s"))
 """(an axis of at least so many seconds, is divided by, and is in)."""
 POINTS = 400  # of a curve at most; more cannot be seen
+PANEL = (3.7, 2.5)  # inches, with its margins
+MARGINS = (0.72, 0.12, 0.5, 0.3)  # inches left, right, below and above the axes of a panel
 LONGEST = 90  # letters of a name in a legend
 SMOOTH_FROM = 40  # points; shorter curves are drawn as they are
 STYLE: dict[Any, Any] = {
@@ -107,19 +109,31 @@ def curves(
     groups = _groups(rows)
     panels = [Panel(describe(name).label, (name,)) if isinstance(name, str) else name for name in names]
     columns = max(1, min(columns, len(panels)))
+    labels = _labels(groups, min(LONGEST, 42 * columns)) if len(groups) > 1 else []
     height = math.ceil(len(panels) / columns)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.7 * columns, 2.5 * height), layout="constrained")
-        axes = figure.subplots(height, columns, squeeze=False).flatten()
+        in_a_line = max(1, 56 * columns // max(map(len, labels), default=1))
+        under = 0.2 * math.ceil(len(labels) / in_a_line)
+        figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * height + under))
+        axes = figure.subplots(height, columns, squeeze=False, gridspec_kw=_places(columns, height, under)).flatten()
         for panel, ax in zip(panels, axes, strict=False):
             _draw_panel(ax, panel, groups)
         for ax in axes[len(panels) :]:
             ax.set_axis_off()
-        if len(groups) > 1:
-            _name_groups(figure, groups)
+        if labels:
+            _name_groups(figure, labels, in_a_line)
         if path is not None:
             save(figure, path)
     return figure
+
+
+def _places(columns: int, height: int, under: float) -> dict[str, float]:
+    """Where panels stand, from margins in inches: a layout engine measures every letter, three times the time."""
+    (width, tall), (left, right, bottom, top) = PANEL, MARGINS
+    wide, high = width * columns, tall * height + under
+    inside = {"left": left / wide, "right": 1 - right / wide, "bottom": (bottom + under) / high, "top": 1 - top / high}
+    space = {"wspace": (left + right) / (width - left - right), "hspace": (bottom + top) / (tall - bottom - top)}
+    return inside | space
 
 
 def save(figure: Figure, path: Any, kind: str | None = None) -> None:
@@ -153,6 +167,8 @@ def _groups(rows: Any) -> dict[str, list[Run]]:
 
 
 def _draw_panel(ax: Axes, panel: Panel, groups: Mapping[str, Sequence[Run]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     found: dict[tuple[int, int], list[tuple[Array, Array]]] = {}
     for g, runs in enumerate(groups.values()):
         for n, name in enumerate(panel.names):
@@ -172,6 +188,7 @@ def _draw_panel(ax: Axes, panel: Panel, groups: Mapping[str, Sequence[Run]]) -> 
     drawn = [ys for lines in found.values() for _, ys in lines]
     ax.set_title(panel.title)
     ax.set_ylabel(describe(panel.names[0]).unit)
+    ax.yaxis.set_major_locator(MaxNLocator(5))
     if drawn and max(abs(ys).max() for ys in drawn) < 1e-3:
         ax.yaxis.set_major_formatter("{x:.2g}")
     if len(panel.names) > 1 and drawn:
@@ -194,15 +211,18 @@ def _name_axis(ax: Axes, panel: Panel, end: float) -> float:
     return factor
 
 
-def _name_groups(figure: Figure, groups: Mapping[str, Sequence[Run]]) -> None:
+def _labels(groups: Mapping[str, Sequence[Run]], longest: int) -> list[str]:
+    short = [group if len(group) <= longest else group[: longest - 3] + "..." for group in groups]
+    seeds = [f" ({len(runs)} seeds)" if len(runs) > 1 else "" for runs in groups.values()]
+    return [name + count for name, count in zip(short, seeds, strict=True)]
+
+
+def _name_groups(figure: Figure, labels: Sequence[str], in_a_line: int) -> None:
     """One legend for all panels, under them."""
     from matplotlib.lines import Line2D
 
-    short = [group if len(group) <= LONGEST else group[: LONGEST - 3] + "..." for group in groups]
-    seeds = [f" ({len(runs)} seeds)" if len(runs) > 1 else "" for runs in groups.values()]
-    labels = [name + count for name, count in zip(short, seeds, strict=True)]
-    lines = [Line2D([], [], color=COLORS[g % 8]) for g in range(len(groups))]
-    figure.legend(lines, labels, loc="outside lower left", ncols=max(1, 170 // max(map(len, labels))), handlelength=1.4)
+    lines = [Line2D([], [], color=COLORS[g % 8]) for g in range(len(labels))]
+    figure.legend(lines, labels, loc="lower left", ncols=in_a_line, handlelength=1.4, borderaxespad=0.1)
 
 
 def _explain(ax: Axes, drawn: Sequence[Array]) -> None:

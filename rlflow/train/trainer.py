@@ -381,7 +381,7 @@ class Trainer:
     def _report(self) -> None:
         from rlflow.report.report import write_report
 
-        if dist.rank() == 0:
+        if self.config.train.report and dist.rank() == 0:
             write_report(self.run)
 
 

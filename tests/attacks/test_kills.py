@@ -7,7 +7,14 @@ import pytest
 
 from tests.interrupted import assert_equal_runs, finish, kill
 
-OFTEN = ["train.minutes=", "train.checkpoint_every=1", "train.keep=2", "train.tensorboard=false", "eval.every=5"]
+OFTEN = [
+    "train.minutes=",
+    "train.checkpoint_every=1",
+    "train.keep=2",
+    "train.tensorboard=false",
+    "train.report=false",
+    "eval.every=5",
+]
 ROBOT = [*OFTEN, "env.num_groups=4", "eval.num=2", "eval.video=0"]
 HALVES = ["algorithm.num_minibatches=2", "algorithm.epochs=2"]
 RUNS = {

@@ -45,7 +45,7 @@ def recipe(here: Path) -> str:
     """A recipe of the stranger's."""
     values = recipes.read("robot_reinflow")
     values["env"] = {"name": "gym", "num_groups": 2, "group_size": 2, "settings": {"env_id": ENV}}
-    values |= {"train": {"iterations": 1, "tensorboard": False}, "eval": {"num": 2}}
+    values |= {"train": {"iterations": 1, "tensorboard": False, "report": False}, "eval": {"num": 2}}
     values["policy"] = values["policy"] | {"field": "mlp"}
     values["algorithm"] = values["algorithm"] | {"num_minibatches": 1, "epochs": 1}
     (here / "theirs.yaml").write_text(yaml.safe_dump(values))

@@ -96,6 +96,7 @@ def test_bare_passes_are_those_of_an_iteration(tiny: str) -> None:
     assert listen(real.parts.policy.field, lambda: bare(0)) == passes
 
 
+@pytest.mark.slow
 def test_result_is_complete() -> None:
     """Every number that others rely on is there, and rows must be whole groups."""
     with pytest.raises(ValueError, match="multiple of group_size"):

@@ -19,7 +19,14 @@ from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.trainer import Trainer
 
 TINY = (
-    *("env.num_groups=2", "env.group_size=4", "env.rows_per_call=8", "eval.num=6", "train.tensorboard=false"),
+    *(
+        "env.num_groups=2",
+        "env.group_size=4",
+        "env.rows_per_call=8",
+        "eval.num=6",
+        "train.tensorboard=false",
+        "train.report=false",
+    ),
     *("policy.precision=float32", "policy.num_steps=6", "reward.weights={brightness: 1}"),
     "eval.metrics={brightness: brightness, base_distance: base_distance}",
 )
@@ -65,12 +72,10 @@ def test_a_checkpoint_that_says_nothing_and_reads_no_scenes_is_an_error(words_fi
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, scenes_field: str) -> Path:
     """Three iterations at a rate that moves every weight set apart from the others."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlflow.report.report.write_report", lambda run: Path(run))
-        folder = tmp_path_factory.mktemp("runs") / "run"
-        overrides = [*TINY, f"policy.field={scenes_field}", "train.minutes=", "train.iterations=3"]
-        overrides += ["algorithm.optimizer.lr=1e-2", "train.checkpoint_every=1"]
-        Trainer("t2i_flow_grpo", folder, overrides=overrides, quiet=True).fit()
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    overrides = [*TINY, f"policy.field={scenes_field}", "train.minutes=", "train.iterations=3"]
+    overrides += ["algorithm.optimizer.lr=1e-2", "train.checkpoint_every=1"]
+    Trainer("t2i_flow_grpo", folder, overrides=overrides, quiet=True).fit()
     return folder
 
 
@@ -132,7 +137,7 @@ class Quiet(FlowSDE):
     """A kernel of one's own."""
 
 
-def test_functions_and_classes_train_evaluate_and_resume(tmp_path: Path, scenes_field: str, no_report: None) -> None:
+def test_functions_and_classes_train_evaluate_and_resume(tmp_path: Path, scenes_field: str) -> None:
     """A reward, a judge and a kernel by themselves; config.yaml names them, and a notebook's is given again."""
 
     def redness(images: torch.Tensor) -> torch.Tensor:

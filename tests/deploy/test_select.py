@@ -97,15 +97,20 @@ def test_the_command_line_chooses(scenes_field: str, capsys: pytest.CaptureFixtu
 
 # -- robots ---------------------------------------------------------------------------------------
 
-REACH = ("train.iterations=1", "algorithm.start=16", "env.num_groups=4", "eval.num=3", "train.tensorboard=false")
+REACH = (
+    "train.iterations=1",
+    "algorithm.start=16",
+    "env.num_groups=4",
+    "eval.num=3",
+    "train.tensorboard=false",
+    "train.report=false",
+)
 
 
 @pytest.fixture(scope="module")
 def sac_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlflow.report.report.write_report", lambda run: Path(run))
-        run = tmp_path_factory.mktemp("sac") / "run"
-        Trainer("robot_reach_sac", run, overrides=REACH, quiet=True).fit()
+    run = tmp_path_factory.mktemp("sac") / "run"
+    Trainer("robot_reach_sac", run, overrides=REACH, quiet=True).fit()
     return run
 
 

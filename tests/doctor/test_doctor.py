@@ -27,8 +27,6 @@ from rlflow.rl.likelihoods.base import Score
 from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.train.build import make_parts
 
-pytestmark = pytest.mark.usefixtures("no_report")
-
 
 def load(tiny: list[str], field: str, *overrides: str, recipe: str = "t2i_flow_grpo"):
     return recipes.load(recipe, [*tiny, f"policy.field={field}", "train.minutes=", "train.iterations=3", *overrides])
@@ -275,7 +273,7 @@ def test_kappa_and_masked_rewards_fail_instead_of_raising(
 
 
 OFF_POLICY = [*("env.num_groups=4", "env.group_size=1", "algorithm.batch_size=32", "eval.num=4", "eval.every=0")]
-OFF_POLICY += ["train.tensorboard=false", "algorithm.start=0", "algorithm.updates_per_step=0.25"]
+OFF_POLICY += ["train.tensorboard=false", "train.report=false", "algorithm.start=0", "algorithm.updates_per_step=0.25"]
 
 
 def test_an_off_policy_recipe_passes() -> None:

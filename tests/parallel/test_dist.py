@@ -91,7 +91,7 @@ def cases(root: Path, url: str = "") -> dict[str, dict]:
         "algorithm": {"micro_batch": 7, "epochs": 2, "kl": {"beta": 0.1}, "optimizer": {"lr": 1e-3, "cosine": True}},
         "env": {"num_groups": 4, "group_size": 4, "rows_per_call": 4},
         "reward": {"weights": {"brightness": 1.0}},
-        "train": {"iterations": 2, "tensorboard": False, "threads": 1},
+        "train": {"iterations": 2, "tensorboard": False, "report": False, "threads": 1},
         "eval": {"num": 5, "metrics": {"brightness": "brightness", "base_distance": "base_distance"}, "grid": 2},
     }
     two = {"num_groups": 4, "num_minibatches": 2}
@@ -286,7 +286,9 @@ def test_one_process_goes_on_with_the_episodes_of_two(runs: Path, tmp_path: Path
 def launched(tmp_path: Path) -> list[str]:
     """`rlflow train` of the GRPO case in two processes, without end."""
     path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(cases(tmp_path)["grpo"] | {"train": {"iterations": 10**6, "tensorboard": False}}))
+    path.write_text(
+        json.dumps(cases(tmp_path)["grpo"] | {"train": {"iterations": 10**6, "tensorboard": False, "report": False}})
+    )
     command = ["train", str(path), "--run", str(tmp_path / "run"), "--quiet", "--processes", "2"]
     return [sys.executable, "-m", "rlflow", *command]
 
@@ -306,6 +308,7 @@ def test_a_signal_to_the_launcher_reaches_every_process(tmp_path: Path, launched
     assert Checkpoints(tmp_path / "run").load("last")[0] >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
 def test_a_killed_process_ends_all_and_leaves_the_last_checkpoint(tmp_path: Path, launched: list[str]) -> None:
     """The others wait in a collective for ever: the launcher ends them, says who died, and the run resumes."""
@@ -367,7 +370,7 @@ def test_an_error_of_another_process_is_said(tmp_path: Path, launched: list[str]
 def test_seeds_are_trained_by_processes_one_after_the_other(tmp_path: Path, launched: list[str]) -> None:
     """The group is left after a seed and joined again for the next."""
     process = subprocess.Popen(
-        [*launched, "--seeds", "0,1", "train.iterations=1"],
+        [*launched, "--seeds", "0,1", "train.iterations=1", "train.report=true"],
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

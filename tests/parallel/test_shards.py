@@ -55,7 +55,7 @@ def recipe(root: Path) -> dict[str, Any]:
         "algorithm": {"micro_batch": 7, "num_minibatches": 2, "kl": {"beta": 0.1}, "optimizer": {"lr": 1e-3}},
         "env": {"num_groups": 8, "group_size": 4, "rows_per_call": 8},
         "reward": {"weights": {"brightness": 1.0}},
-        "train": {"iterations": 2, "tensorboard": False, "threads": 1, "sharding": "full"},
+        "train": {"iterations": 2, "tensorboard": False, "report": False, "threads": 1, "sharding": "full"},
         "eval": {"num": 5, "metrics": {"brightness": "brightness", "base_distance": "base_distance"}, "grid": 2},
     }
 

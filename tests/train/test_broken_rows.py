@@ -56,7 +56,7 @@ def trained(learner: str, tmp_path: Any) -> tuple[Trainer, list[dict[str, float]
     seen: list[dict[str, float]] = []
     field = {"name": "gated" if learner == "replay" else "mlp", "width": 8, "running": True}
     values = [f"policy.field={field}", f"env.name={HERE}", "env.settings={}", "env.num_groups=8", *overrides]
-    values += ["train.iterations=3", "eval.num=4", "eval.every=0", "train.tensorboard=false"]
+    values += ["train.iterations=3", "eval.num=4", "eval.every=0", "train.tensorboard=false", "train.report=false"]
     trainer = Trainer(
         recipe,
         tmp_path / "run",

@@ -62,7 +62,14 @@ class Starts:
     """What the simulators of a run are reset with, in training and in evaluation."""
 
     def __init__(self, folder: Path, recipe: str, *overrides: str):
-        small = ["train.iterations=3", "train.tensorboard=false", "eval.every=0", "eval.num=20", "env.num_groups=8"]
+        small = [
+            "train.iterations=3",
+            "train.tensorboard=false",
+            "train.report=false",
+            "eval.every=0",
+            "eval.num=20",
+            "env.num_groups=8",
+        ]
         self.made = Trainer(recipe, folder, overrides=[*small, *overrides], quiet=True)
         self.training: list[Tensor] = []
         self.evaluation: list[Tensor] = []
@@ -91,7 +98,7 @@ class Starts:
     ids=["episodes", "steps", "groups", "sac"],
 )
 def test_runs_of_other_seeds_share_no_start_and_none_is_one_of_evaluation(
-    tmp_path: Path, no_report: None, recipe: str, overrides: list[str]
+    tmp_path: Path, recipe: str, overrides: list[str]
 ) -> None:
     """Nor does a run start twice in the same state, but for the rows of a group; all are judged from the same ones."""
     runs = [Starts(tmp_path / str(s), recipe, *overrides, f"train.seed={s}") for s in (0, 1, 2**63 - 1)]

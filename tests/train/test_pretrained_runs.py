@@ -17,14 +17,13 @@ from rlflow.train.trainer import Trainer
 SMALL = (
     *("policy.field.resolution=32", "policy.field.max_sequence_length=16", "policy.field.lora=2", "policy.num_steps=5"),
     *("env.num_groups=2", "env.group_size=4", "reward.weights={brightness: 1}", "eval.num=2", "eval.num_steps=3"),
-    *("eval.metrics={bright: brightness}", "train.tensorboard=false", "policy.precision=float32"),
+    *("eval.metrics={bright: brightness}", "train.tensorboard=false", "train.report=false", "policy.precision=float32"),
 )
 
 
 @pytest.fixture
-def trainer(tiny_pipeline, tmp_path, monkeypatch) -> Callable[..., Trainer]:
+def trainer(tiny_pipeline, tmp_path) -> Callable[..., Trainer]:
     """trainer(run name, override, ...) -> a small Flow-GRPO run on the tiny Stable Diffusion 3."""
-    monkeypatch.setattr("rlflow.report.report.write_report", lambda run: Path(run))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"{i} cats\n" for i in range(12)))
 
@@ -141,9 +140,8 @@ def test_doctor_passes_on_a_recipe_of_a_checkpoint(trainer):
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
-def test_a_reward_moves_a_lora_through_the_decoder(tiny_pipeline, tmp_path, monkeypatch, family: str) -> None:
+def test_a_reward_moves_a_lora_through_the_decoder(tiny_pipeline, tmp_path, family: str) -> None:
     """Every row's picture made again on the way back; the gradient of R(decode(x)) is that of a difference."""
-    monkeypatch.setattr("rlflow.report.report.write_report", lambda run: Path(run))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"{i} cats\n" for i in range(12)))
     small = [f"policy.field.checkpoint={tiny_pipeline(family)}", f"env.prompts={prompts}", *SMALL]

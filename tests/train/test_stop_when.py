@@ -83,7 +83,7 @@ class Scripted:
 
 
 def test_the_command_says_why_it_ended(
-    tmp_path: Path, tiny: list[str], scenes_field: str, no_report: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny: list[str], scenes_field: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = [*tiny, f"policy.field={scenes_field}", "train.minutes=", "train.iterations=4", AT_2]
     main(["train", "t2i_flow_grpo", *overrides, "--run", str(tmp_path / "run"), "--quiet"])

@@ -37,10 +37,9 @@ def evals(run: Path) -> list[dict]:
     return [row for row in read_metrics(run) if row["kind"] == "eval"]
 
 
-def test_a_run_folder_holds_everything(tmp_path: Path, trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # with the real report
+def test_a_run_folder_holds_everything(tmp_path: Path, trainer: Make) -> None:
     run = tmp_path / "run"
-    trainer(run, "eval.every=1", "train.tensorboard=true", "eval.grid=4").fit()
+    trainer(run, "eval.every=1", "train.tensorboard=true", "train.report=true", "eval.grid=4").fit()
     for name in ("config.yaml", "run.json", "metrics.jsonl", "report.html", "checkpoints/last", "checkpoints/best"):
         assert (run / name).exists(), name
     assert list((run / "tensorboard").iterdir())
@@ -315,9 +314,10 @@ def test_a_reward_that_never_scores_is_said_once_and_reported(
     tmp_path: Path, trainer: Make, own_rewards: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run ends well, since a service may be down for a while; but nobody can overlook it."""
-    monkeypatch.undo()  # with the real report
     monkeypatch.syspath_prepend(str(tmp_path))
-    made = trainer(tmp_path / "run", f"reward.weights={{'{own_rewards}:nothing': 1}}", trust_code=True)
+    made = trainer(
+        tmp_path / "run", f"reward.weights={{'{own_rewards}:nothing': 1}}", "train.report=true", trust_code=True
+    )
     with pytest.warns(UserWarning, match="iteration 1 has a score") as said:
         made.fit()
     assert len([w for w in said if "has a score" in str(w.message)]) == 1
@@ -408,9 +408,7 @@ def test_permuted_rewards_are_the_same_rewards(tmp_path: Path, trainer: Make) ->
 
 
 @pytest.mark.parametrize("through", ["last_n", "refl", "adjoint"])
-def test_reward_gradients_resume_and_are_not_the_controls(
-    tmp_path: Path, scenes_field: str, no_report: None, through: str
-) -> None:
+def test_reward_gradients_resume_and_are_not_the_controls(tmp_path: Path, scenes_field: str, through: str) -> None:
     """1 + 1 iterations are 2 bit for bit; the control trains other weights by the same pictures' rewards."""
     recipe = "t2i_adjoint" if through == "adjoint" else "t2i_draft"
     few = [
@@ -419,6 +417,7 @@ def test_reward_gradients_resume_and_are_not_the_controls(
         "env.num_groups=3",
         "eval.num=3",
         "train.tensorboard=false",
+        "train.report=false",
     ]
     few += [f"algorithm.through={{name: {through}}}", "policy.num_steps=4", "algorithm.kl=0.1"]
 
@@ -487,7 +486,7 @@ def some_demos(folder: Path, env: str = "hopper") -> Path:
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_runs_two_iterations(
-    name: str, tmp_path: Path, scenes_field: str, words_field: str, tiny_pipeline: Callable, no_report: None
+    name: str, tmp_path: Path, scenes_field: str, words_field: str, tiny_pipeline: Callable
 ) -> None:
     """At its own settings, with a tiny network and few rows: first ratio exactly 1, finite numbers, weights move."""
     few = [
@@ -495,6 +494,7 @@ def test_every_recipe_runs_two_iterations(
         "env.group_size=4",
         "eval.num=4",
         "train.tensorboard=false",
+        "train.report=false",
     ]
     learner = recipes.load(name).algorithm
     ratios = isinstance(learner, AlgorithmConfig)
@@ -534,12 +534,12 @@ def test_demonstrations_do_not_fit_stacked_observations(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("env", ["toy_image", "toy_reach", "toy_bandit", "toy_mdp", "toy_routes"])
-def test_a_recipe_drives_the_toy_environments(tmp_path: Path, env: str, no_report: None) -> None:
+def test_a_recipe_drives_the_toy_environments(tmp_path: Path, env: str) -> None:
     """The same trainer; evaluation is exactly `eval.num` episodes from seeds."""
     values = {
         "policy": {"field": "mlp", "num_steps": 4, "precision": "float32"},
         "env": {"name": env, "num_groups": 4, "group_size": 4},
-        "train": {"iterations": 2, "tensorboard": False},
+        "train": {"iterations": 2, "tensorboard": False, "report": False},
         "eval": {"num": 5},
     }
     made = Trainer(values, tmp_path / "run", quiet=True)
