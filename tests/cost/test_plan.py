@@ -126,6 +126,7 @@ def test_plan_refuses_the_processes_that_training_refuses(
         make_parts(config)
 
 
+@pytest.mark.slow
 def test_sharding_divides_what_stays(tiny: list[str], scenes_field: str) -> None:
     """Weights, averages, optimiser and gradients in parts; beside them the blocks that run are whole."""
     config = load("images", tiny, scenes_field)
@@ -140,6 +141,7 @@ def test_sharding_divides_what_stays(tiny: list[str], scenes_field: str) -> None
     assert make_fit(planner, GPU("test", 1e-6, 1, 1), gpus=2).overrides["train.sharding"] == "full"
 
 
+@pytest.mark.slow
 def test_more_gpus_are_named_where_one_cannot_do(tiny: list[str], scenes_field: str) -> None:
     """The smallest power of two that fits; three minibatches cannot be shared out evenly among parts."""
     config = load("images", tiny, scenes_field)

@@ -18,12 +18,15 @@ PAGE = (Path(__file__).parents[2] / "docs" / "pretrained.md").read_text()
 STATED = {name: int(rows) for name, rows in re.findall(r"^\| `(\w+)` \| (\d+) \|", PAGE, re.M)}
 
 
-@pytest.mark.parametrize("name", STATED)
-def test_rows_per_image(name, tiny_pipeline, tmp_path):
-    """Stated is the plan's mean over its iterations, windows having moved; iteration 0 is counted by the policy where
-    the network is called, on a pair of rows of a tiny checkpoint."""
+FAST = ("sd35_draft", "flux_mixgrpo_flash")
+"""Counted in the fast tests too: a reward's gradient, and a chain."""
+
+
+@pytest.fixture
+def small(tiny_pipeline, tmp_path):
+    """small(recipe): overrides that let it run on a tiny checkpoint of its family."""
     (tmp_path / "prompts.txt").write_text("".join(f"{i} cats\n" for i in range(12)))
-    overrides = [
+    return lambda name: [
         f"policy.field.checkpoint={tiny_pipeline('flux' if name.startswith('flux') else 'sd3')}",
         "policy.field.resolution=32",
         "policy.field.max_sequence_length=16",
@@ -33,20 +36,32 @@ def test_rows_per_image(name, tiny_pipeline, tmp_path):
         "reward.weights={brightness: 1, redness: 1}",
         "reward.settings={}",
         "eval.metrics={}",
+        *(["algorithm.num_minibatches=1"] if is_planned(name) else []),
     ]
-    is_planned = isinstance(recipes.load(name).algorithm, AlgorithmConfig)
-    overrides += ["algorithm.num_minibatches=1"] if is_planned else []
-    parts = make_parts(recipes.load(name, [*overrides, "env.group_size=2"]))
+
+
+def is_planned(name):
+    """Iterations of a reward's gradient are all alike, and their cost is the first one's."""
+    return isinstance(recipes.load(name).algorithm, AlgorithmConfig)
+
+
+@pytest.mark.parametrize("name", [*filter(is_planned, STATED)])
+def test_rows_per_image_are_the_plans(name, small):
+    """Its mean over the iterations, windows having moved."""
+    config = recipes.load(name, small(name))
+    mean = Shape.of(config, skeleton(config), share(config, world=1), 1).cost.total / config.env.group_size
+    assert round(mean) == STATED[name], mean
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in STATED])
+def test_the_first_iteration_is_counted_where_the_network_is_called(name, small):
+    """A pair of rows of a tiny checkpoint costs what the formula says."""
+    parts = make_parts(recipes.load(name, [*small(name), "env.group_size=2"]))
     cost = iteration_cost(parts).total
     before = parts.policy.network_cost
     parts.algorithm.update(parts.collector.collect(0))
     assert parts.policy.network_cost - before == cost
-    if not is_planned:  # every iteration is like the first
-        assert round(cost / 2) == STATED[name]
-        return
-    config = recipes.load(name, overrides)
-    mean = Shape.of(config, skeleton(config), share(config, world=1), 1).cost.total / config.env.group_size
-    assert round(mean) == STATED[name], mean
+    assert is_planned(name) or round(cost / 2) == STATED[name]
 
 
 def test_every_recipe_of_a_checkpoint_states_its_cost():

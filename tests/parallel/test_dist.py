@@ -293,6 +293,7 @@ def launched(tmp_path: Path) -> list[str]:
     return [sys.executable, "-m", "rlflow", *command]
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_reaches_every_process(tmp_path: Path, launched: list[str]) -> None:
     """`--processes 2` shares the groups of an iteration, and Ctrl-C saves a checkpoint and ends well."""
     process = subprocess.Popen(launched, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -347,7 +347,7 @@ def test_non_finite_steps_end_the_run_and_the_checkpoints_before_them_stay(
     """Bad steps are skipped, counted, never saved and prune nothing; the run stops, says why, and is reported."""
     run, reported = tmp_path / "run", []
     monkeypatch.setattr("rlflow.report.report.write_report", reported.append)
-    overrides = ["train.iterations=12", "train.checkpoint_every=1", f"train.keep={keep}"]
+    overrides = ["train.iterations=12", "train.checkpoint_every=1", f"train.keep={keep}", "train.report=true"]
     made = trainer(run, *overrides, "algorithm.optimizer.max_bad_steps=5", callbacks=[poison_after(3)])
     with pytest.raises(NonFiniteError, match=r"5 optimiser steps in a row.*--resume 2\); \[3\] may be spoilt$"):
         made.fit()
