@@ -104,7 +104,7 @@ class Line:
 
     def training(self, metric: str) -> Spread:
         """Mean of a training metric over the last iterations."""
-        return Spread.of(Spread.of(row.get(metric, math.nan) for row in run.train[-LAST:]).mean for run in self.runs)
+        return Spread.of(Spread.of(run.train[-LAST:].column(metric)).mean for run in self.runs)
 
 
 def _ends(run: RunRecord, metric: str) -> tuple[float, float]:
@@ -169,7 +169,8 @@ def _common(lines: Sequence[Line], cost: str) -> list[tuple[str, float]]:
 
 def eval_at(run: RunRecord, cost: str, budget: float) -> Row | None:
     """The last evaluation within a budget; None where the run did not spend it."""
-    totals = {0: 0.0} | {row["iteration"]: float(row[cost]) for row in run.train}
+    spent = zip(run.train.iteration.tolist(), run.train.column(cost).tolist(), strict=True)
+    totals = {0: 0.0} | {iteration: total for iteration, total in spent if math.isfinite(total)}
     if max(totals.values()) < budget:
         return None
     fits = [row for row in run.evals if row["iteration"] == 0 or totals.get(row["iteration"] - 1, math.inf) < budget]

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rlflow.report.glossary import HELDOUT, describe, show
+from rlflow.report.metrics_file import Array, Metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Array = NDArray[np.float64]
 Run = Sequence[Mapping[str, Any]]
 Runs = Run | Sequence[Run] | Mapping[str, Sequence[Run]]
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B5B5B", "#A6761D")
@@ -146,13 +145,12 @@ def save(figure: Figure, path: Any, kind: str | None = None) -> None:
 
 def series(run: Run, name: str, x: str = "iteration") -> tuple[Array, Array]:
     """(x, value) of the rows that have a finite value of `name`; a cost missing there is the last one known."""
-    at, points = 0.0, []
-    for row in run:
-        at = float(row[x]) if math.isfinite(row.get(x, math.nan)) else at
-        if math.isfinite(value := row.get(name, math.nan)):
-            points.append((at, float(value)))
-    array = np.array(points, dtype=np.float64).reshape(-1, 2)
-    return array[:, 0], array[:, 1]
+    table = Metrics.of(run)
+    costs, values = table.column(x), table.column(name)
+    latest = np.maximum.accumulate(np.where(np.isfinite(costs), np.arange(len(table)), -1))
+    at = np.where(latest < 0, 0.0, costs[latest]) if len(table) else costs
+    kept = np.isfinite(values)
+    return at[kept], values[kept]
 
 
 def _is_svg(path: Any, kind: str | None) -> bool:

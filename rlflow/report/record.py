@@ -19,7 +19,7 @@ from rlflow.registry import TABLE
 from rlflow.report.curves import series
 from rlflow.report.figures import read_captions
 from rlflow.report.glossary import HELDOUT, describe, headline, share, signed
-from rlflow.report.metrics_file import Row, read_metrics
+from rlflow.report.metrics_file import Metrics, Row, read_table
 from rlflow.report.pairing import NOT_KEPT, pair
 from rlflow.report.stats import Interval
 
@@ -68,7 +68,7 @@ class RunRecord:
     folder: Path
     info: dict[str, Any]
     config_text: str
-    rows: list[Row]
+    rows: Metrics
     _changes: dict[str, Change | None] = field(default_factory=dict)
 
     @staticmethod
@@ -77,7 +77,7 @@ class RunRecord:
         folder = Path(folder)
         if not _is_run(folder):
             raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml, run.json or metrics.jsonl")
-        return RunRecord(folder, _json(folder / "run.json"), _text(folder / "config.yaml"), read_metrics(folder))
+        return RunRecord(folder, _json(folder / "run.json"), _text(folder / "config.yaml"), read_table(folder))
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -106,28 +106,25 @@ class RunRecord:
         return Path(str(self.info.get("recipe", "run"))).stem
 
     @cached_property
-    def train(self) -> list[Row]:
+    def train(self) -> Metrics:
         """Rows of training iterations."""
-        return [row for row in self.rows if row["kind"] == "train"]
+        return self.rows.only("train")
 
     @cached_property
     def evals(self) -> list[Row]:
         """Rows of evaluations, the last one of each iteration, in order."""
-        latest = {row["iteration"]: row for row in self.rows if row["kind"] == "eval"}
+        latest = {row["iteration"]: row for row in self.rows.only("eval")}
         return [latest[iteration] for iteration in sorted(latest)]
 
     @property
     def iterations(self) -> int:
         """Training iterations done."""
-        return max((row["iteration"] for row in self.train), default=0)
+        return int(self.train.iteration.max(initial=0))
 
     @cached_property
     def names(self) -> list[str]:
         """Metrics that have a finite value somewhere, in order of appearance."""
-        found = {
-            k: None for row in self.rows for k, v in row.items() if k not in ("iteration", "kind") and math.isfinite(v)
-        }
-        return list(found)
+        return [name for name in self.rows.names if np.isfinite(self.rows.column(name)).any()]
 
     @property
     def headline(self) -> str | None:

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from html import escape
 
+import numpy as np
+
 from rlflow.report import page
 from rlflow.report.curves import series
 from rlflow.report.glossary import HELDOUT, MISSING, describe, duration, order, share, show, signed
@@ -79,7 +81,7 @@ def _change_row(label: str, change: Change, meaning: str) -> list[str]:
 
 def findings(run: RunRecord) -> Iterator[tuple[str, str]]:
     """(what was found about a judge, the diversity or missing scores, kind of label: bad, watch, good or '')."""
-    if lost := sum(row.get("reward/masked_frac", 0) >= 1 for row in run.train):
+    if lost := int((run.train.column("reward/masked_frac") >= 1).sum()):
         yield f"no score at all in {lost} of {len(run.train)} iterations: nothing was learnt from them", "bad"
     reward = run.trend("reward/mean")
     rises = reward is not None and reward.difference.low > 0  # false where the run is too short to tell
@@ -171,15 +173,12 @@ def _left_out_row(run: RunRecord, name: str) -> list[str] | None:
 
 
 def _not_finite_rows(run: RunRecord) -> list[list[str]]:
-    counts: dict[str, int] = {}
-    for row in run.train:
-        for name, value in row.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                counts[name] = counts.get(name, 0) + 1
-    total = len(run.train)
+    train, total = run.train, len(run.train)
+    counts = {name: int((train.has(name) & ~np.isfinite(train.column(name))).sum()) for name in train.names}
     return [
         [f"no finite value of {escape(name)}", f"{100 * n / total:.1f} %", f"{n} of {total} iterations"]
         for name, n in counts.items()
+        if n
     ]
 
 
@@ -207,7 +206,7 @@ def cost(run: RunRecord) -> str:
 
 def _reward_seconds(run: RunRecord) -> list[tuple[str, str]]:
     """Time in each reward, of images beside the sampling of the next ones, and so not an addend of the bar."""
-    names = sorted({name for row in run.train for name in row if re.fullmatch(r"reward/\w+/seconds", name)})
+    names = sorted(name for name in run.train.names if re.fullmatch(r"reward/\w+/seconds", name))
     spent = [(name.split("/")[1], _total(run, name)) for name in names]
     return [(duration(seconds), f"in the reward {name}") for name, seconds in spent if seconds > 0]
 
