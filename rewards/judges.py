@@ -3,7 +3,8 @@
 `cnn_judge` is a small network trained on true renders (scripts/train_judge.py) that shares nothing with the
 verifier of shapes.py but the captions. For every one of the 18 things (colour, shape) it predicts a density
 over an 8 x 8 map whose sum is how many there are, and for every colour a map of where it is, from which a
-learned layer tells the relation. `diversity` and `base_distance` are root-mean-square differences of pixel
+learned layer tells the relation. `second_judge` is the same from another seed: it watches runs whose reward is the
+first. `diversity` and `base_distance` are root-mean-square differences of pixel
 values in [0, 1].
 """
 
@@ -32,7 +33,7 @@ M = TypeVar("M", bound=nn.Module)
 
 SIZE = 32
 THINGS = tuple(Thing(color, shape) for color in COLORS for shape in SHAPES)
-JUDGE_FOLDER = Path(rlflow.__file__).parent / "assets" / "judge"
+ASSETS = Path(rlflow.__file__).parent / "assets"
 
 
 def block(inputs: int, outputs: int, kernel: int, stride: int) -> tuple[nn.Module, ...]:
@@ -90,9 +91,9 @@ def load_network(make: Callable[..., M], folder: Path) -> M:
 
 
 @functools.cache
-def load_judge() -> SceneCNN:
-    """The network that ships with the package, in evaluation mode."""
-    return load_network(SceneCNN, JUDGE_FOLDER)
+def load_judge(name: str = "judge") -> SceneCNN:
+    """A network that ships with the package, `judge` or `second_judge`, in evaluation mode."""
+    return load_network(SceneCNN, ASSETS / name)
 
 
 def small_images(pixels: NDArray[np.uint8]) -> tuple[Tensor, ...]:
@@ -106,12 +107,12 @@ def _small(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _look(pixels: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
-    parts = [load_judge()(part) for part in small_images(pixels)]
+def _look(name: str, pixels: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+    parts = [load_judge(name)(part) for part in small_images(pixels)]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-memory = BatchMemory(_look)
+memory, second_memory = (BatchMemory(functools.partial(_look, name)) for name in ("judge", "second_judge"))
 
 
 def verdicts(model: SceneCNN, counts: Tensor, places: Tensor, scenes: Sequence[Scene]) -> Tensor:
@@ -136,8 +137,12 @@ def _relations(model: SceneCNN, places: Tensor, scenes: Sequence[Scene]) -> tupl
 
 def cnn_judge(images: Tensor, prompt: Sequence[str]) -> Tensor:
     """(N,) 1 where the network sees exactly what the caption says, else 0; ValueError for a foreign caption."""
-    counts, places = memory(images)
-    return verdicts(load_judge(), counts, places, [parse(caption) for caption in prompt]).float()
+    return verdicts(load_judge(), *memory(images), [parse(caption) for caption in prompt]).float()
+
+
+def second_judge(images: Tensor, prompt: Sequence[str]) -> Tensor:
+    """(N,) as `cnn_judge`, by the second network."""
+    return verdicts(load_judge("second_judge"), *second_memory(images), [parse(caption) for caption in prompt]).float()
 
 
 @differentiable
@@ -146,11 +151,21 @@ def cnn_judge_soft(images: Tensor, prompt: Sequence[str]) -> Tensor:
 
     Of the images as they are, not rounded to 8 bits: a reward that gives gradients.
     """
+    return _soft(load_judge(), images, prompt)
+
+
+@differentiable
+def second_judge_soft(images: Tensor, prompt: Sequence[str]) -> Tensor:
+    """(N,) as `cnn_judge_soft`, by the second network: together they are harder to fool than one."""
+    return _soft(load_judge("second_judge"), images, prompt)
+
+
+def _soft(judge: SceneCNN, images: Tensor, prompt: Sequence[str]) -> Tensor:
     scenes = [parse(caption) for caption in prompt]
-    counts, places = load_judge()(_small(images.float().cpu()))
+    counts, places = judge(_small(images.float().cpu()))
     wanted = torch.stack([thing_counts(scene) for scene in scenes])
     scores = -F.smooth_l1_loss(counts, wanted, reduction="none").sum(1)
-    related, logits, target = _relations(load_judge(), places, scenes)
+    related, logits, target = _relations(judge, places, scenes)
     chances = logits.log_softmax(1)[torch.arange(len(target)), target]
     return scores.index_add(0, torch.tensor(related, dtype=torch.long), chances).to(images.device)
 

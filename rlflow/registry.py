@@ -142,6 +142,8 @@ TABLE: dict[str, dict[str, str]] = {
         "redness": "rlflow.rewards.colour:redness",
         "cnn_judge": "rlflow.rewards.judges:cnn_judge",
         "cnn_judge_soft": "rlflow.rewards.judges:cnn_judge_soft",
+        "second_judge": "rlflow.rewards.judges:second_judge",
+        "second_judge_soft": "rlflow.rewards.judges:second_judge_soft",
         "word_judge": "rlflow.rewards.word_judge:word_judge",
         "clip_score": "rlflow.rewards.networks.clip:ClipScore",
         "pickscore": "rlflow.rewards.networks.pickscore:PickScore",

@@ -12,7 +12,7 @@ from rlflow.envs.prompts import Prompts
 from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rewards.colour import brightness, redness
 from rlflow.rewards.component import differentiable, make_reward
-from rlflow.rewards.judges import cnn_judge, cnn_judge_soft
+from rlflow.rewards.judges import cnn_judge, cnn_judge_soft, second_judge_soft
 from tests.rewards.test_judges import draw
 
 CAPTIONS = [
@@ -72,7 +72,7 @@ def test_what_has_no_gradient_is_named(rewards: list[Reward], normalize: Any, re
         graded(RewardSet(rewards, normalize), pictures())
 
 
-@pytest.mark.parametrize("fn", [brightness, redness, cnn_judge_soft])
+@pytest.mark.parametrize("fn", [brightness, redness, cnn_judge_soft, second_judge_soft])
 def test_gradients_are_slopes(fn: Callable[..., Tensor]) -> None:
     images = pictures()
     rewards = RewardSet([Reward("it", fn)])

@@ -11,12 +11,27 @@ import torch
 from rlflow.envs.captions.scenes import draw_captions, parse, render
 from rlflow.rewards import judges
 from rlflow.rewards.base import column_names
-from rlflow.rewards.judges import JUDGE_FOLDER, THINGS, base_distance, cnn_judge, diversity, load_judge, thing_counts
+from rlflow.rewards.judges import (
+    ASSETS,
+    THINGS,
+    base_distance,
+    cnn_judge,
+    diversity,
+    load_judge,
+    second_judge,
+    thing_counts,
+)
 
 
 def draw(captions, seed=0, size=32):
     rng = np.random.default_rng(seed)
     return torch.from_numpy(np.stack([render(parse(c), rng, size) for c in captions]))
+
+
+@pytest.fixture(params=[cnn_judge, second_judge], ids=["first", "second"])
+def judge(request):
+    """Either network."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +41,18 @@ def heldout():
     return captions, draw(captions)
 
 
-def test_the_judge_knows_true_renders_of_captions_it_never_saw(heldout):
+def test_the_judge_knows_true_renders_of_captions_it_never_saw(heldout, judge):
     captions, images = heldout
-    assert cnn_judge(images, captions).mean() >= 0.95
+    assert judge(images, captions).mean() >= 0.95
     spoilt = (images + 0.05 * torch.randn(images.shape)).clamp(0, 1)
-    assert cnn_judge(spoilt, captions).mean() >= 0.9
+    assert judge(spoilt, captions).mean() >= 0.9
 
 
-def test_shuffled_captions_are_wrong(heldout):
+def test_shuffled_captions_are_wrong(heldout, judge):
     captions, images = heldout
     shuffled = captions[1:] + captions[:1]
     differ = torch.tensor([a != b for a, b in zip(captions, shuffled, strict=True)])
-    assert cnn_judge(images, shuffled)[differ].mean() <= 0.01
+    assert judge(images, shuffled)[differ].mean() <= 0.01
 
 
 @pytest.mark.parametrize(
@@ -51,38 +66,45 @@ def test_shuffled_captions_are_wrong(heldout):
         ("a red circle left of a blue square", "a red circle and a blue square", 1),
     ],
 )
-def test_every_part_matters(drawn, asked, verdict):
-    assert (cnn_judge(draw([drawn] * 20), [asked] * 20).mean() - verdict).abs() <= 0.1
+def test_every_part_matters(drawn, asked, verdict, judge):
+    assert (judge(draw([drawn] * 20), [asked] * 20).mean() - verdict).abs() <= 0.1
 
 
-def test_an_empty_image_and_noise_are_wrong(heldout):
+def test_an_empty_image_and_noise_are_wrong(heldout, judge):
     captions, _ = heldout
-    assert cnn_judge(torch.zeros(50, 3, 32, 32), captions[:50]).sum() == 0
-    assert cnn_judge(torch.rand(50, 3, 32, 32), captions[:50]).sum() == 0
+    assert judge(torch.zeros(50, 3, 32, 32), captions[:50]).sum() == 0
+    assert judge(torch.rand(50, 3, 32, 32), captions[:50]).sum() == 0
 
 
-def test_larger_images_are_scaled_down(heldout):
+def test_larger_images_are_scaled_down(heldout, judge):
     captions, _ = heldout
-    assert cnn_judge(draw(captions[:50], size=64), captions[:50]).mean() >= 0.9
+    assert judge(draw(captions[:50], size=64), captions[:50]).mean() >= 0.9
 
 
-def test_permuting_rows_permutes_verdicts(heldout):
+def test_permuting_rows_permutes_verdicts(heldout, judge):
     captions, images = heldout
     noisy = (images + 0.6 * torch.randn(images.shape)).clamp(0, 1)
     order = torch.randperm(len(captions))
-    plain = cnn_judge(noisy, captions)
+    plain = judge(noisy, captions)
     assert 0.05 < plain.mean() < 0.95
-    assert torch.equal(cnn_judge(noisy[order], [captions[i] for i in order]), plain[order])
+    assert torch.equal(judge(noisy[order], [captions[i] for i in order]), plain[order])
 
 
-def test_the_judge_is_small_learned_and_says_what_made_it():
-    assert sum(p.numel() for p in load_judge().parameters()) < 200_000
-    assert not any(p.requires_grad for p in load_judge().parameters())
-    made_by = json.loads((JUDGE_FOLDER / "config.json").read_text())["made_by"]
+@pytest.mark.parametrize("name", ["judge", "second_judge"])
+def test_the_judge_is_small_learned_and_says_what_made_it(name):
+    assert sum(p.numel() for p in load_judge(name).parameters()) < 200_000
+    assert not any(p.requires_grad for p in load_judge(name).parameters())
+    made_by = json.loads((ASSETS / name / "config.json").read_text())["made_by"]
     assert "scripts/train_judge.py" in made_by["command"]
     assert made_by["accuracy"]["heldout"]["true"] >= 0.95
     modules = [n.module for n in ast.walk(ast.parse(inspect.getsource(judges))) if isinstance(n, ast.ImportFrom)]
     assert "rlflow.rewards.shapes" not in modules  # independent of the verifier it is to check
+
+
+def test_the_networks_differ(heldout):
+    """Of noise they think different things, so what fools one need not fool the other."""
+    first, second = (load_judge(name)(torch.rand(20, 3, 32, 32))[0] for name in ("judge", "second_judge"))
+    assert (first - second).abs().mean() > 0.01
 
 
 def test_thing_counts_by_hand():
