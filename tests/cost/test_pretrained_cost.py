@@ -19,12 +19,12 @@ STATED = {name: int(rows) for name, rows in re.findall(r"^\| `(\w+)` \| (\d+) \|
 
 
 @pytest.mark.parametrize("name", STATED)
-def test_rows_per_image(name, tiny_pipeline, tmp_path):
+def test_rows_per_image(name, tiny_of, tmp_path):
     """Stated is the plan's mean over its iterations, windows having moved; iteration 0 is counted by the policy where
     the network is called, on a pair of rows of a tiny checkpoint."""
     (tmp_path / "prompts.txt").write_text("".join(f"{i} cats\n" for i in range(12)))
     overrides = [
-        f"policy.field.checkpoint={tiny_pipeline('flux' if name.startswith('flux') else 'sd3')}",
+        f"policy.field.checkpoint={tiny_of(name)}",
         "policy.field.resolution=32",
         "policy.field.max_sequence_length=16",
         f"policy.max_kappa={NO_LIMIT}",
