@@ -129,6 +129,7 @@ KINDS: dict[str, Callable[[Path, dict[str, Any]], Any]] = {
     "flux": _flux,
     "flux_schnell": _flux_schnell,
     "klein": tiny_language.klein,
+    "flux2_dev": tiny_language.flux2_dev,
     "z_image": tiny_language.z_image,
     "qwen_image": tiny_language.qwen_image,
 }

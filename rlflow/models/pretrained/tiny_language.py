@@ -20,7 +20,8 @@ INSIDE = "the image by detailing color shape size texture quantity text spatial 
 FIRST = "system Describe user assistant"
 """Words of Qwen-Image's template with a space before them, and without."""
 CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content if m.content is string else m.content[0].text }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
@@ -54,7 +55,20 @@ def _text(vocabulary: int, layers: int) -> dict[str, Any]:
 
 def klein(folder: Path, scheduler: dict[str, Any]) -> Any:
     """FLUX.2 klein-base: its text is of the layers 9, 18 and 27, so there are as many."""
-    from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+    from diffusers import Flux2KleinPipeline
+
+    return Flux2KleinPipeline(**_flux2(27, scheduler, guidance_embeds=False))
+
+
+def flux2_dev(folder: Path, scheduler: dict[str, Any]) -> Any:
+    """FLUX.2 dev, whose text is of the layers 10, 20 and 30; a Qwen stands in for its Mistral, which sees pictures."""
+    from diffusers import Flux2Pipeline
+
+    return Flux2Pipeline(**_flux2(30, scheduler, guidance_embeds=True))
+
+
+def _flux2(layers: int, scheduler: dict[str, Any], guidance_embeds: bool) -> dict[str, Any]:
+    from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     words = tokenizer()
@@ -63,13 +77,13 @@ def klein(folder: Path, scheduler: dict[str, Any]) -> Any:
     vae = AutoencoderKLFlux2(**SIZES, **BLOCKS, latent_channels=4).eval()
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2.0)
-    return Flux2KleinPipeline(
-        transformer=moved(Flux2Transformer2DModel(**sizes, **heads, guidance_embeds=False)),
-        scheduler=euler(**{"shift": 3.0, "use_dynamic_shifting": True, **scheduler}),
-        vae=vae,
-        text_encoder=Qwen3ForCausalLM(Qwen3Config(**_text(len(words), 27), head_dim=8)).eval(),
-        tokenizer=words,
-    )
+    return {
+        "transformer": moved(Flux2Transformer2DModel(**sizes, **heads, guidance_embeds=guidance_embeds)),
+        "scheduler": euler(**{"shift": 3.0, "use_dynamic_shifting": True, **scheduler}),
+        "vae": vae,
+        "text_encoder": Qwen3ForCausalLM(Qwen3Config(**_text(len(words), layers), head_dim=8)).eval(),
+        "tokenizer": words,
+    }
 
 
 def z_image(folder: Path, scheduler: dict[str, Any]) -> Any:
@@ -79,7 +93,7 @@ def z_image(folder: Path, scheduler: dict[str, Any]) -> Any:
 
     words = tokenizer()
     sizes = {"in_channels": 4, "dim": WIDTH, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
-    places = {"axes_dims": [4, 2, 2], "axes_lens": [1024, 32, 32]}
+    places = {"axes_dims": [4, 2, 2], "axes_lens": [1024, 128, 128]}
     return ZImagePipeline(
         transformer=moved(ZImageTransformer2DModel(**sizes, **places, cap_feat_dim=WIDTH)),
         scheduler=euler(**{"shift": 6.0, **scheduler}),

@@ -97,8 +97,12 @@ class Dev(Klein):
         from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
         chats = format_input(prompts=list(texts), system_message=self.pipe.system_message)
-        chosen = self.pipe.tokenizer.apply_chat_template(chats, add_generation_prompt=False, tokenize=True)
-        return [min(len(ids), max_sequence_length) for ids in chosen]
+        size = {"padding": "max_length", "truncation": True, "max_length": max_sequence_length}
+        asked = {"add_generation_prompt": False, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        found: list[int] = (
+            self.pipe.tokenizer.apply_chat_template(chats, **asked, **size)["attention_mask"].sum(1).tolist()
+        )
+        return found
 
 
 def klein(pipe: Any) -> Klein:
