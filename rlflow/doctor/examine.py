@@ -26,10 +26,9 @@ from rlflow.rl.off_policy.path_entropy import highest_entropy
 from rlflow.rl.off_policy.sac import SAC
 from rlflow.train.build import Parts, make_policy
 
-GPU_LOG_RATIO = 1e-2
-"""Largest first log-ratio that passes where kernels of different batch sizes round differently."""
-RAGGED_LOG_RATIO = 1e-4
-"""The same where texts are padded to the longest beside them, and rows are scored beside others than sampled."""
+ROUNDED_LOG_RATIO = 1e-2
+"""Largest first log-ratio that passes where a row rounds differently beside others: by kernels of a GPU, which go by the
+size of a batch, or because texts are padded to the longest of it."""
 LARGEST_DENSITY = 32
 """Numbers of an action up to which the density of a noise-free chain is computed."""
 FEW_GROUPS = 4
@@ -91,7 +90,7 @@ def _first_log_ratio(probe: Probe) -> Check:
     found = {int(k.removeprefix(prefix)): v for k, v in probe.metrics.items() if k.startswith(prefix)}
     by_step = [found[k] for k in sorted(found)]
     policy = probe.parts.policy
-    limit = GPU_LOG_RATIO if policy.device.type != "cpu" else RAGGED_LOG_RATIO * policy.field.ragged
+    limit = ROUNDED_LOG_RATIO if policy.field.ragged or policy.device.type != "cpu" else 0
     detail = "largest |log ratio| before any update, by scored step: " + " ".join(f"{v:.2g}" for v in by_step)
     if policy.field.ragged:
         detail += "; not exactly 0: texts are padded to the longest beside them, which differs when they are scored"

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from rlflow.config import recipes
 from rlflow.config.parse import parse
 from rlflow.config.schema import AlgorithmConfig, SACConfig
-from rlflow.doctor.examine import RAGGED_LOG_RATIO
 from rlflow.envs.demos.dataset import Episode, write_demos
 from rlflow.models.io import load_field
 from rlflow.report.metrics_file import read_metrics
@@ -520,7 +519,7 @@ def test_every_recipe_runs_two_iterations(
         iterations = (
             2 if made.algorithm.sample_with == "live" else 1
         )  # of which the samples are of the very weights that learn
-        largest = RAGGED_LOG_RATIO if made.policy.field.ragged else 0
+        largest = 1e-4 if made.policy.field.ragged else 0  # texts of two lengths, the base in bfloat16
         assert all(row["policy/first_log_ratio_max"] <= largest for row in rows[:iterations])
     assert [row["reward/masked_frac"] for row in rows] == [0, 0], "its rewards know its prompts"
     assert all(math.isfinite(row[k]) for row in rows for k in ("policy/loss", "reward/mean", "optim/grad_norm"))

@@ -27,9 +27,9 @@ def euler(**config: Any) -> Any:
     return FlowMatchEulerDiscreteScheduler(**config)
 
 
-def moved(module: torch.nn.Module) -> Any:
+def moved(module: torch.nn.Module, by: float = 0.1) -> Any:
     """With every parameter off its start: layers that begin at zero would hide what they are given."""
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.add_(by * torch.randn_like(parameter))
     return module.eval()

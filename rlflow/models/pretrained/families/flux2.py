@@ -61,7 +61,7 @@ class Klein(Adapter):
             guidance=self._guidance(x),
             encoder_hidden_states=text["tokens"],
             txt_ids=_places(1, 1, text["tokens"].shape[1]).to(x.device),
-            img_ids=_places(*x.shape[2:], 1).to(x.device),
+            img_ids=_places(x.shape[2], x.shape[3], 1).to(x.device),
             return_dict=False,
         )[0]
         return out.mT.unflatten(2, x.shape[2:])

@@ -7,6 +7,8 @@ each channel. The grid ends at sigma .02, the scheduler's `shift_terminal`.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ class QwenImage(Adapter):
     max_sequence_length = 512
     ragged = True
     num_steps, guidance = 50, 4.0
-    guided: type[CFG] = CFGNorm
+    guided: ClassVar[type[CFG]] = CFGNorm
     modules = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
