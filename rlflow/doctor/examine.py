@@ -27,8 +27,8 @@ from rlflow.rl.off_policy.sac import SAC
 from rlflow.train.build import Parts, make_policy
 
 ROUNDED_LOG_RATIO = 1e-2
-"""Largest first log-ratio that passes where a row rounds differently beside others: by kernels of a GPU, which go by the
-size of a batch, or because texts are padded to the longest of it."""
+"""Largest first log-ratio that passes where a row rounds differently beside others: a GPU's kernels go by the size of a
+batch, and texts are padded to the longest of it."""
 LARGEST_DENSITY = 32
 """Numbers of an action up to which the density of a noise-free chain is computed."""
 FEW_GROUPS = 4
