@@ -269,6 +269,14 @@ def test_names_that_say_so(name, is_distilled):
     assert (named_distilled(name) is not None) == is_distilled
 
 
+def test_a_family_that_the_installed_diffusers_lacks_is_said(monkeypatch, tiny_pipeline):
+    import diffusers
+
+    monkeypatch.setattr(diffusers, "ZImagePipeline", None)
+    with pytest.raises(ValueError, match="diffusers 0.* has no ZImagePipeline: pip install -U diffusers"):
+        pretrained(str(tiny_pipeline("z_image")), resolution=SIDE)
+
+
 # -- the rest of the border -----------------------------------------------------------------------
 
 
