@@ -67,6 +67,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "guidance": {
         "cfg": "rlflow.flow.guidance:CFG",
+        "cfg_norm": "rlflow.flow.guidance:CFGNorm",
         "cfg_zero": "rlflow.flow.guidance:CFGZero",
     },
     "select": {

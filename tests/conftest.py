@@ -190,6 +190,16 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any
     return make
 
 
+TINY_OF = {"flux": "flux", "klein": "klein", "zimage": "z_image", "qwen": "qwen_image"}
+"""By how the name of a recipe begins, the kind of its checkpoint; all others are of Stable Diffusion 3."""
+
+
+@pytest.fixture(scope="session")
+def tiny_of(tiny_pipeline: Callable[..., Path]) -> Callable[[str], Path]:
+    """tiny_of(recipe) -> the folder of a random checkpoint of its family."""
+    return lambda name: tiny_pipeline(next((TINY_OF[start] for start in TINY_OF if name.startswith(start)), "sd3"))
+
+
 class Half(BaseHTTPRequestHandler):
     """A reward server that never answers a request with a prompt that says so, and others with their brightness."""
 

@@ -1,4 +1,4 @@
-"""Fine-tune a diffusers folder of your own (Stable Diffusion 3 or 3.5, FLUX.1) with a reward of your own.
+"""Fine-tune a diffusers folder of your own (Stable Diffusion 3, FLUX, Z-Image, Qwen-Image) with a reward of your own.
 
     python docs/examples/own_pipeline.py FOLDER RUN [key=value ...]
 

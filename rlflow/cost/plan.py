@@ -25,7 +25,7 @@ from rlflow.cost.reward_networks import reward_networks
 from rlflow.cost.skeleton import Skeleton, learner, skeleton
 from rlflow.cost.trace import Trace, parameter_bytes
 from rlflow.flow.field import VelocityField
-from rlflow.models.pretrained.shapes_of import beside, encoder_bytes, releases_encoders
+from rlflow.models.pretrained.shapes_of import beside, encoder_bytes, quantised_saving, releases_encoders
 from rlflow.parallel.shards import blocks
 from rlflow.rl.groups import Groups
 from rlflow.types import tree_leaves
@@ -181,7 +181,7 @@ def _staying(config: Config, bare: Skeleton, gpus: int) -> dict[str, float]:
     critic = 0 if bare.critic is None else 4 * parameter_bytes(bare.critic, trained=True)
     network = bare.policy.field.unguided
     return {
-        "weights, frozen": parameter_bytes(bare.policy, trained=False) / shares,
+        "weights, frozen": (parameter_bytes(bare.policy, trained=False) - quantised_saving(network)) / shares,
         "VAE": sum(parameter_bytes(part, trained=False) for part in beside(network)),
         "text encoders": 0 if releases_encoders(network) else encoder_bytes(network),
         "rewards": reward_networks(config).bytes,
@@ -294,7 +294,7 @@ def _other_ways(config: Config) -> str:
     if field.get("lora") is None and field.get("adapter") is None:
         return "\nA LoRA needs far less than the whole network: policy.field.lora=32 policy.field.weights=bfloat16"
     if field.get("quantize") is None:
-        return "\nA quantised base takes a half or a quarter, not estimated here: policy.field.quantize=int8 or nf4"
+        return "\nA quantised base takes a half or a third: policy.field.quantize=int8 or nf4"
     return ""
 
 

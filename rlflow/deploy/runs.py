@@ -17,7 +17,6 @@ from rlflow.config.schema import Config, PolicyConfig, Spec
 from rlflow.config.values import merge
 from rlflow.flow.field import VelocityField
 from rlflow.flow.grid import FromScheduler
-from rlflow.flow.guidance import CFG
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.hub import is_hub_id
@@ -105,8 +104,8 @@ def load(
 
     It samples as it is evaluated: steps, solver, resolution, guidance and choice among samples are those of the run's,
     or the checkpoint's, evaluations; `select`, as in a recipe, replaces that choice. Of a run, `weights` is 'live' or
-    'ema' (default: the ones the run evaluates). Of a pipeline (Stable Diffusion 3 or 3.5, FLUX.1; a folder or a hub
-    id), the other settings: `lora` adds one of this rank, which then trains; without, nothing does. Resolution,
+    'ema' (default: the ones the run evaluates). Of a diffusers pipeline (a folder or a hub id), the other
+    settings: `lora` adds one of this rank, which then trains; without, nothing does. Resolution,
     guidance and number of steps are the pipeline's own unless given; `variant` names its files' (fp16).
     """
     if not is_run(name):
@@ -196,7 +195,7 @@ def _load_pipeline(
 def _as_its_pipeline(found: PretrainedField, guidance: float | None = None, num_steps: int | None = None) -> FlowPolicy:
     """Sampling as the pipeline does: its grid, its guidance, Euler steps; FlowSDE is there for training."""
     scale = found.adapter.guidance if guidance is None else guidance
-    field: VelocityField = CFG(found, scale) if scale > 1 else found
+    field: VelocityField = found.adapter.guided(found, scale) if scale > 1 else found
     grid = FromScheduler(found)
     return FlowPolicy(field, FlowSDE().to(device()), grid=grid, num_steps=num_steps or found.adapter.num_steps)
 

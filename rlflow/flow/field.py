@@ -13,6 +13,7 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
+from rlflow.flow.path import expand
 from rlflow.types import Cond, Tree
 
 
@@ -43,6 +44,10 @@ class VelocityField(nn.Module):
     """Pixels a side of the pictures, where `resize` can change it."""
     graph_calls: int = 1
     """Those of them that keep a graph where gradients are on."""
+    ragged: bool = False
+    """True where a row's text is padded to the longest beside it: its velocity then depends on them by a rounding."""
+    distilled: str | None = None
+    """To what, where training distilled the network: it is then not the mean velocity of its samples."""
 
     def tokenize(self, captions: list[str]) -> Tree:
         """Text to the tensors `encode` takes; only text-conditional fields have it."""
@@ -73,6 +78,10 @@ class VelocityField(nn.Module):
     def times(self, num_steps: int) -> Tensor:
         """(K + 1,) float64 times the model's own sampler uses; what the grid `scheduler` asks for."""
         raise ValueError(f"{type(self).__name__} has no time grid of its own: use policy.grid=uniform")
+
+    def lengths(self, v: Tensor) -> Tensor:
+        """Of velocities (N, *D), as what divides them; guidance of some models keeps it (`CFGNorm`)."""
+        return expand(v.flatten(1).norm(dim=1), v)
 
     def unscored(self, grid: Tensor) -> int:
         """Steps at the data end of a grid (K + 1,) that are too short to be scored on this model."""
@@ -108,6 +117,7 @@ class Around(VelocityField):
         self.field, self.num_features = field, field.num_features
         self.uses_dt, self.has_instantaneous = field.uses_dt, field.has_instantaneous
         self.calls, self.graph_calls = field.calls, field.graph_calls
+        self.ragged, self.distilled = field.ragged, field.distilled
 
     @property
     def event_shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -151,6 +161,10 @@ class Around(VelocityField):
     def times(self, num_steps: int) -> Tensor:
         """As the inner field."""
         return self.field.times(num_steps)
+
+    def lengths(self, v: Tensor) -> Tensor:
+        """As the inner field."""
+        return self.field.lengths(v)
 
     def unscored(self, grid: Tensor) -> int:
         """As the inner field."""

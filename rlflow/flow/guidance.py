@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlflow.flow.field import Around, VelocityField
 from rlflow.flow.path import at_least_float, expand
-from rlflow.ranges import Scale, Unit
+from rlflow.ranges import Positive, Scale, Unit
 from rlflow.types import Cond
 
 
@@ -51,6 +51,24 @@ class CFG(Around):
     def combine(self, v_cond: Tensor, v_null: Tensor, t: Tensor) -> Tensor:
         """v_u + w (v_c - v_u)."""
         return v_null + self.scale * (v_cond - v_null)
+
+
+class CFGNorm(CFG):
+    """CFG that keeps the length of v_c: v_g |v_c| / |v_g|, v_g = v_u + w (v_c - v_u) (Lin et al. 2024; Qwen-Image).
+
+    With `cap` only where v_g is longer than cap times that (Z-Image's `cfg_normalization`). The length is the model's
+    affair (`VelocityField.lengths`): of a whole sample, or of each of its tokens.
+    """
+
+    def __init__(self, field: VelocityField, scale: Scale, cap: Positive | None = None, detach: bool = False):
+        super().__init__(field, scale, detach)
+        self.cap = cap
+
+    def combine(self, v_cond: Tensor, v_null: Tensor, t: Tensor) -> Tensor:
+        """v_g |v_c| / |v_g|, or v_g min(1, cap |v_c| / |v_g|)."""
+        guided, lengths = super().combine(v_cond, v_null, t), self.field.lengths
+        ratio = lengths(v_cond) / lengths(guided).clamp(min=torch.finfo(guided.dtype).tiny)
+        return guided * (ratio if self.cap is None else (self.cap * ratio).clamp(max=1.0))
 
 
 class CFGZero(CFG):

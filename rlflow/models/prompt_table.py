@@ -1,16 +1,22 @@
 """Texts by number, and their encodings: a frozen text encoder sees each distinct text once.
 
 A condition then holds numbers (N,) in place of megabytes per row; the values are looked up where a network needs them.
+Texts may have as many tokens as they need: those of a batch are padded to its longest, and "mask" says where.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+Encoded = Mapping[str, Tensor | Sequence[Tensor]]
+"""Of N texts: (N, ...), or N tensors whose first sizes differ."""
 Encoding = dict[str, Tensor]
+TOKENS, MASK = "tokens", "mask"
+"""Names of what may be ragged, (N, L, W), and of (N, L), True where it is a text's own."""
 BATCH = 8
 """Texts of one encoder pass, always: a pass of another size rounds differently, and a resumed run would too."""
 
@@ -18,10 +24,10 @@ BATCH = 8
 class PromptTable:
     """`encode(texts)` gives named tensors (len(texts), ...), kept in host memory; the `capacity` last used stay."""
 
-    def __init__(self, encode: Callable[[list[str]], Encoding], capacity: int = 1024):
+    def __init__(self, encode: Callable[[list[str]], Encoded], capacity: int = 1024):
         if capacity < 1:
             raise ValueError(f"a table of {capacity} encoded prompts holds none: give cache >= 1")
-        self._encode: Callable[[list[str]], Encoding] | None = encode
+        self._encode: Callable[[list[str]], Encoded] | None = encode
         self.capacity = capacity
         self.texts: list[str] = []
         self._number: dict[str, int] = {}
@@ -63,12 +69,23 @@ class PromptTable:
             del self._rows[next(iter(self._rows))]
 
     def __call__(self, numbers: Tensor) -> Encoding:
-        """Encodings of numbers (N,) on their device; rows of one text are moved there once."""
+        """Encodings of numbers (N,) on their device; rows of one text are moved there once.
+
+        With "mask" where their texts have different numbers of tokens.
+        """
         unique, inverse = numbers.unique(return_inverse=True)
         wanted = unique.tolist()
         if self._last is None or self._last[:2] != (wanted, numbers.device):
             self.fill(wanted)
-            names = self._rows[wanted[0]]
-            stacked = {name: torch.stack([self._rows[n][name] for n in wanted]).to(numbers.device) for name in names}
-            self._last = wanted, numbers.device, stacked
+            stacked = _stack([self._rows[n] for n in wanted])
+            self._last = wanted, numbers.device, {name: value.to(numbers.device) for name, value in stacked.items()}
         return {name: value[inverse] for name, value in self._last[2].items()}
+
+
+def _stack(rows: Sequence[Encoding]) -> Encoding:
+    """Encodings of single texts as one, padded with zeros to the longest."""
+    found = {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in rows[0]}
+    lengths = torch.tensor([len(row.get(TOKENS, ())) for row in rows])
+    if len(lengths.unique()) > 1:
+        found[MASK] = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+    return found

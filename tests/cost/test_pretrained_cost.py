@@ -23,11 +23,11 @@ FAST = ("sd35_draft", "flux_mixgrpo_flash")
 
 
 @pytest.fixture
-def small(tiny_pipeline, tmp_path):
+def small(tiny_of, tmp_path):
     """small(recipe): overrides that let it run on a tiny checkpoint of its family."""
     (tmp_path / "prompts.txt").write_text("".join(f"{i} cats\n" for i in range(12)))
     return lambda name: [
-        f"policy.field.checkpoint={tiny_pipeline('flux' if name.startswith('flux') else 'sd3')}",
+        f"policy.field.checkpoint={tiny_of(name)}",
         "policy.field.resolution=32",
         "policy.field.max_sequence_length=16",
         f"policy.max_kappa={NO_LIMIT}",

@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 
 from rlflow.flow.field import VelocityField
-from rlflow.flow.guidance import CFG, CFGZero
+from rlflow.flow.guidance import CFG, CFGNorm, CFGZero
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.mlp import MLPField
 from rlflow.types import Cond
 
-WRAPPERS = [CFG, CFGZero]
+WRAPPERS = [CFG, CFGNorm, CFGZero]
 
 
 class Recorded(MLPField):
@@ -70,6 +70,29 @@ def test_cfg_is_linear_in_the_scale(field, inputs):
     v_cond, v_null = branches(field, inputs)
     for scale in (0.5, 3.0, 4.5):
         close(CFG(field, scale)(*inputs), scale * v_cond + (1 - scale) * v_null)
+
+
+class TestCFGNorm:
+    def test_keeps_the_length_of_the_conditional_velocity_and_the_direction_of_cfg(self, field, inputs):
+        v_cond, _ = branches(field, inputs)
+        plain, kept = CFG(field, 3.0)(*inputs), CFGNorm(field, 3.0)(*inputs)
+        close(kept.flatten(1).norm(dim=1), v_cond.flatten(1).norm(dim=1))
+        close(kept * plain.flatten(1).norm(dim=1)[:, None, None], plain * v_cond.flatten(1).norm(dim=1)[:, None, None])
+
+    def test_a_cap_shortens_what_is_longer_and_nothing_else(self, field, inputs):
+        v_cond, _ = branches(field, inputs)
+        plain, limit = CFG(field, 3.0)(*inputs), 1.1 * v_cond.flatten(1).norm(dim=1)
+        longer = plain.flatten(1).norm(dim=1) > limit
+        assert 0 < int(longer.sum()) < 6
+        capped = CFGNorm(field, 3.0, cap=1.1)(*inputs)
+        close(capped[~longer], plain[~longer])
+        close(capped[longer].flatten(1).norm(dim=1), limit[longer])
+
+    def test_the_model_says_over_what(self, field, inputs, monkeypatch):
+        """Of each row of an event, as of a token."""
+        monkeypatch.setattr(field, "lengths", lambda v: v.norm(dim=-1, keepdim=True))
+        v_cond, _ = branches(field, inputs)
+        close(CFGNorm(field, 3.0)(*inputs).norm(dim=-1), v_cond.norm(dim=-1))
 
 
 class TestCFGZero:

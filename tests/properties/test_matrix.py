@@ -154,10 +154,10 @@ RULES = (
         lambda c: c.algorithm == "kl released" and (c.kernel == "learned_noise" or c.likelihood == "cfm"),
     ),
     Rule(
-        "`cfm` with guidance",
-        "use guidance=null, or likelihood.allow_guided=true",
-        "a guided field is not E[x_1 - x_0 | x_t] of its own samples: the loss would pull where all advantages are "
-        "equal; the override samples with guidance and trains the field inside",
+        "`cfm` with guidance, or on a distilled network",
+        r"or likelihood.allow_(guided|distilled)=true",
+        "neither is E[x_1 - x_0 | x_t] of its own samples: the loss would pull where all advantages are equal, and "
+        "undo the distillation; the overrides train the field inside the guidance, and the network all the same",
         example=(USUAL._replace(likelihood="cfm"), Extra(guidance=3.0)),
     ),
     Rule(

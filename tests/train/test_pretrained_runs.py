@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import rlflow as rf
+from rlflow.config import recipes
 from rlflow.deploy.runs import evaluator_of
 from rlflow.models.pretrained import lora as lora_files
 from rlflow.train.checkpoint import Checkpoints, pack
@@ -159,3 +160,35 @@ def test_a_reward_moves_a_lora_through_the_decoder(tiny_pipeline, tmp_path, fami
         for sign in (1, -1)
     ]
     assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(float(found.norm()), rel=0.05)
+
+
+OF_FAMILY = {"klein": "klein_flow_grpo_fast", "z_image": "zimage_nft", "qwen_image": "qwen_image_nft"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OF_FAMILY)
+def test_every_command_on_a_family(kind, tiny_pipeline, tmp_path, capsys):
+    """Doctor passes, train leaves a report and a LoRA with its card, sample draws from the run and its model."""
+    from rlflow.cli import main
+    from rlflow.doctor.doctor import doctor
+
+    (tmp_path / "prompts.txt").write_text("".join(f"{i} cats\n" for i in range(12)))
+    fixed = [f"policy.field.checkpoint={tiny_pipeline(kind)}", f"env.prompts={tmp_path / 'prompts.txt'}", *SMALL]
+    fixed += [
+        "policy.field.max_sequence_length=64",
+        "policy.num_steps=10",
+        "reward.weights={brightness: 1, redness: 1}",
+        "reward.settings={}",
+    ]
+    recipe, run = OF_FAMILY[kind], tmp_path / "run"
+    checks = doctor(recipes.load(recipe, [*fixed, "train.iterations=1", "algorithm.num_minibatches=1"]))
+    assert [(c.name, c.value, c.limit) for c in checks if c.passed is False] == []
+    main(["train", recipe, *fixed, "train.iterations=1", "algorithm.num_minibatches=1", "--run", str(run), "--quiet"])
+    main(["report", str(run)])
+    assert "bright" in (run / "report.html").read_text()
+    assert (run / "model" / "README.md").is_file()
+    for source in (run, run / "model"):
+        out = tmp_path / "x.png"
+        main(["sample", str(source), "--prompt", "two cats", "--num", "1", "--steps", "2", "--out", str(out)])
+        assert out.stat().st_size > 100
+        out.unlink()

@@ -462,9 +462,8 @@ def test_reward_gradients_refuse_what_has_none(tmp_path: Path, scenes_field: str
 # -- every recipe ---------------------------------------------------------------------------------
 
 
-def on_a_tiny_checkpoint(name: str, tiny_pipeline: Callable, prompts: Path) -> list[str]:
+def on_a_tiny_checkpoint(checkpoint: Path, prompts: Path) -> list[str]:
     """What a recipe of a foreign checkpoint cannot have in a test: its weights, its pixels, its judges' weights."""
-    checkpoint = tiny_pipeline("flux" if name.startswith("flux") else "sd3")
     prompts.write_text("".join(f"{i} cats\n" for i in range(12)))
     field = [f"policy.field.checkpoint={checkpoint}", "policy.field.resolution=32"]
     rewards = [
@@ -486,7 +485,7 @@ def some_demos(folder: Path, env: str = "hopper") -> Path:
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_runs_two_iterations(
-    name: str, tmp_path: Path, scenes_field: str, words_field: str, tiny_pipeline: Callable
+    name: str, tmp_path: Path, scenes_field: str, words_field: str, tiny_of: Callable[[str], Path]
 ) -> None:
     """At its own settings, with a tiny network and few rows: first ratio exactly 1, finite numbers, weights move."""
     few = [
@@ -504,7 +503,7 @@ def test_every_recipe_runs_two_iterations(
         field = {"shapes": scenes_field, "words": words_field}[recipes.load(name).policy.field]
         few += [f"policy.field={field}", "reward.weights.brightness=1"]
     elif recipes.load(name).env.name == "prompt":
-        few += on_a_tiny_checkpoint(name, tiny_pipeline, tmp_path / "prompts.txt")
+        few += on_a_tiny_checkpoint(tiny_of(name), tmp_path / "prompts.txt")
     else:
         few += ["env.horizon=6", "eval.video=0"]
     if isinstance(learner, SACConfig) and learner.offline is not None:
@@ -520,7 +519,8 @@ def test_every_recipe_runs_two_iterations(
         iterations = (
             2 if made.algorithm.sample_with == "live" else 1
         )  # of which the samples are of the very weights that learn
-        assert [row.get("policy/first_log_ratio_max") for row in rows][:iterations] == [0] * iterations
+        largest = 1e-4 if made.policy.field.ragged else 0  # texts of two lengths, the base in bfloat16
+        assert all(row["policy/first_log_ratio_max"] <= largest for row in rows[:iterations])
     assert [row["reward/masked_frac"] for row in rows] == [0, 0], "its rewards know its prompts"
     assert all(math.isfinite(row[k]) for row in rows for k in ("policy/loss", "reward/mean", "optim/grad_norm"))
     assert any(not torch.equal(v, made.policy.state_dict()[k]) for k, v in before.items())

@@ -6,19 +6,18 @@ No weights are read and nothing is fetched; `shapes_of` builds a network without
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlflow.models.pretrained.adapter import Adapter
-from rlflow.models.pretrained.flux import Flux
 from rlflow.models.pretrained.opening import is_pipeline
 from rlflow.models.pretrained.pipeline import adapter_of
-from rlflow.models.pretrained.sd3 import SD3
 
+SD3 = "StableDiffusion3Pipeline"
+QWEN3_4B, QWEN3_8B, QWEN25_VL_7B, MISTRAL_24B = 4_022_468_096, 8_190_735_360, 8_292_166_656, 24_011_361_280
 VAE = {
     "latent_channels": 16,
     "block_out_channels": [128, 256, 512, 512],
@@ -33,16 +32,18 @@ VAE = {
 
 @dataclass(frozen=True)
 class Known:
-    """A pipeline: the transformer's class and configuration, the scheduler's, the VAE's, how many CLIP tokens stand
-    before T5's, and the parameters of each text encoder."""
+    """A pipeline's class, the transformer's class and configuration, the scheduler's, the VAE's, how many CLIP tokens
+    stand before T5's, the parameters of each text encoder, and what else model_index.json says."""
 
-    adapter: Callable[[Any], Adapter]
+    pipeline: str
     transformer: str
     numbers: Mapping[str, Any]
     scheduler: Mapping[str, Any]
     clip_tokens: int
     encoders: Mapping[str, int]
     vae: Mapping[str, Any]
+    vae_class: str = "AutoencoderKL"
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 CLIP_L, CLIP_G, T5_XXL = 123_650_304, 694_659_840, 4_762_310_656
@@ -50,6 +51,7 @@ SD3_TEXT = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": 
 FLUX_TEXT = {"text_encoder": CLIP_L - 768 * 768, "text_encoder_2": T5_XXL}  # its CLIP has no projection
 STATIC = {"shift": 3.0}
 DYNAMIC = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+TO_02 = {"use_dynamic_shifting": True, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
 
 
 def _sd3(heads: int, places: int, **more: Any) -> Known:
@@ -68,7 +70,29 @@ def _sd3(heads: int, places: int, **more: Any) -> Known:
 
 
 def _flux(scheduler: Mapping[str, Any], guidance: bool) -> Known:
-    return Known(Flux, "FluxTransformer2DModel", {"guidance_embeds": guidance}, scheduler, 0, FLUX_TEXT, VAE)
+    return Known("FluxPipeline", "FluxTransformer2DModel", {"guidance_embeds": guidance}, scheduler, 0, FLUX_TEXT, VAE)
+
+
+def _flux2(pipeline: str, encoder: int, numbers: Mapping[str, Any], settings: Mapping[str, Any]) -> Known:
+    text = {"text_encoder": encoder}
+    return Known(pipeline, "Flux2Transformer2DModel", numbers, DYNAMIC, 0, text, {}, "AutoencoderKLFlux2", settings)
+
+
+def _klein(double: int, single: int, heads: int, encoder: int, distilled: bool) -> Known:
+    """As many blocks of each kind, and heads of 128 numbers."""
+    numbers = {"num_layers": double, "num_single_layers": single, "num_attention_heads": heads}
+    numbers |= {"joint_attention_dim": 7680 if encoder == QWEN3_4B else 12288, "guidance_embeds": False}
+    return _flux2("Flux2KleinPipeline", encoder, numbers, {"is_distilled": distilled})
+
+
+def _z_image(shift: float) -> Known:
+    numbers, text = {"axes_lens": [1536, 512, 512]}, {"text_encoder": QWEN3_4B}
+    return Known("ZImagePipeline", "ZImageTransformer2DModel", numbers, {"shift": shift}, 0, text, VAE)
+
+
+def _qwen_image() -> Known:
+    network, text = "QwenImageTransformer2DModel", {"text_encoder": QWEN25_VL_7B}
+    return Known("QwenImagePipeline", network, {}, TO_02, 0, text, {}, "AutoencoderKLQwenImage")
 
 
 KNOWN = {
@@ -80,6 +104,15 @@ KNOWN = {
     "stabilityai/stable-diffusion-3.5-large-turbo": _sd3(38, 192, qk_norm="rms_norm"),
     "black-forest-labs/FLUX.1-dev": _flux(DYNAMIC, guidance=True),
     "black-forest-labs/FLUX.1-schnell": _flux({"shift": 1.0}, guidance=False),
+    "black-forest-labs/FLUX.2-dev": _flux2("Flux2Pipeline", MISTRAL_24B, {}, {}),
+    "black-forest-labs/FLUX.2-klein-base-4B": _klein(5, 20, 24, QWEN3_4B, distilled=False),
+    "black-forest-labs/FLUX.2-klein-base-9B": _klein(8, 24, 32, QWEN3_8B, distilled=False),
+    "black-forest-labs/FLUX.2-klein-4B": _klein(5, 20, 24, QWEN3_4B, distilled=True),
+    "black-forest-labs/FLUX.2-klein-9B": _klein(8, 24, 32, QWEN3_8B, distilled=True),
+    "Tongyi-MAI/Z-Image": _z_image(6.0),
+    "Tongyi-MAI/Z-Image-Turbo": _z_image(3.0),
+    "Qwen/Qwen-Image": _qwen_image(),
+    "Qwen/Qwen-Image-2512": _qwen_image(),
 }
 
 
@@ -96,15 +129,18 @@ def known(checkpoint: str) -> Known:
 
 
 def _local(folder: Path) -> Known:
-    index, adapter = _read(folder / "model_index.json"), adapter_of(str(folder))
+    index = _read(folder / "model_index.json")
+    adapter_of(str(folder))  # or it is none that there is an adapter for
     return Known(
-        adapter,
+        index["_class_name"],
         index["transformer"][1],
         _read(folder / "transformer" / "config.json"),
         _read(folder / "scheduler" / "scheduler_config.json"),
-        _read(folder / "tokenizer" / "tokenizer_config.json")["model_max_length"] if adapter is SD3 else 0,
+        _read(folder / "tokenizer" / "tokenizer_config.json")["model_max_length"] if index["_class_name"] == SD3 else 0,
         {name: _parameters(folder / name, index[name][1]) for name in index if _is_encoder(name, index[name])},
         _read(folder / "vae" / "config.json"),
+        index["vae"][1],
+        {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)},
     )
 
 

@@ -48,17 +48,43 @@ def attach(pipe: Any, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
 
 def new(transformer: nn.Module, rank: int, alpha: float | None, modules: Sequence[str]) -> dict[str, Any]:
-    """Settings of a new LoRA on the layers whose names end so; ValueError for an end that no layer has."""
-    linear = [name for name, m in transformer.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    """Settings of a new LoRA on the layers whose names end so; ValueError for an end that no layer has, or for ends
+    that leave out all blocks of a kind."""
+    if not modules:
+        raise ValueError("lora_modules names no layer: leave it out for the attention's")
+    every = dict(transformer.named_modules())
+    linear = [name for name, module in every.items() if isinstance(module, nn.Linear | nn.Conv2d)]
+    targets: list[str] = []
     for end in modules:
-        if not any(name == end or name.endswith(f".{end}") for name in linear):
+        found = [name for name in linear if _ends(name, end)]
+        if not found:
             ends = sorted({".".join(name.split(".")[2:]) for name in linear if name.count(".") > 1})
             raise ValueError(
                 f"lora_modules: no layer of {type(transformer).__name__} ends in {end!r}; some: {ends[:12]}"
             )
-    if not modules:
-        raise ValueError("lora_modules names no layer: leave it out for the attention's")
-    return {"r": rank, "lora_alpha": 2 * rank if alpha is None else alpha, "target_modules": list(modules)}
+        targets += [end] if len(found) == sum(_ends(name, end) for name in every) else found  # a list ends so too
+    _check_blocks(transformer, linear, modules)
+    return {"r": rank, "lora_alpha": 2 * rank if alpha is None else alpha, "target_modules": targets}
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
+
+
+def _check_blocks(transformer: nn.Module, linear: Sequence[str], modules: Sequence[str]) -> None:
+    """ValueError where the blocks of one list get nothing, as FLUX.2's single ones do of an `attn.to_q`; whoever names
+    a list in `modules` means some of them."""
+    lists = [name for name, child in transformer.named_children() if isinstance(child, nn.ModuleList) and len(child)]
+    if any(end.startswith(f"{name}.") for end in modules for name in lists):
+        return
+    reached = {name.split(".")[0] for name in linear for end in modules if _ends(name, end)}
+    for name in lists:
+        inside = sorted({n.split(".", 2)[2] for n in linear if n.startswith(f"{name}.") and n.count(".") > 1})
+        if inside and name not in reached:
+            raise ValueError(
+                f"lora_modules: {list(modules)} reach no layer of {name}, which would stay as they are: add some of "
+                f"{inside[:8]}, or name the blocks that are meant, such as {lists[0]}.0.{modules[0]}"
+            )
 
 
 def _fill(transformer: nn.Module, tensors: Mapping[str, Tensor]) -> None:

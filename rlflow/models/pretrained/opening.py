@@ -85,6 +85,8 @@ def open_pipeline(checkpoint: str, dtype: torch.dtype, quantize: str | None = No
 
 def _from_pretrained(checkpoint: str, dtype: torch.dtype, quantization: Any, settings: Mapping[str, Any]) -> Any:
     diffusers, given = _diffusers(), {}
+    if getattr(diffusers, name := pipeline_class(checkpoint), None) is None:
+        raise ValueError(f"diffusers {diffusers.__version__} has no {name}: pip install -U diffusers")
     if quantization is not None:
         model = getattr(diffusers, _index(checkpoint)["transformer"][1])
         part = {"subfolder": "transformer", "quantization_config": quantization}

@@ -1,4 +1,4 @@
-"""Foreign text-to-image checkpoints as a VelocityField: Stable Diffusion 3 / 3.5 and FLUX.1, from a folder or the hub.
+"""Foreign text-to-image checkpoints as a VelocityField, from a folder or the hub: the pipelines of ADAPTERS.
 
     v(x, t) = -(noise - data predicted at sigma = 1 - t)
 
@@ -9,6 +9,7 @@ The base stays as it was downloaded; what trains is a LoRA (peft), or the whole 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,19 +26,25 @@ from rlflow.models.pretrained import lora as lora_files
 from rlflow.models.pretrained.adapter import Adapter
 from rlflow.models.pretrained.foreign_lora import read_lora
 from rlflow.models.pretrained.opening import open_pipeline, pipeline_class
-from rlflow.models.prompt_table import Encoding, PromptTable
+from rlflow.models.prompt_table import Encoded, PromptTable
 from rlflow.ranges import Count, Positive, Scale, Size, Text
 from rlflow.types import Cond
 
 ADAPTERS = {
-    "StableDiffusion3Pipeline": "rlflow.models.pretrained.sd3:SD3",
-    "FluxPipeline": "rlflow.models.pretrained.flux:flux",
+    "StableDiffusion3Pipeline": "rlflow.models.pretrained.families.sd3:SD3",
+    "FluxPipeline": "rlflow.models.pretrained.families.flux:flux",
+    "Flux2Pipeline": "rlflow.models.pretrained.families.flux2:Dev",
+    "Flux2KleinPipeline": "rlflow.models.pretrained.families.flux2:klein",
+    "ZImagePipeline": "rlflow.models.pretrained.families.z_image:z_image",
+    "QwenImagePipeline": "rlflow.models.pretrained.families.qwen_image:QwenImage",
 }
 """By the pipeline's class: what a new family adds besides its file."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NEAR_DATA, ROUNDING = 0.02, 1e-4
 """Sigma at which a step begins almost at the data, and how far a scheduler that aims at it may miss: float32 puts a
 terminal sigma of .02 above it for some numbers of steps and below it for others."""
+FEW_STEPS = re.compile(r"(?<!de-)(?<![a-z])(turbo|schnell|lightning|hyper|distilled|dmd2?|lcm)(?![a-z])", re.IGNORECASE)
+"""How the names of checkpoints say that they were distilled to a few steps, where their files do not."""
 NEGATIVE = 0
 """Number of the negative prompt in the table."""
 
@@ -64,7 +71,8 @@ class PretrainedField(VelocityField):
         norms.fuse(self.transformer)
         self.max_sequence_length = max_sequence_length or adapter.max_sequence_length
         self.release_encoders = release_encoders
-        self.num_features = int(adapter.pipe.transformer.config.pooled_projection_dim)
+        self.num_features, self.ragged = adapter.pooled_width, adapter.ragged
+        self.distilled = adapter.distilled or named_distilled(args["checkpoint"])
         self.table = PromptTable(self._encode_texts, cache)
         self.table.numbers([negative_prompt])
         self.resize(resolution)
@@ -101,7 +109,7 @@ class PretrainedField(VelocityField):
                 setattr(self.adapter.pipe, name, None)
 
     @torch.no_grad()
-    def _encode_texts(self, texts: list[str]) -> Encoding:
+    def _encode_texts(self, texts: list[str]) -> Encoded:
         device = next(self.transformer.parameters()).device
         for name in self.adapter.encoders:
             if (encoder := getattr(self.adapter.pipe, name)) is not None:
@@ -126,8 +134,14 @@ class PretrainedField(VelocityField):
 
     def forward(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
         """Velocity (N, *D) at x (N, *D), t (N,); dt is ignored."""
-        text = {name: value.to(self.weight_dtype) for name, value in self.table(cond["prompt"]).items()}
-        return -self.adapter.predict(x.to(self.weight_dtype), 1 - t, text)
+        dtype = self.weight_dtype
+        text = {n: v.to(dtype) if v.is_floating_point() else v for n, v in self.table(cond["prompt"]).items()}
+        return -self.adapter.predict(x.to(dtype), 1 - t, text)
+
+    def lengths(self, v: Tensor) -> Tensor:
+        """Where the pipeline's guidance keeps them."""
+        found = self.adapter.lengths(v)
+        return super().lengths(v) if found is None else found
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents (N, *D) to images (N, 3, H, W) in [0, 1]."""
@@ -186,7 +200,7 @@ def pretrained(
     cache: Count = 1024,
     vae_tiling: bool = False,
 ) -> PretrainedField:
-    """Stable Diffusion 3 / 3.5 or FLUX.1 from a folder or a hub id.
+    """A text-to-image pipeline of diffusers, from a folder or a hub id.
 
     `lora`: rank of a new LoRA (alpha: twice that unless given), else the whole network trains; `adapter`: an existing
     LoRA to start from. `weights`: of the base; a LoRA is float32 in any case. `variant`: of the files, such as fp16.
@@ -243,11 +257,23 @@ def add_lora(border: Adapter, rank: int, alpha: float | None, modules: Sequence[
     lora_files.attach(border.pipe, lora_files.new(transformer, rank, alpha, ends))
 
 
+def named_distilled(checkpoint: str) -> str | None:
+    """By the name of a hub id, of its folder in the hub's cache, or of any other folder."""
+    parts = Path(checkpoint).parts
+    names = [part for part in parts if part.startswith("models--")] + list(parts[-1:])
+    return "a few steps" if any(FEW_STEPS.search(name) for name in names) else None
+
+
 def adapter_of(checkpoint: str) -> Callable[[Any], Adapter]:
     """The adapter of a checkpoint's pipeline class; ValueError names those there are."""
     name = pipeline_class(checkpoint)
     if name not in ADAPTERS:
         raise ValueError(f"{checkpoint} is a {name}; there are adapters for {sorted(ADAPTERS)}")
+    return family(name)
+
+
+def family(name: str) -> Callable[[Any], Adapter]:
+    """The adapter of a pipeline class in the table."""
     module, _, attribute = ADAPTERS[name].partition(":")
     found: Callable[[Any], Adapter] = getattr(importlib.import_module(module), attribute)
     return found

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from rlflow.models import hub
 from rlflow.models.pretrained import scheduler
-from rlflow.models.pretrained.known import known
-from rlflow.models.pretrained.pipeline import DTYPES, PretrainedField, add_lora
+from rlflow.models.pretrained.known import Known, known
+from rlflow.models.pretrained.pipeline import DTYPES, PretrainedField, add_lora, family
+
+BITS = {"int8": 8.0, "nf4": 4.5}
+"""Of a number; the four-bit ones come 64 to a float32 scale."""
 
 
 class NoText:
@@ -39,24 +43,35 @@ def shape_of(checkpoint: str, settings: Mapping[str, Any]) -> PretrainedField:
     with torch.device("meta"):
         transformer = getattr(diffusers, model.transformer).from_config(dict(model.numbers))
         nn.Module.to(transformer, dtype)  # that of diffusers warns of layers it does not have
-        vae = diffusers.AutoencoderKL.from_config(dict(model.vae)).requires_grad_(False)
-        pipe: Any = SimpleNamespace(transformer=transformer, vae=vae)
-        border = model.adapter(pipe)
+        vae = getattr(diffusers, model.vae_class).from_config(dict(model.vae)).requires_grad_(False)
+    plan = diffusers.FlowMatchEulerDiscreteScheduler.from_config(dict(model.scheduler))
+    scheduler.check(plan, checkpoint)
+    pipe = _pipeline(model, {"transformer": transformer, "vae": vae, "scheduler": plan})
+    border = family(model.pipeline)(pipe)
+    with torch.device("meta"):
         if settings.get("lora") is not None:
             add_lora(border, settings["lora"], settings.get("lora_alpha"), settings.get("lora_modules"))
-    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(dict(model.scheduler))
-    scheduler.check(pipe.scheduler, checkpoint)
-    pipe.vae.to = lambda *_: pipe.vae  # what has no storage is nowhere
-    pipe.encoder_parameters = model.encoders
-    pipe.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    pipe.default_sample_size = transformer.config.get("sample_size", 128)  # FLUX names none
     if settings.get("vae_tiling"):
         pipe.vae.enable_tiling()
     length = settings.get("max_sequence_length") or border.max_sequence_length
-    field = PretrainedField(border, dict(settings), settings.get("resolution") or border.default_resolution)
-    tokens, width = model.clip_tokens + length, transformer.config.joint_attention_dim
-    field.table = NoText(tokens, field.num_features, width)  # type: ignore[assignment]
-    return field
+    args = {**settings, "checkpoint": checkpoint}
+    made = PretrainedField(border, args, settings.get("resolution") or border.default_resolution)
+    made.table = NoText(model.clip_tokens + length, made.num_features, border.text_width)  # type: ignore[assignment]
+    return made
+
+
+def _pipeline(model: Known, parts: Mapping[str, Any]) -> Any:
+    """The stock pipeline, without encoders and tokenizers; its VAE is nowhere, having no storage."""
+    import diffusers
+
+    with hub.quiet():
+        kind = getattr(diffusers, model.pipeline)
+        asked = inspect.signature(kind.__init__).parameters.values()
+        absent = [p.name for p in asked if p.default is p.empty and p.name not in {"self", *parts}]
+        pipe: Any = kind(**parts, **dict.fromkeys(absent), **model.settings)
+    pipe.vae.to = lambda *_: pipe.vae
+    pipe.encoder_parameters = model.encoders
+    return pipe
 
 
 def encoder_bytes(field: nn.Module) -> int:
@@ -65,6 +80,17 @@ def encoder_bytes(field: nn.Module) -> int:
         return 0
     numbers = sum(field.adapter.pipe.encoder_parameters.values())
     return int(numbers * DTYPES[field.args.get("weights", "float32")].itemsize)
+
+
+def quantised_saving(field: nn.Module) -> float:
+    """Bytes that a base takes less for being quantised: its linear layers, but for the largest, which is made whole
+    where it runs."""
+    kind = field.args.get("quantize") if isinstance(field, PretrainedField) else None
+    if kind is None:
+        return 0.0
+    layers = [m.weight for m in field.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
+    saved = sum(w.numel() * (w.itemsize - BITS[kind] / 8) for w in layers)
+    return float(saved - max(w.numel() * w.itemsize for w in layers))
 
 
 def releases_encoders(field: nn.Module) -> bool:

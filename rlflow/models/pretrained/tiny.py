@@ -1,7 +1,7 @@
 """Random checkpoints of a few thousand parameters in the real formats: to try a recipe before anything is downloaded.
 
-`make_tiny("sd3", folder)` writes what `DiffusionPipeline.save_pretrained` writes for Stable Diffusion 3, or FLUX.1:
-transformer, VAE, text encoders, tokenizers of single bytes, scheduler. Pictures are noise; everything else is real.
+`make_tiny("sd3", folder)` writes what `DiffusionPipeline.save_pretrained` writes for Stable Diffusion 3, or another of
+KINDS: transformer, VAE, text encoders, tokenizers of single bytes, scheduler. Pictures are noise, all else is real.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import torch
 
 from rlflow.files import as_readable
 from rlflow.models.hub import quiet
+from rlflow.models.pretrained import tiny_language
+from rlflow.models.pretrained.tiny_parts import euler, moved, plain_vae
 
 TEXT_WIDTH, POOLED = 32, 16
 
 
 def make_tiny(kind: str, folder: str | Path, seed: int = 0, **scheduler: Any) -> Path:
-    """Write a tiny pipeline of `kind` (sd3, flux, flux_schnell) into `folder`; `scheduler` overrides its config."""
+    """Write a tiny pipeline of `kind`, one of KINDS, into `folder`; `scheduler` overrides its config."""
     if kind not in KINDS:
         raise ValueError(f"no tiny checkpoint of kind {kind!r}: choose from {sorted(KINDS)}")
     with torch.random.fork_rng(devices=[]):
@@ -79,31 +81,6 @@ def t5(tokenizer: Any, width: int = TEXT_WIDTH) -> Any:
     return T5EncoderModel(T5Config(**sizes, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1)).eval()
 
 
-def _vae(channels: int) -> Any:
-    """Halves the picture's sides twice."""
-    from diffusers import AutoencoderKL
-
-    widths = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
-    moments = {"latent_channels": channels, "scaling_factor": 1.5, "shift_factor": 0.06}
-    plain = {"use_quant_conv": False, "use_post_quant_conv": False}
-    return AutoencoderKL(**widths, **blocks, **moments, **plain, sample_size=32).eval()
-
-
-def _scheduler(**config: Any) -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return FlowMatchEulerDiscreteScheduler(**config)
-
-
-def _moved(module: torch.nn.Module) -> Any:
-    """With every parameter off its start: layers that begin at zero would hide what they are given."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return module.eval()
-
-
 def _sd3(folder: Path, scheduler: dict[str, Any]) -> Any:
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
@@ -113,9 +90,9 @@ def _sd3(folder: Path, scheduler: dict[str, Any]) -> Any:
     tokenizers = [clip_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
     pieces = t5_tokenizer()
     return StableDiffusion3Pipeline(
-        transformer=_moved(SD3Transformer2DModel(**sizes, **heads, **text, pos_embed_max_size=16)),
-        scheduler=_scheduler(**{"shift": 3.0, **scheduler}),
-        vae=_vae(4),
+        transformer=moved(SD3Transformer2DModel(**sizes, **heads, **text, pos_embed_max_size=16)),
+        scheduler=euler(**{"shift": 3.0, **scheduler}),
+        vae=plain_vae(4),
         text_encoder=clip_text(tokenizers[0]),
         tokenizer=tokenizers[0],
         text_encoder_2=clip_text(tokenizers[1]),
@@ -133,9 +110,9 @@ def _flux(folder: Path, scheduler: dict[str, Any], guidance_embeds: bool = True)
     text = {"joint_attention_dim": TEXT_WIDTH, "pooled_projection_dim": POOLED}
     tokenizer, pieces = clip_tokenizer(folder / "tokenizer"), t5_tokenizer()
     return FluxPipeline(
-        transformer=_moved(FluxTransformer2DModel(**sizes, **heads, **text)),
-        scheduler=_scheduler(**{"shift": 3.0, "use_dynamic_shifting": True, **scheduler}),
-        vae=_vae(4),
+        transformer=moved(FluxTransformer2DModel(**sizes, **heads, **text)),
+        scheduler=euler(**{"shift": 3.0, "use_dynamic_shifting": True, **scheduler}),
+        vae=plain_vae(4),
         text_encoder=clip_text(tokenizer, projection=False),
         tokenizer=tokenizer,
         text_encoder_2=t5(pieces),
@@ -147,4 +124,12 @@ def _flux_schnell(folder: Path, scheduler: dict[str, Any]) -> Any:
     return _flux(folder, {"shift": 1.0, "use_dynamic_shifting": False, **scheduler}, guidance_embeds=False)
 
 
-KINDS: dict[str, Callable[[Path, dict[str, Any]], Any]] = {"sd3": _sd3, "flux": _flux, "flux_schnell": _flux_schnell}
+KINDS: dict[str, Callable[[Path, dict[str, Any]], Any]] = {
+    "sd3": _sd3,
+    "flux": _flux,
+    "flux_schnell": _flux_schnell,
+    "klein": tiny_language.klein,
+    "flux2_dev": tiny_language.flux2_dev,
+    "z_image": tiny_language.z_image,
+    "qwen_image": tiny_language.qwen_image,
+}

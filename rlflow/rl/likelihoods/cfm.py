@@ -49,7 +49,8 @@ class CFMLikelihood(Likelihood):
     the starts of the policy's denoising steps, as released. V-GRPO: `stratified` draws one time in each S-th of [0, 1],
     `shared_draws` the same draws for all rows of a group, `normalize` divides a loss by the mean absolute error that
     the sampling weights have there. The loss reads the field without guidance; samples made with guidance are not its
-    own, and refused unless `allow_guided`.
+    own, and refused unless `allow_guided`. Of a distilled network no samples are, and it loses what it was distilled
+    to: refused unless `allow_distilled`.
     """
 
     draws: Size = 8
@@ -61,6 +62,7 @@ class CFMLikelihood(Likelihood):
     shared_draws: bool = False
     normalize: bool = False
     allow_guided: bool = False
+    allow_distilled: bool = False
     scores_steps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -73,6 +75,11 @@ class CFMLikelihood(Likelihood):
             raise ValueError(
                 "a guided field is not the expectation of its own samples' velocity, so a matching loss pulls even "
                 "where all advantages are equal: use guidance=null, or likelihood.allow_guided=true"
+            )
+        if policy.field.distilled is not None and not self.allow_distilled:
+            raise ValueError(
+                f"this network was distilled to {policy.field.distilled}, which a matching loss undoes: take the base "
+                "model, likelihood=chain, or likelihood.allow_distilled=true"
             )
         if not policy.field.has_instantaneous:
             raise ValueError("a matching loss needs a dt = 0 branch, which this field lacks: use likelihood=chain")

@@ -15,6 +15,7 @@ from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import load_field, save_field
 from rlflow.models.pretrained import lora as lora_files
+from rlflow.models.pretrained.families.packing import pack
 from rlflow.models.pretrained.pipeline import PretrainedField, pretrained
 
 SIDE, LENGTH = 32, 24
@@ -69,7 +70,7 @@ def stock_image(field: PretrainedField, pipe: Any) -> torch.Tensor:
     if type(field.adapter).__name__ == "SD3":
         settings |= {"guidance_scale": 1.0}
     else:
-        x_0 = field.adapter.pack(x_0)
+        x_0 = pack(x_0)
     return pipe(PROMPT, latents=x_0, output_type="pt", **settings).images
 
 

@@ -17,9 +17,10 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import AllButLast
 from rlflow.models import hub
 from rlflow.models.pretrained import scheduler
-from rlflow.models.pretrained.flux import Flux
+from rlflow.models.pretrained.families.flux import Flux
+from rlflow.models.pretrained.families.packing import pack, unpack
+from rlflow.models.pretrained.families.sd3 import SD3
 from rlflow.models.pretrained.pipeline import PretrainedField, pretrained
-from rlflow.models.pretrained.sd3 import SD3
 from rlflow.models.pretrained.shapes_of import shape_of
 from rlflow.models.pretrained.tiny import make_tiny
 
@@ -41,11 +42,10 @@ class Stock:
         if isinstance(self.field.adapter, SD3):
             call = self.pipe(PROMPTS, latents=x_0, guidance_scale=guidance, output_type="latent", **settings)
             return call.images
-        flux = self.field.adapter
         negative = [""] * len(PROMPTS) if guidance > 1 else None
         settings |= {"negative_prompt": negative, "true_cfg_scale": guidance, "guidance_scale": 3.5}
-        out = self.pipe(PROMPTS, latents=flux.pack(x_0), output_type="latent", **settings).images
-        return flux.unpack(out, x_0.shape[2] // 2, x_0.shape[3] // 2)
+        out = self.pipe(PROMPTS, latents=pack(x_0), output_type="latent", **settings).images
+        return unpack(out, x_0.shape[2] // 2, x_0.shape[3] // 2)
 
     def ours(self, x_0: Tensor, guidance: float, grid: Any = None) -> Tensor:
         """Latents of our ODE."""
@@ -129,7 +129,7 @@ def test_border_a_network_that_knows_the_data_gives_the_velocity_of_the_path(fam
     x_0, data = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
     t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     x = torch.lerp(x_0, data, t.view(-1, 1, 1, 1))
-    adapter.pipe.transformer = Knows(data, 1000.0) if family is SD3 else Knows(adapter.pack(data), 1.0)
+    adapter.pipe.transformer = Knows(data, 1000.0) if family is SD3 else Knows(pack(data), 1.0)
     v = -adapter.predict(x, 1 - t, {"tokens": torch.zeros(3, 5, 8), "pooled": torch.zeros(3, 4)})
     torch.testing.assert_close(v, data - x_0, atol=1e-12, rtol=0)
 
@@ -137,9 +137,9 @@ def test_border_a_network_that_knows_the_data_gives_the_velocity_of_the_path(fam
 def test_packing_is_the_pipelines_and_has_an_inverse():
     from diffusers import FluxPipeline
 
-    flux, x = Flux(SimpleNamespace()), torch.randn(2, 4, 6, 8)
-    torch.testing.assert_close(flux.pack(x), FluxPipeline._pack_latents(x, 2, 4, 6, 8), rtol=0, atol=0)
-    torch.testing.assert_close(flux.unpack(flux.pack(x), 3, 4), x, rtol=0, atol=0)
+    x = torch.randn(2, 4, 6, 8)
+    torch.testing.assert_close(pack(x), FluxPipeline._pack_latents(x, 2, 4, 6, 8), rtol=0, atol=0)
+    torch.testing.assert_close(unpack(pack(x), 3, 4), x, rtol=0, atol=0)
 
 
 # -- grids ----------------------------------------------------------------------------------------

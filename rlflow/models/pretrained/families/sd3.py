@@ -46,13 +46,14 @@ class SD3(Adapter):
         return grid(scheduler, num_steps, mu=resolution_shift(scheduler, self.tokens(resolution), max_shift=1.16))
 
     @property
+    def pooled_width(self) -> int:
+        """Of the two CLIPs' summaries of a text."""
+        return int(self.pipe.transformer.config.pooled_projection_dim)
+
+    @property
     def places(self) -> int | None:
         """The learnt square of positions, which smaller pictures take the middle of."""
         return int(self.pipe.transformer.config.pos_embed_max_size)
-
-    def tokens(self, resolution: int) -> int:
-        """Patches of a square picture."""
-        return (resolution // self.pipe.vae_scale_factor // self.patch) ** 2
 
     def predict(self, x: Tensor, sigma: Tensor, text: Encoding) -> Tensor:
         """noise - data (N, *D)."""

@@ -6,14 +6,13 @@ was distilled for it (dev) takes the guidance scale as an input, so that guidanc
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rlflow.models.pretrained.adapter import Adapter
-from rlflow.models.pretrained.scheduler import grid, resolution_shift
+from rlflow.models.pretrained.families.packing import SIDE, pack, unpack
 from rlflow.models.prompt_table import Encoding
 
 
@@ -24,6 +23,7 @@ class Flux(Adapter):
     max_sequence_length = 512
     num_steps, guidance = 28, 1.0
     embedded_guidance: float | None = 3.5
+    distilled: ClassVar[str | None] = "guided velocities"
     modules = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
@@ -32,31 +32,29 @@ class Flux(Adapter):
     @property
     def patch(self) -> int:
         """Latents a side of a token: the pipeline packs them."""
-        return 2
+        return SIDE
 
     @property
     def channels(self) -> int:
         """Of a latent, before packing."""
-        return self.pipe.transformer.config.in_channels // self.patch**2
+        return int(self.pipe.transformer.config.in_channels // self.patch**2)
+
+    @property
+    def pooled_width(self) -> int:
+        """Of CLIP's summary of a text."""
+        return int(self.pipe.transformer.config.pooled_projection_dim)
 
     def encode(self, texts: list[str], max_sequence_length: int, device: torch.device) -> Encoding:
         """ "tokens" (N, L, 4096) and "pooled" (N, 768); padding is part of the text, as in the pipeline."""
         tokens, pooled, _ = self.pipe.encode_prompt(texts, None, device=device, max_sequence_length=max_sequence_length)
         return {"tokens": tokens, "pooled": pooled}
 
-    def sigmas(self, num_steps: int, resolution: int) -> Tensor:
-        """(K + 1,) from 1 to 0."""
-        scheduler = self.pipe.scheduler
-        tokens = (resolution // self.pipe.vae_scale_factor // self.patch) ** 2
-        mu = resolution_shift(scheduler, tokens, max_shift=1.15)
-        return grid(scheduler, sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
-
     def predict(self, x: Tensor, sigma: Tensor, text: Encoding) -> Tensor:
         """noise - data (N, *D)."""
         n, _, height, width = x.shape
         rows, columns = height // self.patch, width // self.patch
         out = self.pipe.transformer(
-            hidden_states=self.pack(x),
+            hidden_states=pack(x),
             timestep=sigma,
             guidance=self._guidance(n, x),
             pooled_projections=text["pooled"],
@@ -65,21 +63,12 @@ class Flux(Adapter):
             img_ids=_places(rows, columns).to(x),
             return_dict=False,
         )[0]
-        return self.unpack(out, rows, columns)
+        return unpack(out, rows, columns)
 
     def _guidance(self, num: int, x: Tensor) -> Tensor | None:
         if self.embedded_guidance is None:
             return None
         return torch.full((num,), self.embedded_guidance, device=x.device, dtype=torch.float32)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to tokens (N, H/2 W/2, 4 C)."""
-        return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-    def unpack(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
-        """Inverse of `pack`."""
-        patches = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (rows, columns))
-        return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
 class Schnell(Flux):
@@ -88,6 +77,7 @@ class Schnell(Flux):
     max_sequence_length = 256
     num_steps = 4
     embedded_guidance = None
+    distilled = "a few steps"
 
 
 def flux(pipe: Any) -> Flux:
