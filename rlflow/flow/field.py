@@ -43,6 +43,8 @@ class VelocityField(nn.Module):
     """Pixels a side of the pictures, where `resize` can change it."""
     graph_calls: int = 1
     """Those of them that keep a graph where gradients are on."""
+    begun_from: str = ""
+    """What a person should know of the weights it began with: which, and as what they were read."""
 
     def tokenize(self, captions: list[str]) -> Tree:
         """Text to the tensors `encode` takes; only text-conditional fields have it."""

@@ -30,9 +30,16 @@ class Adapter:
     """Scale the network takes as an input; None where it has none."""
     modules: ClassVar[Sequence[str]]
     """Linear layers that LoRA is added to, by the ends of their names: the attention's."""
+    component: ClassVar[str] = "transformer"
+    """What the pipeline calls its network."""
 
     def __init__(self, pipe: Any):
         self.pipe = pipe
+
+    @property
+    def network(self) -> Any:
+        """What is trained."""
+        return getattr(self.pipe, self.component)
 
     @property
     def channels(self) -> int:

@@ -60,7 +60,7 @@ class PretrainedField(VelocityField):
     ):
         super().__init__()
         self.adapter, self.args = adapter, args
-        self.transformer: nn.Module = adapter.pipe.transformer
+        self.transformer: nn.Module = adapter.network  # a UNet too: parameters of checkpoints are named so
         norms.fuse(self.transformer)
         self.max_sequence_length = max_sequence_length or adapter.max_sequence_length
         self.release_encoders = release_encoders
@@ -122,7 +122,7 @@ class PretrainedField(VelocityField):
     @property
     def weight_dtype(self) -> torch.dtype:
         """Of the base, where its activations begin."""
-        return self.adapter.pipe.transformer.dtype
+        return self.adapter.network.dtype
 
     def forward(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
         """Velocity (N, *D) at x (N, *D), t (N,); dt is ignored."""
@@ -151,22 +151,22 @@ class PretrainedField(VelocityField):
     @property
     def grad_checkpointing(self) -> bool:
         """Recompute the blocks' activations in the backward pass."""
-        return bool(self.adapter.pipe.transformer.is_gradient_checkpointing)
+        return bool(self.adapter.network.is_gradient_checkpointing)
 
     @grad_checkpointing.setter
     def grad_checkpointing(self, on: bool) -> None:
-        pipe = self.adapter.pipe
-        pipe.transformer.enable_gradient_checkpointing() if on else pipe.transformer.disable_gradient_checkpointing()
+        network = self.adapter.network
+        network.enable_gradient_checkpointing() if on else network.disable_gradient_checkpointing()
 
     # -- files --------------------------------------------------------------------------------------
 
     def save_weights(self, folder: Path) -> None:
         """A LoRA folder, or a transformer folder, that plain diffusers reads; with a model card."""
-        lora_files.save(self.adapter.pipe, folder, self.args)
+        lora_files.save(self.adapter, folder, self.args)
 
     def load_weights(self, folder: Path) -> None:
         """Inverse of `save_weights`."""
-        lora_files.load(self.adapter.pipe, folder)
+        lora_files.load(self.adapter, folder)
 
 
 def pretrained(
@@ -207,7 +207,7 @@ def pretrained(
         raise ValueError("adapter brings its own alpha and modules: leave lora_alpha and lora_modules out with it")
     if not trains_lora and (lora_alpha, lora_modules) != (None, None):
         raise ValueError("lora_alpha and lora_modules are of a LoRA, and the whole network trains: set lora too")
-    border = adapter_of(checkpoint)(open_pipeline(checkpoint, DTYPES[weights], quantize, variant))
+    border, begun_from = adapter_of(checkpoint)(open_pipeline(checkpoint, DTYPES[weights], quantize, variant)), ""
     if embedded_guidance is not None:
         if border.embedded_guidance is None:
             raise ValueError(f"{checkpoint} has no guidance input: use policy.guidance instead")
@@ -218,11 +218,13 @@ def pretrained(
         add_lora(border, lora, lora_alpha, lora_modules)
     if adapter is not None:
         with registry.located(f"adapter {adapter}"):
-            lora_files.attach(border.pipe, *read_lora(adapter, border.pipe))
+            found = read_lora(adapter, border)
+            lora_files.attach(border.network, found.settings, found.tensors)
+            begun_from = f"adapter {adapter}: scale {lora_files.scales(border.network)}, of {found.scale_from}"
         args["adapter"] = HERE  # a saved LoRA is a whole one, its shape included: it starts from itself
     if Path(checkpoint).is_dir():
         args["checkpoint"] = str(Path(checkpoint).resolve())
-    return PretrainedField(
+    field = PretrainedField(
         border,
         args,
         resolution or border.default_resolution,
@@ -231,16 +233,18 @@ def pretrained(
         release_encoders,
         cache,
     )
+    field.begun_from = begun_from
+    return field
 
 
 def add_lora(border: Adapter, rank: int, alpha: float | None, modules: Sequence[str] | None) -> None:
     """A new one, on the attention's layers unless others are named."""
-    transformer = border.pipe.transformer
+    network = border.network
     if modules is None:  # a family's last block may lack some of them
-        ends = [end for end in border.modules if any(n.endswith(end) for n, _ in transformer.named_modules())]
+        ends = [end for end in border.modules if any(n.endswith(end) for n, _ in network.named_modules())]
     else:
         ends = list(modules)
-    lora_files.attach(border.pipe, lora_files.new(transformer, rank, alpha, ends))
+    lora_files.attach(network, lora_files.new(network, rank, alpha, ends))
 
 
 def adapter_of(checkpoint: str) -> Callable[[Any], Adapter]:
