@@ -23,8 +23,8 @@ from torch import Tensor
 from rlflow.envs.captions import scenes
 from rlflow.files import as_readable
 from rlflow.models.hub import quiet
+from rlflow.models.pretrained.families.sd3 import SD3
 from rlflow.models.pretrained.pipeline import PretrainedField
-from rlflow.models.pretrained.sd3 import SD3
 from rlflow.models.pretrained.tiny import clip_text, clip_tokenizer, t5, t5_tokenizer
 from rlflow.parallel.dist import device
 from rlflow.pretrain.images import judge_scenes

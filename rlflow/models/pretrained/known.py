@@ -6,19 +6,17 @@ No weights are read and nothing is fetched; `shapes_of` builds a network without
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlflow.models.pretrained.adapter import Adapter
-from rlflow.models.pretrained.flux import Flux
 from rlflow.models.pretrained.opening import is_pipeline
 from rlflow.models.pretrained.pipeline import adapter_of
-from rlflow.models.pretrained.sd3 import SD3
 
+SD3 = "StableDiffusion3Pipeline"
 VAE = {
     "latent_channels": 16,
     "block_out_channels": [128, 256, 512, 512],
@@ -33,10 +31,10 @@ VAE = {
 
 @dataclass(frozen=True)
 class Known:
-    """A pipeline: the transformer's class and configuration, the scheduler's, the VAE's, how many CLIP tokens stand
-    before T5's, and the parameters of each text encoder."""
+    """A pipeline's class, the transformer's class and configuration, the scheduler's, the VAE's, how many CLIP tokens
+    stand before T5's, and the parameters of each text encoder."""
 
-    adapter: Callable[[Any], Adapter]
+    pipeline: str
     transformer: str
     numbers: Mapping[str, Any]
     scheduler: Mapping[str, Any]
@@ -68,7 +66,7 @@ def _sd3(heads: int, places: int, **more: Any) -> Known:
 
 
 def _flux(scheduler: Mapping[str, Any], guidance: bool) -> Known:
-    return Known(Flux, "FluxTransformer2DModel", {"guidance_embeds": guidance}, scheduler, 0, FLUX_TEXT, VAE)
+    return Known("FluxPipeline", "FluxTransformer2DModel", {"guidance_embeds": guidance}, scheduler, 0, FLUX_TEXT, VAE)
 
 
 KNOWN = {
@@ -96,13 +94,14 @@ def known(checkpoint: str) -> Known:
 
 
 def _local(folder: Path) -> Known:
-    index, adapter = _read(folder / "model_index.json"), adapter_of(str(folder))
+    index = _read(folder / "model_index.json")
+    adapter_of(str(folder))  # or it is none that there is an adapter for
     return Known(
-        adapter,
+        index["_class_name"],
         index["transformer"][1],
         _read(folder / "transformer" / "config.json"),
         _read(folder / "scheduler" / "scheduler_config.json"),
-        _read(folder / "tokenizer" / "tokenizer_config.json")["model_max_length"] if adapter is SD3 else 0,
+        _read(folder / "tokenizer" / "tokenizer_config.json")["model_max_length"] if index["_class_name"] == SD3 else 0,
         {name: _parameters(folder / name, index[name][1]) for name in index if _is_encoder(name, index[name])},
         _read(folder / "vae" / "config.json"),
     )

@@ -30,8 +30,8 @@ from rlflow.ranges import Count, Positive, Scale, Size, Text
 from rlflow.types import Cond
 
 ADAPTERS = {
-    "StableDiffusion3Pipeline": "rlflow.models.pretrained.sd3:SD3",
-    "FluxPipeline": "rlflow.models.pretrained.flux:flux",
+    "StableDiffusion3Pipeline": "rlflow.models.pretrained.families.sd3:SD3",
+    "FluxPipeline": "rlflow.models.pretrained.families.flux:flux",
 }
 """By the pipeline's class: what a new family adds besides its file."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -252,6 +252,11 @@ def adapter_of(checkpoint: str) -> Callable[[Any], Adapter]:
     name = pipeline_class(checkpoint)
     if name not in ADAPTERS:
         raise ValueError(f"{checkpoint} is a {name}; there are adapters for {sorted(ADAPTERS)}")
+    return family(name)
+
+
+def family(name: str) -> Callable[[Any], Adapter]:
+    """The adapter of a pipeline class in the table."""
     module, _, attribute = ADAPTERS[name].partition(":")
     found: Callable[[Any], Adapter] = getattr(importlib.import_module(module), attribute)
     return found

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlflow.models.pretrained import scheduler
 from rlflow.models.pretrained.known import known
-from rlflow.models.pretrained.pipeline import DTYPES, PretrainedField, add_lora
+from rlflow.models.pretrained.pipeline import DTYPES, PretrainedField, add_lora, family
 
 
 class NoText:
@@ -41,7 +41,7 @@ def shape_of(checkpoint: str, settings: Mapping[str, Any]) -> PretrainedField:
         nn.Module.to(transformer, dtype)  # that of diffusers warns of layers it does not have
         vae = diffusers.AutoencoderKL.from_config(dict(model.vae)).requires_grad_(False)
         pipe: Any = SimpleNamespace(transformer=transformer, vae=vae)
-        border = model.adapter(pipe)
+        border = family(model.pipeline)(pipe)
         if settings.get("lora") is not None:
             add_lora(border, settings["lora"], settings.get("lora_alpha"), settings.get("lora_modules"))
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(dict(model.scheduler))

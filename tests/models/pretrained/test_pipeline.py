@@ -17,9 +17,9 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import AllButLast
 from rlflow.models import hub
 from rlflow.models.pretrained import scheduler
-from rlflow.models.pretrained.flux import Flux
+from rlflow.models.pretrained.families.flux import Flux
+from rlflow.models.pretrained.families.sd3 import SD3
 from rlflow.models.pretrained.pipeline import PretrainedField, pretrained
-from rlflow.models.pretrained.sd3 import SD3
 from rlflow.models.pretrained.shapes_of import shape_of
 from rlflow.models.pretrained.tiny import make_tiny
 

@@ -1,0 +1,1 @@
+"""Families of text-to-image checkpoints, a file each: what their pipelines do around the network."""
