@@ -43,6 +43,8 @@ class VelocityField(nn.Module):
     """Pixels a side of the pictures, where `resize` can change it."""
     graph_calls: int = 1
     """Those of them that keep a graph where gradients are on."""
+    first_time: float = 0.0
+    """Where what the network knows begins; grids and draws of times start there, 0 is noise without any data."""
     begun_from: str = ""
     """What a person should know of the weights it began with: which, and as what they were read."""
 
@@ -109,7 +111,7 @@ class Around(VelocityField):
         super().__init__()
         self.field, self.num_features = field, field.num_features
         self.uses_dt, self.has_instantaneous = field.uses_dt, field.has_instantaneous
-        self.calls, self.graph_calls = field.calls, field.graph_calls
+        self.calls, self.graph_calls, self.first_time = field.calls, field.graph_calls, field.first_time
 
     @property
     def event_shape(self) -> tuple[int, ...]:  # type: ignore[override]

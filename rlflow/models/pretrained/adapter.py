@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rlflow.models.pretrained import scheduler
 from rlflow.models.prompt_table import Encoding
 
 
@@ -32,6 +33,8 @@ class Adapter:
     """Linear layers that LoRA is added to, by the ends of their names: the attention's."""
     component: ClassVar[str] = "transformer"
     """What the pipeline calls its network."""
+    near_data: ClassVar[float] = 0.02
+    """Sigma from which a last step removes less noise than a step before it leaves."""
 
     def __init__(self, pipe: Any):
         self.pipe = pipe
@@ -44,17 +47,36 @@ class Adapter:
     @property
     def channels(self) -> int:
         """Of a latent."""
-        return self.pipe.transformer.config.in_channels
+        return int(self.network.config.in_channels)
 
     @property
     def patch(self) -> int:
         """Latents a side of a token."""
-        return int(self.pipe.transformer.config.patch_size)
+        return int(self.network.config.patch_size)
 
     @property
     def places(self) -> int | None:
         """Tokens a side that the network has positions for; None where any number will do."""
         return None
+
+    @property
+    def text_width(self) -> int:
+        """Numbers of a text's token."""
+        return int(self.network.config.joint_attention_dim)
+
+    @property
+    def pooled_width(self) -> int:
+        """Numbers of "pooled"."""
+        return int(self.network.config.pooled_projection_dim)
+
+    @property
+    def first_time(self) -> float:
+        """1 - sigma where grids may start, if it is not at 0."""
+        return 0.0
+
+    def check(self, checkpoint: str) -> None:
+        """ValueError for parts of the pipeline that it would not sample with as we do."""
+        scheduler.check(self.pipe.scheduler, checkpoint)
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """*D of a square picture; ValueError where the network cannot make one of this size."""
@@ -81,6 +103,10 @@ class Adapter:
     def sigmas(self, num_steps: int, resolution: int) -> Tensor:
         """(K + 1,) from 1 to 0, exactly as the pipeline sets them."""
         raise NotImplementedError
+
+    def as_read(self, x: Tensor) -> Tensor:
+        """x in the precision that `predict` takes it in."""
+        return x.to(self.network.dtype)
 
     def predict(self, x: Tensor, sigma: Tensor, text: Encoding) -> Tensor:
         """noise - data (N, *D) at x (N, *D), sigma (N,)."""

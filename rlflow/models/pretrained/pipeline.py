@@ -32,12 +32,14 @@ from rlflow.types import Cond
 ADAPTERS = {
     "StableDiffusion3Pipeline": "rlflow.models.pretrained.families.sd3:SD3",
     "FluxPipeline": "rlflow.models.pretrained.families.flux:flux",
+    "StableDiffusionPipeline": "rlflow.models.pretrained.families.stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "rlflow.models.pretrained.families.stable_diffusion:StableDiffusionXL",
 }
 """By the pipeline's class: what a new family adds besides its file."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-NEAR_DATA, ROUNDING = 0.02, 1e-4
-"""Sigma at which a step begins almost at the data, and how far a scheduler that aims at it may miss: float32 puts a
-terminal sigma of .02 above it for some numbers of steps and below it for others."""
+ROUNDING = 1e-4
+"""How far a scheduler that aims at `Adapter.near_data` may miss it: float32 puts a terminal sigma of .02 above it for
+some numbers of steps and below it for others."""
 NEGATIVE = 0
 """Number of the negative prompt in the table."""
 
@@ -64,7 +66,7 @@ class PretrainedField(VelocityField):
         norms.fuse(self.transformer)
         self.max_sequence_length = max_sequence_length or adapter.max_sequence_length
         self.release_encoders = release_encoders
-        self.num_features = int(adapter.pipe.transformer.config.pooled_projection_dim)
+        self.num_features, self.first_time = adapter.pooled_width, adapter.first_time
         self.table = PromptTable(self._encode_texts, cache)
         self.table.numbers([negative_prompt])
         self.resize(resolution)
@@ -127,7 +129,7 @@ class PretrainedField(VelocityField):
     def forward(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
         """Velocity (N, *D) at x (N, *D), t (N,); dt is ignored."""
         text = {name: value.to(self.weight_dtype) for name, value in self.table(cond["prompt"]).items()}
-        return -self.adapter.predict(x.to(self.weight_dtype), 1 - t, text)
+        return -self.adapter.predict(self.adapter.as_read(x), 1 - t, text)
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents (N, *D) to images (N, 3, H, W) in [0, 1]."""
@@ -141,7 +143,7 @@ class PretrainedField(VelocityField):
     def unscored(self, grid: Tensor) -> int:
         """2 where the last step begins almost at the data, as on SD3's twice shifted grid: the step before it leaves
         more noise than the last one can remove, and that one hardly moves."""
-        return 2 if 1 - float(grid[-2]) <= NEAR_DATA + ROUNDING else 0
+        return 2 if 1 - float(grid[-2]) <= self.adapter.near_data + ROUNDING else 0
 
     def resize(self, resolution: int) -> None:
         """Make square pictures of this many pixels a side; ValueError where the model cannot."""
@@ -208,6 +210,9 @@ def pretrained(
     if not trains_lora and (lora_alpha, lora_modules) != (None, None):
         raise ValueError("lora_alpha and lora_modules are of a LoRA, and the whole network trains: set lora too")
     border, begun_from = adapter_of(checkpoint)(open_pipeline(checkpoint, DTYPES[weights], quantize, variant)), ""
+    border.check(checkpoint)
+    if max_sequence_length is not None and not border.max_sequence_length:
+        raise ValueError(f"{checkpoint} reads all of CLIP's tokens, always: leave max_sequence_length out")
     if embedded_guidance is not None:
         if border.embedded_guidance is None:
             raise ValueError(f"{checkpoint} has no guidance input: use policy.guidance instead")

@@ -10,7 +10,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rlflow.models.pretrained import scheduler
 from rlflow.models.pretrained.known import known
 from rlflow.models.pretrained.pipeline import DTYPES, PretrainedField, add_lora, family
 
@@ -40,12 +39,12 @@ def shape_of(checkpoint: str, settings: Mapping[str, Any]) -> PretrainedField:
         transformer = getattr(diffusers, model.transformer).from_config(dict(model.numbers))
         nn.Module.to(transformer, dtype)  # that of diffusers warns of layers it does not have
         vae = diffusers.AutoencoderKL.from_config(dict(model.vae)).requires_grad_(False)
-        pipe: Any = SimpleNamespace(transformer=transformer, vae=vae)
+        pipe: Any = SimpleNamespace(vae=vae, **{model.component: transformer})
         border = family(model.pipeline)(pipe)
         if settings.get("lora") is not None:
             add_lora(border, settings["lora"], settings.get("lora_alpha"), settings.get("lora_modules"))
-    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(dict(model.scheduler))
-    scheduler.check(pipe.scheduler, checkpoint)
+    pipe.scheduler = getattr(diffusers, model.scheduler_class).from_config(dict(model.scheduler))
+    border.check(checkpoint)
     pipe.vae.to = lambda *_: pipe.vae  # what has no storage is nowhere
     pipe.encoder_parameters = model.encoders
     pipe.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -54,8 +53,8 @@ def shape_of(checkpoint: str, settings: Mapping[str, Any]) -> PretrainedField:
         pipe.vae.enable_tiling()
     length = settings.get("max_sequence_length") or border.max_sequence_length
     field = PretrainedField(border, dict(settings), settings.get("resolution") or border.default_resolution)
-    tokens, width = model.clip_tokens + length, transformer.config.joint_attention_dim
-    field.table = NoText(tokens, field.num_features, width)  # type: ignore[assignment]
+    tokens = model.clip_tokens + length
+    field.table = NoText(tokens, field.num_features, border.text_width)  # type: ignore[assignment]
     return field
 
 
