@@ -184,7 +184,7 @@ REFUSED = {
 def test_what_would_sample_otherwise_is_refused(case, tiny_pipeline, tmp_path):
     """By whoever only plans a run on it; opening asks the same."""
     file, settings, why = REFUSED[case]
-    folder = shutil.copytree(tiny_pipeline("sd15"), tmp_path / "tiny")
+    folder = shutil.copytree(tiny_pipeline("sdxl" if case == "clip" else "sd15"), tmp_path / "tiny")
     (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | settings))
     if "_class_name" in settings:
         index = json.loads((folder / "model_index.json").read_text())

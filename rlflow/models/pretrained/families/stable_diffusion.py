@@ -8,6 +8,7 @@ at pure noise, and end at the data (`set_alpha_to_one`), where SD 1.5's own pipe
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ TABLE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trai
 SPACING = ("timestep_spacing", "steps_offset")
 """Settings of a scheduler that are honoured, beside `prediction_type`; others are of a step of its own, or refused."""
 REFUSED = (
-    *("clip_sample", "thresholding", "use_lu_lambdas", "use_flow_sigmas"),
+    *("thresholding", "use_lu_lambdas", "use_flow_sigmas"),
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
 )
 """Settings that would clip the latents, or place the steps between the table's entries."""
@@ -39,6 +40,8 @@ class StableDiffusion(Adapter):
     num_steps, guidance = 50, 7.5
     modules = ("to_q", "to_k", "to_v", "to_out.0")
     near_data = 0.04  # the table's first entries: a last step from there removes less noise than a step before it adds
+    refused: ClassVar[Sequence[str]] = REFUSED
+    """Settings that may not be on; this pipeline switches `clip_sample` off by itself."""
     added: ClassVar[str | None] = None
     """What the network is told beside the text, by its config."""
 
@@ -76,7 +79,7 @@ class StableDiffusion(Adapter):
         if name in DISTILLED or "beta_start" not in settings:
             raise ValueError(f"{where}: {name} has no steps that ours are: save the pipeline with DDIMScheduler")
         read = inspect.signature(type(self.pipe.scheduler).__init__).parameters  # a file may hold others' settings too
-        if wrong := [setting for setting in REFUSED if setting in read and settings.get(setting)]:
+        if wrong := [setting for setting in self.refused if setting in read and settings.get(setting)]:
             raise ValueError(f"{where}: {wrong[0]} is on, and our steps know nothing of it: set it to false")
         try:
             self.table  # noqa: B018 - made at once, and kept
@@ -146,6 +149,7 @@ class StableDiffusionXL(StableDiffusion):
 
     encoders = ("text_encoder", "text_encoder_2")
     num_steps, guidance = 50, 5.0
+    refused = ("clip_sample", *REFUSED)
     added = "text_time"
 
     @property
