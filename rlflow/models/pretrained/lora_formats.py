@@ -4,7 +4,7 @@
 |---|---|---|---|
 | as saved | transformer.LAYER.lora_A.weight, unet. ... | in the metadata | diffusers; others take it for 1 |
 | plain | the same | in the tensors | diffusers, ComfyUI, ai-toolkit: whatever looks for no scale |
-| kohya | lora_transformer_LAYER_WITH_BARS.lora_down.weight, lora_unet_ ... | alpha tensors | ComfyUI, A1111, OneTrainer |
+| kohya | lora_transformer_LAYER_WITH_BARS.lora_down.weight, lora_unet_ ... | alpha tensors | ComfyUI, A1111 |
 | peft | base_model.model.LAYER.lora_A.weight | adapter_config.json | peft |
 
 Layers keep the names that diffusers gives them.
