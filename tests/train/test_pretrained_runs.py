@@ -140,7 +140,7 @@ def test_doctor_passes_on_a_recipe_of_a_checkpoint(trainer):
     assert [c.name for c in checks if c.passed is False] == []
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd3", "flux", "sd15"])
 def test_a_reward_moves_a_lora_through_the_decoder(tiny_pipeline, tmp_path, monkeypatch, family: str) -> None:
     """Every row's picture made again on the way back; the gradient of R(decode(x)) is that of a difference."""
     monkeypatch.setattr("rlflow.report.report.write_report", lambda run: Path(run))

@@ -465,7 +465,9 @@ def test_reward_gradients_refuse_what_has_none(tmp_path: Path, scenes_field: str
 
 def on_a_tiny_checkpoint(name: str, tiny_pipeline: Callable, prompts: Path) -> list[str]:
     """What a recipe of a foreign checkpoint cannot have in a test: its weights, its pixels, its judges' weights."""
-    checkpoint = tiny_pipeline("flux" if name.startswith("flux") else "sd3")
+    kind = next((kind for kind in ("flux", "sd15", "sdxl") if name.startswith(kind)), "sd3")
+    texts = [] if kind in ("sd15", "sdxl") else ["policy.field.max_sequence_length=16"]
+    checkpoint = tiny_pipeline(kind)
     prompts.write_text("".join(f"{i} cats\n" for i in range(12)))
     field = [f"policy.field.checkpoint={checkpoint}", "policy.field.resolution=32"]
     rewards = [
@@ -474,7 +476,7 @@ def on_a_tiny_checkpoint(name: str, tiny_pipeline: Callable, prompts: Path) -> l
         "eval.metrics={bright: brightness}",
         "eval.num_steps=4",
     ]
-    return [*field, "policy.field.max_sequence_length=16", *rewards, f"env.prompts={prompts}"]
+    return [*field, *texts, *rewards, f"env.prompts={prompts}"]
 
 
 def some_demos(folder: Path, env: str = "hopper") -> Path:
@@ -485,7 +487,11 @@ def some_demos(folder: Path, env: str = "hopper") -> Path:
     return folder / "demos"
 
 
-@pytest.mark.parametrize("name", recipes.names())
+SLOW = ("sdxl_nft_24gb", "sd15_nft", "sd15_nft_12gb", "sd15_draft")
+"""Recipes that are others with another size or network: sdxl_nft and sd35_draft run here."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in recipes.names()])
 def test_every_recipe_runs_two_iterations(
     name: str, tmp_path: Path, scenes_field: str, words_field: str, tiny_pipeline: Callable, no_report: None
 ) -> None:

@@ -130,7 +130,7 @@ def load(border: Adapter, folder: Path) -> None:
 
 
 def model_card(pipeline: str, network: str, full: bool, args: dict[str, Any], name: str = "transformer") -> str:
-    """README.md of a saved model: what it is and how plain diffusers uses it; `name`: the pipeline's for its network."""
+    """README.md of a saved model: what it is and how plain diffusers uses it; `name`: its attribute there."""
     base = args["checkpoint"]
     local = Path(base).is_absolute()
     head = ["---", "library_name: diffusers", *([] if local else [f"base_model: {base}"]), "tags:"]

@@ -164,14 +164,14 @@ def _converted(
     (before, num), (now, num_now) = _squares(raw, parts), _squares(named, after)
     if num_now < num or abs(now - before) > KEPT * before:
         raise ValueError(
-            f"{type(border.pipe).__name__} converts its {num} layers to {num_now}, and the squares of what they add from "
-            f"{before:.4g} to {now:.4g}: something of it is lost"
+            f"{type(border.pipe).__name__} makes {num_now} layers of its {num}, and the square of what they add was "
+            f"{before:.4g} and is {now:.4g}: something of it is lost"
         )
     return named
 
 
 def _squares(tensors: Mapping[str, Tensor], parts: Mapping[str, tuple[str, str]]) -> tuple[float, int]:
-    """Sum of (alpha / rank)^2 |B A|^2 over layers, which fused layers share with the parts of them, and their number."""
+    """Sum of (alpha / rank)^2 |B A|^2 over layers, which fusing and splitting leave alone; and number of layers."""
     layers: dict[str, Tensors] = {}
     for key, (layer, part) in parts.items():
         layers.setdefault(layer, {})[part] = tensors[key]

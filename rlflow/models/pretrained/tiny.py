@@ -21,7 +21,7 @@ TEXT_WIDTH, POOLED = 32, 16
 
 
 def make_tiny(kind: str, folder: str | Path, seed: int = 0, **scheduler: Any) -> Path:
-    """Write a tiny pipeline of `kind` (sd3, flux, flux_schnell, sd15, sdxl) into `folder`; `scheduler` overrides its config."""
+    """Write a tiny pipeline of a `kind` of KINDS into `folder`; `scheduler` overrides its config."""
     if kind not in KINDS:
         raise ValueError(f"no tiny checkpoint of kind {kind!r}: choose from {sorted(KINDS)}")
     with torch.random.fork_rng(devices=[]):
