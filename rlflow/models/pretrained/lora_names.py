@@ -64,8 +64,8 @@ def by_layer(raw: Tensors, border: Adapter) -> tuple[str, Tensors]:
     if strange := [key for key in raw if key not in parts] or ([] if raw else ["none at all"]):
         raise ValueError(_unknown(strange, network))
     for form in (_dotted, _barred, _sgm):
-        if (found := form({layer for layer, _ in parts.values()}, modules, border)) is not None:
-            prefix, names = found
+        if (known := form({layer for layer, _ in parts.values()}, modules, border)) is not None:
+            prefix, names = known
             named = {}
             for key, (layer, part) in parts.items():
                 named[f"{names[layer]}.{part}"] = _shaped(key, raw[key], part, modules[names[layer]])

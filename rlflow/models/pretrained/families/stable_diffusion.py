@@ -35,7 +35,7 @@ class StableDiffusion(Adapter):
     """StableDiffusionPipeline: 1.x and 2.x. Its text has no pooled vector: the mean of the tokens stands for it."""
 
     component = "unet"
-    encoders = ("text_encoder",)
+    encoders: ClassVar[Sequence[str]] = ("text_encoder",)
     max_sequence_length = 0  # all of CLIP's tokens, always
     num_steps, guidance = 50, 7.5
     modules = ("to_q", "to_k", "to_v", "to_out.0")
