@@ -19,7 +19,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rlflow.flow.field import VelocityField
+from rlflow.flow.matching import cfm_loss
 from rlflow.flow.path import at_least_float, expand
+from rlflow.types import Cond
 
 Parts = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(z, prediction, alpha, sigma) -> (x_0^, x_1^)."""
@@ -80,3 +83,8 @@ class Table:
         z = x / expand(norm, x).to(x.dtype)
         x_0, x_1 = self.parts(z, at_least_float(network(z, self.index(t))), alpha, sigma)
         return x_1 - x_0
+
+
+def noise_loss(field: VelocityField, x_1: Tensor, cond: Cond, x_0: Tensor, t: Tensor) -> Tensor:
+    """Squared error (N,) of the predicted noise, t times the velocity's: what diffusion models are trained with."""
+    return t.square() * cfm_loss(field, x_1, cond, x_0, t)

@@ -487,7 +487,7 @@ def some_demos(folder: Path, env: str = "hopper") -> Path:
     return folder / "demos"
 
 
-SLOW = ("sdxl_nft_24gb", "sd15_nft", "sd15_nft_12gb", "sd15_draft")
+SLOW = ("sdxl_nft_24gb", "sd15_nft", "sd15_nft_12gb", "sd15_draft", "sd15_scenes")
 """Recipes that are others with another size or network: sdxl_nft and sd35_draft run here."""
 
 
