@@ -12,8 +12,8 @@ from importlib import import_module
 from rlflow.console import say_error
 from rlflow.failures import one_line
 
-COMMANDS: tuple[str, ...] = ("train", "sweep", "compare", "pretrain", "eval", "sample", "list", "serve_reward")
-COMMANDS += ("plan", "doctor", "report", "bench")
+COMMANDS: tuple[str, ...] = ("train", "sweep", "compare", "pretrain", "eval", "sample", "export", "list")
+COMMANDS += ("serve_reward", "plan", "doctor", "report", "bench")
 """In the order of `rlflow --help`; each is a file of rlflow.commands."""
 
 

@@ -91,8 +91,11 @@ def _train_one(args: argparse.Namespace, run: Path | str | None, overrides: list
     trainer = Trainer(
         args.recipe, run, overrides=overrides, resume=resume, trust_code=args.trust_code, quiet=args.quiet
     )
+    first = os.environ.get("RANK", "0") == "0"
+    if first and not args.quiet and (begun_from := trainer.policy.field.unguided.begun_from):
+        print(begun_from, flush=True)
     trainer.fit()
-    if os.environ.get("RANK", "0") == "0":
+    if first:
         state = f"stopped: {trainer.stops.reason}" if trainer.stops.reason else "finished"
         state = "stopped by a signal, resume with --resume last" if trainer.interrupted else state
         spent = f"{trainer.iteration} iterations, {duration(trainer.seconds)} of training"

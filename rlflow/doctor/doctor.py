@@ -51,6 +51,7 @@ def doctor(config: Config, trust_code: bool = False) -> list[Check]:
     probe = Probe(parts, 0)
     gradients.close()
     return [
+        *_begun_from(parts),
         _rewards(probe),
         _two_passes(probe),
         *of_the_learner(config, parts, probe, trust_code),
@@ -79,6 +80,12 @@ def few_rows(config: Config, trust_code: bool = False) -> Config:
         train=replace(config.train, iterations=2, minutes=None, tensorboard=False, report=False, wandb=None),
         eval=replace(config.eval, num=4, every=0, metrics=metrics, video=0),
     )
+
+
+def _begun_from(parts: Parts) -> list[Check]:
+    """Of weights that are read in more than one way, as an adapter's are: which."""
+    told = parts.policy.field.unguided.begun_from
+    return [Check("begun from", 1.0, detail=told)] if told else []
 
 
 # -- rewards and gradients -------------------------------------------------------------------------

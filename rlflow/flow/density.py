@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from rlflow.flow.path import at_start
 from rlflow.flow.policy import FlowPolicy
 from rlflow.types import Cond
 
@@ -25,7 +26,8 @@ def euler_log_prob(policy: FlowPolicy, x_1: Tensor, cond: Cond, iterations: int 
     for k in reversed(range(policy.num_steps)):
         y, step = _step_back(policy, y, grid[k], grid[k + 1], cond, iterations, tol)
         log_det = log_det + step
-    return (-0.5 * (y.square() + math.log(2 * math.pi))).sum(1) - log_det
+    spread = at_start(torch.ones(y.shape[1]).to(y), float(grid[0]))
+    return (-0.5 * ((y / spread).square() + math.log(2 * math.pi)) - spread.log()).sum(1) - log_det
 
 
 def _step_back(

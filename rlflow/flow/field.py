@@ -48,6 +48,10 @@ class VelocityField(nn.Module):
     """True where a row's text is padded to the longest beside it: its velocity then depends on them by a rounding."""
     distilled: str | None = None
     """To what, where training distilled the network: it is then not the mean velocity of its samples."""
+    first_time: float = 0.0
+    """Where what the network knows begins; grids and draws of times start there, 0 is noise without any data."""
+    begun_from: str = ""
+    """What a person should know of the weights it began with: which, and as what they were read."""
 
     def tokenize(self, captions: list[str]) -> Tree:
         """Text to the tensors `encode` takes; only text-conditional fields have it."""
@@ -118,6 +122,7 @@ class Around(VelocityField):
         self.uses_dt, self.has_instantaneous = field.uses_dt, field.has_instantaneous
         self.calls, self.graph_calls = field.calls, field.graph_calls
         self.ragged, self.distilled = field.ragged, field.distilled
+        self.first_time = field.first_time
 
     @property
     def event_shape(self) -> tuple[int, ...]:  # type: ignore[override]

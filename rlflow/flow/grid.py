@@ -1,5 +1,7 @@
 """Denoising time grids (K + 1,) from 0 (noise) to 1 (data), in float64, and training times.
 
+A model that knows nothing of the first times (`VelocityField.first_time`) has grids of its own that start later.
+
 Every grid is a callable of the number of steps, so that one policy trains with K = 8 and is
 deployed with K = 40. Foreign sigma grids (1 = noise) enter through `FromSigmas` only.
 """
@@ -27,12 +29,17 @@ Steepness = Annotated[float, Range("must be positive", 0, 60, open_low=True)]
 """Above it the ends of the curve are no longer apart in float64."""
 
 
-def check_grid(t: Tensor) -> Tensor:
-    """Return t, or raise ValueError unless it increases strictly from 0 to 1."""
+NEAR = 1e-9
+"""Rounding of a first time that came as 1 - sigma."""
+
+
+def check_grid(t: Tensor, first_time: float = 0.0) -> Tensor:
+    """Return t, or raise ValueError unless it increases strictly to 1, from 0 or from a time after `first_time`."""
     if t.ndim != 1 or len(t) < 2:
         raise ValueError(f"a time grid needs at least 2 times in one dimension, got shape {tuple(t.shape)}")
-    if t[0] != 0 or t[-1] != 1 or not bool((t.diff() > 0).all()):
-        raise ValueError(f"a time grid must increase strictly from 0 to 1, got {t.tolist()}")
+    starts = t[0] >= first_time - NEAR if first_time else t[0] == 0
+    if not starts or t[-1] != 1 or not bool((t.diff() > 0).all()):
+        raise ValueError(f"a time grid must increase strictly from {first_time:.3g} to 1, got {t.tolist()}")
     return t
 
 
@@ -120,7 +127,7 @@ class FromScheduler:
     field: VelocityField
 
     def __call__(self, num_steps: int) -> Tensor:
-        return check_grid(self.field.times(num_steps))
+        return check_grid(self.field.times(num_steps), self.field.first_time)
 
 
 def logit_normal(num: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:

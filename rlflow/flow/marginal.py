@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlflow.flow.kernels import Kernel
-from rlflow.flow.path import expand
+from rlflow.flow.path import at_start, expand
 from rlflow.flow.solvers import Solver
 from rlflow.flow.steps import Plan
 from rlflow.types import Cond
@@ -43,7 +43,7 @@ def end_weights(
     hidden = torch.zeros(num, num_features, dtype=torch.float64)
     cond = Cond({"pooled": hidden})
     like = torch.ones((num, *event_shape), dtype=torch.float64)
-    x, memory = expand(unit[:, 0], like) * like, None
+    x, memory = at_start(expand(unit[:, 0], like) * like, float(times[0])), None
     for k in range(plan.num_steps):
         t, t_next = times[k].expand(num), times[k + 1].expand(num)
         if noisy[k]:

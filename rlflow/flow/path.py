@@ -27,6 +27,11 @@ def interpolate(x_0: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * x_0 + t * x_1
 
 
+def at_start(noise: Tensor, t: float) -> Tensor:
+    """Where a chain that starts at t begins, of noise N(0, I): its spread is that of data of unit variance there."""
+    return noise if t == 0 else noise * (t**2 + (1 - t) ** 2) ** 0.5
+
+
 def data(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """E[x_1 | x_t] = x + (1 - t) v."""
     return x + (1 - expand(t, x)) * v

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from rlflow.flow.field import VelocityField
 from rlflow.flow.gaussian import Gaussian
-from rlflow.flow.grid import TimeGrid, Uniform
+from rlflow.flow.grid import NEAR, TimeGrid, Uniform
 from rlflow.flow.kernels import Kernel
 from rlflow.flow.noise import Key, noise
-from rlflow.flow.path import expand
+from rlflow.flow.path import at_start, expand
 from rlflow.flow.select import Select
 from rlflow.flow.solvers import Euler, Solver
 from rlflow.flow.squash import Squash
@@ -161,7 +161,16 @@ class FlowPolicy(nn.Module):
 
     def plan(self, num_steps: int | None = None) -> Plan:
         """The deployment plan: no noise."""
-        return deterministic(self.grid(num_steps or self.num_steps))
+        return deterministic(self.times(num_steps or self.num_steps))
+
+    def times(self, num_steps: int) -> Tensor:
+        """The grid (K + 1,); ValueError where it starts before what the network knows."""
+        t, first = self.grid(num_steps), self.field.first_time
+        if first and t[0] < first - NEAR:
+            raise ValueError(
+                f"policy.grid starts at {float(t[0]):.3g}, and this model at {first:.3g}: use grid=scheduler"
+            )
+        return t
 
     def sample(
         self,
@@ -187,6 +196,7 @@ class FlowPolicy(nn.Module):
         run = _Run(self, plan, key, row_ids, keep_path)
         if x_0 is None:
             x_0 = run.noise("x_0", 0, row_ids[::copies] if shared_noise else row_ids)
+        x_0 = at_start(x_0, float(plan.t.flatten()[0]))
         split = plan.first_noisy() if shared_noise and not plan.per_row and copies > 1 else 0
         if split:
             run.advance(x_0, cond, range(split))
@@ -219,7 +229,7 @@ class FlowPolicy(nn.Module):
                 f"{type(steps).__name__} mixes noisy and ODE rows in one step, which needs one network call: "
                 "use solver=euler"
             )
-        grid = self.grid(self.num_steps)
+        grid = self.times(self.num_steps)
         t, t_next = grid[:-1], grid[1:]
         kappa = self.kappa(t, t_next)
         possible = list(steps.possible(self.num_steps))

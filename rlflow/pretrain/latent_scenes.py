@@ -1,7 +1,8 @@
-"""`rlflow pretrain sd3_scenes`: a Stable Diffusion 3 of 3.5 M parameters that draws scenes, in diffusers' own format.
+"""`rlflow pretrain sd3_scenes`, `sd15_scenes`: small models that draw scenes, in diffusers' own formats.
 
-Tokenizers of the captions' words, two CLIPs and a T5 with random weights that stay, a VAE and a transformer that are
-trained here on drawings of envs/captions/scenes.py. For plain diffusers it is a checkpoint like any other.
+Of Stable Diffusion 3 (3.5 M parameters) or 1.5: tokenizers of the captions' words, text encoders with random weights
+that stay, a VAE and a network that are trained here on drawings of envs/captions/scenes.py. For plain diffusers each
+is a checkpoint like any other.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ from torch import Tensor
 
 from rlflow.envs.captions import scenes
 from rlflow.files import as_readable
+from rlflow.flow.grid import uniform_times
+from rlflow.flow.matching import cfm_loss
 from rlflow.models.hub import quiet
 from rlflow.models.pretrained.families.sd3 import SD3
+from rlflow.models.pretrained.families.stable_diffusion import StableDiffusion
 from rlflow.models.pretrained.pipeline import PretrainedField
 from rlflow.models.pretrained.tiny import clip_text, clip_tokenizer, t5, t5_tokenizer
+from rlflow.models.vp import noise_loss
 from rlflow.parallel.dist import device
 from rlflow.pretrain.images import judge_scenes
-from rlflow.pretrain.matching import pretrain, report
+from rlflow.pretrain.matching import BEFORE_THE_MIDDLE, Times, pretrain, report
 from rlflow.ranges import Count, argument
 
 SIDE, CHANNELS, WIDTH, HEADS, LAYERS = 32, 4, 128, 4, 6
@@ -39,13 +44,20 @@ KL = 1e-4
 """Weight of the VAE's KL, a mean over latent numbers, beside its errors per pixel."""
 
 
+def uniform_after(first_time: float) -> Times:
+    """Training times of what a model knows, all alike."""
+    return lambda num, rng: first_time + (1 - first_time) * uniform_times(num, rng)
+
+
 @dataclass(frozen=True)
 class LatentScenes:
-    """What `rlflow pretrain` asks of a world; `make` writes a folder of StableDiffusion3Pipeline."""
+    """What `rlflow pretrain` asks of a world; `make` writes a folder of a pipeline of diffusers."""
 
     name: str = "sd3_scenes"
     asset: str = "sd3_scenes"
     steps: int = 1200
+    old: bool = False
+    """Stable Diffusion 1.5, whose latents are not shifted and whose network predicts noise."""
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Steps of the VAE, and drawings a step of the transformer."""
@@ -56,17 +68,20 @@ class LatentScenes:
         """Train the VAE, then the transformer; returns made_by.json's content."""
         torch.manual_seed(args.seed)
         begin = time.process_time()
-        vae = train_vae(args.vae_steps, args.seed)
-        pipe = pipeline(vae)
-        field = PretrainedField(SD3(pipe), {}, SIDE, max_sequence_length=LENGTH, cache=len(scenes.all_scenes()) + 1)
+        vae = train_vae(args.vae_steps, args.seed, shifted=not self.old)
+        border = StableDiffusion(old_pipeline(vae)) if self.old else SD3(pipeline(vae))
+        length = None if self.old else LENGTH
+        field = PretrainedField(border, {}, SIDE, max_sequence_length=length, cache=len(scenes.all_scenes()) + 1)
         field.to(device())
-        blocks = pipe.transformer.transformer_blocks
+        blocks = border.network if self.old else border.network.transformer_blocks
         averaged = pretrain(
             field,
             latents(field, args.rows, args.seed),
             steps=args.steps,
-            hidden=[p for p in blocks.parameters() if p.ndim == 2],
+            hidden=[p for name, p in blocks.named_parameters() if p.ndim == 2 and "time_emb" not in name],
             seed=args.seed,
+            times=uniform_after(field.first_time) if self.old else BEFORE_THE_MIDDLE,
+            loss=noise_loss if self.old else cfm_loss,
             progress=report(args.steps),
         )
         judged = judge_scenes(averaged)
@@ -118,11 +133,41 @@ def pipeline(vae: nn.Module) -> Any:
     )
 
 
+def old_pipeline(vae: nn.Module) -> Any:
+    """A StableDiffusionPipeline around `vae` whose UNet knows nothing yet; its scheduler ends at the data."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = clip_tokenizer(Path(folder), scenes.VOCAB, LENGTH)
+    unet = UNet2DConditionModel(
+        sample_size=SIDE // 2,
+        block_out_channels=(WIDTH // 2, WIDTH),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=HEADS,
+    )
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    return StableDiffusionPipeline(
+        unet=unet,
+        scheduler=DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=True),
+        vae=vae,
+        text_encoder=_spread(clip_text(tokenizer, projection=False, width=WIDTH)),
+        tokenizer=tokenizer,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 @torch.no_grad()
 def _spread(encoder: Any) -> Any:
     """Embeddings of size 1, which the start of CLIP's own training does not have, tell words and places apart."""
-    for embedding in (encoder.text_model.embeddings.token_embedding, encoder.text_model.embeddings.position_embedding):
-        embedding.weight.normal_()
+    for embedding in encoder.modules():  # of words, and of places
+        if isinstance(embedding, nn.Embedding):
+            embedding.weight.normal_()
     return encoder
 
 
@@ -140,8 +185,8 @@ def draw(captions: list[str], rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(np.stack([scenes.render(scenes.parse(text), rng) for text in captions])) * 2 - 1
 
 
-def train_vae(steps: int, seed: int) -> Any:
-    """An AutoencoderKL that halves the sides once, its latents' scale and shift in its config."""
+def train_vae(steps: int, seed: int, shifted: bool = True) -> Any:
+    """An AutoencoderKL that halves the sides once, its latents' scale, and shift if they have one, in its config."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL(
@@ -172,7 +217,8 @@ def train_vae(steps: int, seed: int) -> Any:
         progress(step, loss.item(), vae)
     with torch.no_grad():
         z = vae.encode(drawings(rng, 256)[0].to(vae.device)).latent_dist.mean
-    vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
+    size = z.std().item() if shifted else z.square().mean().sqrt().item()
+    vae.register_to_config(scaling_factor=1 / size, shift_factor=z.mean().item() if shifted else None)
     return vae.eval().requires_grad_(False)
 
 
@@ -194,4 +240,7 @@ def latents(field: PretrainedField, rows: int, seed: int) -> Iterator[tuple[Tens
         x, captions = drawings(rng, rows)
         with torch.no_grad(), torch.autocast(vae.device.type, torch.bfloat16):
             z = vae.encode(x.to(vae.device)).latent_dist.sample().float()
-        yield (z - vae.config.shift_factor) * vae.config.scaling_factor, field.tokenize(captions).to(vae.device)
+        yield (
+            (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor,
+            field.tokenize(captions).to(vae.device),
+        )

@@ -16,7 +16,8 @@ from rlflow.pretrain.images import IMAGES, World
 from rlflow.pretrain.latent_scenes import LatentScenes
 from rlflow.ranges import Count, Seed, Size, argument, filled
 
-WORLDS: dict[str, World | LatentScenes | Cloning] = {**IMAGES, "sd3_scenes": LatentScenes(), **CLONINGS}
+LATENT = {world.name: world for world in (LatentScenes(), LatentScenes("sd15_scenes", "sd15_scenes", 3000, old=True))}
+WORLDS: dict[str, World | LatentScenes | Cloning] = {**IMAGES, **LATENT, **CLONINGS}
 
 
 def main(world: World | LatentScenes | Cloning, argv: list[str] | None = None, out: Path | None = None) -> None:

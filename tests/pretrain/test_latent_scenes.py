@@ -20,6 +20,7 @@ from rlflow.models.pretrained import lora
 from rlflow.models.pretrained.pipeline import pretrained
 from rlflow.models.pretrained.tiny import clip_tokenizer, t5_tokenizer
 from rlflow.pretrain import latent_scenes
+from rlflow.pretrain.worlds import LATENT
 
 
 def test_every_word_is_one_token_and_no_caption_is_cut(tmp_path: Path) -> None:
@@ -32,17 +33,44 @@ def test_every_word_is_one_token_and_no_caption_is_cut(tmp_path: Path) -> None:
     assert longest == latent_scenes.LENGTH
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(name: str, out: Path) -> Path:
     """A pipeline after two steps."""
-    out = tmp_path_factory.mktemp("made") / "sd3"
     args = argparse.Namespace(seed=0, steps=2, vae_steps=2, rows=64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latent_scenes, "judge_scenes", lambda field: {"heldout_strict": 0.0})
         patch.setattr(latent_scenes, "reconstructed", lambda vae: 0.0)
-        made_by = latent_scenes.LatentScenes().make(out, args)
-    assert made_by["command"] == "rlflow pretrain sd3_scenes --vae-steps 2 --rows 64 --steps 2 --seed 0"
+        made_by = LATENT[name].make(out, args)
+    assert made_by["command"] == f"rlflow pretrain {name} --vae-steps 2 --rows 64 --steps 2 --seed 0"
     return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Stable Diffusion 3."""
+    return made("sd3_scenes", tmp_path_factory.mktemp("made") / "sd3")
+
+
+@pytest.mark.slow
+def test_the_old_one_draws_in_plain_diffusers_what_it_draws_here(tmp_path: Path) -> None:
+    """A StableDiffusionPipeline, pictures and all: its VAE has no shift."""
+    from diffusers import DiffusionPipeline
+
+    folder = made("sd15_scenes", tmp_path / "sd15")
+    policy = rf.load(str(folder), guidance=1.0, num_steps=4)
+    captions = ["two red circles", "a blue square left of a red circle"]
+    noise = torch.randn(2, *policy.event_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = policy.field.decode(policy.sample(policy.encode(policy.field.tokenize(captions)), x_0=noise).final)
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    settings = {
+        "guidance_scale": 1.0,
+        "num_inference_steps": 4,
+        "height": latent_scenes.SIDE,
+        "width": latent_scenes.SIDE,
+    }
+    stock = pipe(captions, latents=noise, output_type="pt", **settings).images
+    torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
 
 
 def test_plain_diffusers_draws_what_rlflow_draws(folder: Path) -> None:

@@ -11,6 +11,9 @@ from safetensors.torch import load_file
 import rlflow as rf
 from rlflow.config import recipes
 from rlflow.deploy.runs import evaluator_of
+from rlflow.flow.grid import FromScheduler
+from rlflow.flow.kernels import FlowSDE
+from rlflow.flow.policy import FlowPolicy
 from rlflow.models.pretrained import lora as lora_files
 from rlflow.train.checkpoint import Checkpoints, pack
 from rlflow.train.trainer import Trainer
@@ -140,13 +143,14 @@ def test_doctor_passes_on_a_recipe_of_a_checkpoint(trainer):
     assert [c.name for c in checks if c.passed is False] == []
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd3", "flux", "sd15"])
 def test_a_reward_moves_a_lora_through_the_decoder(tiny_pipeline, tmp_path, family: str) -> None:
     """Every row's picture made again on the way back; the gradient of R(decode(x)) is that of a difference."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"{i} cats\n" for i in range(12)))
     small = [f"policy.field.checkpoint={tiny_pipeline(family)}", f"env.prompts={prompts}", *SMALL]
     small += ["train.iterations=1", "reward.weights={brightness: 1, redness: 1}", "algorithm.micro_batch=3"]
+    small += ["policy.field.max_sequence_length=null"] if family == "sd15" else []
     made = Trainer("sd35_draft", tmp_path / "run", overrides=small, quiet=True)
     before = {n: p.detach().clone() for n, p in made.policy.weights.parameters().items()}
     made.fit()
@@ -192,3 +196,43 @@ def test_every_command_on_a_family(kind, tiny_pipeline, tmp_path, capsys):
         main(["sample", str(source), "--prompt", "two cats", "--num", "1", "--steps", "2", "--out", str(out)])
         assert out.stat().st_size > 100
         out.unlink()
+
+
+@pytest.mark.slow
+def test_a_kohya_file_of_stable_diffusion_trains_and_every_command_takes_the_run(tiny_pipeline, tmp_path, capsys):
+    """doctor, train, sample and export; the exported file gives the run's picture in plain diffusers."""
+    from diffusers import DDIMScheduler, DiffusionPipeline
+    from safetensors.torch import save_file
+
+    from rlflow.cli import main
+
+    (tmp_path / "prompts.txt").write_text("".join(f"{i} cats\n" for i in range(12)))
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    parts = {"lora_down.weight": torch.randn(2, 8), "lora_up.weight": torch.randn(8, 2), "alpha": torch.tensor(1.0)}
+    save_file({f"{layer}.{end}": value for end, value in parts.items()}, tmp_path / "cat.safetensors")
+    few = [f"policy.field.checkpoint={tiny_pipeline('sd15')}", f"env.prompts={tmp_path / 'prompts.txt'}", *SMALL]
+    few += ["policy.field.lora=null", f"policy.field.adapter={tmp_path / 'cat.safetensors'}"]
+    few += ["policy.field.max_sequence_length=null", "train.iterations=2", "algorithm.optimizer.lr=0.01"]
+    few += ["policy.field.weights=float32"]  # as the plain pipeline's
+    main(["doctor", "sd15_nft", *few])
+    told = "scale 0.5, of the file's alpha tensors"
+    assert told in " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    main(["train", "sd15_nft", "--run", str(tmp_path / "run"), *few])
+    assert told in capsys.readouterr().out
+    assert (tmp_path / "run/report.html").is_file()
+    main(["sample", str(tmp_path / "run"), "--prompt", "3 cats", "--num", "1", "--out", str(tmp_path / "x.png")])
+    main(["export", str(tmp_path / "run"), "--format", "kohya", "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out/lora.safetensors").is_file()
+    field = rf.load(tmp_path / "run/model").field.unguided
+    policy = FlowPolicy(field, FlowSDE(), grid=FromScheduler(field), num_steps=3)
+    x_0 = torch.randn(1, *policy.event_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = field.decode(policy.sample(policy.encode(field.tokenize(["3 cats"])), x_0=x_0).final)
+    pipe = DiffusionPipeline.from_pretrained(tiny_pipeline("sd15"))
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=True)
+    settings = {"num_inference_steps": 3, "height": 32, "width": 32, "output_type": "pt", "guidance_scale": 1.0}
+    untuned = pipe("3 cats", latents=x_0, **settings).images
+    pipe.load_lora_weights(tmp_path / "out", weight_name="lora.safetensors")
+    tuned = pipe("3 cats", latents=x_0, **settings).images
+    torch.testing.assert_close(tuned, ours, atol=1e-4, rtol=0)
+    assert (tuned - untuned).abs().max() > 1e-3

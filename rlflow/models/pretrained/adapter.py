@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlflow.flow.guidance import CFG
-from rlflow.models.pretrained.scheduler import grid, resolution_shift
+from rlflow.models.pretrained import scheduler
 from rlflow.models.prompt_table import Encoded, Encoding
 
 
@@ -39,6 +39,10 @@ class Adapter:
     """To what, where the network does not predict the mean velocity of the data any more."""
     modules: ClassVar[Sequence[str]]
     """Linear layers that LoRA is added to, by the ends of their names: the attention's."""
+    component: ClassVar[str] = "transformer"
+    """What the pipeline calls its network."""
+    near_data: ClassVar[float] = 0.02
+    """Sigma from which a last step removes less noise than a step before it leaves."""
 
     def __init__(self, pipe: Any):
         self.pipe = pipe
@@ -46,14 +50,19 @@ class Adapter:
     # -- shapes -------------------------------------------------------------------------------------
 
     @property
+    def network(self) -> Any:
+        """What is trained."""
+        return getattr(self.pipe, self.component)
+
+    @property
     def channels(self) -> int:
         """Of a latent."""
-        return int(self.pipe.transformer.config.in_channels)
+        return int(self.network.config.in_channels)
 
     @property
     def patch(self) -> int:
         """Latents a side of a token."""
-        return int(self.pipe.transformer.config.patch_size)
+        return int(self.network.config.patch_size)
 
     @property
     def cell(self) -> int:
@@ -68,12 +77,21 @@ class Adapter:
     @property
     def text_width(self) -> int:
         """Numbers of a text's token."""
-        return int(self.pipe.transformer.config.joint_attention_dim)
+        return int(self.network.config.joint_attention_dim)
 
     @property
     def pooled_width(self) -> int:
         """Numbers of "pooled": of the mean of a text's tokens, where the model has nothing of the kind."""
         return self.text_width
+
+    @property
+    def first_time(self) -> float:
+        """1 - sigma where grids may start, if it is not at 0."""
+        return 0.0
+
+    def check(self, checkpoint: str) -> None:
+        """ValueError for parts of the pipeline that it would not sample with as we do."""
+        scheduler.check(self.pipe.scheduler, checkpoint)
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """*D of a square picture; ValueError where the network cannot make one of this size."""
@@ -108,16 +126,20 @@ class Adapter:
 
     def mu(self, num_steps: int, resolution: int) -> float:
         """Of a dynamic shift: linear in the picture's tokens."""
-        return resolution_shift(self.pipe.scheduler, self.tokens(resolution), max_shift=1.15)
+        return scheduler.resolution_shift(self.pipe.scheduler, self.tokens(resolution), max_shift=1.15)
 
     def sigmas(self, num_steps: int, resolution: int) -> Tensor:
         """(K + 1,) from 1 to 0, exactly as the pipeline sets them; ValueError where it makes another number."""
         given = self.unshifted(num_steps)
         if len(given) != num_steps:
             raise ValueError(f"this model's pipeline samples in {len(given)} steps of its own, and not in {num_steps}")
-        return grid(self.pipe.scheduler, sigmas=np.asarray(given), mu=self.mu(num_steps, resolution))
+        return scheduler.grid(self.pipe.scheduler, sigmas=np.asarray(given), mu=self.mu(num_steps, resolution))
 
     # -- in the loop --------------------------------------------------------------------------------
+
+    def as_read(self, x: Tensor) -> Tensor:
+        """x in the precision that `predict` takes it in."""
+        return x.to(self.network.dtype)
 
     def predict(self, x: Tensor, sigma: Tensor, text: Encoding) -> Tensor:
         """noise - data (N, *D) at x (N, *D), sigma (N,); text has "mask" (N, L) where texts of it are padded."""

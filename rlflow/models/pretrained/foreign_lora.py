@@ -1,11 +1,11 @@
-"""LoRA files that others wrote, in one form: peft's settings, and the tensors by the names of the transformer's layers.
+"""LoRA files that others wrote, in one form: peft's settings, the tensors by the network's layers, where the scale was.
 
-| keys | written by | the scale is in |
-|---|---|---|
-| transformer.LAYER.lora_A.weight | diffusers' pipelines | the file's metadata, LAYER.alpha, or it is 1 |
-| LAYER.lora_A.weight | save_lora_adapter of diffusers' models | the same |
-| base_model.model.LAYER.lora_A.weight | peft | adapter_config.json |
-| what the pipeline's own loader renames (FLUX's: of kohya, ComfyUI, XLabs) | trainers | it goes into the tensors |
+| the scale is in | of |
+|---|---|
+| adapter_config.json beside it | peft |
+| lora_adapter_metadata in the file | diffusers |
+| LAYER.alpha in the file | kohya, LyCORIS, OneTrainer, ComfyUI, diffusers before peft |
+| nothing: it is 1 | ai-toolkit, diffusers without metadata, XLabs |
 
 A file is taken whole or refused: a part that is left out changes every picture and nobody is told.
 """
@@ -13,33 +13,26 @@ A file is taken whole or refused: a part that is left out changes every picture 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
 
 from rlflow.models import hub
+from rlflow.models.pretrained.adapter import Adapter
 from rlflow.models.pretrained.lora import WEIGHTS
+from rlflow.models.pretrained.lora_names import ALPHA, DOWN, Tensors, by_layer, some, split
 
-Tensors = dict[str, Tensor]
 NAMES = (WEIGHTS, "adapter_model.safetensors")
 """What diffusers and peft call the file."""
-PREFIXES = ("transformer.", "base_model.model.transformer.", "base_model.model.", "")
-PART = re.compile(r"(?P<layer>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector(\.weight)?|alpha)")
-TEXT = ("text_encoder", "lora_te", "text_model.")
+TEXT = ("text_encoder", "lora_te", "text_model.", "base_model.model.text_model.")
 """How the keys of a text encoder's LoRA begin."""
-RENAMED = re.compile(
-    r"(lora_unet_|lora_transformer_|diffusion_model\.|base_model\.model\.|(double|single)_blocks\.)"
-    r".+\.((lora_)?(down|up)\.weight|lora_[AB]\.weight|alpha)"
-)
-"""Keys that FLUX's own loader takes all of; others it leaves out with a remark in its log."""
-
-DOWN = re.compile(r"(down|lora_A)\.weight$")
 
 HONOURED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
 """Settings of peft's LoraConfig that say what the tensors mean."""
@@ -55,8 +48,17 @@ HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva", None)
 """Values of `init_lora_weights` that leave the base as it is: PiSSA, OLoRA, CorDA, LoftQ move it."""
 
 
-def read_lora(source: str, pipe: Any) -> tuple[dict[str, Any], Tensors]:
-    """Settings for peft's LoraConfig, and LAYER.lora_A.weight ...; ValueError says which keys stand in the way."""
+@dataclass(frozen=True)
+class Found:
+    """Settings for peft's LoraConfig, LAYER.lora_A.weight ..., and where the scale was read."""
+
+    settings: Mapping[str, Any]
+    tensors: Tensors
+    scale_from: str
+
+
+def read_lora(source: str, border: Adapter) -> Found:
+    """A file, a folder or a hub id; ValueError says which keys stand in the way."""
     file = _file(source)
     try:
         with safe_open(file, framework="pt") as opened:
@@ -65,12 +67,22 @@ def read_lora(source: str, pipe: Any) -> tuple[dict[str, Any], Tensors]:
     except SafetensorError as error:
         raise ValueError(f"{file.name} cannot be read: {error}") from error
     _check_text(raw)
-    prefix, tensors = _by_layer(raw, pipe)
-    alphas = {n.removesuffix(".alpha"): float(tensors.pop(n)) for n in list(tensors) if n.endswith(".alpha")}
-    told = _told(file, metadata)
+    prefix, tensors = by_layer(raw, border)
+    alphas = {n.removesuffix(f".{ALPHA}"): tensors.pop(n).item() for n in list(tensors) if n.endswith(f".{ALPHA}")}
+    told, told_by = _told(file, metadata, border.component)
     _check_scale(prefix, told, alphas)
-    settings = _inferred(tensors, alphas) if told is None else _settings(told)
-    return settings | {"target_modules": _exactly(tensors)}, tensors
+    if told is not None:
+        settings, where = _settings(told), told_by
+    else:
+        settings, where = _inferred(tensors, alphas), _of_tensors(prefix, raw, alphas)
+    return Found(settings | {"target_modules": _exactly(tensors)}, tensors, where)
+
+
+def _of_tensors(prefix: str, raw: Tensors, alphas: Mapping[str, float]) -> str:
+    """Where the scale is in a file without settings."""
+    if prefix == "converted" and any(name.endswith(f".{ALPHA}") for name in raw):
+        return "the file's alpha tensors, which diffusers' converter multiplied in"
+    return "the file's alpha tensors" if alphas else "no place in the file: alpha is the rank"
 
 
 def _file(source: str) -> Path:
@@ -91,69 +103,12 @@ def _file(source: str) -> Path:
     return files[0]
 
 
-# -- keys -----------------------------------------------------------------------------------------
-
-
 def _check_text(raw: Collection[str]) -> None:
     if text := [name for name in raw if name.startswith(TEXT) or ".text_model." in name]:
         raise ValueError(
-            f"it holds LoRA of a text encoder too ({_some(text)}), and only the transformer's would be "
+            f"it holds LoRA of a text encoder too ({some(text)}), and only the network's would be "
             f"used: remove those {len(text)} tensors if it is meant to work without them"
         )
-
-
-def _by_layer(raw: Tensors, pipe: Any) -> tuple[str, Tensors]:
-    """The prefix of all keys, and the tensors under LAYER.lora_A.weight ... and LAYER.alpha."""
-    layers = {name for name, _ in pipe.transformer.named_modules()}
-    if (found := _stripped(raw, layers)) is not None:
-        return found
-    one_form = len({name.startswith("lora_transformer_") for name in raw}) == 1
-    if one_form and all(RENAMED.fullmatch(name) for name in raw):
-        with hub.quiet():
-            converted = _stripped(_renamed(raw, pipe), layers)
-        if converted is not None and len(_layers(converted[1])) >= sum(DOWN.search(name) is not None for name in raw):
-            return "renamed", converted[1]
-    raise ValueError(_what_is_wrong(raw, layers, type(pipe.transformer).__name__))
-
-
-def _what_is_wrong(raw: Tensors, layers: Collection[str], network: str) -> str:
-    for name in raw:
-        match = PART.fullmatch(name.removeprefix("transformer."))
-        if match and name.startswith("transformer.") and match["layer"] not in layers:
-            return f"it is of another model: {network} has no layer {match['layer']}"
-    strange = [name for name in raw if not PART.fullmatch(name)] or list(raw)
-    return (
-        f"it has keys that are not known for {network}: {_some(strange)}. Convert it to diffusers' form, as "
-        "save_lora_weights writes it: transformer.LAYER.lora_A.weight and .lora_B.weight"
-    )
-
-
-def _stripped(raw: Tensors, layers: Collection[str]) -> tuple[str, Tensors] | None:
-    """The one prefix under which every key is a part of a layer's LoRA, and the rest of the keys; None without one."""
-    for prefix in PREFIXES:
-        matches = [PART.fullmatch(n.removeprefix(prefix)) if n.startswith(prefix) else None for n in raw]
-        if raw and all(m is not None and m["layer"] in layers for m in matches):
-            return prefix, {name.removeprefix(prefix): value for name, value in raw.items()}
-    return None
-
-
-def _renamed(raw: Tensors, pipe: Any) -> Tensors:
-    """By the pipeline's own loader, where it has one for these keys."""
-    try:
-        found: Tensors = type(pipe).lora_state_dict(dict(raw))
-    except (ValueError, KeyError, NotImplementedError, AssertionError, RuntimeError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise ValueError(f"{type(pipe).__name__} cannot read its keys {_some(raw)}: {why}") from error
-    return found
-
-
-def _layers(tensors: Iterable[str]) -> set[str]:
-    return {m["layer"] for name in tensors if (m := PART.fullmatch(name))}
-
-
-def _some(names: Iterable[str]) -> str:
-    first, *rest = sorted(names) or ["none at all"]
-    return f"{first!r}" + (f" and {len(rest)} more" if rest else "")
 
 
 # -- settings -------------------------------------------------------------------------------------
@@ -163,23 +118,25 @@ def _check_scale(prefix: str, told: Mapping[str, Any] | None, alphas: Mapping[st
     """ValueError unless the scale is told exactly once."""
     if told is None and not alphas and prefix.startswith("base_model."):
         raise ValueError("it lacks adapter_config.json, where peft wrote the scale: put it beside it")
-    if told is not None and (alphas or prefix == "renamed"):
+    if told is not None and (alphas or prefix == "converted"):
         raise ValueError("it tells its scale in settings and in its tensors: remove the wrong one")
+    if wrong := [layer for layer, alpha in alphas.items() if not 0 < alpha < math.inf]:
+        raise ValueError(f"its alpha of {some(wrong)} is {alphas[min(wrong)]}, and a positive number is wanted")
 
 
-def _told(file: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """Settings in the file's metadata, by diffusers, or beside it, by peft."""
+def _told(file: Path, metadata: Mapping[str, str], component: str) -> tuple[dict[str, Any] | None, str]:
+    """Settings in the file's metadata, by diffusers, or beside it, by peft; and which of the two."""
     beside = file.parent / "adapter_config.json"
-    written = metadata.get("lora_adapter_metadata") or (
-        beside.read_text(encoding="utf-8") if beside.is_file() else None
-    )
+    written, where = metadata.get("lora_adapter_metadata"), "the file's metadata"
+    if written is None and beside.is_file():
+        written, where = beside.read_text(encoding="utf-8"), beside.name
     if written is None:
-        return None
+        return None, ""
     try:
         said = dict(json.loads(written))
     except ValueError as error:
         raise ValueError(f"its settings are no JSON ({error})") from error
-    return {name.removeprefix("transformer."): value for name, value in said.items()}
+    return {name.removeprefix(f"{component}."): value for name, value in said.items()}, where
 
 
 def _settings(told: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,7 +156,9 @@ def _settings(told: Mapping[str, Any]) -> dict[str, Any]:
 
 def _inferred(tensors: Tensors, alphas: Mapping[str, float]) -> dict[str, Any]:
     """Of a file that tells none: each layer's rank by its shape, and its alpha, which is the rank unless given."""
-    ranks = {n.removesuffix(".lora_A.weight"): len(v) for n, v in tensors.items() if n.endswith(".lora_A.weight")}
+    ranks = {n.removesuffix(f".{DOWN}"): len(v) for n, v in tensors.items() if n.endswith(f".{DOWN}")}
+    if lonely := alphas.keys() - ranks.keys():
+        raise ValueError(f"it has an alpha of {some(lonely)} and no {DOWN} there")
     alphas = {layer: alphas.get(layer, rank) for layer, rank in ranks.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] if ranks else 1 for values in (ranks, alphas))
     return {
@@ -214,4 +173,5 @@ def _inferred(tensors: Tensors, alphas: Mapping[str, float]) -> dict[str, Any]:
 
 def _exactly(tensors: Tensors) -> str:
     """A regular expression of the layers' names: an end of a name may be that of other layers too."""
-    return "|".join(sorted(map(re.escape, _layers(tensors))))
+    layers = {found[0] for name in tensors if (found := split(name)) is not None}
+    return "|".join(sorted(map(re.escape, layers)))

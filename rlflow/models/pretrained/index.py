@@ -12,6 +12,10 @@ from typing import Any
 
 LIBRARIES = ("diffusers", "transformers")
 """Those that components of a pipeline are of."""
+UNUSED = ("safety_checker", "feature_extractor")
+"""Components that are never loaded, whatever they are: what Stable Diffusion 1 puts behind its pictures."""
+NONE = [None, None]
+"""Entry of a component that a folder does not have."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -28,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_index(checkpoint: str, index: dict[str, Any]) -> None:
     """ValueError for a component of a library that is not diffusers or transformers."""
     for name, entry in index.items():
-        if not isinstance(entry, list) or entry == [None, None]:
+        if not isinstance(entry, list) or entry == NONE or name in UNUSED:
             continue
         if len(entry) != 2 or entry[0] not in LIBRARIES or not isinstance(entry[1], str) or _asks(*entry):
             raise ValueError(

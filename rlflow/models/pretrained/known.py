@@ -32,7 +32,7 @@ VAE = {
 
 @dataclass(frozen=True)
 class Known:
-    """A pipeline's class, the transformer's class and configuration, the scheduler's, the VAE's, how many CLIP tokens
+    """A pipeline's class, the network's class and configuration, the scheduler's, the VAE's, how many CLIP tokens
     stand before T5's, the parameters of each text encoder, and what else model_index.json says."""
 
     pipeline: str
@@ -44,9 +44,12 @@ class Known:
     vae: Mapping[str, Any]
     vae_class: str = "AutoencoderKL"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    component: str = "transformer"
+    scheduler_class: str = "FlowMatchEulerDiscreteScheduler"
 
 
 CLIP_L, CLIP_G, T5_XXL = 123_650_304, 694_659_840, 4_762_310_656
+CLIP_H = 340_387_840  # 23 layers, and no projection
 SD3_TEXT = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5_XXL}
 FLUX_TEXT = {"text_encoder": CLIP_L - 768 * 768, "text_encoder_2": T5_XXL}  # its CLIP has no projection
 STATIC = {"shift": 3.0}
@@ -95,6 +98,50 @@ def _qwen_image() -> Known:
     return Known("QwenImagePipeline", network, {}, TO_02, 0, text, {}, "AutoencoderKLQwenImage")
 
 
+NO_CHECKER = {"requires_safety_checker": False}
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+UNET = {
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}
+OLD_VAE = {**VAE, "latent_channels": 4, "use_quant_conv": True, "use_post_quant_conv": True, "scaling_factor": 0.18215}
+
+
+def _sd(sample: int, heads: int | tuple[int, ...], text: int, encoder: int, predicts: str = "epsilon") -> Known:
+    """Latents a side, attention's heads, width and parameters of the text encoder."""
+    numbers = {**UNET, "sample_size": sample, "attention_head_dim": heads, "cross_attention_dim": text}
+    numbers["use_linear_projection"] = text != 768
+    scheduler, encoders = {**BETAS, "prediction_type": predicts}, {"text_encoder": encoder}
+    vae = {**OLD_VAE, "sample_size": 8 * sample}
+    names, kinds = ("StableDiffusionPipeline", "UNet2DConditionModel"), {"scheduler_class": "PNDMScheduler"}
+    return Known(*names, numbers, scheduler, 77, encoders, vae, component="unet", settings=NO_CHECKER, **kinds)
+
+
+SDXL = Known(
+    "StableDiffusionXLPipeline",
+    "UNet2DConditionModel",
+    {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    {**BETAS, "timestep_spacing": "leading"},
+    77,
+    {"text_encoder": CLIP_L - 768 * 768, "text_encoder_2": CLIP_G},
+    {**OLD_VAE, "scaling_factor": 0.13025, "force_upcast": True},
+    component="unet",
+    scheduler_class="EulerDiscreteScheduler",
+)
+
 KNOWN = {
     "stabilityai/stable-diffusion-3-medium-diffusers": _sd3(24, 192),
     "stabilityai/stable-diffusion-3.5-medium": _sd3(
@@ -113,6 +160,9 @@ KNOWN = {
     "Tongyi-MAI/Z-Image-Turbo": _z_image(3.0),
     "Qwen/Qwen-Image": _qwen_image(),
     "Qwen/Qwen-Image-2512": _qwen_image(),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": _sd(64, 8, 768, CLIP_L - 768 * 768),
+    "stabilityai/stable-diffusion-2-1": _sd(96, (5, 10, 20, 20), 1024, CLIP_H, "v_prediction"),
+    "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
 }
 
 
@@ -131,16 +181,20 @@ def known(checkpoint: str) -> Known:
 def _local(folder: Path) -> Known:
     index = _read(folder / "model_index.json")
     adapter_of(str(folder))  # or it is none that there is an adapter for
+    component = "unet" if "unet" in index else "transformer"
+    clip = component == "unet" or index["_class_name"] == SD3
     return Known(
         index["_class_name"],
-        index["transformer"][1],
-        _read(folder / "transformer" / "config.json"),
+        index[component][1],
+        _read(folder / component / "config.json"),
         _read(folder / "scheduler" / "scheduler_config.json"),
-        _read(folder / "tokenizer" / "tokenizer_config.json")["model_max_length"] if index["_class_name"] == SD3 else 0,
+        _read(folder / "tokenizer" / "tokenizer_config.json")["model_max_length"] if clip else 0,
         {name: _parameters(folder / name, index[name][1]) for name in index if _is_encoder(name, index[name])},
         _read(folder / "vae" / "config.json"),
         index["vae"][1],
-        {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)},
+        {name: v for name, v in index.items() if not name.startswith("_") and not isinstance(v, list)},
+        component,
+        index["scheduler"][1],
     )
 
 

@@ -1,7 +1,8 @@
-"""A LoRA on a pipeline's transformer (peft), new or begun from another, and writing what plain diffusers reads."""
+"""A LoRA on a pipeline's network (peft), new or begun from another, and writing what plain diffusers reads."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,58 +13,55 @@ from torch import Tensor
 
 from rlflow.files import as_readable, read_tensors
 from rlflow.models.hub import quiet
+from rlflow.models.pretrained.adapter import Adapter
 from rlflow.models.pretrained.opening import check_finite
 
 ADAPTER = "default"
 """Name of the LoRA that trains."""
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """Diffusers' name of a LoRA's file."""
-FULL = "transformer"
-"""Subfolder of a wholly tuned network."""
 
 
-def parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+def parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     """The LoRA's parameters by name; empty where there is none."""
-    return {name: p for name, p in transformer.named_parameters() if "lora_" in name}
+    return {name: p for name, p in network.named_parameters() if "lora_" in name}
 
 
-def attach(pipe: Any, settings: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
-    """Freeze the transformer and add a float32 LoRA of peft's `settings`; only its parameters train.
+def attach(network: Any, settings: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Freeze the network and add a float32 LoRA of peft's `settings`; only its parameters train.
 
     Without `tensors` it adds nothing at first (its B is zero), so the reference is the base with the adapter off. It
     stays in evaluation mode: sampling and scoring have to agree.
     """
     from peft import LoraConfig
 
-    transformer = pipe.transformer.requires_grad_(False)
-    transformer.add_adapter(LoraConfig(**settings, init_lora_weights="gaussian"), ADAPTER)
-    for parameter in parameters(transformer).values():
+    network.requires_grad_(False)
+    network.add_adapter(LoraConfig(**settings, init_lora_weights="gaussian"), ADAPTER)
+    for parameter in parameters(network).values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     if tensors is not None:
-        _fill(transformer, tensors)
-    for module in transformer.eval().modules():
+        _fill(network, tensors)
+    for module in network.eval().modules():
         if hasattr(module, "cast_input_dtype_enabled") and not getattr(module, "lora_variant", None):  # DoRA has one
             module.cast_input_dtype_enabled = _OutsideAutocast()
 
 
-def new(transformer: nn.Module, rank: int, alpha: float | None, modules: Sequence[str]) -> dict[str, Any]:
+def new(network: nn.Module, rank: int, alpha: float | None, modules: Sequence[str]) -> dict[str, Any]:
     """Settings of a new LoRA on the layers whose names end so; ValueError for an end that no layer has, or for ends
     that leave out all blocks of a kind."""
     if not modules:
         raise ValueError("lora_modules names no layer: leave it out for the attention's")
-    every = dict(transformer.named_modules())
+    every = dict(network.named_modules())
     linear = [name for name, module in every.items() if isinstance(module, nn.Linear | nn.Conv2d)]
     targets: list[str] = []
     for end in modules:
         found = [name for name in linear if _ends(name, end)]
         if not found:
             ends = sorted({".".join(name.split(".")[2:]) for name in linear if name.count(".") > 1})
-            raise ValueError(
-                f"lora_modules: no layer of {type(transformer).__name__} ends in {end!r}; some: {ends[:12]}"
-            )
+            raise ValueError(f"lora_modules: no layer of {type(network).__name__} ends in {end!r}; some: {ends[:12]}")
         targets += [end] if len(found) == sum(_ends(name, end) for name in every) else found  # a list ends so too
-    _check_blocks(transformer, linear, modules)
+    _check_blocks(network, linear, modules)
     return {"r": rank, "lora_alpha": 2 * rank if alpha is None else alpha, "target_modules": targets}
 
 
@@ -71,10 +69,10 @@ def _ends(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}")
 
 
-def _check_blocks(transformer: nn.Module, linear: Sequence[str], modules: Sequence[str]) -> None:
+def _check_blocks(network: nn.Module, linear: Sequence[str], modules: Sequence[str]) -> None:
     """ValueError where the blocks of one list get nothing, as FLUX.2's single ones do of an `attn.to_q`; whoever names
     a list in `modules` means some of them."""
-    lists = [name for name, child in transformer.named_children() if isinstance(child, nn.ModuleList) and len(child)]
+    lists = [name for name, child in network.named_children() if isinstance(child, nn.ModuleList) and len(child)]
     if any(end.startswith(f"{name}.") for end in modules for name in lists):
         return
     reached = {name.split(".")[0] for name in linear for end in modules if _ends(name, end)}
@@ -87,16 +85,16 @@ def _check_blocks(transformer: nn.Module, linear: Sequence[str], modules: Sequen
             )
 
 
-def _fill(transformer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy a LoRA's tensors into its parameters; ValueError unless all are taken and nothing is left as it began."""
     from peft import set_peft_model_state_dict
 
     check_finite("the LoRA's ", tensors)
     try:
-        result = set_peft_model_state_dict(transformer, dict(tensors), adapter_name=ADAPTER)
+        result = set_peft_model_state_dict(network, dict(tensors), adapter_name=ADAPTER)
     except RuntimeError as error:  # shapes that differ, a line each
         why = " ".join(" ".join(str(error).splitlines()[:2]).split())
-        raise ValueError(f"the LoRA does not fit {type(transformer).__name__}: {why}") from error
+        raise ValueError(f"the LoRA does not fit {type(network).__name__}: {why}") from error
     lacks, brings = [n for n in result.missing_keys if "lora_" in n], list(result.unexpected_keys)
     if lacks or brings:
         raise ValueError(
@@ -112,53 +110,64 @@ class _OutsideAutocast:
         return not any(torch.is_autocast_enabled(device) for device in ("cuda", "cpu"))
 
 
-def _lora_state(transformer: nn.Module) -> dict[str, Tensor]:
+def _lora_state(network: nn.Module) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+    state = get_peft_model_state_dict(network, adapter_name=ADAPTER)
     return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
 
-def save(pipe: Any, folder: Path, args: dict[str, Any]) -> None:
-    """A LoRA as `pipe.load_lora_weights` reads it, or the whole transformer; README.md says how."""
-    transformer, full = pipe.transformer, not parameters(pipe.transformer)
+def scales(network: nn.Module) -> str:
+    """What the LoRA's product is multiplied by, in words: alpha over the rank, or over its root, of how many layers."""
+    from peft.tuners.lora import LoraLayer
+
+    found = Counter(f"{m.scaling[ADAPTER]:.4g}" for m in network.modules() if isinstance(m, LoraLayer))
+    if len(found) == 1:
+        return next(iter(found))
+    return ", ".join(f"{scale} ({num} layers)" for scale, num in found.most_common())
+
+
+def save(border: Adapter, folder: Path, args: dict[str, Any]) -> None:
+    """A LoRA as `pipe.load_lora_weights` reads it, or the whole network; README.md says how."""
+    network, name, full = border.network, border.component, not parameters(border.network)
     if full:
-        transformer.save_pretrained(folder / FULL)
+        network.save_pretrained(folder / name)
     else:
         from diffusers.training_utils import _collate_lora_metadata
 
-        metadata = _collate_lora_metadata({"transformer": transformer})
-        type(pipe).save_lora_weights(folder, transformer_lora_layers=_lora_state(transformer), **metadata)
+        layers = {f"{name}_lora_layers": _lora_state(network)}
+        type(border.pipe).save_lora_weights(folder, **layers, **_collate_lora_metadata({name: network}))
     as_readable(folder)
-    (folder / "README.md").write_text(model_card(type(pipe).__name__, type(transformer).__name__, full, args))
+    card = model_card(type(border.pipe).__name__, type(network).__name__, full, args, name)
+    (folder / "README.md").write_text(card)
 
 
-def load(pipe: Any, folder: Path) -> None:
+def load(border: Adapter, folder: Path) -> None:
     """Inverse of `save`, into a pipeline that was opened and got its LoRA in the same way."""
-    transformer = pipe.transformer
-    if not parameters(transformer):
+    network, name = border.network, border.component
+    if not parameters(network):
         with quiet():
-            stored = type(transformer).from_pretrained(folder / FULL, dtype=transformer.dtype).state_dict()
-        check_finite(f"{folder / FULL}: ", stored)
-        transformer.load_state_dict(stored)
+            stored = type(network).from_pretrained(folder / name, dtype=network.dtype).state_dict()
+        check_finite(f"{folder / name}: ", stored)
+        network.load_state_dict(stored)
         return
     state = read_tensors(folder / WEIGHTS)
-    _fill(transformer, {name.removeprefix("transformer."): value for name, value in state.items()})
+    _fill(network, {key.removeprefix(f"{name}."): value for key, value in state.items()})
 
 
-def model_card(pipeline: str, transformer: str, full: bool, args: dict[str, Any]) -> str:
-    """README.md of a saved model: what it is and how plain diffusers uses it."""
+def model_card(pipeline: str, network: str, full: bool, args: dict[str, Any], name: str = "transformer") -> str:
+    """README.md of a saved model: what it is and how plain diffusers uses it; `name`: its attribute there."""
     base = args["checkpoint"]
     local = Path(base).is_absolute()
     head = ["---", "library_name: diffusers", *([] if local else [f"base_model: {base}"]), "tags:"]
     head += [*(f"- {tag}" for tag in ("text-to-image", "rlflow", *([] if full else ["lora"]))), "---"]
-    usage = [f"from diffusers import {pipeline}" + (f", {transformer}" if full else ""), ""]
+    usage = [f"from diffusers import {pipeline}" + (f", {network}" if full else ""), ""]
     if full:
-        usage += [f'transformer = {transformer}.from_pretrained("THIS_FOLDER", subfolder="{FULL}")']
-        usage += [f'pipe = {pipeline}.from_pretrained("{base}", transformer=transformer)']
+        usage += [f'{name} = {network}.from_pretrained("THIS_FOLDER", subfolder="{name}")']
+        usage += [f'pipe = {pipeline}.from_pretrained("{base}", {name}={name})']
     else:
         usage += [f'pipe = {pipeline}.from_pretrained("{base}")', 'pipe.load_lora_weights("THIS_FOLDER")']
-    what = "the whole transformer" if full else "a LoRA of the transformer"
+    what = f"the whole {name}" if full else f"a LoRA of the {name}"
     about = f"Fine-tuned with reinforcement learning by rlflow: {what} of `{base}`, trained at settings"
     settings = ", ".join(f"{k}={v}" for k, v in args.items() if k not in ("checkpoint", "adapter"))
     return "\n".join([*head, "", about, f"{settings or 'of its defaults'}.", "", "```python", *usage, "```", ""])

@@ -13,8 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from rlflow.models import hub
-from rlflow.models.pretrained import scheduler
-from rlflow.models.pretrained.index import check_folder, check_index, read_json
+from rlflow.models.pretrained.index import NONE, UNUSED, check_folder, check_index, read_json
 
 QUANTISERS = {"int8": "torchao", "nf4": "bitsandbytes"}
 """Packages by what they quantise to."""
@@ -74,7 +73,6 @@ def open_pipeline(checkpoint: str, dtype: torch.dtype, quantize: str | None = No
     except (OSError, ValueError) as error:
         hint = "" if variant or local else " (one with *.fp16.* files only wants variant=fp16)"
         raise ValueError(hub.why_not(checkpoint, "pipeline", error) + hint) from error
-    scheduler.check(pipe.scheduler, checkpoint)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             check_finite(f"{checkpoint}: {name}.", part.eval().state_dict())
@@ -84,13 +82,15 @@ def open_pipeline(checkpoint: str, dtype: torch.dtype, quantize: str | None = No
 
 
 def _from_pretrained(checkpoint: str, dtype: torch.dtype, quantization: Any, settings: Mapping[str, Any]) -> Any:
-    diffusers, given = _diffusers(), {}
+    diffusers, index = _diffusers(), _index(checkpoint)
     if getattr(diffusers, name := pipeline_class(checkpoint), None) is None:
         raise ValueError(f"diffusers {diffusers.__version__} has no {name}: pip install -U diffusers")
+    given = {name: None for name in UNUSED if index.get(name, NONE) != NONE}
     if quantization is not None:
-        model = getattr(diffusers, _index(checkpoint)["transformer"][1])
-        part = {"subfolder": "transformer", "quantization_config": quantization}
-        given["transformer"] = model.from_pretrained(checkpoint, dtype=dtype, **part, **settings)
+        network = "unet" if "unet" in index else "transformer"
+        model = getattr(diffusers, index[network][1])
+        part = {"subfolder": network, "quantization_config": quantization}
+        given[network] = model.from_pretrained(checkpoint, dtype=dtype, **part, **settings)
     dtypes = {"default": dtype, "vae": torch.float32}
     return diffusers.DiffusionPipeline.from_pretrained(checkpoint, dtype=dtypes, **given, **settings)
 

@@ -37,12 +37,14 @@ ADAPTERS = {
     "Flux2KleinPipeline": "rlflow.models.pretrained.families.flux2:klein",
     "ZImagePipeline": "rlflow.models.pretrained.families.z_image:z_image",
     "QwenImagePipeline": "rlflow.models.pretrained.families.qwen_image:QwenImage",
+    "StableDiffusionPipeline": "rlflow.models.pretrained.families.stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "rlflow.models.pretrained.families.stable_diffusion:StableDiffusionXL",
 }
 """By the pipeline's class: what a new family adds besides its file."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-NEAR_DATA, ROUNDING = 0.02, 1e-4
-"""Sigma at which a step begins almost at the data, and how far a scheduler that aims at it may miss: float32 puts a
-terminal sigma of .02 above it for some numbers of steps and below it for others."""
+ROUNDING = 1e-4
+"""How far a scheduler that aims at `Adapter.near_data` may miss it: float32 puts a terminal sigma of .02 above it for
+some numbers of steps and below it for others."""
 FEW_STEPS = re.compile(r"(?<!de-)(?<![a-z])(turbo|schnell|lightning|hyper|distilled|dmd2?|lcm)(?![a-z])", re.IGNORECASE)
 """How the names of checkpoints say that they were distilled to a few steps, where their files do not."""
 NEGATIVE = 0
@@ -67,12 +69,13 @@ class PretrainedField(VelocityField):
     ):
         super().__init__()
         self.adapter, self.args = adapter, args
-        self.transformer: nn.Module = adapter.pipe.transformer
+        self.transformer: nn.Module = adapter.network  # a UNet too: parameters of checkpoints are named so
         norms.fuse(self.transformer)
         self.max_sequence_length = max_sequence_length or adapter.max_sequence_length
         self.release_encoders = release_encoders
         self.num_features, self.ragged = adapter.pooled_width, adapter.ragged
-        self.distilled = adapter.distilled or named_distilled(args["checkpoint"])
+        self.distilled = adapter.distilled or named_distilled(args.get("checkpoint", ""))
+        self.first_time = adapter.first_time
         self.table = PromptTable(self._encode_texts, cache)
         self.table.numbers([negative_prompt])
         self.resize(resolution)
@@ -130,13 +133,13 @@ class PretrainedField(VelocityField):
     @property
     def weight_dtype(self) -> torch.dtype:
         """Of the base, where its activations begin."""
-        return self.adapter.pipe.transformer.dtype
+        return self.adapter.network.dtype
 
     def forward(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
         """Velocity (N, *D) at x (N, *D), t (N,); dt is ignored."""
         dtype = self.weight_dtype
         text = {n: v.to(dtype) if v.is_floating_point() else v for n, v in self.table(cond["prompt"]).items()}
-        return -self.adapter.predict(x.to(dtype), 1 - t, text)
+        return -self.adapter.predict(self.adapter.as_read(x), 1 - t, text)
 
     def lengths(self, v: Tensor) -> Tensor:
         """Where the pipeline's guidance keeps them."""
@@ -155,7 +158,7 @@ class PretrainedField(VelocityField):
     def unscored(self, grid: Tensor) -> int:
         """2 where the last step begins almost at the data, as on SD3's twice shifted grid: the step before it leaves
         more noise than the last one can remove, and that one hardly moves."""
-        return 2 if 1 - float(grid[-2]) <= NEAR_DATA + ROUNDING else 0
+        return 2 if 1 - float(grid[-2]) <= self.adapter.near_data + ROUNDING else 0
 
     def resize(self, resolution: int) -> None:
         """Make square pictures of this many pixels a side; ValueError where the model cannot."""
@@ -165,22 +168,22 @@ class PretrainedField(VelocityField):
     @property
     def grad_checkpointing(self) -> bool:
         """Recompute the blocks' activations in the backward pass."""
-        return bool(self.adapter.pipe.transformer.is_gradient_checkpointing)
+        return bool(self.adapter.network.is_gradient_checkpointing)
 
     @grad_checkpointing.setter
     def grad_checkpointing(self, on: bool) -> None:
-        pipe = self.adapter.pipe
-        pipe.transformer.enable_gradient_checkpointing() if on else pipe.transformer.disable_gradient_checkpointing()
+        network = self.adapter.network
+        network.enable_gradient_checkpointing() if on else network.disable_gradient_checkpointing()
 
     # -- files --------------------------------------------------------------------------------------
 
     def save_weights(self, folder: Path) -> None:
         """A LoRA folder, or a transformer folder, that plain diffusers reads; with a model card."""
-        lora_files.save(self.adapter.pipe, folder, self.args)
+        lora_files.save(self.adapter, folder, self.args)
 
     def load_weights(self, folder: Path) -> None:
         """Inverse of `save_weights`."""
-        lora_files.load(self.adapter.pipe, folder)
+        lora_files.load(self.adapter, folder)
 
 
 def pretrained(
@@ -221,7 +224,10 @@ def pretrained(
         raise ValueError("adapter brings its own alpha and modules: leave lora_alpha and lora_modules out with it")
     if not trains_lora and (lora_alpha, lora_modules) != (None, None):
         raise ValueError("lora_alpha and lora_modules are of a LoRA, and the whole network trains: set lora too")
-    border = adapter_of(checkpoint)(open_pipeline(checkpoint, DTYPES[weights], quantize, variant))
+    border, begun_from = adapter_of(checkpoint)(open_pipeline(checkpoint, DTYPES[weights], quantize, variant)), ""
+    border.check(checkpoint)
+    if max_sequence_length is not None and not border.max_sequence_length:
+        raise ValueError(f"{checkpoint} reads all of CLIP's tokens, always: leave max_sequence_length out")
     if embedded_guidance is not None:
         if border.embedded_guidance is None:
             raise ValueError(f"{checkpoint} has no guidance input: use policy.guidance instead")
@@ -232,11 +238,13 @@ def pretrained(
         add_lora(border, lora, lora_alpha, lora_modules)
     if adapter is not None:
         with registry.located(f"adapter {adapter}"):
-            lora_files.attach(border.pipe, *read_lora(adapter, border.pipe))
+            found = read_lora(adapter, border)
+            lora_files.attach(border.network, found.settings, found.tensors)
+            begun_from = f"adapter {adapter}: scale {lora_files.scales(border.network)}, of {found.scale_from}"
         args["adapter"] = HERE  # a saved LoRA is a whole one, its shape included: it starts from itself
     if Path(checkpoint).is_dir():
         args["checkpoint"] = str(Path(checkpoint).resolve())
-    return PretrainedField(
+    field = PretrainedField(
         border,
         args,
         resolution or border.default_resolution,
@@ -245,16 +253,18 @@ def pretrained(
         release_encoders,
         cache,
     )
+    field.begun_from = begun_from
+    return field
 
 
 def add_lora(border: Adapter, rank: int, alpha: float | None, modules: Sequence[str] | None) -> None:
     """A new one, on the attention's layers unless others are named."""
-    transformer = border.pipe.transformer
+    network = border.network
     if modules is None:  # a family's last block may lack some of them
-        ends = [end for end in border.modules if any(n.endswith(end) for n, _ in transformer.named_modules())]
+        ends = [end for end in border.modules if any(n.endswith(end) for n, _ in network.named_modules())]
     else:
         ends = list(modules)
-    lora_files.attach(border.pipe, lora_files.new(transformer, rank, alpha, ends))
+    lora_files.attach(network, lora_files.new(network, rank, alpha, ends))
 
 
 def named_distilled(checkpoint: str) -> str | None:

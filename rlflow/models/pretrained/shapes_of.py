@@ -11,7 +11,6 @@ import torch.nn as nn
 from torch import Tensor
 
 from rlflow.models import hub
-from rlflow.models.pretrained import scheduler
 from rlflow.models.pretrained.known import Known, known
 from rlflow.models.pretrained.pipeline import DTYPES, PretrainedField, add_lora, family
 
@@ -41,13 +40,13 @@ def shape_of(checkpoint: str, settings: Mapping[str, Any]) -> PretrainedField:
 
     model, dtype = known(checkpoint), DTYPES[settings.get("weights", "float32")]
     with torch.device("meta"):
-        transformer = getattr(diffusers, model.transformer).from_config(dict(model.numbers))
-        nn.Module.to(transformer, dtype)  # that of diffusers warns of layers it does not have
+        network = getattr(diffusers, model.transformer).from_config(dict(model.numbers))
+        nn.Module.to(network, dtype)  # that of diffusers warns of layers it does not have
         vae = getattr(diffusers, model.vae_class).from_config(dict(model.vae)).requires_grad_(False)
-    plan = diffusers.FlowMatchEulerDiscreteScheduler.from_config(dict(model.scheduler))
-    scheduler.check(plan, checkpoint)
-    pipe = _pipeline(model, {"transformer": transformer, "vae": vae, "scheduler": plan})
+    plan = getattr(diffusers, model.scheduler_class).from_config(dict(model.scheduler))
+    pipe = _pipeline(model, {model.component: network, "vae": vae, "scheduler": plan})
     border = family(model.pipeline)(pipe)
+    border.check(checkpoint)
     with torch.device("meta"):
         if settings.get("lora") is not None:
             add_lora(border, settings["lora"], settings.get("lora_alpha"), settings.get("lora_modules"))

@@ -124,6 +124,68 @@ def _flux_schnell(folder: Path, scheduler: dict[str, Any]) -> Any:
     return _flux(folder, {"shift": 1.0, "use_dynamic_shifting": False, **scheduler}, guidance_embeds=False)
 
 
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+"""Of Stable Diffusion's schedulers, which write more settings than they read."""
+UNET = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+
+
+def _old_vae(scaling_factor: float) -> Any:
+    from diffusers import AutoencoderKL
+
+    widths = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    return AutoencoderKL(**widths, **blocks, latent_channels=4, scaling_factor=scaling_factor, sample_size=32).eval()
+
+
+def _sd15(folder: Path, scheduler: dict[str, Any]) -> Any:
+    from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    tokenizer = clip_tokenizer(folder / "tokenizer")
+    heads = {"cross_attention_dim": POOLED, "attention_head_dim": 2}
+    return StableDiffusionPipeline(
+        unet=moved(UNet2DConditionModel(**UNET, **blocks, **heads)),
+        scheduler=PNDMScheduler(**{**BETAS, "skip_prk_steps": True, **scheduler}),
+        vae=_old_vae(0.18215),
+        text_encoder=clip_text(tokenizer, projection=False),
+        tokenizer=tokenizer,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _sdxl(folder: Path, scheduler: dict[str, Any]) -> Any:
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    blocks = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True,
+    }
+    added = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + POOLED,
+    }
+    heads = {"cross_attention_dim": 2 * POOLED, "attention_head_dim": (2, 2)}
+    tokenizers = [clip_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
+    return StableDiffusionXLPipeline(
+        unet=moved(UNet2DConditionModel(**UNET, **blocks, **added, **heads)),
+        scheduler=EulerDiscreteScheduler(**{**BETAS, "timestep_spacing": "leading", **scheduler}),
+        vae=_old_vae(0.13025),
+        text_encoder=clip_text(tokenizers[0], projection=False),
+        tokenizer=tokenizers[0],
+        text_encoder_2=clip_text(tokenizers[1]),
+        tokenizer_2=tokenizers[1],
+        add_watermarker=False,
+    )
+
+
 KINDS: dict[str, Callable[[Path, dict[str, Any]], Any]] = {
     "sd3": _sd3,
     "flux": _flux,
@@ -132,4 +194,6 @@ KINDS: dict[str, Callable[[Path, dict[str, Any]], Any]] = {
     "flux2_dev": tiny_language.flux2_dev,
     "z_image": tiny_language.z_image,
     "qwen_image": tiny_language.qwen_image,
+    "sd15": _sd15,
+    "sdxl": _sdxl,
 }

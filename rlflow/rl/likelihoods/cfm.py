@@ -109,12 +109,14 @@ class CFMLikelihood(Likelihood):
         return noise(key, row_ids.cpu(), shape, policy.dtype, policy.device)
 
     def _times(self, policy: FlowPolicy, normal: Tensor) -> Tensor:
-        """Standard normal (N, S) to times: uniform, in all or in the s-th part, or uniform among the grid's starts."""
+        """Standard normal (N, S) to times: uniform, in all or in the s-th part, or uniform among the grid's starts.
+
+        All of what the network knows: from its first time on."""
         t = torch.special.ndtr(normal)
         if self.stratified:
             t = (t + torch.arange(self.draws, device=t.device)) / self.draws
         if not self.on_grid:
-            return t
+            return policy.field.first_time + (1 - policy.field.first_time) * t
         k = (t * policy.num_steps).long().clamp(max=policy.num_steps - 1)
         return policy.grid(policy.num_steps).to(t)[k]
 
