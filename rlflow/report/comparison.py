@@ -17,6 +17,7 @@ from rlflow.report.aggregate import Aggregate, Line, heldout, ordered, summarise
 from rlflow.report.compare import compare, run_tables
 from rlflow.report.curves import AXES, SAMPLES, Panel, curves, heldout_panels
 from rlflow.report.glossary import MISSING, describe, headline
+from rlflow.report.metrics_file import Metrics
 from rlflow.report.record import RunRecord, run_folders
 from rlflow.report.tables import Table
 
@@ -136,7 +137,7 @@ def _text(value: Any) -> str:
 # -- curves and runs ------------------------------------------------------------------------------
 
 
-def _rows(lines: Sequence[Line]) -> dict[str, list[list[dict[str, Any]]]]:
+def _rows(lines: Sequence[Line]) -> dict[str, list[Metrics]]:
     return {line.label: [run.rows for run in line.runs] for line in lines}
 
 

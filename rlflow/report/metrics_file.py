@@ -56,7 +56,7 @@ class Metrics(Sequence[Row]):
         self._columns = columns  # by name: values (n,), and whether the row has one (n,)
 
     @staticmethod
-    def of(rows: Iterable[Row]) -> Metrics:
+    def of(rows: Iterable[Mapping[str, Any]]) -> Metrics:
         """Of rows in order, which may come one by one."""
         if isinstance(rows, Metrics):
             return rows
@@ -114,7 +114,7 @@ class Metrics(Sequence[Row]):
         return row | {name: float(value[index]) for name, (value, has) in self._columns.items() if has[index]}
 
 
-def _piece(names: tuple[str, ...], rows: list[Row]) -> tuple[Any, Any, dict[str, Array]]:
+def _piece(names: tuple[str, ...], rows: Sequence[Mapping[str, Any]]) -> tuple[Any, Any, dict[str, Array]]:
     """Iterations, kinds and columns of rows that have the same names in the same order."""
     metrics = [name for name in names if name not in ("iteration", "kind")]
     table = np.array([[row[name] for name in metrics] for row in rows], dtype=np.float64)  # None becomes nan
