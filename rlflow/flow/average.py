@@ -189,7 +189,7 @@ def by_derivative(teacher: VelocityField, span: Span) -> Tensor:
 
 
 def steps(t: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """(start (N,), dt (N,)): of the first `num` rows from the earlier to the later of their own and the previous row's times."""
+    """(start (N,), dt (N,)): of the first `num` rows from the earlier to the later of two rows' times."""
     start, end = torch.minimum(t, t.roll(1)), torch.maximum(t, t.roll(1))
     over = torch.arange(len(t), device=t.device) < num
     return torch.where(over, start, t), torch.where(over, end - start, 0)
