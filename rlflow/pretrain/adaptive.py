@@ -22,10 +22,9 @@ from rlflow.envs.demos.dataset import Demos
 from rlflow.flow.field import VelocityField
 from rlflow.flow.grid import uniform_times
 from rlflow.flow.kernels import FlowSDE
-from rlflow.flow.matching import MatchingLoss
+from rlflow.flow.matching import MatchingLoss, spread_loss
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
-from rlflow.flow.spread import spread_loss
 from rlflow.flow.squash import SQUASHES
 from rlflow.models.io import load_field, read_config, save_field
 from rlflow.models.mlp import MLPField

@@ -22,7 +22,6 @@ from rlflow.envs.checked import Checked
 from rlflow.envs.demos.dataset import Chunks, Demos
 from rlflow.envs.demos.identity import check_alike, differences
 from rlflow.envs.simulators.tabletop import LENGTH, PIXELS, WORDS
-from rlflow.flow.average import AverageLoss
 from rlflow.flow.field import VelocityField
 from rlflow.flow.grid import uniform_times
 from rlflow.flow.kernels import FlowSDE
@@ -33,6 +32,7 @@ from rlflow.models.io import save_field
 from rlflow.models.normalizer import Normalizer
 from rlflow.models.scratch import scratch
 from rlflow.models.vla import VLA
+from rlflow.pretrain.average import AverageLoss
 from rlflow.pretrain.matching import pretrain, report
 from rlflow.ranges import filled
 

@@ -1,4 +1,4 @@
-"""Policies that know the average velocity over a step, for one or two denoising steps; see flow/average.py."""
+"""Policies that know the average velocity over a step, for one or two denoising steps; see average.py."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from torch.nn import Parameter
 
 from rlflow.envs.demos.dataset import Demos
-from rlflow.flow.average import AlphaFlow, AverageLoss, MeanFlow, SplitMeanFlow
 from rlflow.flow.field import VelocityField
 from rlflow.flow.matching import MatchingLoss, ShortcutLoss, cfm_loss
 from rlflow.models.dit import DiT
 from rlflow.models.io import load_field, save_field
+from rlflow.pretrain.average import AlphaFlow, AverageLoss, MeanFlow, SplitMeanFlow
 from rlflow.pretrain.cloning import STEPS, Cloning
 from rlflow.pretrain.images import IMAGES, World, judge_scenes
 from rlflow.pretrain.matching import pretrain, report

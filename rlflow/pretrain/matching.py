@@ -19,11 +19,11 @@ import torch.nn as nn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from rlflow.flow.average import AverageLoss
 from rlflow.flow.field import VelocityField
 from rlflow.flow.grid import logit_normal
 from rlflow.flow.matching import Coupling, MatchingLoss, cfm_loss, independent
 from rlflow.flow.path import expand
+from rlflow.pretrain.average import AverageLoss
 from rlflow.types import Cond, Tree
 
 Field = TypeVar("Field", bound=VelocityField)

@@ -6,11 +6,10 @@ from torch import Tensor
 
 from rlflow.flow.field import VelocityField
 from rlflow.flow.kernels import FlowSDE
-from rlflow.flow.matching import cfm_loss
+from rlflow.flow.matching import cfm_loss, spread_loss, spread_nll
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Adaptive, Euler
-from rlflow.flow.spread import spread_loss, spread_nll
 from rlflow.flow.steps import All, NoSteps
 from rlflow.models.mlp import MLPField
 from rlflow.types import Cond

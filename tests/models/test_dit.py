@@ -6,8 +6,8 @@ import torch.nn as nn
 
 from rlflow.envs.captions import scenes, words
 from rlflow.flow import path
-from rlflow.flow.average import Span, by_derivative
 from rlflow.models.dit import MIN_REMAINING, NULL, PAD, DiT, sincos_2d, sinusoid, split_words
+from rlflow.pretrain.average import Span, by_derivative
 
 CAPTIONS = ["three red circles", "a red circle left of a blue square", "a white square and a green triangle"]
 

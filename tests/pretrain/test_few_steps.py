@@ -7,11 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-from rlflow.flow.average import AlphaFlow, MeanFlow, SplitMeanFlow
 from rlflow.flow.grid import uniform_times
 from rlflow.flow.matching import cfm_loss
 from rlflow.models.io import load_field, save_field
 from rlflow.models.mlp import MLPField
+from rlflow.pretrain.average import AlphaFlow, MeanFlow, SplitMeanFlow
 from rlflow.pretrain.few_steps import SHAPES, converted
 from rlflow.pretrain.matching import pretrain
 from rlflow.pretrain.worlds import main

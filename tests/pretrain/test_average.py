@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlflow.flow.average import AlphaFlow, MeanFlow, Span, SplitMeanFlow, by_derivative, low_digits, steps
 from rlflow.flow.field import VelocityField
 from rlflow.flow.matching import ShortcutLoss, cfm_loss
+from rlflow.pretrain.average import AlphaFlow, MeanFlow, Span, SplitMeanFlow, by_derivative, low_digits, steps
 from rlflow.types import Cond
 
 MEANS, STDS, WEIGHTS = torch.tensor([[-1.0, 1.5], [0.3, 0.5], [0.4, 0.6]], dtype=torch.float64)
