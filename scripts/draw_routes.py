@@ -28,7 +28,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Circle
 
 from rlflow.envs.seeds import first_seed
-from rlflow.envs.simulators.toy import RoutesSim, ToyRoutes
+from rlflow.envs.simulators.toy import RoutesSim, ToyRoutes, routes_command
 from rlflow.flow.kernels import FlowSDE, LearnedNoise
 from rlflow.flow.matching import cfm_loss
 from rlflow.flow.noise import Key
@@ -77,14 +77,6 @@ def gaussian() -> Made:
 POLICIES: dict[str, Callable[[], Made]] = {"FPO": fpo, "FPO and KL": lambda: fpo(0.1), "Gaussian": gaussian}
 
 
-def expert(position: Tensor, side: Tensor) -> Tensor:
-    """Commands (N, 2) that lead over (0, .75 side) to the goal, with noise of std .15 on them."""
-    over = torch.stack([torch.zeros_like(side), 0.75 * side], 1)
-    target = torch.where(position[:, :1] < -0.05, over, torch.tensor([1.0, 0.0]))
-    command = ((target - position) / RoutesSim.SPEED).clamp(-1, 1)
-    return (command + 0.15 * torch.randn_like(command)).clamp(-1, 1)
-
-
 def demonstrations(rows: int = 400) -> tuple[Tensor, Tensor]:
     """(observations (M, 2), chunks (M, 2, 2)) of the expert, half of the episodes on either side."""
     sim, side = RoutesSim(rows, 2, 24), torch.ones(rows)
@@ -94,7 +86,7 @@ def demonstrations(rows: int = 400) -> tuple[Tensor, Tensor]:
     for _ in range(6):
         chunk, before = [], position
         for _ in range(2):
-            chunk.append(expert(position, side))
+            chunk.append(routes_command(position, side))
             position = position + RoutesSim.SPEED * chunk[-1]
         seen.append(before[alive])
         done.append(torch.stack(chunk, 1)[alive])

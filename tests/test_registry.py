@@ -28,7 +28,9 @@ def test_every_registered_name_is_a_documented_typed_component(kind: str, name: 
 def test_unknown_names_say_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"^unknown kernel 'flow_sed'; did you mean 'flow_sde'\?$"):
         find("kernel", "flow_sed")
-    with pytest.raises(ValueError, match=r"unknown solver 'x'; known: dpm2m, euler, fireflow, heun, midpoint"):
+    with pytest.raises(
+        ValueError, match=r"unknown solver 'x'; known: adaptive, dpm2m, euler, fireflow, heun, midpoint"
+    ):
         find("solver", "x")
     assert nearest("strid", ["stride", "size"]) == "; did you mean 'stride'?"
 

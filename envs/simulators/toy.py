@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlflow.envs.base import VecEnv
+from rlflow.envs.demos.dataset import Episode
 from rlflow.envs.seeds import uniform
 from rlflow.envs.sim import Outcome, Sim, SimEnv
-from rlflow.ranges import Count
+from rlflow.ranges import Count, Size
 from rlflow.types import Step, Tree, tree_map, tree_where
 
 CENTRES = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
@@ -225,5 +227,35 @@ class ToyRoutes(SimEnv):
 
     action_shape, obs_dim = (2, 2), 2
 
-    def __init__(self, num_envs: int = 64, horizon: Count = 12, gamma: float = 0.99, device: str = "cpu"):
-        super().__init__(RoutesSim(num_envs, 2, 2 * horizon, device), chunk=2, gamma=gamma)
+    def __init__(
+        self, num_envs: int = 64, horizon: Count = 12, gamma: float = 0.99, device: str = "cpu", chunk: Size = 2
+    ):
+        super().__init__(RoutesSim(num_envs, 2, chunk * horizon, device), chunk=chunk, gamma=gamma)
+
+
+def routes_command(
+    position: Tensor, side: Tensor, noise: float = 0.15, height: float = 0.75, rng: torch.Generator | None = None
+) -> Tensor:
+    """Commands (N, 2) over (0, height * side) to the goal, with noise of that std on them; side (N,) is +-1."""
+    over = torch.stack([torch.zeros_like(side), height * side], 1)
+    target = torch.where(position[:, :1] < -0.05, over, torch.tensor([1.0, 0.0]))
+    command = ((target - position) / RoutesSim.SPEED).clamp(-1, 1)
+    return (command + noise * torch.randn(command.shape, generator=rng)).clamp(-1, 1)
+
+
+def routes_episodes(num: int, seed: int, noise: float) -> Iterator[Episode]:
+    """One whole episode from each of `num` seeds, one above the disc, the next below, wide of it."""
+    rng = torch.Generator().manual_seed(seed)
+    for i in range(num):
+        sim, seen, done, paid = RoutesSim(1, 2, 24), [], [], []
+        position = sim.reset(torch.tensor([seed + i]), torch.ones(1, dtype=torch.bool)).clone()
+        for _ in range(sim.horizon):
+            seen.append(position[0])
+            done.append(routes_command(position, torch.tensor([1.0 - 2 * (i % 2)]), noise, 1.0, rng)[0])
+            out = sim.advance(done[-1][None])
+            position = sim.observe().clone()
+            paid.append(out.reward[0])
+            if bool(out.terminated[0]):
+                break
+        won, over = bool(out.info["success"][0]), bool(out.terminated[0])
+        yield Episode(torch.stack(seen), torch.stack(done), torch.stack(paid), over, not over, won)

@@ -34,6 +34,8 @@ class VelocityField(nn.Module):
     """True when `forward` reads dt (an average-velocity field)."""
     has_instantaneous: bool = True
     """False for a flow map that has no dt = 0 branch."""
+    has_spread: bool = False
+    """True when `with_spread` tells how far data lie from where a step leads."""
     forgets_start: bool = False
     """True when the first step does not depend on x_0 (a Gaussian actor): its density is no part of the action's."""
     grad_checkpointing: bool = False
@@ -74,6 +76,13 @@ class VelocityField(nn.Module):
     def forward(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
         """Velocity (N, *D) at x (N, *D), t (N,), dt (N,)."""
         raise NotImplementedError
+
+    def with_spread(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
+        """(N, D + 1): the velocity of `forward`, flat, and log s behind it, by one pass.
+
+        s^2 = E[|x_1 - x_0 - v|^2 / D | x_t = x] is Var[x_1 | x_t] / (1 - t)^2, a mean over the event.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no spread head: build it with spread=True")
 
     def decode(self, x: Tensor) -> Tensor:
         """Sample (N, *D) to what an environment receives: an image in [0, 1] or the action itself."""

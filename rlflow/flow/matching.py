@@ -11,6 +11,13 @@ A Shortcut field u(x, t, dt) also knows the average velocity over steps it will 
 one step of size d goes where two of d / 2 go,
 
     u(x, t, d) = (u(x, t, d/2) + u(x', t + d/2, d/2)) / 2,     x' = x + d/2 u(x, t, d/2).
+
+A spread head tells how far data lie from where the velocity leads (AdaFlow, Hu et al. 2024), by the likelihood of e:
+
+    nll = e / (2 s^2) + log s,     e = |x_1 - x_0 - v|^2 / D, held
+
+whose optimum is s^2 = E[e | x_t] = Var[x_1 | x_t] / (1 - t)^2, a mean over the event of D numbers, so what is asked
+of s does not depend on D (the release sums, and its s^2 is D times this). Where it is 0, one step leads to the data.
 """
 
 from __future__ import annotations
@@ -90,6 +97,18 @@ class ShortcutLoss:
         first = at_least_float(field(x, t, dt, cond))
         second = at_least_float(field(x + expand(half, x) * first, t + half, dt, cond))
         return (first + second) / 2
+
+
+def spread_loss(field: VelocityField, x_1: Tensor, cond: Cond, x_0: Tensor, t: Tensor) -> Tensor:
+    """Losses (N,) of velocity and spread at data x_1, noise x_0 (N, *D) and times t (N,)."""
+    told = on_path(field.with_spread, x_1, cond, x_0, t)
+    error = (told[:, :-1] - (at_least_float(x_1) - at_least_float(x_0)).flatten(1)).square().mean(1)
+    return error + spread_nll(error.detach(), told[:, -1])
+
+
+def spread_nll(error: Tensor, log_spread: Tensor) -> Tensor:
+    """-log N(0, s^2) of errors whose squares (N,) are given, less a constant."""
+    return error * (-2 * log_spread).exp() / 2 + log_spread
 
 
 def independent(x_0: Tensor, x_1: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from rlflow.flow.kernels import Kernel
 from rlflow.flow.noise import Key, noise
 from rlflow.flow.path import at_start, expand
 from rlflow.flow.select import Select
-from rlflow.flow.solvers import Euler, Solver
+from rlflow.flow.solvers import Euler, Solver, Velocity
 from rlflow.flow.squash import Squash
 from rlflow.flow.steps import Plan, Steps, deterministic
 from rlflow.flow.weights import WeightSets
@@ -73,6 +73,7 @@ class FlowPolicy(nn.Module):
 
     def _check_velocity(self) -> None:
         name = type(self.field).__name__
+        self.check_solver(self.solver)
         if self.field.has_instantaneous:
             return
         if self.kernel.velocity == "instantaneous":
@@ -82,6 +83,14 @@ class FlowPolicy(nn.Module):
             )
         if self.solver.needs_instantaneous:
             raise ValueError(f"{type(self.solver).__name__} needs a dt = 0 branch, {name} has none: use solver=euler")
+
+    def check_solver(self, solver: Solver) -> None:
+        """ValueError for a solver that asks what the field does not know."""
+        if solver.needs_spread and not self.field.has_spread:
+            raise ValueError(
+                f"{type(solver).__name__} needs a spread head, {type(self.field).__name__} has none: fit one by "
+                "rlflow pretrain robot_spread"
+            )
 
     # -- where things live ------------------------------------------------------------------------
 
@@ -134,14 +143,20 @@ class FlowPolicy(nn.Module):
     def velocity(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond, *, guided: bool = True) -> Tensor:
         """The field's velocity (N, *D) in the chain's dtype, for matching losses without guidance; counts rows."""
         field = self.field if guided else self.field.unguided
-        rows = len(x) * field.calls
-        self.network_rows += rows
+        return self._passed(field, field, x, t, dt, cond)
+
+    def with_spread(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
+        """The field's velocity, flat, and log spread (N, D + 1) in the chain's dtype; counts rows."""
+        return self._passed(self.field, self.field.with_spread, x, t, dt, cond)
+
+    def _passed(self, field: VelocityField, asked: Velocity, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
+        self.network_rows += len(x) * field.calls
         self.graph_rows += len(x) * field.graph_calls * torch.is_grad_enabled()
         num, dtype = len(x), x.dtype
         if (fill := _filled_up(x, self.multiple)) is not None:
             x, t, dt, cond = x[fill], t[fill], dt[fill], cond.index(fill)
         with self._precision():
-            return field(x, t, dt, cond)[:num].to(dtype)
+            return asked(x, t, dt, cond)[:num].to(dtype)
 
     def _step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, cond: Cond) -> Gaussian:
         """The kernel's answer; it may hold a network too."""
@@ -233,6 +248,11 @@ class FlowPolicy(nn.Module):
         t, t_next = grid[:-1], grid[1:]
         kappa = self.kappa(t, t_next)
         possible = list(steps.possible(self.num_steps))
+        if possible and self.solver.needs_spread:
+            raise ValueError(
+                f"{type(self.solver).__name__} gives every row times of its own, which cannot be scored: use "
+                "steps=none, or set it as eval.solver"
+            )
         if late := [k for k in possible if k >= self.num_steps - self.field.unscored(grid)]:
             raise ValueError(
                 f"steps {late} of {self.num_steps} end too near the data to be scored on this model's grid: set "
@@ -258,6 +278,7 @@ class _Run:
         self.device, self.dtype = policy.device, policy.dtype  # each asks the first parameter: once per chain
         self.times = plan.t.to(self.dtype).to(self.device, non_blocking=True)  # a copy that waits for no GPU
         self.noisy = plan.noisy.to(self.device, non_blocking=True)
+        self.velocity: Velocity = policy.with_spread if policy.solver.needs_spread else policy.velocity
         self.memory: object = None
         self.pairs: list[tuple[Tensor, ...]] = []
         self.path: list[tuple[Tensor, Tensor]] | None = [] if keep_path else None
@@ -282,8 +303,7 @@ class _Run:
             elif self.plan.noisy[k]:
                 self._stochastic(k, t, t_next, cond)
             else:
-                step = self.policy.solver(self.policy.velocity, self.x, t, t_next, cond, self.memory)
-                self.x, self.memory = step
+                self.x, self.memory = self.policy.solver(self.velocity, self.x, t, t_next, cond, self.memory)
         self.end = self.time(self.plan.num_steps, len(self.x))
 
     def _remember(self, t: Tensor) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlflow.flow.path import expand
+from rlflow.ranges import Positive
 from rlflow.types import Cond
 
 Velocity = Callable[[Tensor, Tensor, Tensor, Cond], Tensor]
@@ -29,6 +30,9 @@ class Solver(ABC):
     needs_instantaneous: ClassVar[bool] = True
     """False when the solver asks for dt = t_next - t, which an average-velocity field answers exactly."""
 
+    needs_spread: ClassVar[bool] = False
+    """True when `velocity` is a field's `with_spread`: (N, D + 1). Its rows have times of their own."""
+
     @abstractmethod
     def __call__(
         self, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, cond: Cond, memory: Memory
@@ -43,7 +47,8 @@ class Solver(ABC):
 def check_solver(solver: Solver) -> None:
     """ValueError unless a step of `solver` on two rows gives (x_next shaped like x, memory)."""
     x, t, cond = torch.zeros(2, 1), torch.zeros(2), Cond({"pooled": torch.zeros(2, 1)})
-    found = solver(lambda x, t, dt, cond: x, x, t, t + 0.5, cond, None)
+    more = int(solver.needs_spread)
+    found = solver(lambda x, t, dt, cond: x.new_zeros(len(x), 1 + more), x, t, t + 0.5, cond, None)
     pair = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
     if pair is not found or not isinstance(pair[0], Tensor) or pair[0].shape != x.shape:
         shape = f" of shape {tuple(pair[0].shape)}" if isinstance(pair[0], Tensor) else ""
@@ -148,3 +153,34 @@ class DPMSolver2M(Solver):
         lam = [torch.logit(s) for s in (safe_prev, t, safe_next)]
         ratio = (lam[2] - lam[1]) / (2 * (lam[1] - lam[0]))
         return torch.where(usable, ratio, torch.zeros_like(ratio))
+
+
+class Adaptive(Solver):
+    """Euler steps of max(eta / s, the plan's own step), s the spread at the row's place (AdaFlow, Hu et al. 2024).
+
+    A row has a time of its own, never behind the plan's, and is not called again once it is at the data: `num_steps`
+    is the most calls of a row, not their number. eta -> 0 is Euler; where s < eta one step is left. For deployment
+    and rollouts without scored steps, since such a chain has no grid to score again.
+    """
+
+    needs_spread = True
+    ROUNDING = 1e-6
+
+    def __init__(self, eta: Positive = 0.1):
+        if eta <= 0:
+            raise ValueError(f"eta must be positive, got {eta}; euler takes every step of the plan")
+        self.eta = eta
+
+    def __call__(
+        self, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, cond: Cond, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        reached = t if memory is None else memory
+        rows = (reached < 1).nonzero()[:, 0]  # waits for a GPU: what is saved is worth more
+        if not len(rows):
+            return x, reached
+        now, plan = reached[rows], (t_next - t)[rows]
+        told = velocity(x[rows], now, torch.zeros_like(now), cond.index(rows))
+        then = now + torch.maximum(self.eta * torch.exp(-told[:, -1]), plan)
+        then = torch.where((then > 1 - self.ROUNDING) | (t_next[rows] >= 1), torch.ones_like(then), then)
+        moved = x[rows] + expand(then - now, x) * told[:, :-1].reshape(len(rows), *x.shape[1:])
+        return x.index_copy(0, rows, moved), reached.index_copy(0, rows, then)

@@ -5,6 +5,9 @@ mean text token (Peebles & Xie 2023). Three choices make it learn in minutes on 
 positions, a depthwise 3x3 convolution per block, and predicting the clean image, from which the velocity is
 
     v = (x1_pred - x) / max(1 - t, 0.05)
+
+With `average_from` the blocks from there on and the output are told the end of the step in the place of its beginning
+(Decoupled MeanFlow, 2025): no new parameter, and at dt = 0 the network is the one it was, bit for bit.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlflow.flow.field import VelocityField
 from rlflow.flow.path import at_least_float, expand
-from rlflow.ranges import Size
+from rlflow.ranges import Natural, Size
 from rlflow.types import Cond
 
 PAD, NULL = 0, 1
@@ -45,8 +48,11 @@ class DiT(VelocityField):
         depth: Size = 6,
         heads: Size = 4,
         grad_checkpointing: bool = False,
+        average_from: Natural | None = None,
     ) -> None:
         super().__init__()
+        if average_from is not None and average_from > depth:
+            raise ValueError(f"average_from {average_from} is beyond the {depth} blocks")
         if size % patch or width % heads or width % 4:
             raise ValueError(
                 f"size {size} must be a multiple of patch {patch}, width {width} of heads {heads} and of 4"
@@ -55,6 +61,8 @@ class DiT(VelocityField):
             raise ValueError("the vocabulary names a word twice")
         self.args = {"vocab": list(vocab), "context": context, "size": size, "channels": channels}
         self.args |= {"patch": patch, "width": width, "depth": depth, "heads": heads}
+        self.args |= {} if average_from is None else {"average_from": average_from}
+        self.uses_dt, self.average_from = average_from is not None, depth if average_from is None else average_from
         self.event_shape = (channels, size, size)
         self.num_features = width
         self.vocab = {word: i for i, word in enumerate(vocab, start=NULL + 1)}
@@ -118,14 +126,14 @@ class DiT(VelocityField):
         return [p for layer in layers for p in layer.parameters() if p.ndim == 2]
 
     def forward(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
-        """Velocity (N, *D), in at least float32, at x (N, *D) and t (N,); dt is ignored."""
+        """Velocity (N, *D), in at least float32, at x (N, *D) and t (N,); dt is read with `average_from`."""
         x, t = at_least_float(x), at_least_float(t).to(x.dtype)
-        clock = self.time(sinusoid(t * 1000, self.width).to(self.position.dtype)) + self.pool(cond["pooled"])
-        clock = F.silu(clock)
-        modulation = self.modulation(clock).view(-1, 6, self.width)
+        beginning = self._told(t, cond)
+        clock, end = self._told(t + dt.to(t), cond) if self.uses_dt else beginning
         # image tokens first: the convolution then reads them without a copy
         h = torch.cat([self.patch_in(self._patches(x)) + self.position, cond["tokens"]], 1)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            modulation = beginning[1] if i < self.average_from else end
             if self.grad_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, modulation, use_reentrant=False)
             else:
@@ -134,6 +142,12 @@ class DiT(VelocityField):
         h = modulate(h[:, : self.grid**2], shift, scale)
         x_1 = at_least_float(self._image(self.patch_out(h)))
         return (x_1 - x) / expand(1 - t, x).clamp(min=MIN_REMAINING)
+
+    def _told(self, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """What the output (N, width) and the blocks (N, 6, width) are told of times t (N,) and the caption."""
+        clock = self.time(sinusoid(t * 1000, self.width).to(self.position.dtype)) + self.pool(cond["pooled"])
+        clock = F.silu(clock)
+        return clock, self.modulation(clock).view(-1, 6, self.width)
 
     def decode(self, x: Tensor) -> Tensor:
         """Latent (N, *D) in [-1, 1] to an image in [0, 1]."""

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from rlflow.flow.field import VelocityField
 from rlflow.models.normalizer import Normalizer
@@ -47,8 +48,11 @@ class TimeFeatures(nn.Module):
 class MLPField(VelocityField):
     """v(x, t, dt | obs) with vector observations (N, obs_dim), normalised first.
 
-    `average` reads dt as well; `running` lets `observe` update the normaliser, otherwise it stays as fitted.
+    `average` reads dt as well; `running` lets `observe` update the normaliser, otherwise it stays as fitted; `spread`
+    adds a head that reads the last hidden layer and gives it no gradient, so the velocity is learnt as without it.
     """
+
+    MIN_LOG_SPREAD = -5.0
 
     def __init__(
         self,
@@ -58,15 +62,19 @@ class MLPField(VelocityField):
         depth: Size = 2,
         average: bool = False,
         running: bool = False,
+        spread: bool = False,
     ):
         super().__init__()
         self.args = {"obs_dim": obs_dim, "event_shape": list(event_shape), "width": width, "depth": depth}
-        self.args |= {"average": average, "running": running}
+        self.args |= {"average": average, "running": running} | ({"spread": True} if spread else {})
         self.normalizer, self.running = Normalizer(obs_dim), running
         self.event_shape, self.num_features, self.uses_dt = tuple(event_shape), obs_dim, average
         dim, self.time = math.prod(event_shape), TimeFeatures()
         extra = 16 * (2 if average else 1)
         self.net = mlp([dim + obs_dim + extra, *[width] * depth, dim])
+        self.has_spread, self.spread_head = spread, mlp([width, 64, 1] if spread else [])
+        for last in self.spread_head[-1:]:
+            nn.init.zeros_(last.weight)
 
     def encode(self, obs: Tree) -> Cond:
         """Observations (N, obs_dim), or a dict of tensors concatenated in the order of its sorted keys."""
@@ -83,5 +91,16 @@ class MLPField(VelocityField):
 
     def forward(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
         """Velocity (N, *D)."""
+        return self.net(self._input(x, t, dt, cond)).reshape(x.shape)
+
+    def with_spread(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
+        """(N, D + 1); s is at least e^-5, smoothly, and begins near 1."""
+        if not self.has_spread:
+            return super().with_spread(x, t, dt, cond)
+        hidden = self.net[:-1](self._input(x, t, dt, cond))
+        raw = self.spread_head(hidden.detach())
+        return torch.cat([self.net[-1](hidden), self.MIN_LOG_SPREAD + softplus(raw - self.MIN_LOG_SPREAD)], -1)
+
+    def _input(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
         times = [self.time(t), self.time(dt)] if self.uses_dt else [self.time(t)]
-        return self.net(torch.cat([x.flatten(1), cond["pooled"], *times], -1)).reshape(x.shape)
+        return torch.cat([x.flatten(1), cond["pooled"], *times], -1)

@@ -25,13 +25,14 @@ from rlflow.envs.simulators.tabletop import LENGTH, PIXELS, WORDS
 from rlflow.flow.field import VelocityField
 from rlflow.flow.grid import uniform_times
 from rlflow.flow.kernels import FlowSDE
-from rlflow.flow.matching import Coupling, MatchingLoss, ShortcutLoss, cfm_loss, independent, minibatch_ot
+from rlflow.flow.matching import Coupling, MatchingLoss, cfm_loss, independent, minibatch_ot
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import save_field
 from rlflow.models.normalizer import Normalizer
 from rlflow.models.scratch import scratch
 from rlflow.models.vla import VLA
+from rlflow.pretrain.average import AverageLoss
 from rlflow.pretrain.matching import pretrain, report
 from rlflow.ranges import filled
 
@@ -44,11 +45,10 @@ DIGITS = {"return": 1, "success": 3}
 
 @dataclass(frozen=True)
 class Cloning:
-    """One policy to make: `shortcut` also trains average velocities, for fewer denoising steps."""
+    """One policy to make; few_steps.py has those that are also good at few denoising steps."""
 
     name: str
     env: str
-    shortcut: bool = False
     steps: int = 3000
     num_steps: int = 4  # K at which it is judged
     chunk: int = 4
@@ -62,12 +62,17 @@ class Cloning:
     @property
     def asset(self) -> str:
         """Its folder."""
-        return f"{self.env}_shortcut" if self.shortcut else self.env
+        return self.env
 
     @property
-    def loss(self) -> MatchingLoss:
+    def loss(self) -> MatchingLoss | AverageLoss:
         """What is minimised."""
-        return ShortcutLoss(self.num_steps) if self.shortcut else cfm_loss
+        return cfm_loss
+
+    @property
+    def judged_at(self) -> dict[str, int]:
+        """Numbers of denoising steps that the policy is judged at, by what is behind the names of its scores."""
+        return {"": self.num_steps}
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Options of this kind of data."""
@@ -119,10 +124,14 @@ class Cloning:
 
     def network(self, demos: Demos) -> tuple[VelocityField, list[Parameter]]:
         """What will be trained, and which of its matrices by Muon."""
+        return self.multilayer(demos), []
+
+    def multilayer(self, demos: Demos, average: bool = False) -> VelocityField:
+        """A multilayer perceptron, behind an encoder where there is a picture; `average` reads dt."""
         shape = (self.chunk, *demos.action_shape)
-        field = scratch(shape, demos.obs_spec, width=256, depth=3, average=self.shortcut, running=False)
+        field = scratch(shape, demos.obs_spec, width=256, depth=3, average=average, running=False)
         cast(Normalizer, field.normalizer).moments.copy_(demos.moments)
-        return field, []
+        return field
 
     def clone(self, demos: Demos, steps: int, seed: int, coupling: Coupling) -> tuple[VelocityField, float]:
         """(policy, its flow-matching loss on held-out episodes)."""
@@ -149,9 +158,8 @@ class Cloning:
 
     def judge(self, field: VelocityField, env: VecEnv) -> dict[str, float]:
         """Mean return, and success where it is told, with K denoising steps; with fewer where made for it."""
-        fewer = {f"_k{k}": k for k in (1, 2) if self.shortcut}
         found: dict[str, float] = {}
-        for suffix, k in ({"": self.num_steps} | fewer).items():
+        for suffix, k in self.judged_at.items():
             scores = play_once(field, env, k)
             found |= {f"{name}{suffix}": round(score.mean().item(), DIGITS[name]) for name, score in scores.items()}
         return found
@@ -221,7 +229,6 @@ CLONINGS = {
     c.name: c
     for c in (
         *(Cloning(f"robot_bc_{env}", env, steps=n) for env, n in STEPS.items()),
-        *(Cloning(f"robot_bc_{env}_shortcut", env, shortcut=True, steps=n) for env, n in STEPS.items()),
         OwnCloning("robot_bc", "", steps=3000),
         Cloning("robot_bc_cube", "cube_single", steps=1000, chunk=5),
         MetaWorldCloning(

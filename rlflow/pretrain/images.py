@@ -105,7 +105,7 @@ def euler_images(
             cond = field.encode(field.tokenize(part).to(place))
             for k in range(num_steps):
                 t = torch.full((len(part),), k / num_steps, device=place)
-                x = x + field(x, t, torch.zeros_like(t), cond) / num_steps
+                x = x + field(x, t, torch.full_like(t, 1 / num_steps), cond) / num_steps
         images.append(field.decode(x).cpu())
     return torch.cat(images)
 
@@ -116,10 +116,10 @@ def draw_scene(rng: np.random.Generator) -> tuple[NDArray[np.float32], str]:
     return scenes.render(scenes.parse(text), rng), text
 
 
-def judge_scenes(field: DiT | PretrainedField) -> dict[str, float]:
+def judge_scenes(field: DiT | PretrainedField, num_steps: int = EVALUATION_STEPS) -> dict[str, float]:
     """Strict accuracy on two drawings of every held-out caption: of all, and of each kind."""
     captions = scenes.heldout_captions() * 2
-    right = shapes_strict(euler_images(field, captions, seed=0), captions)
+    right = shapes_strict(euler_images(field, captions, seed=0, num_steps=num_steps), captions)
     kinds = [scenes.parse(text).kind for text in captions]
     share = {"heldout_strict": right.mean().item()}
     for kind in scenes.KINDS:

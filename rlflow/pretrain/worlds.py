@@ -1,4 +1,4 @@
-"""What `rlflow pretrain` makes, by name: images.py, latent_scenes.py, and the robots of cloning.py.
+"""What `rlflow pretrain` makes, by name: images.py, latent_scenes.py, few_steps.py; robots of cloning.py, adaptive.py.
 
 Everything is drawn, or played, by the program itself.
 """
@@ -11,16 +11,19 @@ from pathlib import Path
 
 import torch
 
+from rlflow.pretrain.adaptive import ADAPTIVE, SpreadFit
 from rlflow.pretrain.cloning import CLONINGS, Cloning
+from rlflow.pretrain.few_steps import FEW_STEPS, SHAPES, FewStepImages
 from rlflow.pretrain.images import IMAGES, World
 from rlflow.pretrain.latent_scenes import LatentScenes
 from rlflow.ranges import Count, Seed, Size, argument, filled
 
 LATENT = {world.name: world for world in (LatentScenes(), LatentScenes("sd15_scenes", "sd15_scenes", 3000, old=True))}
-WORLDS: dict[str, World | LatentScenes | Cloning] = {**IMAGES, **LATENT, **CLONINGS}
+Maker = World | LatentScenes | Cloning | FewStepImages | SpreadFit
+WORLDS: dict[str, Maker] = {**IMAGES, **LATENT, **CLONINGS, **FEW_STEPS, SHAPES.name: SHAPES, **ADAPTIVE}
 
 
-def main(world: World | LatentScenes | Cloning, argv: list[str] | None = None, out: Path | None = None) -> None:
+def main(world: Maker, argv: list[str] | None = None, out: Path | None = None) -> None:
     """The command line of `rlflow pretrain` and scripts/pretrain_*.py; --out is ./NAME unless `out` is given.
 
     The shipped checkpoint is written where it ships only by the scripts, which say so.

@@ -58,6 +58,9 @@ _FIXED: dict[str, Metric] = {
     "eval/heldout/train_return": Metric("return with training noise", "", 1, "Of those episodes."),
     "eval/heldout/train_length": Metric("length with training noise", "steps", 0, "Of those episodes."),
     "eval/heldout/length": Metric("length of episodes", "steps", 0, "Primitive steps of a held-out episode."),
+    "eval/heldout/calls": Metric(
+        "network calls", "rows", -1, "Rows of the network that made one action of a held-out episode, noise off."
+    ),
     "rollout/episode_return": Metric(
         "return while training", "reward", 1, "Return of the episodes that ended in this iteration, noise on."
     ),

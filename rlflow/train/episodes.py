@@ -46,6 +46,7 @@ class Episodes:
     task: Tensor | None = None  # (N,) of `tasks`
     tasks: Sequence[str] = ()
     key: Tensor | None = None  # (N,) of what was asked in each
+    calls: float | None = None  # network rows of an action, where it was deployed
 
     def __len__(self) -> int:
         return len(self.scores["return"])
@@ -56,8 +57,9 @@ class Episodes:
         return f"{len(self)} seeded episodes"
 
     def means(self) -> dict[str, float]:
-        """Mean over the episodes."""
-        return {name: float(score.nanmean()) for name, score in self.scores.items()}
+        """Mean over the episodes; "calls" over their actions."""
+        told = {} if self.calls is None else {"calls": self.calls}
+        return {name: float(score.nanmean()) for name, score in self.scores.items()} | told
 
     def by_task(self) -> dict[str, float]:
         """Share of the episodes of each task that reached their goal; {} where all are asked the same."""
@@ -104,6 +106,8 @@ class EpisodeEvaluator:
     ):
         with located("eval.num_steps"):
             policy.plan(num_steps)
+        with located("eval.solver"):
+            policy.check_solver(solver or policy.solver)
         self.policy, self.num, self.num_steps, self.solver, self.seed = policy, num, num_steps, solver, seed
         self.select = select or Select()
         self.rows_per_call = max(1, rows_per_call // self.select.num)
@@ -111,11 +115,13 @@ class EpisodeEvaluator:
         self.key = sample_keys([world, seed, i] for i in range(num))
         self.rows = torch.arange(num).tensor_split(dist.world())[dist.rank()]
         self.env = make(len(self.rows))
+        self._asked = torch.zeros(2, dtype=torch.float64)  # network rows, and actions they made
 
     @torch.no_grad()
     def __call__(self, weights: str = "live") -> Episodes:
         """Evaluate one weight set."""
         film = Film(self.env, self.video if dist.rank() == 0 else 0)
+        self._asked.zero_()
         with self.policy.using(weights):
             with film:
                 mine = self._play(self._deployed, film)
@@ -124,9 +130,11 @@ class EpisodeEvaluator:
                 mine |= {f"train_{name}": value for name, value in train.items()}
         self.env.metrics()  # says what was not finite
         scores = told_scores({name: dist.gather_shares(value, self.num) for name, value in mine.items()})
+        rows, actions = dist.all_sum(self._asked.to(dist.device()))
+        calls = float(rows / actions)
         if not self.env.tasks:
-            return Episodes(scores, film, key=self.key)
-        return Episodes(scores, film, dist.gather_shares(self._task, self.num).long(), self.env.tasks, self.key)
+            return Episodes(scores, film, key=self.key, calls=calls)
+        return Episodes(scores, film, dist.gather_shares(self._task, self.num).long(), self.env.tasks, self.key, calls)
 
     def _play(self, act: Act, film: Film) -> dict[str, Tensor]:
         """Scores of this rank's episodes."""
@@ -158,9 +166,12 @@ class EpisodeEvaluator:
         policy = self.policy
         zero = torch.zeros(len(ids), *policy.event_shape, dtype=policy.dtype, device=policy.device)
         key = Key(self.seed, "evaluate", outer=0 if self.noise == "fixed" else step)
+        before = policy.network_rows
         with deployed(policy, self.solver):
             x_0, plan = zero if self.noise == "zero" else None, policy.plan(self.num_steps)
-            return self.select(policy, policy.encode(obs), obs, plan, key, ids, x_0)
+            action = self.select(policy, policy.encode(obs), obs, plan, key, ids, x_0)
+        self._asked += torch.tensor([policy.network_rows - before, len(ids)])
+        return action
 
     def _trained(self, steps: Steps, obs: Tree, ids: Tensor, step: int) -> Tensor:
         """The same with the noise and the number of steps of training."""

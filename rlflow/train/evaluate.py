@@ -110,6 +110,8 @@ class Evaluator:
             pass
         with located("eval.num_steps"), deployed(policy, solver, resolution):
             policy.plan(num_steps)
+        with located("eval.solver"):
+            policy.check_solver(solver or policy.solver)
         self.policy, self.prompts, self.judges = policy, prompts, judges
         self.num_steps, self.solver, self.seed = num_steps, solver, seed
         self.rows_per_call, self.resolution, self.select = rows_per_call, resolution, select or Select()

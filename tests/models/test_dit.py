@@ -7,6 +7,7 @@ import torch.nn as nn
 from rlflow.envs.captions import scenes, words
 from rlflow.flow import path
 from rlflow.models.dit import MIN_REMAINING, NULL, PAD, DiT, sincos_2d, sinusoid, split_words
+from rlflow.pretrain.average import Span, by_derivative
 
 CAPTIONS = ["three red circles", "a red circle left of a blue square", "a white square and a green triangle"]
 
@@ -238,3 +239,46 @@ def test_decode_maps_the_latent_range_to_colours():
 def test_positions_and_times_are_all_different():
     assert sincos_2d(16, 8).unique(dim=0).shape == (64, 16)
     assert torch.cdist(sinusoid(torch.linspace(0, 1000, 11), 16), sinusoid(torch.zeros(1), 16))[1:].min() > 0.5
+
+
+class TestDecoupled:
+    """With `average_from`, the later blocks and the output read the end of the step."""
+
+    @pytest.mark.parametrize("average_from", [0, 1, 2])
+    def test_at_dt_0_it_is_the_network_it_was_bit_for_bit(self, average_from):
+        plain, made = tiny(), tiny(average_from=average_from)
+        assert plain.state_dict().keys() == made.state_dict().keys()
+        x, t, dt, _ = inputs(plain)
+        assert torch.equal(plain(x, t, dt, plain.encode(CAPTIONS)), made(x, t, dt, made.encode(CAPTIONS)))
+        assert not plain.uses_dt
+        assert made.uses_dt
+
+    def test_the_blocks_before_read_the_beginning_and_the_others_the_end(self):
+        """What each block is told, by hand."""
+        model, told = tiny(average_from=1), []
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda _, args: told.append(args[1]))
+        x, t, _, cond = inputs(model)
+        model(x, t, torch.full_like(t, 0.1), cond)
+        model(x, t + 0.1, torch.zeros_like(t), cond)
+        (early, late), (both, same) = told[:2], told[2:]
+        assert torch.equal(both, same)
+        assert torch.equal(late, both)
+        assert not torch.equal(early, both)
+
+    def test_its_derivative_is_that_of_finite_differences(self):
+        """MeanFlow's needs forward-mode differentiation of the whole network."""
+        model = tiny(average_from=1).double().requires_grad_(False)
+        x, t, _, cond = inputs(model, dtype=torch.float64)
+        dt, v = torch.full_like(t, 0.2), torch.randn_like(x)
+        span = Span(x, t, dt, v, cond)
+        with torch.no_grad():
+            slope = (by_derivative(model, span) - v) / 0.2
+        h = 1e-6
+        change = model(x + h * v, t + h, dt - h, cond) - model(x - h * v, t - h, dt + h, cond)
+        torch.testing.assert_close(slope, change / (2 * h), rtol=1e-5, atol=1e-5)
+
+    def test_arguments_rebuild_it_and_refuse_what_it_has_not(self):
+        assert DiT(**tiny(average_from=1).args).average_from == 1
+        with pytest.raises(ValueError, match="average_from 3 is beyond the 2 blocks"):
+            tiny(average_from=3)

@@ -16,6 +16,7 @@ from rlflow.models.io import load_field
 from rlflow.models.mlp import MLPField
 from rlflow.pretrain import cloning
 from rlflow.pretrain.cloning import CLONINGS, demos_of, validation_loss
+from rlflow.pretrain.few_steps import FEW_STEPS
 from rlflow.pretrain.matching import pretrain
 from rlflow.pretrain.worlds import WORLDS, main
 from rlflow.train.trainer import Trainer
@@ -68,7 +69,7 @@ def test_validation_loss_is_that_of_held_out_data(tiny):
     assert validation_loss(field, chunks) == validation_loss(field, chunks)
 
 
-@pytest.mark.parametrize("name", ["robot_bc_hopper", "robot_bc_hopper_shortcut"])
+@pytest.mark.parametrize("name", ["robot_bc_hopper", "robot_bc_hopper_shortcut", "robot_bc_hopper_meanflow"])
 def test_command_makes_a_checkpoint_with_its_return(name, tiny, tmp_path, capsys):
     pytest.importorskip("mujoco")
     out = tmp_path / "made"
@@ -79,7 +80,7 @@ def test_command_makes_a_checkpoint_with_its_return(name, tiny, tmp_path, capsys
     assert about["made_by"]["demonstrations"]["command"] == "by hand"
     assert about["made_by"]["demonstrations"]["mean_return"] == 30
     assert 0 < about["made_by"]["return"] < 500
-    assert ("return_k1" in about["made_by"]) == name.endswith("shortcut")
+    assert ("return_k1" in about["made_by"]) == (name in FEW_STEPS)
     assert about["judged_by"]["env"] == {"name": "hopper"}
     field = load_field(str(out))
     assert field.event_shape == (4, 3)
@@ -188,4 +189,6 @@ class TestBeforeWork:
 
 
 def test_every_cloning_has_its_own_folder():
-    assert len({c.asset for c in CLONINGS.values()}) == len(CLONINGS)
+    clonings = CLONINGS | FEW_STEPS
+    assert len(clonings) == len(CLONINGS) + len(FEW_STEPS)
+    assert len({c.asset for c in clonings.values()}) == len(clonings)
