@@ -30,6 +30,7 @@ from rlflow.datasets.tables import Table, Take, longest
 DEEPEST = 8
 """Groups inside groups."""
 ROWS = 4096
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG"
 
 
 def h5py() -> Any:
@@ -79,10 +80,9 @@ def column_of(data: Any, where: str) -> Column | None:
 
 def _is_coded(data: Any) -> bool:
     """Pictures as JPEG or PNG, a list of bytes each; of equal lengths they make a plain array."""
-    inner = h5py().check_vlen_dtype(data.dtype)
-    if inner is None and not (data.ndim == 2 and data.dtype == np.uint8 and data.shape[1] > 8):
-        return False
-    return len(data) > 0 and inner in (None, np.uint8) and bytes(data[0])[:3] in (b"\xff\xd8\xff", b"\x89PN")
+    listed = data.ndim == 1 and h5py().check_vlen_dtype(data.dtype) == np.uint8
+    packed = data.ndim == 2 and data.dtype == np.uint8 and data.shape[1] > len(PNG)
+    return (listed or packed) and len(data) > 0 and bytes(data[0][:4]).startswith((JPEG, PNG))
 
 
 def rows_of(data: Any, column: Column, first: int, num: int, size: tuple[int, int] | None, where: str) -> Array:
