@@ -96,7 +96,7 @@ def _two(action: Array, own: Array, between: Array) -> Array:
 
 
 @torch.no_grad()
-def played(env: VecEnv, steps: int = 300) -> list[tuple[Array, Array, Array]]:
+def played(env: VecEnv, steps: int = 150) -> list[tuple[Array, Array, Array]]:
     """The same of the environment's first row under random actions."""
     rng = torch.Generator().manual_seed(0)
     obs, moves = env.reset(torch.arange(env.num_envs)), []

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from rlflow.datasets.pictures import all_scaled
 from rlflow.datasets.source import (
     ACTION,
     REWARD,
@@ -99,4 +100,5 @@ class FlatSource(Source):
             told = {name: bool(rows[name].any()) for name in marks}
             terminated = bool(self.terminal and not self.unused and told[self.terminal])
             success = told[self.succeeded] if self.succeeded else None
-            yield Recorded({name: rows[name] for name in wanted}, terminated, not terminated, success)
+            columns = {name: all_scaled(rows[name], size) for name, size in wanted.items()}
+            yield Recorded(columns, terminated, not terminated, success)

@@ -89,8 +89,7 @@ def rows_of(data: Any, column: Column, first: int, num: int, size: tuple[int, in
     """(num, ...) rows from `first`."""
     if column.coded:
         return np.stack([decode(bytes(data[i]), column.shape, size, where) for i in range(first, first + num)])
-    found = data[first : first + num]
-    return all_scaled(found, size) if column.is_picture else found
+    return np.asarray(data[first : first + num])
 
 
 class HDF5Table(Table):
@@ -153,7 +152,7 @@ class GroupedSource(Source):
     def _rows(self, data: dict[str, Any], name: str, length: int, size: tuple[int, int] | None, where: str) -> Array:
         if name not in data or len(data[name]) < length or column_of(data[name], where) != self.columns[name]:
             raise ValueError(f"{where} is not {length} rows of {self.columns[name]}, as in the first episode")
-        return rows_of(data[name], self.columns[name], 0, length, size, where)
+        return all_scaled(rows_of(data[name], self.columns[name], 0, length, size, where), size)
 
     def ended(self, rows: dict[str, Array], data: dict[str, Any]) -> Recorded:
         """The episode with the way in which it ended."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rlflow.datasets.pictures import Video
+from rlflow.datasets.pictures import Video, all_scaled
 from rlflow.datasets.source import (
     REWARD,
     SUCCESS,
@@ -113,7 +113,8 @@ class LeRobotSource(Source):
                 self.check_bytes(number, wanted)
                 rows = self._steps(readers, row)
                 pictures = {name: self._frames(film, name, row) for name, film in films.items()}
-                yield self._ended({n: pictures[n] if n in films else rows[n] for n in wanted}, rows)
+                found = {n: pictures[n] if n in films else all_scaled(rows[n], size) for n, size in wanted.items()}
+                yield self._ended(found, rows)
         finally:
             for film in films.values():
                 film.close()

@@ -26,7 +26,7 @@ class Entry:
         """(L, ...) as the environment shows it."""
         arrays = [rows[name] for name in self.names]
         if self.axes is not None:
-            return torch.from_numpy(np.ascontiguousarray(arrays[0].transpose(self.axes)))
+            return torch.from_numpy(arrays[0].transpose(self.axes).copy())
         flat = [array.reshape(len(array), -1) for array in arrays]
         value = torch.from_numpy(np.ascontiguousarray(np.concatenate(flat, 1)))
         return value.to(self.spec.dtype).unflatten(1, self.spec.shape)

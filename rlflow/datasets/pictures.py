@@ -44,11 +44,11 @@ def scaled(picture: Array, size: tuple[int, int] | None) -> Array:
 
 
 def all_scaled(pictures: Array, size: tuple[int, int] | None) -> Array:
-    """The same of (L, H, W, 3) or (L, 3, H, W), which stay in their order of axes."""
+    """(L, H, W, 3) or (L, 3, H, W) at `size`, in their order of axes; anything where `size` is None."""
+    if size is None:
+        return pictures
     first = pictures.shape[-1] != 3
     frames = np.moveaxis(pictures, 1, -1) if first else pictures
-    if size is None or frames.shape[1:3] == size:
-        return pictures
     made = np.stack([scaled(np.ascontiguousarray(frame), size) for frame in frames])
     return np.moveaxis(made, -1, 1) if first else made
 
