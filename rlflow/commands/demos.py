@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.commands.arguments import command, json_flag, positive, trust_flag
-from rlflow.ranges import filled
+from rlflow.ranges import Natural, argument, filled
 
 
 def add(commands: Any) -> None:
@@ -18,6 +18,23 @@ def add(commands: Any) -> None:
     p = command(parts, "info", _info, "What a folder of demonstrations, or another program's dataset, holds.")
     p.add_argument("folder", type=Path, metavar="FOLDER|DATASET")
     json_flag(p)
+    p = command(parts, "show", _show, "One episode: a film of its pictures (.mp4), or curves of its numbers (.png).")
+    p.add_argument("folder", type=Path, metavar="FOLDER")
+    p.add_argument("--episode", type=argument(Natural), default=0, metavar="N")
+    p.add_argument("--out", type=Path, required=True, metavar="x.mp4|x.png")
+    p.add_argument("--name", type=filled, help="of the pictures, where there are several")
+    _add_export(parts)
+
+
+def _add_export(parts: Any) -> None:
+    p = command(parts, "export", _export, "Demonstrations as a dataset of LeRobot v3 or Minari.")
+    p.add_argument("folder", type=Path, metavar="FOLDER")
+    p.add_argument("--format", choices=["lerobot", "minari"], required=True)
+    p.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    p.add_argument("--fps", type=positive, help="default: as imported, or the environment's")
+    p.add_argument("--task", type=filled, metavar="TEXT", help="what the robot was to do; default: as imported")
+    p.add_argument("--id", type=filled, metavar="NAMESPACE/NAME-v0", help="for Minari")
+    trust_flag(p)
 
 
 def _add_import(parts: Any) -> None:
@@ -69,3 +86,21 @@ def _info(args: argparse.Namespace) -> None:
         print_json(found)
         return
     print("\n".join(lines(found)))
+
+
+def _show(args: argparse.Namespace) -> None:
+    from rlflow.datasets.show import show
+
+    print(show(args.folder, args.out, args.episode, args.name))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from rlflow.datasets.out import export_demos
+    from rlflow.datasets.to_lerobot import ToLeRobot
+    from rlflow.datasets.to_minari import ToMinari
+
+    if args.id is not None and args.format != "minari":
+        raise ValueError("--id: LeRobot's datasets are known by their folder; leave it out")
+    writer = ToMinari(args.id) if args.format == "minari" else ToLeRobot()
+    demos = export_demos(args.folder, args.out, writer, args.fps, args.task, args.trust_code)
+    print(f"{args.out}: {len(demos.episodes)} episodes for {args.format}")

@@ -8,15 +8,18 @@ of a state s that moves by D while a is done, D = k a + c makes a a change ("del
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rlflow import registry
 from rlflow.datasets.source import Array
 from rlflow.envs.base import VecEnv
 from rlflow.envs.bounds import Bounds
 from rlflow.envs.sim import SimEnv
+from rlflow.pretrain.cloning import make_env
 from rlflow.types import Tree, tree_leaves
 
 ROWS = 20_000
@@ -53,6 +56,13 @@ class Seen:
         if state is not None and len(action) > 1 and sum(len(m[0]) for m in self.moves) < ROWS:
             self.moves.append((state[:-1], np.diff(state, axis=0), action[:-1]))
         self.rows += len(action)
+
+
+def one_env(env: dict[str, Any], trust_code: bool) -> VecEnv:
+    """One row of it, which takes single actions where it can."""
+    known = registry.settings(registry.find("env", env["name"], trust_code))
+    settings = {**env.get("settings", {}), **({"chunk": 1} if "chunk" in known else {})}
+    return make_env({"name": env["name"], "settings": settings}, 1, trust_code)
 
 
 def bounds_of(env: VecEnv) -> Bounds | None:

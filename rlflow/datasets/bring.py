@@ -18,13 +18,11 @@ import torch
 
 from rlflow import registry
 from rlflow.datasets.acting import Acting, Options, check_actions
-from rlflow.datasets.actions import bounds_of
+from rlflow.datasets.actions import bounds_of, one_env
 from rlflow.datasets.observed import Observed, observed
 from rlflow.datasets.open import open_source
 from rlflow.datasets.source import Recorded, Source
-from rlflow.envs.base import VecEnv
 from rlflow.envs.demos.dataset import Demos, Episode, write_demos
-from rlflow.pretrain.cloning import make_env
 
 
 def import_demos(path: Path, out: Path, env: dict[str, Any] | None, options: Options, command: str) -> Demos:
@@ -59,13 +57,6 @@ def chosen(source: Source, options: Options) -> Source:
     source.action, source.reward = options.action or source.action, options.reward or source.reward
     source.observed = [name for name in source.observed if name not in (source.action, source.reward)]
     return source
-
-
-def one_env(env: dict[str, Any], trust_code: bool) -> VecEnv:
-    """One row of it, which takes single actions where it can."""
-    known = registry.settings(registry.find("env", env["name"], trust_code))
-    settings = {**env.get("settings", {}), **({"chunk": 1} if "chunk" in known else {})}
-    return make_env({"name": env["name"], "settings": settings}, 1, trust_code)
 
 
 def _episodes(source: Source, seen: Observed, acting: Acting, num: int | None) -> Iterator[Episode]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rlflow.datasets.acting import Options
-from rlflow.datasets.actions import control, played
-from rlflow.datasets.bring import import_demos, one_env
+from rlflow.datasets.actions import control, one_env, played
+from rlflow.datasets.bring import import_demos
 from rlflow.envs.bounds import Bounds
 from rlflow.envs.demos import dataset
 from rlflow.envs.demos.dataset import Demos
