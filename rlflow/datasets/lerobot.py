@@ -81,14 +81,15 @@ class LeRobotSource(Source):
         return sorted(rows, key=lambda row: int(row["dataset_from_index"]))
 
     def _tasks(self) -> list[str]:
-        """What the robot was told to do."""
-        import pyarrow.parquet
+        """What the robot was told to do: the one column of text."""
+        import pyarrow
 
         path = self.path / "meta" / "tasks.parquet"
         if not path.exists():
             return []
-        table = pyarrow.parquet.read_table(path)
-        texts = [name for name in table.schema.names if pyarrow.types.is_string(table.schema.field(name).type)]
+        table = self.steps.opened(path).read()
+        kinds = (pyarrow.string(), pyarrow.large_string())
+        texts = [name for name in table.schema.names if table.schema.field(name).type in kinds]
         return [str(text) for text in table[texts[0]].to_pylist()] if texts else []
 
     def _file(self, pattern: str, row: dict[str, Any], at: str, camera: str = "") -> Path:

@@ -120,7 +120,7 @@ class ParquetTable(Table):
     def __init__(self, path: Path, files: Sequence[Path]):
         self.path, self.files, self.others, self.unread, self.columns = path, list(files), {}, {}, {}
         self.parquet = _parquet()
-        opened = [self._file(file) for file in self.files]
+        opened = [self.opened(file) for file in self.files]
         if not opened:
             raise ValueError(f"{path} holds no .parquet file")
         self.rows = sum(file.metadata.num_rows for file in opened)
@@ -130,7 +130,7 @@ class ParquetTable(Table):
             except ValueError as error:
                 self.unread[name] = str(error)
 
-    def _file(self, file: Path) -> Any:
+    def opened(self, file: Path) -> Any:
         """An opened file, whose parts fit memory."""
         import pyarrow
 
@@ -191,7 +191,7 @@ class ParquetTable(Table):
     def _batches(self, name: str) -> Iterator[Any]:
         rows = 32 if self.columns[name].coded else self.ROWS
         for file in self.files:
-            for batch in self._file(file).iter_batches(batch_size=rows, columns=[name]):
+            for batch in self.opened(file).iter_batches(batch_size=rows, columns=[name]):
                 yield batch.column(0)
 
     def _array(self, batch: Any, name: str, column: Column, size: tuple[int, int] | None) -> Array:

@@ -1,6 +1,7 @@
 """Export: what leaves comes back the same, and the other libraries read it; info and show say what is there."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -108,29 +109,35 @@ def test_lerobot_reads_it(tmp_path):
 
 
 def test_what_lerobot_writes_is_read(tmp_path):
+    """Its own table of steps and its own film, AV1 as it encodes by default."""
     module = pytest.importorskip("lerobot.datasets.lerobot_dataset")
+    axes = ["height", "width", "channels"]
     features = {
         "observation.state": {"dtype": "float32", "shape": (2,), "names": ["x", "y"]},
-        "observation.image": {"dtype": "image", "shape": (24, 24, 3), "names": ["height", "width", "channels"]},
-        "action": {"dtype": "float32", "shape": (1,), "names": ["push"]},
+        "observation.image": {"dtype": "image", "shape": (24, 24, 3), "names": axes},
+        "observation.images.top": {"dtype": "video", "shape": (64, 96, 3), "names": axes},
+        "action": {"dtype": "float32", "shape": (2,), "names": ["x", "y"]},
     }
-    made = module.LeRobotDataset.create("me/d", 10, features, root=tmp_path / "d", use_videos=False)
+    made = module.LeRobotDataset.create("me/d", 10, features, root=tmp_path / "d", use_videos=True)
     rng = np.random.default_rng(0)
     for length in LENGTHS:
         for step in range(length):
-            image = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
-            row = {"observation.state": np.full(2, step, np.float32), "action": np.full(1, length, np.float32)}
-            made.add_frame(row | {"observation.image": image, "task": "go"})
+            row = {"observation.state": np.full(2, step, np.float32), "action": np.full(2, length, np.float32)}
+            row["observation.image"] = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+            row["observation.images.top"] = np.full((64, 96, 3), 20 * length + 5 * step, np.uint8)
+            made.add_frame(row | {"task": "go"})
         made.save_episode()
     made.finalize()
     source = open_source(tmp_path / "d")
     assert (source.lengths, source.said.tasks, source.said.fps) == (LENGTHS, ["go"], 10)
     rng = np.random.default_rng(0)
     for length, one in zip(LENGTHS, source.episodes(dict.fromkeys([*source.observed, "action"])), strict=True):
-        assert one.columns["observation.state"][:, 0].tolist() == list(range(length))
-        assert one.columns["action"].tolist() == [length] * length
+        steps = np.arange(length)
+        assert one.columns["observation.state"][:, 0].tolist() == steps.tolist()
+        assert one.columns["action"][:, 1].tolist() == [length] * length
         images = rng.integers(0, 256, (length, 24, 24, 3), dtype=np.uint8)
         np.testing.assert_array_equal(one.columns["observation.image"], images)
+        assert np.abs(one.columns["observation.images.top"].mean((1, 2, 3)) - 20 * length - 5 * steps).max() < 2
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):
@@ -218,4 +225,4 @@ def test_the_command_goes_round(tmp_path, capsys):
     ]:
         with pytest.raises(SystemExit):
             cli.main(["demos", *words])
-        assert __import__("re").search(message, capsys.readouterr().err)
+        assert re.search(message, capsys.readouterr().err)
