@@ -54,7 +54,8 @@ def open_file(path: Path) -> Any:
 
 def datasets(group: Any, depth: int = 0) -> dict[str, Any]:
     """All arrays below a group by their paths; ValueError for one that lies in another file."""
-    library, found = h5py(), {}
+    library = h5py()
+    found: dict[str, Any] = {}
     for name in group:
         where = f"{group.file.filename}: {group.name.rstrip('/')}/{name}"
         if not isinstance(group.get(name, getlink=True), library.HardLink):

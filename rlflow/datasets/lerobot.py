@@ -144,8 +144,8 @@ def _camera(path: Path, name: str, feature: dict[str, Any]) -> Column:
     """A video's frames, which LeRobot keeps as (H, W, 3) and may describe as (3, H, W)."""
     shape = tuple(int(n) for n in feature.get("shape", ()))
     axes = feature.get("names") or ()
-    first = "channel" in str(axes[0]) if len(axes) == 3 else False
-    shape = (*shape[1:], shape[0]) if first and len(shape) == 3 else shape
+    if len(axes) == len(shape) == 3 and "channel" in str(next(iter(axes))):
+        shape = (*shape[1:], shape[0])
     if len(shape) != 3 or shape[2] != 3 or min(shape) < 1:
         raise ValueError(f"{path}: {name} has shape {shape}, pictures of three colours are read")
     return Column(shape, np.dtype(np.uint8), coded=True)

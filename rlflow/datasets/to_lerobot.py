@@ -76,7 +76,8 @@ class _Steps:
             import pyarrow.parquet
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f"{error}: {EXTRA}", name=error.name) from None
-        self.arrow, self.folder, self.writer = pyarrow, folder, None
+        self.arrow, self.folder = pyarrow, folder
+        self.writer: Any = None
         self.rows = self.file = self.size = 0
         self.episodes: list[dict[str, Any]] = []
         self.features: dict[str, dict[str, Any]] = {}

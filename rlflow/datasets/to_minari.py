@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rlflow.datasets.hdf5 import h5py
 from rlflow.datasets.out import Leaving, Played, Writer
@@ -67,12 +66,10 @@ def _space(spec: Tree) -> dict[str, Any]:
     """A Box, or a Dict of them, of one row's observation (meta tensors)."""
     if isinstance(spec, dict):
         return {"type": "Dict", "subspaces": {name: _space(part) for name, part in spec.items()}}
-    ends = (0, 255) if spec.dtype == torch.uint8 else (-(2**31), 2**31) if _is_whole(spec) else (-np.inf, np.inf)
-    return _box(*(np.full(tuple(spec.shape), end) for end in ends), str(spec.dtype).removeprefix("torch."))
-
-
-def _is_whole(spec: Tensor) -> bool:
-    return not spec.is_floating_point()
+    whole = (0, 255) if spec.dtype == torch.uint8 else (-(2**31), 2**31)
+    ends = (-np.inf, np.inf) if spec.is_floating_point() else whole
+    low, high = (np.full(tuple(spec.shape), end) for end in ends)
+    return _box(low, high, str(spec.dtype).removeprefix("torch."))
 
 
 def _action_space(leaving: Leaving) -> dict[str, Any]:
