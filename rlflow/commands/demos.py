@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rlflow.commands.arguments import command, json_flag, positive, trust_flag
-from rlflow.ranges import Natural, argument, filled
+from rlflow.commands.arguments import command, json_flag, positive, trust_flag, which_weights
+from rlflow.ranges import Natural, Seed, argument, filled
 
 
 def add(commands: Any) -> None:
@@ -23,7 +23,18 @@ def add(commands: Any) -> None:
     p.add_argument("--episode", type=argument(Natural), default=0, metavar="N")
     p.add_argument("--out", type=Path, required=True, metavar="x.mp4|x.png")
     p.add_argument("--name", type=filled, help="of the pictures, where there are several")
+    _add_record(parts)
     _add_export(parts)
+
+
+def _add_record(parts: Any) -> None:
+    p = command(parts, "record", _record, "Demonstrations by a robot's run or checkpoint, an episode from each seed.")
+    p.add_argument("source", type=filled, metavar="RUN|CHECKPOINT")
+    p.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    p.add_argument("--num", type=positive, default=32, help="episodes")
+    p.add_argument("--seed", type=argument(Seed), default=0)
+    which_weights(p)
+    trust_flag(p)
 
 
 def _add_export(parts: Any) -> None:
@@ -92,6 +103,22 @@ def _show(args: argparse.Namespace) -> None:
     from rlflow.datasets.show import show
 
     print(show(args.folder, args.out, args.episode, args.name))
+
+
+def _record(args: argparse.Namespace) -> None:
+    from rlflow.deploy.record import record
+
+    demos = record(
+        args.source,
+        args.out,
+        num=args.num,
+        seed=args.seed,
+        checkpoint=args.checkpoint,
+        weights=args.weights,
+        trust_code=args.trust_code,
+        command="rlflow " + " ".join(args.words),
+    )
+    print(f"{args.out}: {demos.summary}; rlflow demos export gives them to others")
 
 
 def _export(args: argparse.Namespace) -> None:

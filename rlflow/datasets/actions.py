@@ -58,11 +58,11 @@ class Seen:
         self.rows += len(action)
 
 
-def one_env(env: dict[str, Any], trust_code: bool) -> VecEnv:
-    """One row of it, which takes single actions where it can."""
+def step_env(env: dict[str, Any], trust_code: bool, num: int = 1) -> VecEnv:
+    """`num` rows of an environment, which take actions one by one where they can."""
     known = registry.settings(registry.find("env", env["name"], trust_code))
     settings = {**env.get("settings", {}), **({"chunk": 1} if "chunk" in known else {})}
-    return make_env({"name": env["name"], "settings": settings}, 1, trust_code)
+    return make_env({"name": env["name"], "settings": settings}, num, trust_code)
 
 
 def bounds_of(env: VecEnv) -> Bounds | None:

@@ -18,7 +18,7 @@ import torch
 
 from rlflow import registry
 from rlflow.datasets.acting import Acting, Options, check_actions
-from rlflow.datasets.actions import bounds_of, one_env
+from rlflow.datasets.actions import bounds_of, step_env
 from rlflow.datasets.observed import Observed, observed
 from rlflow.datasets.open import open_source
 from rlflow.datasets.source import Recorded, Source
@@ -33,7 +33,7 @@ def import_demos(path: Path, out: Path, env: dict[str, Any] | None, options: Opt
     env = env or source.said.env
     if env is None:
         raise ValueError(f"--env NAME: {path} does not say of which environment it is")
-    world = one_env(env, options.trust_code)
+    world = step_env(env, options.trust_code)
     seen = observed(source, world.obs_spec, options.obs, options.resize)
     acting = Acting(source, options, tuple(world.action_shape[1:]), bounds_of(world))
     notes = [*source.said.notes, *seen.notes, *check_actions(acting, seen, world)]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlflow.datasets.actions import bounds_of, one_env
+from rlflow.datasets.actions import bounds_of, step_env
 from rlflow.envs.base import VecEnv
 from rlflow.envs.bounds import Bounds
 from rlflow.envs.demos.dataset import Demos
@@ -71,7 +71,7 @@ def export_demos(
         raise FileExistsError(f"{out} is not empty: give another folder")
     demos = Demos.open(source)
     demos.check()
-    env = one_env(demos.env, trust_code)
+    env = step_env(demos.env, trust_code)
     made_by = demos.about["made_by"]
     told = made_by.get("tasks") or [demos.env["name"]]
     leaving = Leaving(

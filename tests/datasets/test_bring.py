@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlflow.datasets.acting import Options
-from rlflow.datasets.actions import control, one_env, played
+from rlflow.datasets.actions import control, played, step_env
 from rlflow.datasets.bring import import_demos
 from rlflow.envs.bounds import Bounds
 from rlflow.envs.demos import dataset
@@ -202,7 +202,7 @@ def test_what_moves_by_itself_is_neither():
 @pytest.mark.parametrize("env", ["toy_reach", "tabletop"])
 def test_environments_are_measured(env):
     """Both take velocities."""
-    assert control(played(one_env({"name": env}, False))) == ["delta", "delta"]
+    assert control(played(step_env({"name": env}, False))) == ["delta", "delta"]
 
 
 def test_targets_for_an_environment_of_changes_are_refused_and_converted(tmp_path):

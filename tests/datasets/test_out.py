@@ -226,3 +226,29 @@ def test_the_command_goes_round(tmp_path, capsys):
         with pytest.raises(SystemExit):
             cli.main(["demos", *words])
         assert re.search(message, capsys.readouterr().err)
+
+
+def test_imported_cloned_recorded_and_exported(tmp_path, capsys):
+    """A table of the pendulum becomes a policy, whose own episodes leave; its chunks of two are played one by one."""
+    pytest.importorskip("gymnasium")
+    pytest.importorskip("pyarrow")
+    rng, steps = np.random.default_rng(0), 60
+    table = {"observations": rng.normal(size=(steps, 3)), "actions": rng.uniform(-2, 2, (steps, 1))}
+    np.savez(tmp_path / "d.npz", **table, rewards=np.ones(steps), timeouts=np.arange(steps) % 20 == 19)
+    d, policy, own, out = (str(tmp_path / name) for name in ("d", "policy", "own", "out"))
+    world = ["--env", "gym", "env.settings.env_id=Pendulum-v1", "env.settings.max_steps=7"]
+    cli.main(["demos", "import", str(tmp_path / "d.npz"), *world, "--out", d])
+    cli.main(["pretrain", "robot_bc", "--demos", d, "--chunk", "2", "--steps", "2", "--judged", "2", "--out", policy])
+    cli.main(["demos", "record", policy, "--out", own, "--num", "33", "--seed", "5"])
+    cli.main(["demos", "export", own, "--format", "lerobot", "--out", out])
+    kept = Demos.open(own)
+    assert [row["length"] for row in kept.episodes] == [7] * 33
+    assert kept.env == Demos.open(d).env
+    assert open_source(Path(out)).lengths == [7] * 33
+    first = kept.observations(torch.tensor([0, 7 * 32]))  # of seeds 5 and 37
+    from rlflow.datasets.actions import step_env
+
+    assert torch.equal(first, step_env(kept.env, False, 2).reset(torch.tensor([5, 37])))
+    with pytest.raises(SystemExit):
+        cli.main(["demos", "record", "shapes", "--out", own + "2"])
+    assert "makes images, demonstrations are of robots" in capsys.readouterr().err
