@@ -52,15 +52,21 @@ def open_file(path: Path) -> Any:
         raise ValueError(f"{path} is no HDF5 file: {error}") from None
 
 
+def own(group: Any, name: str) -> Any:
+    """An entry of a group that lies in the same file; ValueError for a link, which is not opened."""
+    if not isinstance(group.get(name, getlink=True), h5py().HardLink):
+        where = f"{group.file.filename}: {group.name.rstrip('/')}/{name}"
+        raise ValueError(f"{where} is a link, which is not followed: copy what it leads to")
+    return group[name]
+
+
 def datasets(group: Any, depth: int = 0) -> dict[str, Any]:
     """All arrays below a group by their paths; ValueError for one that lies in another file."""
     library = h5py()
     found: dict[str, Any] = {}
     for name in group:
         where = f"{group.file.filename}: {group.name.rstrip('/')}/{name}"
-        if not isinstance(group.get(name, getlink=True), library.HardLink):
-            raise ValueError(f"{where} is a link, which is not followed: copy what it leads to")
-        entry = group[name]
+        entry = own(group, name)
         if isinstance(entry, library.Group):
             if depth == DEEPEST:
                 raise ValueError(f"{where}: groups lie more than {DEEPEST} deep")
@@ -129,8 +135,8 @@ class GroupedSource(Source):
     def __init__(self, path: Path, groups: Any, prefix: str):
         self.path, self.said = path, Said()
         numbered = [(int(n.removeprefix(prefix)), n) for n in groups if n.removeprefix(prefix).isdecimal()]
-        self.groups = [groups[name] for _, name in sorted(numbered)]
-        if not self.groups:
+        self.groups = [own(groups, name) for _, name in sorted(numbered)]
+        if not self.groups or not all(isinstance(group, h5py().Group) for group in self.groups):
             raise ValueError(f"{path} has no episodes ({prefix}0, ...)")
         first = datasets(self.groups[0])
         self.action = action_of(path, first)
@@ -172,11 +178,11 @@ class MinariSource(GroupedSource):
 
     format = "Minari"
 
-    def __init__(self, path: Path, folder: Path):
-        super().__init__(path, open_file(folder / "main_data.hdf5"), "episode_")
+    def __init__(self, path: Path, main: Path):
+        super().__init__(path, open_file(main), "episode_")
         self.observed = [n for n in self.columns if n == "observations" or n.startswith("observations/")]
-        about = read_json(folder / "metadata.json") if (folder / "metadata.json").exists() else {}
-        self._read_spaces(about)
+        beside = main.parent / "metadata.json"
+        self._read_spaces(read_json(beside) if beside.exists() else {})
 
     def _read_spaces(self, about: dict[str, Any]) -> None:
         """The environment it names, and the bounds of its actions."""
@@ -224,8 +230,9 @@ class RobomimicSource(GroupedSource):
 def open_hdf5(path: Path) -> Source:
     """Whichever of the three it is."""
     file = open_file(path)
-    if "data" in file and isinstance(file["data"], h5py().Group) and any(n.startswith("demo_") for n in file["data"]):
+    data = own(file, "data") if "data" in file else None
+    if isinstance(data, h5py().Group) and any(name.startswith("demo_") for name in data):
         return RobomimicSource(path, file)
     if any(name.startswith("episode_") for name in file):
-        return MinariSource(path, path.parent)
+        return MinariSource(path, path)
     return FlatSource(HDF5Table(path, file), "HDF5")

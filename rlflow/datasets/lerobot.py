@@ -68,6 +68,11 @@ class LeRobotSource(Source):
             )
         if missing := [name for name in ("fps", "features", "data_path") if name not in self.info]:
             raise ValueError(f"{self.path}/meta/info.json lacks {missing}")
+        features, fps = self.info["features"], self.info["fps"]
+        if not isinstance(features, dict) or not all(isinstance(f, dict) and "dtype" in f for f in features.values()):
+            raise ValueError(f"{self.path}/meta/info.json: features are an object with dtype and shape for each column")
+        if not isinstance(fps, int | float) or not fps > 0:
+            raise ValueError(f"{self.path}/meta/info.json: fps must be positive, got {fps!r}")
 
     def _episodes(self) -> list[dict[str, Any]]:
         """A row for each, in the order of their steps."""

@@ -33,7 +33,7 @@ def _open_folder(path: Path) -> Source:
         return LeRobotSource(path)
     for folder in (path / "data", path):
         if (folder / "main_data.hdf5").is_file():
-            return MinariSource(path, folder)
+            return MinariSource(path, folder / "main_data.hdf5")
     if (path / "metadata.json").is_file() or (path / "data" / "metadata.json").is_file():
         raise ValueError(f"{path} is a Minari dataset without main_data.hdf5: make it with data_format='hdf5'")
     if files := sorted(path.glob("*.parquet")):

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from rlflow.datasets.actions import bounds_of, step_env
 from rlflow.deploy.runs import judging_config, load
+from rlflow.envs.bounds import Bounds
 from rlflow.envs.demos.dataset import Demos, Episode, write_demos
 from rlflow.envs.demos.experts import play
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
-from rlflow.types import Tree
+from rlflow.types import Tree, tree_leaves, tree_map
 
 ROWS = 32
 """Episodes that are played at once, and held."""
@@ -24,19 +25,20 @@ ROWS = 32
 class InTurn:
     """A policy's actions one at a time: a chunk is made when the last one is used up, by the deployment sampler."""
 
-    def __init__(self, policy: FlowPolicy, seed: int):
-        self.policy, self.seed, self.made = policy, seed, 0
+    def __init__(self, policy: FlowPolicy, bounds: Bounds | None, seed: int):
+        self.policy, self.bounds, self.seed, self.made = policy, bounds, seed, 0
         self.waiting: list[Tensor] = []
 
     @torch.no_grad()
     def __call__(self, obs: Tree) -> Tensor:
-        """(B, 1, *A) for observations (B, ...)."""
+        """(B, 1, *A) for observations (B, ...), as the environment clips them."""
         if not self.waiting:
             policy, key = self.policy, Key(self.seed, "record", self.made)
-            rows = torch.arange(ROWS)
-            chunk = policy.select(policy, policy.encode(obs), obs, policy.plan(), key, rows)
-            self.waiting, self.made = list(chunk.float().split(1, 1)), self.made + 1
-        return self.waiting.pop(0)
+            seen = tree_map(lambda v: v.to(policy.device), obs)
+            chunk = policy.select(policy, policy.encode(seen), seen, policy.plan(), key, torch.arange(ROWS))
+            self.waiting, self.made = list(chunk.float().to(tree_leaves(obs)[0].device).split(1, 1)), self.made + 1
+        action = self.waiting.pop(0)
+        return action if self.bounds is None else self.bounds.inverse(self.bounds(action))
 
 
 def record(
@@ -67,12 +69,7 @@ def record(
 
     def episodes() -> Iterator[Episode]:
         for first in range(seed, seed + num, ROWS):
-            act = InTurn(policy, first)
-            yield from play(env, lambda obs, act=act: _taken(act(obs)), first)
-
-    def _taken(action: Tensor) -> Tensor:
-        """What the environment makes of an action, in [-1, 1]."""
-        return action if bounds is None else bounds.inverse(bounds(action))
+            yield from play(env, InTurn(policy, bounds, first), first)
 
     limit = 1.0 if bounds is None or bool((bounds.low.isfinite() & bounds.high.isfinite()).all()) else None
     made_by = {"command": command, "policy": str(name), "seed": seed, "fps": round(1 / env.step_seconds, 3)}

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
@@ -334,6 +335,8 @@ def test_names_never_lead_out_of_the_folder(tmp_path, name):
         ({"data_path": "{secret}"}, "data_path '{secret}'"),
         ({"codebase_version": "v2.1"}, "version v2.1, v3.0 is read: convert it with LeRobot's"),
         ({"features": None}, None),
+        ({"features": ["action"]}, "features are an object with dtype and shape for each column"),
+        ({"fps": "fast"}, "fps must be positive, got 'fast'"),
     ],
 )
 def test_what_a_lerobot_folder_says_wrong_is_named(lerobot_folder, tmp_path, change, message):
@@ -349,7 +352,7 @@ def test_what_a_lerobot_folder_says_wrong_is_named(lerobot_folder, tmp_path, cha
         open_source(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["external", "soft", "storage", "virtual"])
+@pytest.mark.parametrize("kind", ["external", "soft", "storage", "virtual", "episode", "data"])
 def test_hdf5_is_read_from_its_own_file_only(tmp_path, kind):
     h5py = pytest.importorskip("h5py")
     (tmp_path / "secret.bin").write_bytes(bytes(1000))
@@ -361,6 +364,10 @@ def test_hdf5_is_read_from_its_own_file_only(tmp_path, kind):
             file["obs"] = h5py.ExternalLink("other.hdf5", "obs")
         elif kind == "soft":
             file["loop"] = h5py.SoftLink("/")
+        elif kind == "episode":
+            file["episode_0"] = h5py.ExternalLink("other.hdf5", "/")
+        elif kind == "data":
+            file["data"] = h5py.ExternalLink("other.hdf5", "/")
         elif kind == "storage":
             file.create_dataset("obs", (27, 3), "f4", external=[(str(tmp_path / "secret.bin"), 0, 324)])
         else:
@@ -419,3 +426,11 @@ def test_gaps_and_ragged_lists_are_refused(tmp_path):
         source = open_source(tmp_path / f"{name}.parquet")
         with pytest.raises(ValueError, match="obs has gaps"):
             list(source.episodes({"obs": None}))
+
+
+@pytest.mark.parametrize(("library", "name"), [("h5py", "d.hdf5"), ("pyarrow.parquet", "d.parquet")])
+def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch, library, name):
+    (tmp_path / name).write_bytes(b"")
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'rlflow-torch\[data\]'"):
+        open_source(tmp_path / name)
