@@ -13,6 +13,7 @@ from PIL import Image
 
 from rlflow.datasets import source as limits
 from rlflow.datasets.open import open_source
+from rlflow.datasets.pictures import Video
 from rlflow.datasets.source import inside
 from rlflow.report.video import write_video
 
@@ -270,6 +271,17 @@ def test_pictures_are_those_of_their_steps(lerobot_folder, column, size, scaled)
         assert one.columns[column].shape == (LENGTHS[i], *size, 3)
         truth = np.stack([frame(i, step, size) for step in range(LENGTHS[i])]).astype(int)
         assert np.abs(one.columns[column] - truth).max() <= (1 if column.endswith("top") else 0)
+
+
+def test_frames_are_found_from_anywhere(lerobot_folder):
+    """Behind a gap, and back again: episodes of a film need not lie side by side."""
+    path, film = lerobot_folder / "videos/observation.images.top/chunk-000/file-000.mp4", Video((*SIZE, 3), (2, 2))
+    greys = [int(frame(i, step)[0, 0, 0]) for i in range(3) for step in range(LENGTHS[i])]
+    for first, num in ((3, 2), (9, 4), (0, 3)):
+        assert np.abs(film.take(path, first, num)[:, 0, 0, 0].astype(int) - greys[first : first + num]).max() <= 1
+    with pytest.raises(ValueError, match="ends after 22 frames, more belong to its episodes"):
+        film.take(path, 20, 5)
+    film.close()
 
 
 def test_what_datasets_say_of_themselves(tmp_path):
