@@ -25,3 +25,7 @@ class Bounds:
         """Actions as the simulator takes them."""
         stretched = action.clamp(-self._limit, self._limit) * self._half + self._centre
         return stretched.clamp(self.low, self.high)  # one bound alone, and what rounding put beyond two
+
+    def inverse(self, action: Tensor) -> Tensor:
+        """What a policy has to do (..., *A) for the simulator to take `action`."""
+        return (action - self._centre) / self._half

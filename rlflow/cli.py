@@ -13,7 +13,7 @@ from rlflow.console import say_error
 from rlflow.failures import one_line
 
 COMMANDS: tuple[str, ...] = ("train", "sweep", "compare", "pretrain", "eval", "sample", "export", "list")
-COMMANDS += ("serve_reward", "plan", "doctor", "report", "bench")
+COMMANDS += ("serve_reward", "demos", "plan", "doctor", "report", "bench")
 """In the order of `rlflow --help`; each is a file of rlflow.commands."""
 
 

@@ -29,7 +29,8 @@ ROOMS = (
     *("flow", "models", "models.pretrained", "models.pretrained.families"),
     *("envs.captions", "rewards", "rewards.networks", "rewards.remote", "envs", "envs.demos", "envs.simulators"),
     *("rl.likelihoods", "rl", "rl.objectives", "rl.learners", "rl.off_policy"),
-    *("config", "pretrain", "report", "train", "deploy", "cost", "doctor", "bench", "commands", "cli", "__main__"),
+    *("config", "pretrain", "report", "datasets", "train", "deploy", "cost", "doctor", "bench"),
+    *("commands", "cli", "__main__"),
 )
 
 # Slow to import and not needed to print help, list names or reject a misspelt key.

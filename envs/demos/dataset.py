@@ -30,6 +30,8 @@ from rlflow.parallel.moments import merge, no_moments
 from rlflow.types import Tree, tree_map
 
 FORMAT = 1
+SHARD_BYTES = 2**27
+"""At which a shard is written although it has few rows: pictures would fill the memory."""
 KEYS = ("format", "env", "made_by", "episodes", "moments", "shards")
 
 
@@ -84,6 +86,11 @@ class _Writer:
         moments = no_moments(seen.shape[1:]) if self.moments is None else self.moments
         self.moments = merge(moments, seen, torch.ones(len(seen), dtype=torch.bool))
 
+    def is_full(self, rows: int) -> bool:
+        """Whether the waiting episodes make a shard of `rows` steps, or of enough bytes."""
+        size = sum(value.nbytes for columns in self.waiting for value in columns.values())
+        return size >= SHARD_BYTES or sum(len(columns["action"]) for columns in self.waiting) >= rows
+
     def flush(self) -> None:
         """Write the waiting episodes as one shard."""
         if self.waiting:
@@ -102,7 +109,7 @@ def write_demos(
     shard_rows: int = 200_000,
     bound: float | None = 1.0,
 ) -> Demos:
-    """Write a dataset, at least `shard_rows` steps a shard but the last; FileExistsError if there is one.
+    """Write a dataset, at least `shard_rows` steps or 128 MiB a shard but the last; FileExistsError if there is one.
 
     `env` is {"name", "settings"} as in a config. No action is beyond `bound`; None where the environment has none.
     ValueError names the episode and the column that is wrong.
@@ -114,7 +121,7 @@ def write_demos(
     writer.folder.mkdir(parents=True, exist_ok=True)
     for episode in episodes:
         writer.add(episode)
-        if sum(len(w["action"]) for w in writer.waiting) >= shard_rows:
+        if writer.is_full(shard_rows):
             writer.flush()
     writer.flush()
     if writer.moments is None:

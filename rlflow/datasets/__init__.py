@@ -1,0 +1,1 @@
+"""Datasets of other programs: read episode by episode into demonstrations, and written from them."""

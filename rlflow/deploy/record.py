@@ -1,0 +1,76 @@
+"""`rlflow demos record`: episodes of a run or a checkpoint as demonstrations, to learn from or to export."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlflow.datasets.actions import bounds_of, step_env
+from rlflow.deploy.runs import judging_config, load
+from rlflow.envs.bounds import Bounds
+from rlflow.envs.demos.dataset import Demos, Episode, write_demos
+from rlflow.envs.demos.experts import play
+from rlflow.flow.noise import Key
+from rlflow.flow.policy import FlowPolicy
+from rlflow.types import Tree, tree_leaves, tree_map
+
+ROWS = 32
+"""Episodes that are played at once, and held."""
+
+
+class InTurn:
+    """A policy's actions one at a time: a chunk is made when the last one is used up, by the deployment sampler."""
+
+    def __init__(self, policy: FlowPolicy, bounds: Bounds | None, seed: int):
+        self.policy, self.bounds, self.seed, self.made = policy, bounds, seed, 0
+        self.waiting: list[Tensor] = []
+
+    @torch.no_grad()
+    def __call__(self, obs: Tree) -> Tensor:
+        """(B, 1, *A) for observations (B, ...), as the environment clips them."""
+        if not self.waiting:
+            policy, key = self.policy, Key(self.seed, "record", self.made)
+            seen = tree_map(lambda v: v.to(policy.device), obs)
+            chunk = policy.select(policy, policy.encode(seen), seen, policy.plan(), key, torch.arange(ROWS))
+            self.waiting, self.made = list(chunk.float().to(tree_leaves(obs)[0].device).split(1, 1)), self.made + 1
+        action = self.waiting.pop(0)
+        return action if self.bounds is None else self.bounds.inverse(self.bounds(action))
+
+
+def record(
+    name: str | Path,
+    out: Path,
+    *,
+    num: int = ROWS,
+    seed: int = 0,
+    checkpoint: str = "last",
+    weights: str | None = None,
+    trust_code: bool = False,
+    command: str = "",
+) -> Demos:
+    """Play one episode from each of the seeds `seed` to `seed + num - 1` and write them into the folder `out`."""
+    config = judging_config(name, trust_code)
+    if config.env.name == "prompt":
+        raise ValueError(f"{name} makes images, demonstrations are of robots: rlflow sample draws them")
+    if config.env.frame_stack > 1:
+        raise ValueError(f"{name} sees env.frame_stack={config.env.frame_stack} frames, demonstrations hold one")
+    world = {"name": config.env.name, "settings": {k: v for k, v in config.env.settings.items() if k != "chunk"}}
+    env = step_env(world, trust_code, ROWS)
+    if env.action_shape[0] != 1:
+        raise ValueError(
+            f"{name}: {config.env.name} takes chunks of {env.action_shape[0]} actions only, not one by one"
+        )
+    policy = load(name, checkpoint=checkpoint, weights=weights, trust_code=trust_code)
+    bounds = bounds_of(env)
+
+    def episodes() -> Iterator[Episode]:
+        for first in range(seed, seed + num, ROWS):
+            yield from play(env, InTurn(policy, bounds, first), first)
+
+    limit = 1.0 if bounds is None or bool((bounds.low.isfinite() & bounds.high.isfinite()).all()) else None
+    made_by = {"command": command, "policy": str(name), "seed": seed, "fps": round(1 / env.step_seconds, 3)}
+    return write_demos(out, itertools.islice(episodes(), num), world, made_by, bound=limit)
