@@ -166,6 +166,7 @@ TABLE: dict[str, dict[str, str]] = {
         "scratch": "from scratch by what the simulator shows: numbers, or a picture",
         "hopper": "rlflow/assets/hopper",
         "hopper_shortcut": "rlflow/assets/hopper_shortcut",
+        "hopper_meanflow": "rlflow/assets/hopper_meanflow",
         "halfcheetah": "rlflow/assets/halfcheetah",
         "walker2d": "rlflow/assets/walker2d",
         "cube_single": "rlflow/assets/cube_single",

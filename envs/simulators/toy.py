@@ -247,15 +247,17 @@ def routes_episodes(num: int, seed: int, noise: float) -> Iterator[Episode]:
     """One whole episode from each of `num` seeds, one above the disc, the next below, wide of it."""
     rng = torch.Generator().manual_seed(seed)
     for i in range(num):
-        sim, seen, done, paid = RoutesSim(1, 2, 24), [], [], []
+        sim = RoutesSim(1, 2, 24)
+        seen: list[Tensor] = []
+        done: list[Tensor] = []
+        paid: list[Tensor] = []
         position = sim.reset(torch.tensor([seed + i]), torch.ones(1, dtype=torch.bool)).clone()
-        for _ in range(sim.horizon):
+        side, over, won = torch.tensor([1.0 - 2 * (i % 2)]), False, False
+        while len(seen) < sim.horizon and not over:
             seen.append(position[0])
-            done.append(routes_command(position, torch.tensor([1.0 - 2 * (i % 2)]), noise, 1.0, rng)[0])
+            done.append(routes_command(position, side, noise, 1.0, rng)[0])
             out = sim.advance(done[-1][None])
             position = sim.observe().clone()
             paid.append(out.reward[0])
-            if bool(out.terminated[0]):
-                break
-        won, over = bool(out.info["success"][0]), bool(out.terminated[0])
+            over, won = bool(out.terminated[0]), bool(out.info["success"][0])
         yield Episode(torch.stack(seen), torch.stack(done), torch.stack(paid), over, not over, won)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn as nn
@@ -73,8 +74,8 @@ class MLPField(VelocityField):
         extra = 16 * (2 if average else 1)
         self.net = mlp([dim + obs_dim + extra, *[width] * depth, dim])
         self.has_spread, self.spread_head = spread, mlp([width, 64, 1] if spread else [])
-        for last in self.spread_head[-1:]:
-            nn.init.zeros_(last.weight)
+        if spread:
+            nn.init.zeros_(cast(nn.Linear, self.spread_head[-1]).weight)
 
     def encode(self, obs: Tree) -> Cond:
         """Observations (N, obs_dim), or a dict of tensors concatenated in the order of its sorted keys."""

@@ -184,7 +184,7 @@ def by_derivative(teacher: VelocityField, span: Span) -> Tensor:
 
     one = torch.ones_like(span.t)
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode rule
-        _, slope = jvp(velocity, (span.x, span.t, span.dt), (span.v, one, -one))
+        slope = jvp(velocity, (span.x, span.t, span.dt), (span.v, one, -one))[1]
     return span.v + expand(span.dt, span.x) * slope
 
 

@@ -24,8 +24,6 @@ from rlflow.pretrain.matching import pretrain, report
 
 BOUND = 1.3
 """Of actions, which lie in [-1, 1], where the ends of targets are clamped."""
-SHARE = 0.25
-"""Of the rows that learn averages, as of Shortcut's."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,9 @@ class FewStepCloning(Cloning):
 
 
 AVERAGES: dict[str, AverageLoss] = {
-    "split": SplitMeanFlow(share=SHARE, bound=BOUND),
-    "mean": MeanFlow(share=SHARE, bound=BOUND),
-    "alpha": AlphaFlow(share=SHARE, bound=BOUND),
+    "split": SplitMeanFlow(bound=BOUND),
+    "mean": MeanFlow(bound=BOUND),
+    "alpha": AlphaFlow(bound=BOUND),
 }
 
 
