@@ -8,8 +8,13 @@ right where u is, in our direction (t = 0 noise, the end t + dt fixed):
     SplitMeanFlow  s u(x, t, m) + (1 - s) u(x + m u(x, t, m), t + m, dt - m),  m = s dt          Guo et al. 2025
     AlphaFlow      a v + (1 - a) u(x + d v, t + d, dt - d),  d = a dt,  loss / a              Zhang et al. 2025
 
-with x_1 - x_0 in the place of v. A target carries no gradient, and is the answer of the averaged weights. AlphaFlow is
-matching along whole trajectories at a = 1, and tends to MeanFlow as a -> 0. SplitMeanFlow at s = 1/2 is Shortcut's.
+with x_1 - x_0 in the place of v. A target carries no gradient. AlphaFlow is matching along whole trajectories at a = 1,
+and tends to MeanFlow as a -> 0. SplitMeanFlow at s = 1/2 is Shortcut's.
+
+Whose answers a target is made of decides whether it can be learnt. MeanFlow's is unbounded: u' = v + dt D u - u, D a
+derivative along the flow with eigenvalues i w, falls for every w if D u is that of the weights that train; if it lags
+behind by n steps, one eigenvalue is about sqrt(i w / n), which grows. So derivatives take the live weights, and the
+sums of SplitMeanFlow, which amplify nothing, the averaged ones.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -52,6 +58,8 @@ class AverageLoss(ABC):
     (itself + .001)^power, published with .5 to 1: the optimum is then a mean that counts far data less.
     """
 
+    lagging: ClassVar[bool] = False
+    """Targets are of the weight average in the place of the live weights."""
     share: float = 0.5
     bound: float | None = None
     warm_up: float = 0.1
@@ -68,12 +76,14 @@ class AverageLoss(ABC):
             raise ValueError(f"power must not be negative, got {self.power}")
 
     def at(self, progress: float, teacher: VelocityField) -> MatchingLoss:
-        """The loss after a share `progress` of the training, with the targets of `teacher`."""
+        """The loss after a share `progress` of the training; `teacher` is the weight average, for what may lag."""
 
         def loss(field: VelocityField, x_1: Tensor, cond: Cond, x_0: Tensor, t: Tensor) -> Tensor:
             if not field.uses_dt:
                 raise ValueError(f"{type(field).__name__} does not read dt: build it with average=True")
-            return self.errors(progress, teacher, field, at_least_float(x_1), cond, at_least_float(x_0), t)
+            return self.errors(
+                progress, teacher if self.lagging else field, field, at_least_float(x_1), cond, at_least_float(x_0), t
+            )
 
         return loss
 
@@ -131,6 +141,8 @@ class MeanFlow(AverageLoss):
 @dataclass(frozen=True)
 class SplitMeanFlow(AverageLoss):
     """Two passes of the teacher, no derivative; where to split is read from the low digits of t, even in [0, 1)."""
+
+    lagging = True
 
     def target(self, progress: float, teacher: VelocityField, span: Span) -> Tensor:
         """The way to a middle and from there on."""
