@@ -202,7 +202,8 @@ class FlowPolicy(nn.Module):
         """One chain for each of `copies` samples of each row of `cond`; gradients are the caller's choice.
 
         With `shared_noise` the copies of a row start from one x_0, and the steps before the first noisy
-        one run once per row and are then repeated. Noise is a function of (key, row_ids) only.
+        one run once per row and are then repeated. Noise is a function of (key, row_ids) only. A given `x_0` is the
+        state where `plan` begins; of a field that knows nothing of t = 0 it is noise, scaled to what it has there.
         """
         plan, key = plan or self.plan(), key or Key(0, "sample")
         num = len(cond) * copies
@@ -211,7 +212,8 @@ class FlowPolicy(nn.Module):
         run = _Run(self, plan, key, row_ids, keep_path)
         if x_0 is None:
             x_0 = run.noise("x_0", 0, row_ids[::copies] if shared_noise else row_ids)
-        x_0 = at_start(x_0, float(plan.t.flatten()[0]))
+        if self.field.first_time:
+            x_0 = at_start(x_0, float(plan.t.flatten()[0]))
         split = plan.first_noisy() if shared_noise and not plan.per_row and copies > 1 else 0
         if split:
             run.advance(x_0, cond, range(split))

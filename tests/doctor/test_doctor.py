@@ -189,7 +189,7 @@ def test_rows_are_sampled_and_scored_in_other_numbers(
 def test_log_ratios_stand_in_the_order_of_their_steps() -> None:
     """Step 10 after step 9."""
     metrics = {f"policy/first_log_ratio/{k}": float(k) for k in (10, 2, 1, 0)} | {"policy/first_log_ratio_max": 0.0}
-    policy = SimpleNamespace(device=torch.device("cpu"))
+    policy = SimpleNamespace(device=torch.device("cpu"), field=SimpleNamespace(ragged=False))
     check = examine._first_log_ratio(SimpleNamespace(metrics=metrics, parts=SimpleNamespace(policy=policy)))
     assert check.detail.endswith(": 0 1 2 10")
 
