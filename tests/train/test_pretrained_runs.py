@@ -213,7 +213,7 @@ def test_a_kohya_file_of_stable_diffusion_trains_and_every_command_takes_the_run
     few = [f"policy.field.checkpoint={tiny_pipeline('sd15')}", f"env.prompts={tmp_path / 'prompts.txt'}", *SMALL]
     few += ["policy.field.lora=null", f"policy.field.adapter={tmp_path / 'cat.safetensors'}"]
     few += ["policy.field.max_sequence_length=null", "train.iterations=2", "algorithm.optimizer.lr=0.01"]
-    few += ["policy.field.weights=float32"]  # as the plain pipeline's
+    few += ["policy.field.weights=float32", "train.report=true"]  # the weights as the plain pipeline's
     main(["doctor", "sd15_nft", *few])
     told = "scale 0.5, of the file's alpha tensors"
     assert told in " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
