@@ -261,14 +261,8 @@ def served() -> Callable[..., Any]:
 # -- a network of 20k weights that trains in milliseconds, and runs made of it --------------------
 
 TINY = (
-    *(
-        "env.num_groups=2",
-        "env.group_size=4",
-        "env.rows_per_call=8",
-        "eval.num=6",
-        "train.tensorboard=false",
-        "train.report=false",
-    ),
+    *("env.num_groups=2", "env.group_size=4", "env.rows_per_call=8", "eval.num=6"),
+    *("train.tensorboard=false", "train.report=false"),
     *("policy.precision=float32", "policy.num_steps=6", "reward.weights={brightness: 1}"),
     "eval.metrics={brightness: brightness, base_distance: base_distance}",
 )

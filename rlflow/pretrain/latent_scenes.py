@@ -28,6 +28,7 @@ from rlflow.flow.matching import cfm_loss
 from rlflow.models.hub import quiet
 from rlflow.models.pretrained.families.sd3 import SD3
 from rlflow.models.pretrained.families.stable_diffusion import StableDiffusion
+from rlflow.models.pretrained.known import BETAS
 from rlflow.models.pretrained.pipeline import PretrainedField
 from rlflow.models.pretrained.tiny import clip_text, clip_tokenizer, t5, t5_tokenizer
 from rlflow.models.vp import noise_loss
@@ -149,10 +150,9 @@ def old_pipeline(vae: nn.Module) -> Any:
         cross_attention_dim=WIDTH,
         attention_head_dim=HEADS,
     )
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     return StableDiffusionPipeline(
         unet=unet,
-        scheduler=DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=True),
+        scheduler=DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=True),
         vae=vae,
         text_encoder=_spread(clip_text(tokenizer, projection=False, width=WIDTH)),
         tokenizer=tokenizer,

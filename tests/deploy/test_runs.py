@@ -17,19 +17,7 @@ from rlflow.report.metrics_file import read_metrics
 from rlflow.train.build import judged_by
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.trainer import Trainer
-
-TINY = (
-    *(
-        "env.num_groups=2",
-        "env.group_size=4",
-        "env.rows_per_call=8",
-        "eval.num=6",
-        "train.tensorboard=false",
-        "train.report=false",
-    ),
-    *("policy.precision=float32", "policy.num_steps=6", "reward.weights={brightness: 1}"),
-    "eval.metrics={brightness: brightness, base_distance: base_distance}",
-)
+from tests.conftest import TINY
 
 WORDS = ("env.prompts=words", "eval.metrics={brightness: brightness}", "eval.num=4")
 

@@ -100,6 +100,7 @@ def _qwen_image() -> Known:
 
 NO_CHECKER = {"requires_safety_checker": False}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+"""Of Stable Diffusion's schedulers, which write more settings than they read."""
 UNET = {
     "block_out_channels": (320, 640, 1280, 1280),
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),

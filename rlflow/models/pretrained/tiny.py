@@ -16,6 +16,7 @@ import torch
 from rlflow.files import as_readable
 from rlflow.models.hub import quiet
 from rlflow.models.pretrained import tiny_language
+from rlflow.models.pretrained.known import BETAS
 from rlflow.models.pretrained.tiny_parts import euler, moved, plain_vae
 
 TEXT_WIDTH, POOLED = 32, 16
@@ -124,8 +125,6 @@ def _flux_schnell(folder: Path, scheduler: dict[str, Any]) -> Any:
     return _flux(folder, {"shift": 1.0, "use_dynamic_shifting": False, **scheduler}, guidance_embeds=False)
 
 
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-"""Of Stable Diffusion's schedulers, which write more settings than they read."""
 UNET = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 
 

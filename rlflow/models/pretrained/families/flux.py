@@ -11,12 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rlflow.models.pretrained.adapter import Adapter
-from rlflow.models.pretrained.families.packing import SIDE, pack, unpack
+from rlflow.models.pretrained.families.packing import Packed, pack, unpack
 from rlflow.models.prompt_table import Encoding
 
 
-class Flux(Adapter):
+class Flux(Packed):
     """FluxPipeline: dev, whose network takes the guidance scale."""
 
     encoders = ("text_encoder", "text_encoder_2")
@@ -24,20 +23,6 @@ class Flux(Adapter):
     num_steps, guidance = 28, 1.0
     embedded_guidance: float | None = 3.5
     distilled: ClassVar[str | None] = "guided velocities"
-    modules = (
-        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-    )
-
-    @property
-    def patch(self) -> int:
-        """Latents a side of a token: the pipeline packs them."""
-        return SIDE
-
-    @property
-    def channels(self) -> int:
-        """Of a latent, before packing."""
-        return int(self.pipe.transformer.config.in_channels // self.patch**2)
 
     @property
     def pooled_width(self) -> int:

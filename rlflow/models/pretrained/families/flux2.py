@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlflow.models.pretrained.adapter import Adapter, mean_token
-from rlflow.models.pretrained.families.packing import SIDE, unpack
+from rlflow.models.pretrained.families.packing import JOINT, SIDE, unpack
 from rlflow.models.prompt_table import Encoded, Encoding
 
 
@@ -24,8 +24,7 @@ class Klein(Adapter):
     max_sequence_length = 512
     num_steps, guidance = 50, 4.0
     modules = (
-        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        *JOINT,
         *("attn.to_qkv_mlp_proj", "attn.to_out"),  # of the single blocks, whose MLP is in the same layers
     )
 

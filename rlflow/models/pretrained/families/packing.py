@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rlflow.models.pretrained.adapter import Adapter
+
 SIDE = 2
 """Latents a side of a token."""
 
@@ -17,3 +19,26 @@ def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
     """Inverse of `pack`, of tokens in so many rows and columns."""
     patches = tokens.unflatten(2, (-1, SIDE, SIDE)).unflatten(1, (rows, columns))
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+JOINT = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+)
+"""The attention's layers in blocks that read pictures and texts with weights of their own."""
+
+
+class Packed(Adapter):
+    """A pipeline that packs latents of fewer channels than its network reads."""
+
+    modules = JOINT
+
+    @property
+    def patch(self) -> int:
+        """Latents a side of a token."""
+        return SIDE
+
+    @property
+    def channels(self) -> int:
+        """Of a latent, before packing."""
+        return int(self.network.config.in_channels // SIDE**2)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from rlflow.flow.guidance import CFG, CFGNorm
-from rlflow.models.pretrained.adapter import Adapter, mean_token
-from rlflow.models.pretrained.families.packing import SIDE, pack, unpack
+from rlflow.models.pretrained.adapter import mean_token
+from rlflow.models.pretrained.families.packing import SIDE, Packed, pack, unpack
 from rlflow.models.prompt_table import Encoded, Encoding
 
 
-class QwenImage(Adapter):
+class QwenImage(Packed):
     """QwenImagePipeline."""
 
     encoders = ("text_encoder",)
@@ -26,20 +26,6 @@ class QwenImage(Adapter):
     ragged = True
     num_steps, guidance = 50, 4.0
     guided: ClassVar[type[CFG]] = CFGNorm
-    modules = (
-        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-    )
-
-    @property
-    def patch(self) -> int:
-        """Latents a side of a token: the pipeline packs them."""
-        return SIDE
-
-    @property
-    def channels(self) -> int:
-        """Of a latent, before packing."""
-        return int(self.pipe.transformer.config.in_channels // SIDE**2)
 
     def encode(self, texts: list[str], max_sequence_length: int, device: torch.device) -> Encoded:
         """ "tokens" N times (L_i, W) and "pooled" (N, W).

@@ -19,6 +19,7 @@ from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.pretrained.families.packing import pack, unpack
 from rlflow.models.pretrained.pipeline import PretrainedField, pretrained
+from tests.models.pretrained.test_pipeline import ByOne
 
 SIDE, LENGTH, STEPS, EXACT = 32, 24, 6, 1e-5
 PROMPTS = ["a red cat", "two dogs in front of a very long house with many windows, at night, and a third dog"]
@@ -126,17 +127,6 @@ def test_our_decoder_gives_the_pictures_of_the_stock_pipeline(stock):
         wrong = stock.field.adapter.picture(latents) if stock.kind != "klein" else None
     assert theirs.std() > 1e-2
     assert wrong is None or (wrong / 2 + 0.5 - theirs).abs().max() > 1e-2, "the VAE's scale changes the picture"
-
-
-class ByOne:
-    """The pipeline's grid of one more step, less its second entry."""
-
-    def __init__(self, field: PretrainedField):
-        self.field = field
-
-    def __call__(self, num_steps: int) -> Tensor:
-        t = self.field.times(num_steps + 1)
-        return torch.cat([t[:1], t[2:]])
 
 
 def test_parity_sees_a_grid_shifted_by_one_entry(stock):
