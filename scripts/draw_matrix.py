@@ -3,7 +3,7 @@
     python scripts/draw_matrix.py [--jobs N] [--out DIR]
 
 One panel per algorithm and likelihood; in it kernels down, step plans across; in each cell the three advantages across
-and the two environments down. About four minutes of one core. Exits with 1 where a combination does not do what
+and the two environments down. About five minutes of one core. Exits with 1 where a combination does not do what
 RULES says.
 """
 
@@ -112,9 +112,9 @@ def panel(axes: Axes, outcomes: dict[tuple[str, ...], int], algorithm: str, like
         side.set_visible(False)
 
 
-def legend(figure: Figure, outcomes: dict[tuple[str, ...], int], top: float) -> None:
+def legend(figure: Figure, outcomes: dict[tuple[str, ...], int]) -> None:
     """What a cell is made of, and the rules that show."""
-    m, axes = matrix(), figure.add_axes((0.085, 0.022, 0.9, top))
+    m, axes = matrix(), figure.add_axes((0.085, 0.3 / figure.get_figheight(), 0.9, 1.2 / figure.get_figheight()))
     axes.set(xlim=(-0.6, 27), ylim=(2.6, -0.6), aspect="auto")
     axes.axis("off")
     ran = sum(v == 0 for v in outcomes.values())
@@ -133,9 +133,10 @@ def legend(figure: Figure, outcomes: dict[tuple[str, ...], int], top: float) -> 
 def draw(outcomes: dict[tuple[str, ...], int], path: Path) -> None:
     """The picture: algorithms down, likelihoods across."""
     m = matrix()
-    figure, grid = plt.subplots(
-        len(m.ALGORITHMS), len(m.LIKELIHOODS), figsize=(16.0, 1.5 + 2.5 * len(m.ALGORITHMS)), sharex=True, sharey=True
-    )
+    rows, columns = len(m.ALGORITHMS), len(m.LIKELIHOODS)
+    below, above = 2.6, 0.9  # inches
+    height = below + above + 2.5 * rows
+    figure, grid = plt.subplots(rows, columns, figsize=(16.0, height), sharex=True, sharey=True)
     for i, algorithm in enumerate(m.ALGORITHMS):
         for j, likelihood in enumerate(m.LIKELIHOODS):
             panel(grid[i, j], outcomes, algorithm, likelihood)
@@ -152,11 +153,11 @@ def draw(outcomes: dict[tuple[str, ...], int], path: Path) -> None:
             va="center",
             ha="left",
         )
-    figure.subplots_adjust(0.095, 0.175, 0.965, 0.925, wspace=0.04, hspace=0.09)
-    figure.text(0.095, 0.965, "What can be combined", fontsize=18, color=INK, weight="bold")
+    figure.subplots_adjust(0.095, below / height, 0.965, 1 - above / height, wspace=0.04, hspace=0.09)
+    figure.text(0.095, 1 - 0.5 / height, "What can be combined", fontsize=18, color=INK, weight="bold")
     note = "Every combination was run: two optimiser steps, or refused at construction."
-    figure.text(0.395, 0.966, note, fontsize=11.5, color=FAINT)
-    legend(figure, outcomes, 0.065)
+    figure.text(0.395, 1 - 0.48 / height, note, fontsize=11.5, color=FAINT)
+    legend(figure, outcomes)
     figure.savefig(path, dpi=110, facecolor="white")
 
 

@@ -9,9 +9,6 @@ from rlflow.commands.arguments import command, json_flag
 from rlflow.console import print_json
 from rlflow.ranges import filled
 
-X = ("iterations", "time", "network_rows", "samples")
-"""The names of rlflow.report.curves.AXES, which `--help` should not load."""
-
 
 def add(commands: Any) -> None:
     """Enter the command."""
@@ -20,7 +17,12 @@ def add(commands: Any) -> None:
     p.add_argument("--html", type=filled, metavar="F", help="write all of it as one page")
     p.add_argument("--png", type=filled, metavar="F", help="draw the held-out metrics")
     p.add_argument("--pdf", type=filled, metavar="F", help="the same, for a paper")
-    p.add_argument("--x", choices=X, default="iterations", help="axis of --png and --pdf; samples: images or env steps")
+    p.add_argument(
+        "--x",
+        default="iterations",
+        help="axis of --png and --pdf: iterations, time, network_rows, samples (images or env steps), or a held-out "
+        "metric such as base_distance, which draws what was paid in it for the others",
+    )
     p.add_argument("--latex", action="store_true", help="print the tables for a paper")
     json_flag(p)
 

@@ -15,8 +15,8 @@ from typing import Any
 from rlflow.report import page
 from rlflow.report.aggregate import Aggregate, Line, heldout, ordered, summarise
 from rlflow.report.compare import compare, run_tables
-from rlflow.report.curves import AXES, SAMPLES, Panel, curves, heldout_panels
-from rlflow.report.glossary import MISSING, describe, headline
+from rlflow.report.curves import AXES, SAMPLES, Panel, curves, heldout_panels, trade_off
+from rlflow.report.glossary import HELDOUT, MISSING, describe, headline
 from rlflow.report.metrics_file import Metrics
 from rlflow.report.record import RunRecord, run_folders
 from rlflow.report.tables import Table
@@ -73,15 +73,35 @@ def comparison_values(folders: Sequence[str | Path]) -> dict[str, Any]:
 
 
 def figure(folders: Sequence[str | Path], path: str | Path, x: str = "iterations") -> Path:
-    """Draw every held-out metric over `x` (a name of AXES) to a .png, .pdf or .svg file, and return its path."""
+    """Draw the held-out metrics over `x` to a .png, .pdf or .svg file, and return its path.
+
+    `x` is a name of AXES, or a held-out metric: then what was paid in it for each of the others.
+    """
     lines = read_lines(folders)
     runs = [run for line in lines for run in line.runs]
+    if x not in AXES:
+        return _trade_off(lines, heldout(runs), x, Path(path))
     panels = [_over(panel, x, runs) for panel in heldout_panels(heldout(runs))]
     if not panels:
         raise ValueError("none of these runs has been evaluated")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     curves(_rows(lines), panels, path)
     return Path(path)
+
+
+def _trade_off(lines: Sequence[Line], known: Sequence[str], x: str, path: Path) -> Path:
+    name = HELDOUT + x
+    if name not in known:
+        metrics = ", ".join(metric.removeprefix(HELDOUT) for metric in known)
+        raise ValueError(
+            f"--x {x}: choose of {', '.join(AXES)}, or a held-out metric of these runs: {metrics or 'none'}"
+        )
+    others = [metric for metric in known if metric != name]
+    if not others:
+        raise ValueError(f"--x {x}: these runs measured no other held-out metric")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trade_off(_rows(lines), others, name, path)
+    return path
 
 
 # -- groups ---------------------------------------------------------------------------------------

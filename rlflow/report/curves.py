@@ -18,6 +18,7 @@ from rlflow.report.metrics_file import Array, Metrics
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Run = Sequence[Mapping[str, Any]]
 Runs = Run | Sequence[Run] | Mapping[str, Sequence[Run]]
@@ -126,6 +127,48 @@ def curves(
     return figure
 
 
+def trade_off(groups: Mapping[str, Sequence[Run]], names: Sequence[str], x: str, path: str | Path) -> Figure:
+    """What each group of seeds paid in the metric `x` for each metric of `names`: its evaluations, joined in order.
+
+    A point is the mean over seeds; the last is larger, with the standard deviation over seeds in both directions.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(names))
+    height = math.ceil(len(names) / columns)
+    labels = _labels(groups, LONGEST)
+    with mpl.rc_context(STYLE):
+        in_a_line = max(1, 56 * columns // max(map(len, labels)))
+        under = 0.2 * math.ceil(len(labels) / in_a_line)
+        figure = Figure(figsize=(1.4 * PANEL[0] * columns, 1.6 * PANEL[1] * height + under), layout="constrained")
+        axes = figure.subplots(height, columns, squeeze=False).flatten()
+        for ax in axes[len(names) :]:
+            ax.set_axis_off()
+        for ax, name in zip(axes, names, strict=False):
+            for g, runs in enumerate(groups.values()):
+                _draw_path(ax, runs, x, name, COLORS[g % 8], "os^D"[g // 8 % 4])
+            ax.set(title=describe(name).label, xlabel=describe(x).label, ylabel=describe(name).unit)
+        figure.legend(_keys(labels), labels, loc="outside lower left", ncols=in_a_line, handlelength=1.4)
+        save(figure, path)
+    return figure
+
+
+def _draw_path(ax: Axes, runs: Sequence[Run], x: str, name: str, color: str, marker: str) -> None:
+    """One group: as many evaluations as all its seeds have."""
+    tables = [Metrics.of(run) for run in runs]
+    points = [np.stack([table.column(x), table.column(name)]) for table in tables]
+    known = [p[:, np.isfinite(p).all(0)] for p in points]
+    length = min((p.shape[1] for p in known), default=0)
+    if not length:
+        return
+    values = np.stack([p[:, :length] for p in known])  # (seeds, 2, evaluations)
+    xs, ys = values.mean(0)
+    ax.plot(xs, ys, color=color, linewidth=1.0, alpha=0.6, marker=marker, markersize=2.5)
+    x_sd, y_sd = values[..., -1].std(0, ddof=1) if len(values) > 1 else (0.0, 0.0)
+    ax.errorbar(xs[-1], ys[-1], y_sd or None, x_sd or None, color=color, marker=marker, markersize=6, capsize=2)
+
+
 def _places(columns: int, height: int, under: float) -> dict[str, float]:
     """Where panels stand, from margins in inches: a layout engine measures every letter, three times the time."""
     (width, tall), (left, right, bottom, top) = PANEL, MARGINS
@@ -217,10 +260,13 @@ def _labels(groups: Mapping[str, Sequence[Run]], longest: int) -> list[str]:
 
 def _name_groups(figure: Figure, labels: Sequence[str], in_a_line: int) -> None:
     """One legend for all panels, under them."""
+    figure.legend(_keys(labels), labels, loc="lower left", ncols=in_a_line, handlelength=1.4, borderaxespad=0.1)
+
+
+def _keys(labels: Sequence[str]) -> list[Line2D]:
     from matplotlib.lines import Line2D
 
-    lines = [Line2D([], [], color=COLORS[g % 8]) for g in range(len(labels))]
-    figure.legend(lines, labels, loc="lower left", ncols=in_a_line, handlelength=1.4, borderaxespad=0.1)
+    return [Line2D([], [], color=COLORS[g % 8], marker="os^D"[g // 8 % 4] if g > 7 else "") for g in range(len(labels))]
 
 
 def _explain(ax: Axes, drawn: Sequence[Array]) -> None:

@@ -1,6 +1,6 @@
 """The combination matrix: everything runs with everything, or is refused at construction by one of at most 12 rules.
 
-    kernel x steps x likelihood x advantage x algorithm x environment        5 x 9 x 4 x 3 x 10 x 2 = 10800
+    kernel x steps x likelihood x advantage x algorithm x environment        6 x 9 x 4 x 3 x 10 x 2 = 12960
 
 A combination that runs makes two optimiser steps from one rollout: the first ratio is 1, the second step's is not, all
 metrics are finite and the weights change. The fast suite covers every pair of choices; `-m slow` runs the whole
@@ -20,7 +20,7 @@ import torch
 
 from rlflow.envs.simulators.toy import ToyImage, ToyReach
 from rlflow.flow.guidance import CFG
-from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, LearnedNoise
+from rlflow.flow.kernels import CPS, Ancestral, ConstantSDE, FlowSDE, Kernel, LearnedNoise, Overshoot
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Euler, Heun, Solver
 from rlflow.flow.steps import All, AllButLast, Fraction, LastN, NoSteps, OneRandom, RandomWindow, Window
@@ -45,6 +45,7 @@ KERNELS: dict[str, Callable[[tuple[int, ...]], Kernel]] = {
     "constant_sde": lambda _: ConstantSDE(0.3),
     "cps": lambda _: CPS(0.7),
     "ancestral": lambda _: Ancestral(0.7),
+    "overshoot": lambda _: Overshoot(0.5),
     "learned_noise": lambda shape: LearnedNoise(4, shape, 0.1, 0.3, width=8),
 }
 STEPS = {
@@ -130,10 +131,10 @@ RULES = (
         lambda c: c.steps == "none" and c.likelihood != "cfm",
     ),
     Rule(
-        "CPS or Ancestral with the last step scored (`all`, `last_n` without `skip_last`)",
+        "CPS, Ancestral or Overshoot with the last step scored (`all`, `last_n` without `skip_last`)",
         "has zero std at step .* use steps=all_but_last",
         "their noise ends before the data does: the last step is an ODE step and has no density",
-        lambda c: c.kernel in ("cps", "ancestral") and c.steps in ("all", "last_n"),
+        lambda c: c.kernel in ("cps", "ancestral", "overshoot") and c.steps in ("all", "last_n"),
     ),
     Rule(
         "an objective with evidence that its formula does not hold for",
@@ -314,7 +315,7 @@ def test_every_refused_pair_of_choices_is_refused_at_construction(c):
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_whole_product(kernel):
-    """About four minutes of one core in all."""
+    """About five minutes of one core in all."""
     wrong = {c: found for c in ALL if c.kernel == kernel and (found := check(c))}
     assert wrong == {}
 
@@ -338,7 +339,7 @@ class TestRules:
 
     def test_leave_most_combinations_alone(self):
         """A matrix that refuses everything would pass all of the above."""
-        assert len(ALL) == 10800
+        assert len(ALL) == 12960
         assert len(RUNS) > 4500
 
     def test_the_page_lists_them(self):

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from rlflow.cli import main
 from rlflow.report.compare import compare, run_tables
+from rlflow.report.comparison import figure
 from rlflow.report.curves import NETWORK_ROWS, SECONDS
 from rlflow.report.stats import paired_bootstrap
 from rlflow.train.logger import RunLogger
@@ -130,6 +131,8 @@ def test_the_command_reaches_all_of_it(tmp_path: Path, capsys: pytest.CaptureFix
     assert "At 7.0 s of training" in said
     assert [Path(f).read_bytes()[:4] for f in files] == [b"<!do", b"\x89PNG", b"%PDF"]
     assert all(f"Written: {Path(f).resolve()}" in said for f in files)
+    with pytest.raises(ValueError, match=r"--x cost: choose of iterations, .* or a held-out metric .*: strict"):
+        figure([tmp_path], files[1], x="cost")
     main(["compare", str(tmp_path), "--latex"])
     said = capsys.readouterr().out
     assert r"95 \% paired bootstrap" not in said.split("\\begin")[0], "a comment needs no escape"

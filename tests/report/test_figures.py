@@ -1,5 +1,6 @@
 """Pictures: pixels unchanged, captions kept, marks visible; curves draw what the rows say."""
 
+import io
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rlflow.report.curves import Panel, curves, series
+from rlflow.report.curves import Panel, curves, series, trade_off
 from rlflow.report.figures import RIGHT, WRONG, before_after, image_grid, read_captions, tiles
 
 
@@ -130,3 +131,15 @@ def test_pictures_are_reproducible(tmp_path):
     for name in ("a.svg", "b.svg"):
         curves(run([1.0, 2.0]), ["a"], tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_a_trade_off_joins_evaluations_in_their_order_and_ends_at_the_mean_of_the_seeds():
+    """Two seeds of three and two evaluations, the distance going back: as many points as both have, none sorted."""
+    seeds = [
+        [{"d": 0.0, "y": 1.0}, {"d": 4.0, "y": 2.0}, {"d": 9.0, "y": 9.0}],
+        [{"d": 0.0, "y": 3.0}, {"d": -2.0, "y": 6.0}],
+    ]
+    figure = trade_off({"a": seeds, "none": [[{"y": 1.0}]]}, ["y"], "d", io.BytesIO())
+    path, end = figure.axes[0].lines[:2]
+    assert path.get_xydata().tolist() == [[0.0, 2.0], [1.0, 4.0]]
+    assert end.get_xydata().tolist() == [[1.0, 4.0]]
