@@ -32,8 +32,8 @@ from torch import Tensor
 from rlflow.bench.images import Bare, listen
 from rlflow.config import recipes
 from rlflow.config.schema import Config
+from rlflow.cost.estimate import Planner
 from rlflow.cost.formula import iteration_cost
-from rlflow.cost.plan import Planner
 from rlflow.flow.noise import Key
 from rlflow.flow.steps import AllButLast
 from rlflow.models.pretrained.known import KNOWN

@@ -24,8 +24,9 @@ def add(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from rlflow.config import recipes
+    from rlflow.cost.estimate import Planner
     from rlflow.cost.gpus import find_gpu
-    from rlflow.cost.plan import Planner, plan_as_json, print_plan
+    from rlflow.cost.plan import plan_as_json, print_plan
 
     gpu, config = find_gpu(args.gpu), recipes.load(args.recipe, args.overrides, args.trust_code)
     planner = Planner(config, args.trust_code)

@@ -21,7 +21,7 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Solver
 from rlflow.flow.steps import Plan
 from rlflow.rl.learners.policy_gradient import PolicyGradient
-from rlflow.rl.learners.reward_gradient import RewardGradient
+from rlflow.rl.learners.reward_gradient import RewardGradient, Through
 from rlflow.rl.likelihoods.base import Likelihood
 from rlflow.rl.off_policy.sac import SAC
 from rlflow.train.build import Parts
@@ -101,6 +101,21 @@ class Ratios:
         return reference, update
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """What decides the rows of RewardGradient's update, if every sample counts."""
+
+    policy: FlowPolicy
+    through: Through
+    kl: bool
+
+    def cost(self, rows: int, plan: Plan) -> tuple[int, int]:
+        """(reference, update) of an iteration of `rows` samples whose chains follow `plan`."""
+        field = self.policy.field
+        (reference, live), graph = self.through.passes(self.policy, plan), field.calls + 2 * field.graph_calls
+        return rows * (reference * graph + self.kl * field.calls), rows * (live + self.kl) * graph
+
+
 def iteration_cost(parts: Parts, iteration: int = 0) -> Cost:
     """The cost of `iteration`, unless a KL limit ends the update early or the critic warms up."""
     collector, algorithm, policy = parts.collector, parts.algorithm, parts.policy
@@ -129,12 +144,10 @@ def _off_policy(parts: Parts, rows: int, plan: Plan) -> tuple[int, int]:
 
 
 def _with_gradients(parts: Parts, rows: int, plan: Plan) -> tuple[int, int]:
-    """(reference, update) of RewardGradient, if every sample counts."""
-    a, field = parts.algorithm, parts.policy.field
+    """(reference, update) of RewardGradient."""
+    a = parts.algorithm
     assert isinstance(a, RewardGradient)
-    (reference, live), graph = a.through.passes(parts.policy, plan), field.calls + 2 * field.graph_calls
-    kl = bool(a.kl)
-    return rows * (reference * graph + kl * field.calls), rows * (live + kl) * graph
+    return Gradients(parts.policy, a.through, bool(a.kl)).cost(rows, plan)
 
 
 UPDATES: dict[type, Callable[[Parts, int, Plan], tuple[int, int]]] = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlflow import registry
-from rlflow.config.schema import AlgorithmConfig, Config
+from rlflow.config.schema import AlgorithmConfig, Config, RewardGradientConfig, SACConfig
 from rlflow.cost.trace import fake_mode
 from rlflow.envs.prompts import load_prompts
 from rlflow.flow.field import VelocityField
@@ -22,6 +22,7 @@ from rlflow.models.pretrained.opening import is_pipeline
 from rlflow.models.pretrained.shapes_of import beside, shape_of
 from rlflow.models.scratch import make_field
 from rlflow.rl.critic import Critic
+from rlflow.rl.learners.reward_gradient import Through
 from rlflow.rl.likelihoods.base import Likelihood
 from rlflow.rl.objectives.base import Objective
 from rlflow.train.build import make_simulator, policy_around
@@ -38,30 +39,30 @@ class Skeleton:
     obs_spec: Tree
     horizon: int
     mode: FakeTensorMode
-    likelihood: Likelihood
-    objective: Objective
-    critic: Critic | None
-
-
-def learner(config: Config) -> AlgorithmConfig:
-    """The settings of the learner; ValueError for one that cannot be planned."""
-    if not isinstance(config.algorithm, AlgorithmConfig):
-        raise ValueError(f"algorithm: plan knows policy_gradient, and not {config.algorithm.name}")
-    return config.algorithm
+    likelihood: Likelihood | None = None
+    objective: Objective | None = None
+    critic: Critic | None = None
+    through: Through | None = None
+    """Of reward gradients, which have none of the three before it."""
 
 
 def skeleton(config: Config, trust_code: bool = False) -> Skeleton:
     """Of a recipe; ValueError where the network cannot be known without its weights."""
-    algorithm = learner(config)
+    algorithm = config.algorithm
+    if isinstance(algorithm, SACConfig):
+        raise ValueError("algorithm: plan knows policy_gradient and reward_gradient, and not sac")
     with registry.located("policy.field"):
         field, obs_spec, horizon = _field(config, trust_code)
     policy, mode, critic = policy_around(field, config, trust_code, META), fake_mode(), None
-    if registry.split_spec("advantage", config.advantage)[0] == "gae":
+    if isinstance(algorithm, AlgorithmConfig) and registry.split_spec("advantage", config.advantage)[0] == "gae":
         with META:
             critic = Critic(policy.field.num_features, algorithm.critic_width).to(policy.dtype)
     with mode:
         for module in (policy, *([critic] if critic else []), *beside(policy.field.unguided)):
             _pretend(module)
+    if isinstance(algorithm, RewardGradientConfig):
+        through = registry.build("through", "algorithm.through", algorithm.through, trust_code=trust_code)
+        return Skeleton(policy, obs_spec, horizon, mode, through=through)
     likelihood = registry.build("likelihood", "likelihood", config.likelihood, trust_code=trust_code)
     supplied = {"likelihood": likelihood}
     objective = registry.build("objective", "algorithm.objective", algorithm.objective, supplied, trust_code)

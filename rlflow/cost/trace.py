@@ -106,7 +106,7 @@ class Trace:
     def __init__(
         self,
         policy: FlowPolicy,
-        likelihood: Likelihood,
+        likelihood: Likelihood | None,
         obs_spec: Tree,
         mode: AbstractContextManager[Any],
         critic: nn.Module | None = None,
@@ -181,13 +181,35 @@ class Trace:
 
     def scoring(self, rows: int) -> Callable[[], Any]:
         """A scored pair's forward and backward; gradients are there already."""
-        evidence, obs = _evidence(*self.state(rows)), self.observed(rows)
+        likelihood, evidence, obs = self.likelihood, _evidence(*self.state(rows)), self.observed(rows)
+        assert likelihood is not None
         frozen = None if self.policy.encoder_trains else self.encode(rows)
 
         def step() -> None:
             cond = self.policy.encode(obs) if frozen is None else frozen
-            score = self.likelihood.score(self.policy, cond, evidence)
-            self.likelihood.log_ratio(score.log_prob, evidence).exp().sum().backward()
+            score = likelihood.score(self.policy, cond, evidence)
+            likelihood.log_ratio(score.log_prob, evidence).exp().sum().backward()
+
+        return step
+
+    def stepping(self, rows: int) -> Callable[[], Any]:
+        """A denoising step's forward and backward, down to the state it began with."""
+        (x, t), cond = self.state(rows), self.encode(rows)
+
+        def step() -> None:
+            start = x.clone().requires_grad_()
+            v = self.policy.velocity(start, t, torch.full_like(t, 0.1), cond)
+            v.backward(torch.zeros_like(v))
+
+        return step
+
+    def grading(self, rows: int) -> Callable[[], Any]:
+        """From samples to images and back, to the gradient of what judges them; not that judge itself."""
+        x, _ = self.state(rows)
+
+        def step() -> None:
+            end = x.clone().requires_grad_()
+            self.policy.field.unguided.decode(self.policy.squash(end)).float().sum().backward()
 
         return step
 

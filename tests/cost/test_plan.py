@@ -14,10 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 from rlflow.cli import main
 from rlflow.config import recipes
 from rlflow.config.schema import Config
-from rlflow.cost import plan as plan_module
+from rlflow.cost.estimate import Memory, Planner
+from rlflow.cost.fit import RESERVE, make_fit, more_gpus, other_ways
 from rlflow.cost.formula import iteration_cost
 from rlflow.cost.gpus import GPU, find_gpu
-from rlflow.cost.plan import Memory, Planner, make_fit, more_gpus
 from rlflow.cost.skeleton import skeleton
 from rlflow.cost.trace import LiveBytes, Trace, parameter_bytes
 from rlflow.doctor.probe import Probe
@@ -33,6 +33,8 @@ KINDS = {
         "robot_reach_reinflow",
         ("policy.field={name: mlp, width: 512}", "algorithm.critic_width=64", "env.num_groups=16"),
     ),
+    "reward gradients": ("t2i_draft", ("env.group_size=1", "env.num_groups=48", "env.rows_per_call=48")),
+    "adjoint, kl": ("t2i_adjoint", ("env.group_size=1", "env.num_groups=48", "env.rows_per_call=48", "algorithm.kl=1")),
     "robot": ("robot_reach_reinflow", ("env.group_size=1", "env.num_groups=512", "algorithm.micro_batch=2048")),
 }
 
@@ -76,7 +78,7 @@ def test_memory_is_that_of_a_real_iteration(kind: str, tiny: list[str], scenes_f
     assert low * found <= estimate.peak <= 1.12 * found, (found, estimate.parts)
 
 
-@pytest.mark.parametrize("kind", ["reference, guidance", "robot"])
+@pytest.mark.parametrize("kind", ["reference, guidance", "adjoint, kl", "robot"])
 def test_network_rows_are_those_counted(kind: str, tiny: list[str], scenes_field: str) -> None:
     config = load(kind, tiny, scenes_field)
     assert Planner(config).estimate(config).cost.total == iteration(config).network_rows
@@ -150,7 +152,7 @@ def test_more_gpus_are_named_where_one_cannot_do(tiny: list[str], scenes_field: 
     nothing = GPU("test", 1e-6, 1, 1)
     smallest = {n: make_fit(planner, nothing, n).estimate.memory.peak for n in (1, 2, 4)}
     assert smallest[4] < smallest[2] < smallest[1]
-    gpu = GPU("test", 1.001 * smallest[4] / plan_module.RESERVE / 1e9, 1, 1)
+    gpu = GPU("test", 1.001 * smallest[4] / RESERVE / 1e9, 1, 1)
     found = more_gpus(planner, gpu, 1)
     assert found is not None
     assert (found[0], found[1].fits) == (4, True)
@@ -165,7 +167,7 @@ def test_more_gpus_are_named_where_one_cannot_do(tiny: list[str], scenes_field: 
 )
 def test_what_would_change_the_training(recipe: str, said: str) -> None:
     """A whole network is told of a LoRA, a LoRA of a quantised base."""
-    found = plan_module._other_ways(recipes.load(recipe))
+    found = other_ways(recipes.load(recipe))
     assert said in found
     assert found.count("policy.field.") == (2 if "lora" in said else bool(said))
 
@@ -197,7 +199,7 @@ def test_what_fits_is_left_alone_and_what_does_not_is_made_to(tiny: list[str], s
     peak = planner.estimate(config).memory.peak
 
     def gpu(share: float) -> GPU:
-        return GPU("test", share * peak / plan_module.RESERVE / 1e9, 1, 1)
+        return GPU("test", share * peak / RESERVE / 1e9, 1, 1)
 
     assert make_fit(planner, gpu(1.01)).overrides == {}
     fit = make_fit(planner, gpu(0.5))

@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 
 from rlflow.config import recipes
-from rlflow.config.processes import share
 from rlflow.config.schema import AlgorithmConfig
+from rlflow.cost.estimate import Planner
 from rlflow.cost.formula import iteration_cost
-from rlflow.cost.plan import Shape
-from rlflow.cost.skeleton import skeleton
 from rlflow.doctor.doctor import NO_LIMIT
 from rlflow.train.build import make_parts
 
@@ -36,20 +34,15 @@ def small(tiny_of, tmp_path):
         "reward.weights={brightness: 1, redness: 1}",
         "reward.settings={}",
         "eval.metrics={}",
-        *(["algorithm.num_minibatches=1"] if is_planned(name) else []),
+        *(["algorithm.num_minibatches=1"] if isinstance(recipes.load(name).algorithm, AlgorithmConfig) else []),
     ]
 
 
-def is_planned(name):
-    """Iterations of a reward's gradient are all alike, and their cost is the first one's."""
-    return isinstance(recipes.load(name).algorithm, AlgorithmConfig)
-
-
-@pytest.mark.parametrize("name", [*filter(is_planned, STATED)])
+@pytest.mark.parametrize("name", STATED)
 def test_rows_per_image_are_the_plans(name, small):
     """Its mean over the iterations, windows having moved."""
     config = recipes.load(name, small(name))
-    mean = Shape.of(config, skeleton(config), share(config, world=1), 1).cost.total / config.env.group_size
+    mean = Planner(config).shape(config).cost.total / config.env.group_size
     assert round(mean) == STATED[name], mean
 
 
@@ -61,7 +54,6 @@ def test_the_first_iteration_is_counted_where_the_network_is_called(name, small)
     before = parts.policy.network_cost
     parts.algorithm.update(parts.collector.collect(0))
     assert parts.policy.network_cost - before == cost
-    assert is_planned(name) or round(cost / 2) == STATED[name]
 
 
 def test_every_recipe_of_a_checkpoint_states_its_cost():

@@ -11,9 +11,8 @@ import transformers
 from rlflow.cli import main
 from rlflow.config import recipes
 from rlflow.config.schema import Config
-from rlflow.cost.plan import Planner, _staying, not_counted
+from rlflow.cost.estimate import Planner, _staying, not_counted
 from rlflow.cost.reward_networks import PARAMETERS, reward_networks
-from rlflow.cost.skeleton import skeleton
 from rlflow.models.pretrained.known import KNOWN
 from rlflow.models.pretrained.pipeline import pretrained
 
@@ -89,8 +88,10 @@ def test_text_encoders_stay_until_they_are_released(dtype: str, width: int) -> N
     parts, said = {}, {}
     for released in ("false", "true"):
         config = recipes.load("sd35_24gb", [*changes, f"policy.field.release_encoders={released}"])
-        bare = skeleton(config)
-        parts[released], said[released] = _staying(config, bare, 1), " ".join(not_counted(config, bare))
+        planner = Planner(config)
+        bare, _ = planner.traced(checkpointing=True)
+        parts[released] = _staying(config, bare, planner.shape(config).update, 1)
+        said[released] = " ".join(not_counted(config, bare))
         assert parts[released]["rewards"] == 0
     assert parts["false"].pop("text encoders") == width * sum(SD3.values())
     assert parts["true"].pop("text encoders") == 0
