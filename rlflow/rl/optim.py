@@ -35,7 +35,7 @@ class AdamW:
 
 
 class _AdamW(torch.optim.AdamW):
-    """PyTorch's, without the decorators that load its compiler, which nothing here uses: two seconds of each process."""
+    """PyTorch's, less the decorators that load its compiler, which nothing here uses: two seconds of a process."""
 
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
