@@ -14,6 +14,7 @@ import typing
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any
 
 LARGEST = 1e30
@@ -154,3 +155,18 @@ def _items(path: str, value: Any, inside: bool) -> Iterator[tuple[str, float | s
                 yield from _items(path, item, inside)
     elif isinstance(value, int | float | str) and not isinstance(value, bool):
         yield path, value
+
+
+def adapter(annotation: Any) -> Any:
+    """pydantic's TypeAdapter of a type; made once where the type has a hash, for making it costs more than a check."""
+    try:
+        return _adapter(annotation)
+    except TypeError:
+        return _adapter.__wrapped__(annotation)
+
+
+@cache
+def _adapter(annotation: Any) -> Any:
+    import pydantic
+
+    return pydantic.TypeAdapter(annotation)

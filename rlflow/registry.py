@@ -330,7 +330,7 @@ def validate(kind: str, path: str, spec: Any, supplied: Iterable[str] = (), trus
                 raise ValueError(f"{path}.{key}: {name} needs this setting")
             continue
         try:
-            checked[key] = pydantic.TypeAdapter(p.annotation).validate_json(json.dumps(given[key]), strict=True)
+            checked[key] = ranges.adapter(p.annotation).validate_json(json.dumps(given[key]), strict=True)
         except (pydantic.ValidationError, TypeError) as error:
             raise ValueError(f"{path}.{key}: {_reason(error)}, got {given[key]!r}") from None
         ranges.check(f"{path}.{key}", p.annotation, checked[key])

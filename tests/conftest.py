@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch loads, and for the
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import functools
 import importlib.util
 import json
 import shutil
@@ -46,6 +47,7 @@ OF_EXTRAS = {"cube_": "ogbench", "pusht": "gym_pusht", "warp_": "mujoco_warp", "
 """Beginnings of the names of environments that need more than the extra [robots], and the package they need."""
 
 
+@functools.cache
 def missing_package(name: str) -> str | None:
     """The package that an environment, or the environment of a recipe, needs and that is not installed."""
     env = recipes.read(name).get("env", {}).get("name", "") if name in recipes.names() else name

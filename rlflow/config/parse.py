@@ -139,7 +139,7 @@ def parse(values: dict[str, Any], trust_code: bool = False) -> Config:
     except ValidationError as error:
         raise ValueError(_explain(error)) from None
     check(config, trust_code)
-    return TypeAdapter(Config).validate_json(json.dumps(absolute(config.to_dict())), strict=True)
+    return _schema().validate_json(json.dumps(absolute(config.to_dict())), strict=True)
 
 
 COMPONENTS = {

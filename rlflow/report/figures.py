@@ -195,5 +195,5 @@ def _save(page: Image.Image, path: str | Path, captions: Sequence[str]) -> Path:
     info.add_text("captions", json.dumps(list(captions)))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    page.save(path, format="PNG", pnginfo=info, optimize=True)
+    page.save(path, format="PNG", pnginfo=info)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,15 @@ class AdamW:
     max_bad_steps: int = 5
 
 
+class _AdamW(torch.optim.AdamW):
+    """PyTorch's, less the decorators that load its compiler, which nothing here uses: two seconds of a process."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+
+
 class Optimizer:
     """Steps `parameters` from gradients summed over ranks; skips, counts and finally refuses bad ones.
 
@@ -50,9 +60,7 @@ class Optimizer:
 
     def _adam(self, fused: bool | None = None) -> torch.optim.AdamW:
         c = self.config
-        return torch.optim.AdamW(
-            self.parts, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, eps=c.eps, fused=fused
-        )
+        return _AdamW(self.parts, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, eps=c.eps, fused=fused)
 
     def learning_rate(self) -> float:
         """Warm-up by optimiser steps times cosine by progress in [0, 1]."""

@@ -1,13 +1,11 @@
-"""Several processes are one: torchrun over gloo in float64 gives the weights and the metrics of a single process."""
+"""Several processes are one: two over gloo, or four of torchrun, in float64 give the weights and the metrics of a single process."""
 
 import functools
-import importlib
 import json
 import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,188 +15,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlflow.envs.captions import scenes
-from rlflow.models.dit import DiT
-from rlflow.models.io import save_field
 from rlflow.parallel import dist
 from rlflow.report.metrics_file import read_metrics
 from rlflow.rl.groups import Groups
 from rlflow.train.checkpoint import Checkpoints, deal, pack
 from rlflow.train.trainer import Trainer
 from tests.interrupted import same_bits
+from tests.parallel.runs import HANGS, cases, finish, launch
 
 WALL_CLOCK = ("time/", "perf/samples_per_s", "perf/env_steps_per_s", "cost/train_seconds_total")
-
-SCRIPT = '''
-"""Runs every case in one launch; `masked` is a reward that has no score for the prompts that say so."""
-import json
-import sys
-import time
-from pathlib import Path
-
-import torch
-
-from rlflow.parallel import dist
-from rlflow.rewards.colour import brightness
-from rlflow.train.trainer import Trainer
-
-
-def stop_on_the_last_rank(trainer, iteration, metrics):
-    if dist.rank() == dist.world() - 1:
-        trainer.stop()
-
-
-def masked(images, hide):
-    return torch.where(torch.tensor(hide) > 0, torch.nan, brightness(images))
-
-
-def run(root, folder, names):
-    cases = json.loads((root / "cases.json").read_text())
-    for name in names or cases:
-        values = cases[name]
-        stops = name in ("one rank stopped", "simulator, resumed")
-        path, more = root / folder / name, {"trust_code": True, "quiet": True}
-        Trainer(values, path, callbacks=[stop_on_the_last_rank] if stops else [], **more).fit()
-        if name == "simulator, resumed":
-            Trainer(values, path, resume="last", **more).fit()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
-    dist.stop()
-'''
-HELPER = "rlflow_tests_dist"
-HANGS = 400
-"""Seconds: what is not done by then hangs. Two processes that start on a machine with other work take over 100."""
-
-
-def cases(root: Path, url: str = "") -> dict[str, dict]:
-    """GRPO with a KL term and epochs, PPO with a critic, and runs in which one rank never has a score."""
-    torch.manual_seed(0)
-    field = DiT(scenes.VOCAB, size=8, patch=4, width=16, depth=1, heads=2)
-    torch.nn.init.normal_(field.patch_out.weight, std=0.2)
-    prompts = root / "prompts.jsonl"
-    texts = scenes.split(False, ("pair",))[:2]
-    prompts.write_text("".join(f'{{"prompt": "{text}", "hide": {i}}}\n' for i, text in enumerate(texts)))
-    base = {
-        "policy": {
-            "field": str(save_field(field, root / "field")),
-            "num_steps": 4,
-            "precision": "float64",
-            "kernel": {"name": "flow_sde", "a": 0.7},
-        },
-        "algorithm": {"micro_batch": 7, "epochs": 2, "kl": {"beta": 0.1}, "optimizer": {"lr": 1e-3, "cosine": True}},
-        "env": {"num_groups": 4, "group_size": 4, "rows_per_call": 4},
-        "reward": {"weights": {"brightness": 1.0}},
-        "train": {"iterations": 2, "tensorboard": False, "report": False, "threads": 1},
-        "eval": {"num": 5, "metrics": {"brightness": "brightness", "base_distance": "base_distance"}, "grid": 2},
-    }
-    two = {"num_groups": 4, "num_minibatches": 2}
-    # 3 of the 4 steps of an episode in an iteration: both runs have episodes under way when they stop
-    simulator = {
-        "policy": {
-            "field": {"name": "mlp", "width": 16},
-            "num_steps": 2,
-            "precision": "float64",
-            "kernel": {"name": "learned_noise", "std_min": 0.2, "std_max": 0.3},
-        },
-        "steps": "all",
-        "likelihood": {"reduce": "sum", "joint": True},
-        "advantage": "gae",
-        "algorithm": {"objective": {"low": 0.2}, "micro_batch": 7, "kl": {"beta": 0.1}, "optimizer": {"lr": 1e-3}},
-        "env": {"name": "toy_reach", "settings": {"horizon": 4}, "num_groups": 4, "group_size": 1}
-        | {"horizon": 3, "mode": "steps"},
-        "reward": {"scale": True},
-        "train": base["train"],
-        "eval": {"num": 5, "video": 0},
-    }
-    return {
-        "grpo": base,
-        "two rewards, minibatches": base
-        | {
-            "reward": {"weights": {"brightness": 1.0, "redness": 0.5}, "normalize": "reward"},
-            "algorithm": base["algorithm"]
-            | {"num_minibatches": two["num_minibatches"], "objective": {"low": 0.2, "target_kl": 1.0}},
-        },
-        "ppo": base | {"advantage": {"name": "gae"}},
-        "nft": base
-        | {
-            "steps": "none",
-            "likelihood": {"name": "cfm", "draws": 3, "joint": False},
-            "algorithm": base["algorithm"] | {"objective": {"name": "nft", "old_rate": 0.5}},
-        },
-        "reward gradient": base
-        | {
-            "steps": "none",
-            "algorithm": {"name": "reward_gradient", "through": {"name": "refl", "n": 3}, "micro_batch": 3, "kl": 0.1}
-            | {"optimizer": {"lr": 1e-3}},
-            "reward": {"weights": {"brightness": 1.0, "redness": -0.5}},
-        },
-        "one rank stopped": base,
-        "one rank masked": base
-        | {
-            "env": {"num_groups": 2, "group_size": 4, "prompts": str(prompts)},
-            "reward": {"weights": {f"{HELPER}:masked": 1.0}},
-        },
-        "one rank not answered": base
-        | {
-            "env": {"num_groups": 2, "group_size": 4, "rows_per_call": 4, "prompts": str(prompts)},
-            "reward": {
-                "weights": {"far": 1.0},
-                "settings": {"far": {"name": "remote", "url": url, "request_s": 5.0, "tries": 1}},
-            },
-        },
-        "simulator": simulator,
-        "simulator, resumed": simulator,
-    }
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def finish(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a command and all its children; a hang is a failure, and leaves nothing behind."""
-    try:
-        out, _ = process.communicate(timeout=HANGS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError("a process hangs") from None
-    assert process.returncode == 0, out.decode()[-3000:]
-
-
-def launch(root: Path, processes: int, folder: str, *names: str) -> subprocess.Popen[bytes]:
-    """Start the cases of these names, or all, in one group of processes."""
-    torchrun = [*("-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1")]
-    torchrun += ["--master-port", str(free_port())]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    command = [sys.executable, *torchrun, str(root / f"{HELPER}.py"), str(root), folder, *names]
-    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, half_silent: str) -> Path:
-    """Every case by one process and by two."""
-    root = tmp_path_factory.mktemp("dist")
-    (root / f"{HELPER}.py").write_text(SCRIPT)
-    (root / "cases.json").write_text(json.dumps(cases(root, half_silent)))
-    two = launch(root, 2, "two")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(root))
-        importlib.import_module(HELPER).run(root, "one", [])
-    finish(two)
-    return root
 
 
 @pytest.fixture(scope="module")
 def four(runs: Path) -> Callable[[str], None]:
-    """four(name) has a case run by four processes, a group for each; once."""
-    return functools.cache(lambda name: finish(launch(runs, 4, "four", name)))
+    """four(name) has a case run by four processes of torchrun, a group for each; once."""
+    return functools.cache(lambda name: finish(launch(runs, 4, "four", name, torchrun=True)))
 
 
 MASKED = ("one rank masked", "one rank not answered")

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,66 +13,13 @@ from safetensors.torch import load_file
 
 from rlflow.config.parse import parse
 from rlflow.config.processes import share
-from rlflow.envs.captions import scenes
-from rlflow.models.dit import DiT
-from rlflow.models.io import load_field, save_field
+from rlflow.models.io import load_field
 from rlflow.parallel import shards
 from rlflow.report.metrics_file import read_metrics
 from rlflow.rl.optim import AdamW, Optimizer
 from rlflow.train.checkpoint import Checkpoints, pack
 from rlflow.train.trainer import Trainer
-
-HANGS = 580
-SCRIPT = """
-import json, sys
-from pathlib import Path
-import torch
-from rlflow.parallel import dist
-from rlflow.train.trainer import Trainer
-
-torch.set_num_threads(1)
-for run, values, resume in json.loads(Path(sys.argv[1]).read_text()):
-    Trainer(values, run, resume=resume, quiet=True).fit()
-dist.stop()
-"""
-
-
-def recipe(root: Path) -> dict[str, Any]:
-    """GRPO with a reference, guidance, two minibatches, micro-batches that do not divide them, a frozen part."""
-    torch.manual_seed(0)
-    field = DiT(scenes.VOCAB, size=8, patch=4, width=16, depth=2, heads=2)
-    torch.nn.init.normal_(field.patch_out.weight, std=0.2)
-    return {
-        "policy": {
-            "field": str(save_field(field, root / "field")),
-            "frozen": "patch_in",
-            "num_steps": 4,
-            "precision": "float64",
-            "guidance": {"name": "cfg", "scale": 1.5},
-        },
-        "algorithm": {"micro_batch": 7, "num_minibatches": 2, "kl": {"beta": 0.1}, "optimizer": {"lr": 1e-3}},
-        "env": {"num_groups": 8, "group_size": 4, "rows_per_call": 8},
-        "reward": {"weights": {"brightness": 1.0}},
-        "train": {"iterations": 2, "tensorboard": False, "report": False, "threads": 1, "sharding": "full"},
-        "eval": {"num": 5, "metrics": {"brightness": "brightness", "base_distance": "base_distance"}, "grid": 2},
-    }
-
-
-def launch(root: Path, processes: int, jobs: list[tuple[str, dict[str, Any], str | None]]) -> None:
-    """Train runs one after the other in one group of processes."""
-    script, order = root / "shards_script.py", root / "jobs.json"
-    script.write_text(SCRIPT)
-    order.write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(script), str(order)], env=environment, capture_output=True, text=True, timeout=HANGS
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def until(values: dict[str, Any], iterations: int) -> dict[str, Any]:
-    return values | {"train": values["train"] | {"iterations": iterations}}
+from tests.parallel.runs import finish, in_parts, launch, until
 
 
 def saved(run: Path) -> dict[str, torch.Tensor]:
@@ -91,20 +36,14 @@ def agree(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], toleranc
         )
 
 
-def compare(root: Path, processes: int, sharding: str = "full", back: bool = True) -> None:
-    """A run of 2 iterations, and one whose second iteration is done by one process, against one process."""
-    values = recipe(root)
-    values["train"]["sharding"] = sharding
-    straight, sharded, relay = (str(root / name) for name in ("straight", "sharded", "relay"))
-    launch(root, processes, [(sharded, values, None), (relay, until(values, 1), None)])
-    Trainer(values, straight, quiet=True).fit()
-    Trainer(values, relay, resume="last", quiet=True).fit()
-    one = saved(Path(straight))
+def check(straight: Path, sharded: Path, relay: Path) -> None:
+    """A run of 2 iterations by several, and one whose second iteration was done by one process, against one process."""
+    one = saved(straight)
     moved = [k for k in one if "/ref/" in k and not torch.equal(one[k], one[k.replace("/ref/", "/ema/")])]
     assert moved, "a run that learns nothing proves nothing"
-    agree(one, saved(Path(sharded)))
-    agree(one, saved(Path(relay)))
-    for a, b in zip(*(read_metrics(Path(run)) for run in (straight, sharded)), strict=True):
+    agree(one, saved(sharded))
+    agree(one, saved(relay))
+    for a, b in zip(*(read_metrics(run) for run in (straight, sharded)), strict=True):
         for key in (
             "optim/grad_norm",
             "kl/ref",
@@ -115,23 +54,36 @@ def compare(root: Path, processes: int, sharding: str = "full", back: bool = Tru
             assert b.get(key, 0) == pytest.approx(a.get(key, 0), rel=1e-9, abs=1e-9), key
     fields = [load_field(f"{run}/model").state_dict() for run in (straight, sharded)]
     agree(*fields)
-    if back:  # the third iteration by all again
-        launch(root, processes, [(relay, until(values, 3), "last")])
-        Trainer(until(values, 3), straight, resume="last", quiet=True).fit()
-        agree(saved(Path(straight)), saved(Path(relay)))
 
 
-@pytest.mark.parametrize("back", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_two_processes_with_half_a_network_each(tmp_path: Path, back: bool) -> None:
-    """In float64 to 1e-9; 2 -> 1 (-> 2) processes are one run."""
-    compare(tmp_path, 2, back=back)
+def by_several(root: Path, processes: int, **runs: dict[str, Any]) -> None:
+    """Train runs under root/all, or go on with them, in one group of processes of torchrun."""
+    (root / "cases.json").write_text(json.dumps(runs))
+    finish(launch(root, processes, "all", torchrun=True))
+
+
+def test_two_processes_with_half_a_network_each(runs: Path, tmp_path: Path) -> None:
+    """In float64 to 1e-9; 2 -> 1 processes are one run."""
+    relay = shutil.copytree(runs / "two/in parts, an iteration", tmp_path / "relay", symlinks=True)
+    values = json.loads((runs / "cases.json").read_text())["in parts"]
+    Trainer(values, relay, resume="last", quiet=True).fit()
+    check(runs / "one/in parts", runs / "two/in parts", relay)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "sharding"), [(4, "full"), (4, "replicated"), (2, "replicated")])
+@pytest.mark.parametrize(("processes", "sharding"), [(2, "full"), (4, "full"), (4, "replicated"), (2, "replicated")])
 def test_more_processes_and_whole_networks(tmp_path: Path, processes: int, sharding: str) -> None:
     """4 -> 1 -> 4, groups shared out in pairs, each with a quarter of the network or all of it; and 2 -> 1 -> 2."""
-    compare(tmp_path, processes, sharding)
+    values = in_parts(tmp_path)
+    values["train"]["sharding"] = sharding
+    straight, sharded, relay = tmp_path / "straight", tmp_path / "all/sharded", tmp_path / "all/relay"
+    by_several(tmp_path, processes, sharded=values, relay=until(values, 1))
+    Trainer(values, straight, quiet=True).fit()
+    Trainer(values, relay, resume="last", quiet=True).fit()
+    check(straight, sharded, relay)
+    by_several(tmp_path, processes, relay=until(values, 3))  # the third iteration by all again
+    Trainer(until(values, 3), straight, resume="last", quiet=True).fit()
+    agree(saved(straight), saved(relay))
 
 
 @pytest.mark.slow
@@ -140,19 +92,19 @@ def test_the_lora_of_a_pretrained_network_in_parts(
     tmp_path: Path, tiny_pipeline: Callable[..., Any], weights: str
 ) -> None:
     """A Stable Diffusion 3 of which each process holds half: frozen base and float32 LoRA, as the recipes have them."""
-    values = recipe(tmp_path)
+    values = in_parts(tmp_path)
     field = {"name": "pretrained", "checkpoint": str(tiny_pipeline("sd3")), "lora": 4, "weights": weights}
     field |= {"resolution": 32, "max_sequence_length": 12}
     values["policy"] = {"field": field, "kernel": "flow_sde", "grid": "scheduler", "num_steps": 4}
     values["policy"] |= {"precision": weights, "guidance": {"name": "cfg", "scale": 1.5}}
     values["steps"] = {"name": "all_but_last", "skip_last": 2}
-    straight, sharded = str(tmp_path / "straight"), str(tmp_path / "sharded")
-    launch(tmp_path, 2, [(sharded, values, None)])
+    straight, sharded = tmp_path / "straight", tmp_path / "all/sharded"
+    by_several(tmp_path, 2, sharded=values)
     Trainer(values, straight, quiet=True).fit()
-    one = saved(Path(straight))
+    one = saved(straight)
     assert any("lora_B" in name and value.abs().max() > 0 for name, value in one.items())
     assert {value.dtype for name, value in one.items() if "lora_" in name} == {torch.float32}
-    agree(one, saved(Path(sharded)), 1e-4)
+    agree(one, saved(sharded), 1e-4)
     files = [load_file(f"{run}/model/pytorch_lora_weights.safetensors") for run in (straight, sharded)]
     agree(*files, 1e-4)
 
@@ -180,7 +132,7 @@ def test_whole_parameters_are_left_as_they_are() -> None:
 
 
 def test_what_could_hang_is_refused(tmp_path: Path) -> None:
-    values = recipe(tmp_path)
+    values = in_parts(tmp_path)
     with pytest.raises(ValueError, match=r"env\.num_groups to a multiple of 8"):
         share(parse(values | {"env": {"num_groups": 4}}), world=4)
     with pytest.raises(ValueError, match=r"train\.sharding: .* images"):
