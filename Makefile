@@ -82,16 +82,16 @@ demo-robots: $(VENV)/.installed-robots
 	@echo "Report: $(abspath $(RUN))/robots/report.html"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist worksteal $(ARGS)
 
 # what strangers, clumsy users and power cuts do, all of it bounded and on this machine alone
 attack: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q tests/attacks -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -q tests/attacks -n $(WORKERS) --dist worksteal $(ARGS)
 
 # --- for developers ---
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
