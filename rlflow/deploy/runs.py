@@ -193,11 +193,12 @@ def _load_pipeline(
 
 
 def _as_its_pipeline(found: PretrainedField, guidance: float | None = None, num_steps: int | None = None) -> FlowPolicy:
-    """Sampling as the pipeline does: its grid, its guidance, Euler steps; FlowSDE is there for training."""
+    """Sampling as the pipeline does: its grid, its guidance, its solver; FlowSDE is there for training."""
     scale = found.adapter.guidance if guidance is None else guidance
     field: VelocityField = found.adapter.guided(found, scale) if scale > 1 else found
     grid = FromScheduler(found)
-    return FlowPolicy(field, FlowSDE().to(device()), grid=grid, num_steps=num_steps or found.adapter.num_steps)
+    ours = {"grid": grid, "solver": found.adapter.solver, "num_steps": num_steps or found.adapter.num_steps}
+    return FlowPolicy(field, FlowSDE().to(device()), **ours)
 
 
 def save(policy: FlowPolicy, folder: str | Path, *, push: str | None = None) -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlflow.models import hub
 from rlflow.models.pretrained.known import Known, known
-from rlflow.models.pretrained.pipeline import DTYPES, PretrainedField, add_lora, family
+from rlflow.models.pretrained.pipeline import DTYPES, PretrainedField, add_lora, family, frame
 
 BITS = {"int8": 8.0, "nf4": 4.5}
 """Of a number; the four-bit ones come 64 to a float32 scale."""
@@ -47,6 +47,7 @@ def shape_of(checkpoint: str, settings: Mapping[str, Any]) -> PretrainedField:
     pipe = _pipeline(model, {model.component: network, "vae": vae, "scheduler": plan})
     border = family(model.pipeline)(pipe)
     border.check(checkpoint)
+    frame(border, checkpoint, *(settings.get(name) for name in ("resolution", "width", "frames")))
     with torch.device("meta"):
         if settings.get("lora") is not None:
             add_lora(border, settings["lora"], settings.get("lora_alpha"), settings.get("lora_modules"))
