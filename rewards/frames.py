@@ -1,4 +1,4 @@
-"""Videos before rewards: `frames` (N, F, 3, H, W) for those that read them, and for a reward of images a mean over some.
+"""Videos before rewards: `frames` (N, F, 3, H, W) for those that read them, for one of images a mean over some of them.
 
     r(video) = mean over i in I of r(frame i)        I: `reward.frames`, the middles of so many equal parts, or a list
 

@@ -24,7 +24,10 @@ class RewardScorer:
             self.rewards.check_columns([*columns, made_column(videos), "group"])
 
     def __call__(self, images: Tensor, asked: Mapping[str, Sequence[Any]]) -> Tensor:
-        """(N, n) scores of images (N, n, 3, H, W), or videos (N, n, F, 3, H, W), in [0, 1]; `asked` holds the N rows of the prompt table."""
+        """(N, n) scores of images (N, n, 3, H, W), or videos (N, n, F, 3, H, W), in [0, 1].
+
+        `asked` holds the N rows of the prompt table.
+        """
         num, each = images.shape[:2]
         columns: dict[str, Any] = {name: [v for v in values for _ in range(each)] for name, values in asked.items()}
         columns |= made_columns(images.flatten(0, 1).float().cpu())

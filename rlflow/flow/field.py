@@ -87,7 +87,7 @@ class VelocityField(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no spread head: build it with spread=True")
 
     def decode(self, x: Tensor) -> Tensor:
-        """Sample (N, *D) to what an environment receives: an image, or frames (N, F, 3, H, W), in [0, 1] or the action itself."""
+        """Sample (N, *D) to what an environment receives: images or videos (N, F, 3, H, W) in [0, 1]; actions."""
         return x
 
     def times(self, num_steps: int) -> Tensor:

@@ -46,8 +46,8 @@ def _videos(run: RunRecord, at: list[int]) -> tuple[str, str] | None:
         shown = [f'<figure><div class="tile">{html_video(film)}</div></figure>' for film in films]
         pair = f'<div class="{"two" if len(films) == 2 else "one"}">{"<span>&rarr;</span>".join(shown)}</div>'
         cells.append(f"<figure>{pair}<figcaption>{escape(caption)}</figcaption></figure>")
-    note = "Left before, right after training: same prompts" if len(at) == 2 else f"After iteration {at[0]}. Fixed prompts"
-    note += f", same starting noise; the first {len(cells)}, not chosen by result. Strips of frames: samples/eval_*.png."
+    note = "Left before, right after training: " if len(at) == 2 else f"After iteration {at[0]}: "
+    note += f"same prompts, same starting noise; the first {len(cells)}, not chosen by result."
     return f'<div class="pairs films">{"".join(cells)}</div>', note
 
 

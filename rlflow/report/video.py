@@ -56,7 +56,7 @@ def write_video(frames: Iterable[Tensor], path: Path, fps: float) -> None:
 
 
 def strips(videos: Tensor, num: int = STRIP) -> Tensor:
-    """Videos (N, F, 3, H, W) as images (N, 3, H, n W): up to `num` frames from left to right, first and last among them."""
+    """Videos (N, F, 3, H, W) as images (N, 3, H, n W): up to `num` frames side by side, first and last among them."""
     some = torch.linspace(0, videos.shape[1] - 1, min(num, videos.shape[1])).round().long()
     return videos[:, some].permute(0, 2, 3, 1, 4).flatten(3)
 

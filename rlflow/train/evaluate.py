@@ -26,8 +26,10 @@ from rlflow.rewards.frames import made_column, made_columns
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores per sample by metric name (N,), the images (N, 3, H, W), or videos (N, F, 3, H, W), their captions, caption
-    numbers and keys (N,)."""
+    """Scores per sample by metric name (N,), the images (N, 3, H, W), their captions, caption numbers and keys (N,).
+
+    Where the model makes videos, `images` are (N, F, 3, H, W).
+    """
 
     scores: dict[str, Tensor]
     images: Tensor
@@ -137,7 +139,7 @@ class Evaluator:
 
     @torch.no_grad()
     def images(self, progress: Callable[[int], None] | None = None) -> Tensor:
-        """(N, 3, H, W), or (N, F, 3, H, W), in [0, 1] from the weights in place; every rank makes a share and gets all."""
+        """(N, 3, H, W) or (N, F, 3, H, W) in [0, 1] of the weights in place; every rank makes a share and gets all."""
         ids = torch.arange(len(self.caption_id))
         mine = ids.tensor_split(dist.world())[dist.rank()]
         equal = torch.cat([mine, mine[-1:]])[: -(-len(ids) // dist.world())]  # a sharded network is called by all

@@ -1,4 +1,4 @@
-"""Adapter: the border to a text-to-image or text-to-video pipeline of diffusers. One small file per family derives from it.
+"""Adapter: the border to a text-to-image, or -video, pipeline of diffusers. One small file per family derives from it.
 
 Everything a pipeline does before and after its loop is asked of the pipeline itself (prompt encoding, sigmas); the loop
 and the step are ours. Foreign convention: sigma = 1 - t, the network predicts noise - data.
@@ -173,7 +173,7 @@ class Adapter:
         return x / config.scaling_factor + (config.shift_factor or 0.0)
 
     def picture(self, z: Tensor) -> Tensor:
-        """What the VAE makes of latents (N, ...) in its scale: (N, 3, H, W), or of a video (N, F, 3, H, W), in [-1, 1]."""
+        """What the VAE makes of latents (N, ...) in its scale: (N, 3, H, W), or (N, F, 3, H, W), in [-1, 1]."""
         decoded: Tensor = self.pipe.vae.decode(z, return_dict=False)[0]
         return decoded
 

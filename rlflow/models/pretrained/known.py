@@ -1,4 +1,4 @@
-"""Text-to-image and text-to-video models as numbers: published ones from a table, a local one from the json files of its folder.
+"""Models of images and videos as numbers: published ones from a table, a local one from the json files of its folder.
 
 No weights are read and nothing is fetched; `shapes_of` builds a network without storage from them.
 """

@@ -1,4 +1,4 @@
-"""Foreign text-to-image and text-to-video checkpoints as a VelocityField, from a folder or the hub: the pipelines of ADAPTERS.
+"""Foreign checkpoints of images and videos as a VelocityField, from a folder or the hub: the pipelines of ADAPTERS.
 
     v(x, t) = -(noise - data predicted at sigma = 1 - t)
 

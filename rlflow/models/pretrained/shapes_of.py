@@ -41,7 +41,7 @@ def shape_of(checkpoint: str, settings: Mapping[str, Any]) -> PretrainedField:
     model, dtype = known(checkpoint), DTYPES[settings.get("weights", "float32")]
     with torch.device("meta"):
         network = getattr(diffusers, model.transformer).from_config(dict(model.numbers))
-        nn.Module.to(network, dtype)  # that of diffusers warns of layers it does not have
+        _to(network, dtype)
         vae = getattr(diffusers, model.vae_class).from_config(dict(model.vae)).requires_grad_(False)
     plan = getattr(diffusers, model.scheduler_class).from_config(dict(model.scheduler))
     pipe = _pipeline(model, {model.component: network, "vae": vae, "scheduler": plan})
@@ -58,6 +58,18 @@ def shape_of(checkpoint: str, settings: Mapping[str, Any]) -> PretrainedField:
     made = PretrainedField(border, args, settings.get("resolution") or border.default_resolution)
     made.table = NoText(model.clip_tokens + length, made.num_features, border.text_width)  # type: ignore[assignment]
     return made
+
+
+def _to(network: nn.Module, dtype: torch.dtype) -> None:
+    """In a precision as loading brings it there: some families keep norms and the time in float32."""
+    nn.Module.to(network, dtype)  # that of diffusers warns of layers it does not have
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    for name, module in network.named_modules():
+        if kept & set(name.split(".")):
+            nn.Module.to(module, torch.float32)
+    for module in network.modules():
+        for name, own in module.named_parameters(recurse=False):
+            own.data = own.data.float() if name in kept else own.data
 
 
 def _pipeline(model: Known, parts: Mapping[str, Any]) -> Any:

@@ -1,9 +1,9 @@
 """Wan 2.1 text-to-video (Wan Team 2025): what its diffusers pipeline does around the network, at our border.
 
-Latents (N, 16, 1 + (F - 1) / 4, H/8, W/8) of F frames; the network is told 1000 sigma and predicts noise - data. Text is
-a UMT5 with zeros where it is padded, which the network attends to. The VAE decodes causally, a latent frame after the
-other, with a mean and a spread of each channel. It ships with UniPC on a shifted grid, which tells the network whole
-thousandths and starts at sigma 1 - 1e-6 (ours at 1); FlowMatchEulerDiscreteScheduler tells 1000 sigma as it is.
+Latents (N, 16, 1 + (F - 1) / 4, H/8, W/8) of F frames; the network is told 1000 sigma and predicts noise - data. Text
+is a UMT5's with zeros where it is padded, which the network attends to. The VAE decodes causally, a latent frame after
+the other, with a mean and a spread of each channel. It ships with UniPC on a shifted grid, which tells the network
+whole thousandths and starts at sigma 1 - 1e-6 (ours at 1); FlowMatchEulerDiscreteScheduler tells 1000 sigma as it is.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Wan(Adapter):
         """*D of a video whose sides are as they were asked for, `resolution` from top to bottom."""
         every = int(self.pipe.vae_scale_factor_temporal)
         if self.frames % every != 1:
-            raise ValueError(f"frames={self.frames}: the VAE makes 1 + {every} k of them, {every + 1} or 81 for example")
+            raise ValueError(f"frames={self.frames}: the VAE makes 1 + {every} k of them, such as {every + 1} or 81")
         channels, rows, columns = super().latent_shape(resolution)
         return channels, 1 + self.frames // every, rows, columns
 
