@@ -25,7 +25,8 @@ OFF = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "thresh
 """Settings of UniPC that are wanted, of its step (our solver `unipc`), and those that would move the grid off the
 flow's or clip the latents."""
 ROUNDING = 1e-4
-"""Of thousandths that come as float32, before they are cut to whole ones."""
+"""Of thousandths that come as float32, before they are cut to whole ones; where UniPC's own are whole but for float64's
+rounding, ours may be one more."""
 
 
 class Wan(Adapter):
