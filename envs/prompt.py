@@ -1,4 +1,4 @@
-"""PromptEnv: image generation as an environment with horizon T = 1; prompt = observation, latent = action.
+"""PromptEnv: image or video generation as an environment with horizon T = 1; prompt = observation, latent = action.
 
 `send` decodes a micro-batch and hands it to the rewards in another thread, so the next one is sampled
 meanwhile; `recv` joins them all.
@@ -18,6 +18,7 @@ from rlflow.envs.contract import BadRows, finite_rows, keep_rows
 from rlflow.envs.prompts import Prompts
 from rlflow.parallel import dist
 from rlflow.rewards.base import RewardSet
+from rlflow.rewards.frames import OF_VIDEOS, made_column, made_columns
 from rlflow.types import Step, Tree
 
 
@@ -35,8 +36,9 @@ class PromptEnv(VecEnv):
         tokenize: Callable[[list[str]], Tree],
         decode: Callable[[Tensor], Tensor],
         seed: int = 0,
+        videos: bool = False,
     ):
-        _check_columns(prompts, rewards)
+        _check_columns(prompts, rewards, made_column(videos))
         self.prompts, self.rewards, self.num_envs, self.seed = prompts, rewards, num_envs, seed
         self.action_shape, self.tokenize, self.decode = tuple(action_shape), tokenize, decode
         self.rows: list[int] = []
@@ -60,7 +62,7 @@ class PromptEnv(VecEnv):
         images = self.decode(keep_rows(good, action.detach())).float().cpu()
         self._finite[rows] = good.cpu()
         columns: dict[str, Any] = self.prompts.take(self.rows[rows])
-        columns |= {"images": images, "group": self.serial[rows]}
+        columns |= made_columns(images) | {"group": self.serial[rows]}
         self._sent.append((rows, self._pool.submit(self.rewards.compute, columns, len(images))))
 
     def recv(self) -> Step:
@@ -80,7 +82,7 @@ class PromptEnv(VecEnv):
         """Rewards (M,) of samples (M, *D) for the prompts in hand of `rows` (M,), with a graph through the decoder."""
         picked = rows.tolist()
         columns: dict[str, Any] = self.prompts.take([self.rows[i] for i in picked])
-        columns |= {"images": self.decode(action).float(), "group": self.serial[picked]}
+        columns |= made_columns(self.decode(action).float()) | {"group": self.serial[picked]}
         return self.rewards.graded(columns, len(picked))
 
     @property
@@ -93,14 +95,14 @@ class PromptEnv(VecEnv):
         return reward_metrics(self.rewards) | self._bad.metrics()
 
 
-def _check_columns(prompts: Prompts, rewards: RewardSet) -> None:
+def _check_columns(prompts: Prompts, rewards: RewardSet, made: str) -> None:
     """ValueError where a reward reads what training does not have, or a prompt column takes a name of ours."""
-    if taken := sorted({"images", "group", "base_images"} & set(prompts.columns)):
+    if taken := sorted({"group", *OF_VIDEOS, *OF_VIDEOS.values()} & set(prompts.columns)):
         raise ValueError(f"prompt columns {taken} would hide what is given to rewards under these names: rename them")
     for r in rewards.rewards:
-        if "base_images" in r.columns:
+        if {"base_images", "base_frames"} & set(r.columns):
             raise ValueError(
                 f"reward {r.name!r} compares with the un-tuned policy's images, which only evaluation makes: "
                 "take it out of reward.weights and name it in eval.metrics"
             )
-    rewards.check_columns([*prompts.columns, "images", "group"])
+    rewards.check_columns([*prompts.columns, made, "group"])

@@ -150,7 +150,7 @@ class RewardSet:
         own from then on; a list it may change as it likes.
         """
         self.check_columns(list(columns))
-        finite = _finite_rows(columns.get("images"), num_rows)
+        finite = _finite_rows(columns.get("frames", columns.get("images")), num_rows)
         with self._lock:
             watch = Watch(columns)
             asked = [r for r in self.rewards if isinstance(r.fn, Elsewhere)]
@@ -251,7 +251,7 @@ class RewardSet:
         Nothing is logged, and an error is the caller's.
         """
         self.check_graded()
-        total = torch.zeros(num_rows, device=columns["images"].device)
+        total = torch.zeros(num_rows, device=columns.get("frames", columns.get("images")).device)
         for r in self.rewards:
             if r.weight:
                 total = total + r.weight * _with_graph(r.name, r.fn(**self._given(r, columns)), num_rows).to(total)
@@ -281,7 +281,7 @@ def _with_graph(name: str, scores: Any, num_rows: int) -> Tensor:
 
 
 def _finite_rows(images: Any, num_rows: int) -> Tensor:
-    """(N,) bool: False where an image holds nan or inf, which no function may judge."""
+    """(N,) bool: False where an image, or a video, holds nan or inf, which no function may judge."""
     if not isinstance(images, Tensor):
         return torch.ones(num_rows, dtype=torch.bool)
     return images.detach().isfinite().flatten(1).all(1).cpu()

@@ -47,6 +47,7 @@ TABLE: dict[str, dict[str, str]] = {
         "midpoint": "rlflow.flow.solvers:Midpoint",
         "fireflow": "rlflow.flow.solvers:FireFlow",
         "dpm2m": "rlflow.flow.solvers:DPMSolver2M",
+        "unipc": "rlflow.flow.solvers:UniPC",
         "adaptive": "rlflow.flow.solvers:Adaptive",
     },
     "grid": {

@@ -193,6 +193,7 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any
 
 
 TINY_OF = {"flux": "flux", "klein": "klein", "zimage": "z_image", "qwen": "qwen_image", "sd15": "sd15", "sdxl": "sdxl"}
+TINY_OF |= {"wan": "wan"}
 """By how the name of a recipe begins, the kind of its checkpoint; all others are of Stable Diffusion 3."""
 
 

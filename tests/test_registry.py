@@ -29,7 +29,7 @@ def test_unknown_names_say_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"^unknown kernel 'flow_sed'; did you mean 'flow_sde'\?$"):
         find("kernel", "flow_sed")
     with pytest.raises(
-        ValueError, match=r"unknown solver 'x'; known: adaptive, dpm2m, euler, fireflow, heun, midpoint"
+        ValueError, match=r"unknown solver 'x'; known: adaptive, dpm2m, euler, fireflow, heun, midpoint, unipc"
     ):
         find("solver", "x")
     assert nearest("strid", ["stride", "size"]) == "; did you mean 'stride'?"

@@ -24,7 +24,8 @@ from rlflow.rewards.base import to_uint8
 from rlflow.rewards.remote.ask import parse_json
 
 TYPE = "application/x-safetensors"
-IMAGES = ("images", "base_images")
+IMAGES = {"images": 4, "base_images": 4, "frames": 5, "base_frames": 5}
+"""Columns of 8 bits, with their dimensions: (N, 3, H, W), and of videos (N, F, 3, H, W)."""
 LONGEST_ID = 64
 
 
@@ -49,7 +50,8 @@ def pack(batch: Batch) -> bytes:
 def _small(name: str, value: Tensor) -> Tensor:
     """Pictures as the 8-bit ones that would be saved; other tensors as they are."""
     if name in IMAGES:
-        return torch.from_numpy(to_uint8(value)).permute(0, 3, 1, 2)
+        flat = value.flatten(0, -4)
+        return torch.from_numpy(to_uint8(flat)).permute(0, 3, 1, 2).reshape(value.shape)
     return value.detach().cpu()
 
 
@@ -83,14 +85,16 @@ def _check_column(name: str, value: Any, rows: int) -> None:
     if not isinstance(value, Tensor | list) or (isinstance(value, Tensor) and value.ndim == 0) or len(value) != rows:
         raise ValueError(f"column {name!r} has not {rows} rows")
     tensor = value if isinstance(value, Tensor) else None
-    if name in IMAGES and (
-        tensor is None or tensor.dtype != torch.uint8 or tensor.ndim != 4 or tensor.shape[1] != 3 or 0 in tensor.shape
-    ):
-        raise ValueError(f"column {name!r} is not (N, 3, H, W) of 8 bits")
+    if name in IMAGES and not (tensor is not None and _is_pictures(tensor, IMAGES[name])):
+        raise ValueError(f"column {name!r} is not (N, {'F, ' * (IMAGES[name] - 4)}3, H, W) of 8 bits")
     if name == "group" and (tensor is None or tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex()):
         raise ValueError(f"column {name!r} is not (N,) of integers")
     if name == "prompt" and not (tensor is None and all(isinstance(text, str) for text in value)):
         raise ValueError(f"column {name!r} is no list of texts")
+
+
+def _is_pictures(tensor: Tensor, ndim: int) -> bool:
+    return tensor.dtype == torch.uint8 and tensor.ndim == ndim and tensor.shape[-3] == 3 and 0 not in tensor.shape
 
 
 def widened(batch: Batch) -> Batch:

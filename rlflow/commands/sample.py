@@ -1,4 +1,4 @@
-"""sample: images, or a film of episodes."""
+"""sample: images, videos, or a film of episodes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rlflow.ranges import Seed, argument, filled
 
 def add(commands: Any) -> None:
     """Enter the command."""
-    p = command(commands, "sample", _run, "Images of a run or a checkpoint, or a film of a robot's episodes.")
+    p = command(commands, "sample", _run, "Images or videos of a run or a checkpoint, or a film of a robot's episodes.")
     p.add_argument("source", type=filled, metavar="RUN|CHECKPOINT|PIPELINE", help="PIPELINE: diffusers' folder or id")
     p.add_argument("--prompt", action="append", default=[], help="of images; may be repeated")
-    p.add_argument("--out", type=filled, required=True, metavar="x.png|x.mp4")
+    p.add_argument("--out", type=filled, required=True, metavar="x.png|x.mp4|x.gif", help="png: of videos a strip each")
     p.add_argument("--num", type=positive, default=4, help="images per prompt, or episodes")
     p.add_argument("--steps", type=positive, metavar="K", help="denoising steps")
     p.add_argument("--seed", type=argument(Seed), default=0)
@@ -28,6 +28,7 @@ def _run(args: argparse.Namespace) -> None:
     from rlflow.deploy.runs import load, world_of
     from rlflow.deploy.sampling import sample
     from rlflow.report.figures import image_grid
+    from rlflow.report.video import FPS, frames_of, strips, write_film
 
     env = world_of(args.source, args.trust_code)
     if env != "prompt":
@@ -37,8 +38,9 @@ def _run(args: argparse.Namespace) -> None:
         return
     if not args.prompt:
         raise ValueError(f"{args.source} makes images: say of what, with --prompt")
-    if Path(args.out).suffix != ".png":
-        raise ValueError(f"{args.out}: {args.source} makes images, name a file that ends in .png")
+    out, name_a = Path(args.out), f"{args.out}: {args.source} makes images, name a file that ends in .png"
+    if out.suffix not in (".png", ".mp4", ".gif"):
+        raise ValueError(name_a)
     policy = load(
         args.source,
         checkpoint=args.checkpoint,
@@ -46,10 +48,15 @@ def _run(args: argparse.Namespace) -> None:
         select=chosen(args),
         trust_code=args.trust_code,
     )
+    if policy.field.frames is None and out.suffix != ".png":
+        raise ValueError(name_a)
     prompts = [text for text in args.prompt for _ in range(args.num)]
     images = sample(policy, prompts, seed=args.seed, num_steps=args.steps)
-    image_grid(images, prompts, Path(args.out))
-    print(f"{len(prompts)} images in {args.out}")
+    if out.suffix != ".png":
+        write_film([frame for video in images for frame in frames_of(video)], out, FPS)
+    else:
+        image_grid(images if images.ndim == 4 else strips(images), prompts, out)
+    print(f"{len(prompts)} {'images' if images.ndim == 4 else 'videos'} in {out}")
 
 
 def _film(args: argparse.Namespace) -> None:

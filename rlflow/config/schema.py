@@ -211,6 +211,7 @@ class RewardConfig:
     weights: dict[str, float] = field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # by reward: model, device, url, ...
     normalize: Literal["none", "reward", "advantage"] = "none"
+    frames: int | list[int] = 4  # of a video that a reward of images sees: so many, or these, counted from 0 or -1
     scale: bool = False  # divided by the running std of the discounted return (simulators)
     timeout_s: Seconds = 60.0
 

@@ -94,6 +94,7 @@ def load(
     weights: str | None = None,
     lora: int | None = None,
     resolution: int | None = None,
+    frames: int | None = None,
     guidance: float | None = None,
     num_steps: int | None = None,
     variant: str | None = None,
@@ -105,19 +106,19 @@ def load(
     It samples as it is evaluated: steps, solver, resolution, guidance and choice among samples are those of the run's,
     or the checkpoint's, evaluations; `select`, as in a recipe, replaces that choice. Of a run, `weights` is 'live' or
     'ema' (default: the ones the run evaluates). Of a diffusers pipeline (a folder or a hub id), the other
-    settings: `lora` adds one of this rank, which then trains; without, nothing does. Resolution,
+    settings: `lora` adds one of this rank, which then trains; without, nothing does. Resolution, frames (of a video),
     guidance and number of steps are the pipeline's own unless given; `variant` names its files' (fp16).
     """
     if not is_run(name):
         _check_of_runs(name, checkpoint, weights)
     if _is_foreign(name):
-        made = _load_pipeline(str(name), lora, resolution, guidance, num_steps, variant)
+        made = _load_pipeline(str(name), lora, resolution, frames, guidance, num_steps, variant)
         config = _selecting(Config(policy=PolicyConfig(field=str(name))), name, select, trust_code)
         made.select = make_select(config, made, trust_code)
         return made
-    if (lora, resolution, guidance, num_steps, variant) != (None,) * 5:
+    if (lora, resolution, frames, guidance, num_steps, variant) != (None,) * 6:
         raise ValueError(
-            f"{name} is no diffusers pipeline: lora, resolution, guidance, num_steps and variant are of those"
+            f"{name} is no diffusers pipeline: lora, resolution, frames, guidance, num_steps and variant are of those"
         )
     if not is_run(name):
         if not _said(name, trust_code) and isinstance(field := load_field(str(name), trust_code), PretrainedField):
@@ -182,22 +183,24 @@ def _load_pipeline(
     name: str,
     lora: int | None,
     resolution: int | None,
+    frames: int | None,
     guidance: float | None,
     num_steps: int | None,
     variant: str | None,
 ) -> FlowPolicy:
-    found = pretrained(name, resolution=resolution, lora=lora, variant=variant).to(device())
+    found = pretrained(name, resolution=resolution, frames=frames, lora=lora, variant=variant).to(device())
     if lora is None:
         found.requires_grad_(False)
     return _as_its_pipeline(found, guidance, num_steps)
 
 
 def _as_its_pipeline(found: PretrainedField, guidance: float | None = None, num_steps: int | None = None) -> FlowPolicy:
-    """Sampling as the pipeline does: its grid, its guidance, Euler steps; FlowSDE is there for training."""
+    """Sampling as the pipeline does: its grid, its guidance, its solver; FlowSDE is there for training."""
     scale = found.adapter.guidance if guidance is None else guidance
     field: VelocityField = found.adapter.guided(found, scale) if scale > 1 else found
     grid = FromScheduler(found)
-    return FlowPolicy(field, FlowSDE().to(device()), grid=grid, num_steps=num_steps or found.adapter.num_steps)
+    ours = {"grid": grid, "solver": found.adapter.solver, "num_steps": num_steps or found.adapter.num_steps}
+    return FlowPolicy(field, FlowSDE().to(device()), **ours)
 
 
 def save(policy: FlowPolicy, folder: str | Path, *, push: str | None = None) -> Path:

@@ -18,7 +18,9 @@ from rlflow.train.episodes import EpisodeEvaluator, Episodes
 
 
 def sample(policy: FlowPolicy, prompts: str | Sequence[str], *, seed: int = 0, num_steps: int | None = None) -> Tensor:
-    """Images (N, 3, H, W) in [0, 1] of a prompt or a list of N by the deployment sampler (no noise after the first).
+    """Images (N, 3, H, W), or videos (N, F, 3, H, W), in [0, 1] of a prompt or a list of N.
+
+    By the deployment sampler: there is no noise after the first.
 
     Of a policy loaded with `select`, the chosen ones, by a reward that reads images and prompts alone.
     """

@@ -44,6 +44,8 @@ class VelocityField(nn.Module):
     """Network rows evaluated per row of one `forward` (2 under guidance)."""
     resolution: int | None = None
     """Pixels a side of the pictures, where `resize` can change it."""
+    frames: int | None = None
+    """Of the videos that `decode` makes; None of pictures and actions."""
     graph_calls: int = 1
     """Those of them that keep a graph where gradients are on."""
     ragged: bool = False
@@ -85,7 +87,7 @@ class VelocityField(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no spread head: build it with spread=True")
 
     def decode(self, x: Tensor) -> Tensor:
-        """Sample (N, *D) to what an environment receives: an image in [0, 1] or the action itself."""
+        """Sample (N, *D) to what an environment receives: images or videos (N, F, 3, H, W) in [0, 1]; actions."""
         return x
 
     def times(self, num_steps: int) -> Tensor:
@@ -131,7 +133,7 @@ class Around(VelocityField):
         self.uses_dt, self.has_instantaneous = field.uses_dt, field.has_instantaneous
         self.calls, self.graph_calls = field.calls, field.graph_calls
         self.ragged, self.distilled = field.ragged, field.distilled
-        self.first_time = field.first_time
+        self.first_time, self.frames = field.first_time, field.frames
 
     @property
     def event_shape(self) -> tuple[int, ...]:  # type: ignore[override]

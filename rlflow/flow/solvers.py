@@ -155,6 +155,61 @@ class DPMSolver2M(Solver):
         return torch.where(usable, ratio, torch.zeros_like(ratio))
 
 
+class UniPC(Solver):
+    """UniPC-2 (B2(h) = e^h - 1, of data predictions; Zhao et al. 2023): a predictor whose step is corrected afterwards
+    by the very call that the next step needs. One call a step; diffusers' UniPCMultistepScheduler with its defaults.
+
+    With sigma = 1 - t, lambda = log(t / sigma), h over the step and m = x + sigma v:
+    x' = (sigma'/sigma) x - t' (e^-h - 1) [m + sum_i rho_i D_i], D_i = (m_i - m) / r_i, r_i = (lambda_i - lambda) / h.
+    The predictor has rho = 1/2 on the step before, the corrector solves for orders 2 and 3 with the new m among the
+    m_i. A first step and the one into t = 1 are of order 1. A start at t = 0 counts as `FIRST`.
+    """
+
+    order = 3
+    FIRST = 1e-6
+
+    def __call__(
+        self, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, cond: Cond, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        m = x + expand(1 - t, x) * velocity(x, t, torch.zeros_like(t), cond)
+        before = None if memory is None else memory[-1]
+        if memory is not None:
+            x = self._corrected(m, t, *memory)
+        slope = torch.zeros_like(m)
+        if before is not None:
+            m_prev, t_prev = before
+            ratio = self._lambda(t_prev) - self._lambda(t)
+            weight = torch.where(t_next < 1, (self._lambda(t_next) - self._lambda(t)) / (2 * ratio), 0)
+            slope = expand(weight, x) * (m_prev - m)
+        return self._moved(x, t, t_next, m, slope), (x, t, before, (m, t))
+
+    @classmethod
+    def _lambda(cls, t: Tensor) -> Tensor:
+        """log(t / (1 - t)) of a time before 1; of 1 that of the last number before it, which nothing reads."""
+        return torch.logit(t.clamp(cls.FIRST, 1 - torch.finfo(t.dtype).eps))
+
+    @classmethod
+    def _moved(cls, x: Tensor, t: Tensor, t_next: Tensor, m: Tensor, slope: Tensor) -> Tensor:
+        """Both formulas: from x at t to t_next along m + slope."""
+        shrink = (1 - t_next) / (1 - t.clamp(min=cls.FIRST))
+        return expand(shrink, x) * x + expand(t_next - shrink * t.clamp(min=cls.FIRST), x) * (m + slope)
+
+    def _corrected(self, m: Tensor, t: Tensor, x_s: Tensor, s: Tensor, before: Any, now: Any) -> Tensor:
+        """x at t again: from x_s at s with m of t, what was known at s, and before."""
+        m_s, _ = now
+        h = self._lambda(t) - self._lambda(s)
+        if before is None:
+            return self._moved(x_s, s, t, m_s, 0.5 * (m - m_s))
+        m_r, r = before
+        step = torch.expm1(-h)
+        ratio = (self._lambda(r) - self._lambda(s)) / h
+        first = -step / h - 1
+        b_0, b_1 = first / step, 2 * (-first / h - 0.5) / step
+        rho = (b_1 - b_0) / (ratio - 1)
+        slope = expand(rho / ratio, m) * (m_r - m_s) + expand(b_0 - rho, m) * (m - m_s)
+        return self._moved(x_s, s, t, m_s, slope)
+
+
 class Adaptive(Solver):
     """Euler steps of max(eta / s, the plan's own step), s the spread at the row's place (AdaFlow, Hu et al. 2024).
 

@@ -25,6 +25,8 @@ def before_after(run: RunRecord) -> tuple[str, str]:
     if not run.is_images:
         return _films(run, at[0] if like else at[-1], at[-1])
     first, last = run.pictures(at[0]), run.pictures(at[-1])
+    if (shown := _videos(run, [*dict.fromkeys((at[0], at[-1]))] if like else [at[-1]])) is not None:
+        return shown
     if first is None or last is None or not like or _shape(first) != _shape(last):
         shown = [(i, run.grid(i)) for i in dict.fromkeys((at[0], at[-1]))]
         return "".join(f"<p>After iteration {i}:</p>{page.grid_picture(png, '')}" for i, png in shown if png), ""
@@ -32,6 +34,21 @@ def before_after(run: RunRecord) -> tuple[str, str]:
         return _single(last), f"After iteration {at[-1]}. Fixed prompts and fixed noise."
     note = "Left before, right after training: same prompts, same starting noise; not chosen by result."
     return _pairs(first, last), note + _right_words(first, last)
+
+
+def _videos(run: RunRecord, at: list[int]) -> tuple[str, str] | None:
+    """Films of what the same prompts gave, where a model makes videos."""
+    last, rows = run.pictures(at[-1]), list(zip(*(run.films(i) for i in at), strict=False))
+    if last is None or not rows:
+        return None
+    cells = []
+    for films, caption in zip(rows, last.captions, strict=False):
+        shown = [f'<figure><div class="tile">{html_video(film)}</div></figure>' for film in films]
+        pair = f'<div class="{"two" if len(films) == 2 else "one"}">{"<span>&rarr;</span>".join(shown)}</div>'
+        cells.append(f"<figure>{pair}<figcaption>{escape(caption)}</figcaption></figure>")
+    note = "Left before, right after training: " if len(at) == 2 else f"After iteration {at[0]}: "
+    note += f"same prompts, same starting noise; the first {len(cells)}, not chosen by result."
+    return f'<div class="pairs films">{"".join(cells)}</div>', note
 
 
 def _shape(shown: Pictures) -> tuple[list[str], Any]:

@@ -227,8 +227,9 @@ class RunRecord:
         return path.read_bytes() if path.exists() else None
 
     def films(self, iteration: int) -> list[Path]:
-        """The films of an evaluation's first episodes."""
-        return sorted((self.folder / "samples").glob(f"film_{iteration:06d}_*.mp4"))
+        """The films of an evaluation's first episodes, or of its first videos."""
+        found = (self.folder / "samples").glob(f"film_{iteration:06d}_*")
+        return sorted((f for f in found if f.suffix in (".mp4", ".gif")), key=lambda f: int(f.stem.split("_")[-1]))
 
     def trend(self, name: str) -> Change | None:
         """A training metric: mean of its first tenth (at least 5 iterations) against that of its last, with bounds.

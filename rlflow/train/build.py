@@ -12,7 +12,7 @@ import torch
 from rlflow import registry
 from rlflow.config.limits import select_rewards
 from rlflow.config.processes import check_updates, share
-from rlflow.config.schema import Config
+from rlflow.config.schema import Config, RewardConfig
 from rlflow.config.steps import make_steps
 from rlflow.envs.base import VecEnv
 from rlflow.envs.checked import Checked
@@ -33,6 +33,7 @@ from rlflow.parallel import dist, shards
 from rlflow.parallel.dist import device
 from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rewards.component import make_reward
+from rlflow.rewards.frames import of_videos
 from rlflow.rewards.scorer import RewardScorer
 from rlflow.rl.algorithm import Algorithm
 from rlflow.rl.collector import Collector
@@ -126,20 +127,25 @@ def _make_field(config: Config, trust_code: bool) -> VelocityField:
     return make_field(spec, env.obs_spec, env.action_shape, trust_code)
 
 
-def make_rewards(config: Config, trust_code: bool = False) -> RewardSet:
-    """The training rewards."""
+def make_rewards(config: Config, trust_code: bool = False, frames: int | None = None) -> RewardSet:
+    """The training rewards, of videos where `frames` says how many frames they have."""
     c = config.reward
     found = [Reward(_short(n), make_reward(n, c.settings, trust_code), w, c.timeout_s) for n, w in c.weights.items()]
-    return RewardSet(found, c.normalize)
+    return RewardSet([_of_videos(r, config, frames) for r in found], c.normalize)
 
 
-def make_judges(config: Config, trust_code: bool = False) -> RewardSet:
+def make_judges(config: Config, trust_code: bool = False, frames: int | None = None) -> RewardSet:
     """The evaluation metrics under their display names."""
-    return RewardSet([_judge(n, r, config, trust_code) for n, r in config.eval.metrics.items()])
+    return RewardSet([_judge(n, r, config, trust_code, frames) for n, r in config.eval.metrics.items()])
 
 
-def _judge(name: str, reward: str, config: Config, trust_code: bool) -> Reward:
-    return Reward(name, make_reward(reward, config.reward.settings, trust_code), 1.0, 600.0)
+def _judge(name: str, reward: str, config: Config, trust_code: bool, frames: int | None) -> Reward:
+    return _of_videos(Reward(name, make_reward(reward, config.reward.settings, trust_code), 1.0, 600.0), config, frames)
+
+
+def _of_videos(reward: Reward, config: Config, frames: int | None) -> Reward:
+    with registry.located("reward.frames"):
+        return of_videos(reward, config.reward.frames, frames)
 
 
 def _short(name: str) -> str:
@@ -160,9 +166,10 @@ def make_select(config: Config, policy: FlowPolicy, trust_code: bool = False, pr
     path, spec = "policy.select.scorer", settings.pop("scorer")
     called, _ = registry.split_spec(path, spec)
     if config.env.name == "prompt":
-        judge = _judge(_short(called), called, config, trust_code)
+        frames, columns = policy.field.frames, None if prompts is None else prompts.columns
+        judge = _judge(_short(called), called, config, trust_code, frames)
         with registry.located(path):
-            scorer: Any = RewardScorer(judge, None if prompts is None else prompts.columns)
+            scorer: Any = RewardScorer(judge, columns, frames is not None)
     else:
         told = {"event_shape": tuple(policy.event_shape), "trust_code": trust_code}
         scorer = registry.build("scorer", path, spec, told, trust_code)
@@ -180,7 +187,7 @@ def make_evaluator(config: Config, policy: FlowPolicy, trust_code: bool = False)
         return Evaluator(
             policy,
             prompts,
-            make_judges(config, trust_code),
+            make_judges(config, trust_code, policy.field.frames),
             num=c.num,
             num_steps=c.num_steps,
             solver=solver,
@@ -214,8 +221,14 @@ def judged_by(config: Config) -> dict[str, Any]:
     env = {name: getattr(config.env, name) for name in ("name", "settings", "prompts", "gamma", "frame_stack")}
     asked = (*c.metrics.values(), *select_rewards(config))
     settings = {name: value for name, value in config.reward.settings.items() if name in asked}
+    reward = ({"settings": settings} if settings else {}) | _unusual(config)
     judging = {"policy": policy, "env": env, "eval": judged | deployed}
-    return judging | ({"reward": {"settings": settings}} if settings else {})
+    return judging | ({"reward": reward} if reward else {})
+
+
+def _unusual(config: Config) -> dict[str, Any]:
+    """Which frames judge a video, where that is not the default."""
+    return {} if config.reward.frames == RewardConfig().frames else {"frames": config.reward.frames}
 
 
 @dataclass
@@ -288,10 +301,11 @@ def _make_prompts(config: Config, policy: FlowPolicy, groups: Groups, trust_code
     field.settle()
     return PromptEnv(
         prompts,
-        make_rewards(config, trust_code),
+        make_rewards(config, trust_code, field.frames),
         groups.num_rows,
         policy.event_shape,
         field.tokenize,
         field.decode,
         config.train.seed,
+        videos=field.frames is not None,
     )

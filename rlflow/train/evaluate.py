@@ -21,11 +21,15 @@ from rlflow.parallel import dist
 from rlflow.registry import located
 from rlflow.report.pairing import kept, sample_keys
 from rlflow.rewards.base import RewardSet
+from rlflow.rewards.frames import made_column, made_columns
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores per sample by metric name (N,), the images (N, 3, H, W), their captions, caption numbers and keys (N,)."""
+    """Scores per sample by metric name (N,), the images (N, 3, H, W), their captions, caption numbers and keys (N,).
+
+    Where the model makes videos, `images` are (N, F, 3, H, W).
+    """
 
     scores: dict[str, Tensor]
     images: Tensor
@@ -54,15 +58,23 @@ class Evaluation:
         save_tensors(kept(self.scores, self.caption_id, self.key), path)
 
     def show(self, folder: Path, iteration: int, num: int) -> dict[str, Path]:
-        """Write `num` of the images, spread over the prompts, as tensors and as a captioned picture: {name: path}."""
+        """Write `num` of the images, spread over the prompts, as tensors and as a captioned picture: {name: path}.
+
+        Of videos, strips of some of their frames in place of images, and films of the first.
+        """
         from rlflow.report.figures import image_grid
+        from rlflow.report.video import films, strips
 
         some = torch.linspace(0, len(self) - 1, min(num, len(self))).long()
         grid = folder / f"eval_{iteration:06d}.png"
-        image_grid(self.images[some], [self.captions[i] for i in some], grid)
-        images = {"images": (self.images[some] * 255).round().to(torch.uint8), "index": some}
+        shown, filmed = self.images[some], {}
+        if shown.ndim == 5:
+            filmed = {f"eval/film_{i}": path for i, path in enumerate(films(shown, folder, iteration))}
+            shown = strips(shown)
+        image_grid(shown, [self.captions[i] for i in some], grid)
+        images = {"images": (shown * 255).round().to(torch.uint8), "index": some}
         save_tensors(images, folder / f"images_{iteration:06d}.safetensors")
-        return {"eval/pictures": grid}
+        return {"eval/pictures": grid, **filmed}
 
 
 @contextmanager
@@ -105,7 +117,8 @@ class Evaluator:
         resolution: int | None = None,
         select: Select | None = None,
     ):
-        judges.check_columns([*prompts.columns, "images", "group", "base_images"])
+        made = made_column(policy.field.frames is not None)
+        judges.check_columns([*prompts.columns, made, "group", f"base_{made}"])
         with located("eval.resolution"), deployed(policy, solver, resolution):
             pass
         with located("eval.num_steps"), deployed(policy, solver, resolution):
@@ -115,7 +128,7 @@ class Evaluator:
         self.policy, self.prompts, self.judges = policy, prompts, judges
         self.num_steps, self.solver, self.seed = num_steps, solver, seed
         self.rows_per_call, self.resolution, self.select = rows_per_call, resolution, select or Select()
-        self._compares = "base_images" in judges.columns
+        self._compares = f"base_{made}" in judges.columns
         self.columns: dict[str, Any] = prompts.take(evenly(prompts, num))
         captions: list[str] = self.columns["prompt"]
         known = {text: i for i, text in enumerate(dict.fromkeys(captions))}
@@ -126,7 +139,7 @@ class Evaluator:
 
     @torch.no_grad()
     def images(self, progress: Callable[[int], None] | None = None) -> Tensor:
-        """(N, 3, H, W) in [0, 1] from the weights in place; every rank makes a share and gets all."""
+        """(N, 3, H, W) or (N, F, 3, H, W) in [0, 1] of the weights in place; every rank makes a share and gets all."""
         ids = torch.arange(len(self.caption_id))
         mine = ids.tensor_split(dist.world())[dist.rank()]
         equal = torch.cat([mine, mine[-1:]])[: -(-len(ids) // dist.world())]  # a sharded network is called by all
@@ -150,7 +163,7 @@ class Evaluator:
             images = self.images()
         if self.base_images is None and self._compares:
             self.base_images = images
-        columns = self.columns | {"images": images, "group": self.caption_id, "base_images": self.base_images}
+        columns = self.columns | made_columns(images, self.base_images) | {"group": self.caption_id}
         scores = self.judges.compute(columns, len(images))
         return Evaluation(scores, images, self.columns["prompt"], self.caption_id, self.key)
 

@@ -27,7 +27,7 @@ class Sink(Protocol):
         """Take the finite numbers of one row."""
 
     def show(self, iteration: int, files: Mapping[str, Path]) -> None:
-        """Take pictures (.png) and films (.mp4) by name."""
+        """Take pictures (.png) and films (.mp4, .gif) by name."""
 
     def cut(self, iteration: int) -> None:
         """Forget what came after `iteration`."""
@@ -126,7 +126,7 @@ class Wandb:
         """Send pictures and films."""
         wandb = self.wandb
         made = {
-            n: wandb.Image(str(p)) if p.suffix == ".png" else wandb.Video(str(p), format="mp4")
+            n: wandb.Image(str(p)) if p.suffix == ".png" else wandb.Video(str(p), format=p.suffix[1:])
             for n, p in files.items()
         }
         self.run.log({"iteration": iteration, **made})

@@ -121,6 +121,18 @@ KLEIN = {
     "policy.field.checkpoint": "black-forest-labs/FLUX.2-klein-base-4B",
     "policy.field.max_sequence_length": 512,  # its padding is text
 }
+WAN = {  # ours: MixGRPO's window, and Flow-GRPO's guidance, on videos
+    "policy.field.checkpoint": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "policy.field.resolution": 240,
+    "policy.num_steps": 20,
+    "steps": {"name": "window", "size": 4, "every": 25, "stride": 1, "skip_last": 1},
+    "env.num_groups": 16,
+    "reward.weights": {"pickscore": 1.0},
+    "reward.frames": 4,
+    "eval.num_steps": 50,
+    "eval.solver": "unipc",  # as it ships
+    "eval.every": 25,
+}
 DPPO = {"algorithm.objective": {"name": "flow_dppo", "delta": 1e-5}}
 DRAFT = {
     "policy.guidance": None,
@@ -144,6 +156,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen_image_nft": FLOW_GRPO
     | NFT
     | {"policy.field.checkpoint": "Qwen/Qwen-Image-2512", "reward.weights": {"ocr": 1.0}},
+    "wan_mixgrpo": FLOW_GRPO | MIX_GRPO | WAN,
     "flux_mixgrpo": FLUX,
     "flux_mixgrpo_flash": FLUX | FLASH,
     "flux_dance_grpo": FLUX | DANCE,
@@ -166,7 +179,9 @@ def test_numbers_are_the_published_ones(name: str) -> None:
 
 
 def test_every_recipe_of_a_published_model_is_in_the_table() -> None:
-    of_papers = [name for name in PUBLISHED if not name.startswith(("klein", "zimage", "qwen"))]  # those are ours
+    of_papers = [
+        name for name in PUBLISHED if not name.startswith(("klein", "zimage", "qwen", "wan"))
+    ]  # those are ours
     assert sorted(of_papers) == [name for name in recipes.names() if name.startswith(("sd35_", "flux_"))]
 
 

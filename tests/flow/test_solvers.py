@@ -13,11 +13,11 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from rlflow.flow.grid import Shifted, Uniform
-from rlflow.flow.solvers import DPMSolver2M, Euler, FireFlow, Heun, Midpoint, Solver
+from rlflow.flow.solvers import DPMSolver2M, Euler, FireFlow, Heun, Midpoint, Solver, UniPC
 
 MEANS, STDS, WEIGHTS = torch.tensor([[-1.0, 1.5], [0.3, 0.5], [0.4, 0.6]], dtype=torch.float64)
 START = torch.linspace(-2, 2, 15, dtype=torch.float64)
-ALL = [Euler(), Heun(), Midpoint(), FireFlow(), DPMSolver2M()]
+ALL = [Euler(), Heun(), Midpoint(), FireFlow(), DPMSolver2M(), UniPC()]
 
 
 def named(solver: Solver) -> str:
@@ -105,7 +105,7 @@ class TestCalls:
         assert len(velocity.asked) == solver.num_calls(num_steps)
 
     def test_num_calls_by_hand(self, solver):
-        nine = {"Euler": 9, "Heun": 18, "Midpoint": 18, "FireFlow": 10, "DPMSolver2M": 9}
+        nine = {"Euler": 9, "Heun": 18, "Midpoint": 18, "FireFlow": 10, "DPMSolver2M": 9, "UniPC": 9}
         assert solver.num_calls(9) == nine[named(solver)]
         assert solver.num_calls(0) == 0
 

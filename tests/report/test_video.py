@@ -5,8 +5,9 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 
-from rlflow.report.video import html_video, write_video
+from rlflow.report.video import FILMED, films, frames_of, gif, html_video, strips, write_film, write_video
 
 ffmpeg = pytest.importorskip("imageio_ffmpeg")
 
@@ -62,3 +63,37 @@ def test_what_is_no_film_is_refused(tmp_path):
         write_video([], tmp_path / "a.mp4", fps=5)
     with pytest.raises(ValueError, match=r"one size .*\(8, 12, 3\) after \(8, 8, 3\)"):
         write_video([torch.zeros(8, 8, 3).byte(), torch.zeros(8, 12, 3).byte()], tmp_path / "a.mp4", fps=5)
+
+
+def moving(num: int = 2, frames: int = 9) -> torch.Tensor:
+    """Videos (N, F, 3, 8, 12) in [0, 1] that get brighter."""
+    return torch.linspace(0, 1, frames).view(1, -1, 1, 1, 1).expand(num, frames, 3, 8, 12)
+
+
+def test_a_strip_has_the_first_and_the_last_frame():
+    shown = strips(moving(), 3)
+    assert shown.shape == (2, 3, 8, 36)
+    assert shown[0, 0, 0, ::12].tolist() == [0, 0.5, 1]
+    assert strips(moving(frames=2)).shape == (2, 3, 8, 24), "no more frames than there are"
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_videos_are_filmed_as_gif_where_there_is_no_ffmpeg(missing, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlflow.report.video.importlib.util.find_spec", lambda name: None if missing else True)
+    paths = films(moving(num=FILMED + 1), tmp_path, 7)
+    kind = "gif" if missing else "mp4"
+    assert [path.name for path in paths] == [f"film_000007_{row}.{kind}" for row in range(FILMED)]
+    assert gif(paths[0])[:4] == b"GIF8"
+    assert html_video(paths[0]).startswith("<img" if missing else "<video")
+    if not missing:
+        meta, found = read_back(paths[0])
+        assert (meta["fps"], found.shape) == (16, (9, 8, 12, 3))
+        assert (found[8].float().mean() - found[0].float().mean()) > 200
+
+
+def test_a_gif_holds_every_frame(tmp_path):
+    write_film(frames_of(moving()[0]), tmp_path / "a.gif", fps=10)
+    with Image.open(tmp_path / "a.gif") as image:
+        assert (image.n_frames, image.size, image.info["duration"]) == (9, (12, 8), 100)
+    with pytest.raises(ValueError, match=r"x\.webm: a film is an \.mp4 or a \.gif"):
+        write_film([], tmp_path / "x.webm", fps=10)

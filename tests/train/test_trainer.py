@@ -476,7 +476,8 @@ def on_a_tiny_checkpoint(checkpoint: Path, prompts: Path) -> list[str]:
         "eval.num_steps=4",
     ]
     texts = [] if "sd15" in str(checkpoint) or "sdxl" in str(checkpoint) else ["policy.field.max_sequence_length=16"]
-    return [*field, *texts, *rewards, f"env.prompts={prompts}"]
+    video = ["policy.field.width=48", "policy.field.frames=5"] if "wan" in checkpoint.name else []
+    return [*field, *texts, *video, *rewards, f"env.prompts={prompts}"]
 
 
 def some_demos(folder: Path, env: str = "hopper") -> Path:
@@ -495,8 +496,8 @@ def end_early(env: Any) -> None:
         env.sim.horizon = min(env.sim.horizon, 12)
 
 
-SLOW = ("sdxl_nft_24gb", "sd15_nft", "sd15_nft_12gb", "sd15_draft", "sd15_scenes")
-"""Recipes that are others with another size or network: sdxl_nft and sd35_draft run here."""
+SLOW = ("sdxl_nft_24gb", "sd15_nft_12gb", "sd15_draft", "sd15_scenes", "wan_24gb")
+"""Recipes that are others with another size or network: sdxl_nft, sd15_nft, sd35_draft and wan_mixgrpo run here."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in recipes.names()])

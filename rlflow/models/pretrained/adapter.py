@@ -1,4 +1,4 @@
-"""Adapter: the border to a text-to-image pipeline of diffusers. One small file per family derives from it.
+"""Adapter: the border to a text-to-image, or -video, pipeline of diffusers. One small file per family derives from it.
 
 Everything a pipeline does before and after its loop is asked of the pipeline itself (prompt encoding, sigmas); the loop
 and the step are ours. Foreign convention: sigma = 1 - t, the network predicts noise - data.
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlflow.flow.guidance import CFG
+from rlflow.flow.solvers import Euler, Solver
 from rlflow.models.pretrained import scheduler
 from rlflow.models.prompt_table import Encoded, Encoding
 
@@ -41,6 +42,10 @@ class Adapter:
     """Linear layers that LoRA is added to, by the ends of their names: the attention's."""
     component: ClassVar[str] = "transformer"
     """What the pipeline calls its network."""
+    frames: int | None = None
+    """Of a video; None where pictures are made."""
+    aspect: float | None = None
+    """Width over height; None where all is square."""
     near_data: ClassVar[float] = 0.02
     """Sigma from which a last step removes less noise than a step before it leaves."""
 
@@ -89,25 +94,36 @@ class Adapter:
         """1 - sigma where grids may start, if it is not at 0."""
         return 0.0
 
+    @property
+    def solver(self) -> Solver:
+        """The step of the pipeline's sampler."""
+        return Euler()
+
     def check(self, checkpoint: str) -> None:
         """ValueError for parts of the pipeline that it would not sample with as we do."""
         scheduler.check(self.pipe.scheduler, checkpoint)
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """*D of a square picture; ValueError where the network cannot make one of this size."""
+    def columns(self, resolution: int) -> int:
+        """Pixels from left to right of what has so many from top to bottom, in whole tokens."""
+        multiple = self.cell * self.patch
+        return resolution if self.aspect is None else max(1, round(resolution * self.aspect / multiple)) * multiple
+
+    def latent_shape(self, resolution: int) -> tuple[int, ...]:
+        """*D of a picture of this height; ValueError where the network cannot make one of this size."""
         if not isinstance(resolution, int) or isinstance(resolution, bool):
-            raise ValueError(f"resolution {resolution!r}: pictures are square, give one whole number of pixels a side")
+            raise ValueError(f"resolution {resolution!r}: give one whole number of pixels a side")
         multiple = self.cell * self.patch
         if resolution < multiple or resolution % multiple:
             raise ValueError(f"resolution {resolution} must be a positive multiple of {multiple}")
         if self.places is not None and resolution > multiple * self.places:
             largest = f"has positions for {self.places} patches of {multiple} pixels a side"
             raise ValueError(f"resolution {resolution}: the network {largest}: {multiple * self.places} at most")
-        return self.channels, resolution // self.cell, resolution // self.cell
+        return self.channels, resolution // self.cell, self.columns(resolution) // self.cell
 
     def tokens(self, resolution: int) -> int:
-        """Patches of a square picture."""
-        return (resolution // self.cell // self.patch) ** 2
+        """Patches of a picture."""
+        side = self.cell * self.patch
+        return (resolution // side) * (self.columns(resolution) // side)
 
     @property
     def default_resolution(self) -> int:
@@ -157,12 +173,12 @@ class Adapter:
         return x / config.scaling_factor + (config.shift_factor or 0.0)
 
     def picture(self, z: Tensor) -> Tensor:
-        """What the VAE makes of latents (N, ...) in its scale: (N, 3, H, W) in [-1, 1]."""
+        """What the VAE makes of latents (N, ...) in its scale: (N, 3, H, W), or (N, F, 3, H, W), in [-1, 1]."""
         decoded: Tensor = self.pipe.vae.decode(z, return_dict=False)[0]
         return decoded
 
     def decode(self, x: Tensor) -> Tensor:
-        """Latents (N, *D) to images (N, 3, H, W) in [0, 1], a row at a time: decoding needs much memory.
+        """Latents (N, *D) to images (N, 3, H, W), or videos (N, F, 3, H, W), in [0, 1], a row at a time for the memory.
 
         For a gradient it is done again on the way back, so that only one row's activations are ever there.
         """

@@ -1,4 +1,4 @@
-"""Text-to-image models as numbers: published ones from a table, a local one from the json files of its folder.
+"""Models of images and videos as numbers: published ones from a table, a local one from the json files of its folder.
 
 No weights are read and nothing is fetched; `shapes_of` builds a network without storage from them.
 """
@@ -98,6 +98,18 @@ def _qwen_image() -> Known:
     return Known("QwenImagePipeline", network, {}, TO_02, 0, text, {}, "AutoencoderKLQwenImage")
 
 
+UMT5_XXL = 5_680_910_336
+UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+"""Wan 2.1's, as it ships."""
+
+
+def _wan(heads: int, layers: int, inner: int) -> Known:
+    """Heads of 128 numbers, layers, width of the feed-forward."""
+    numbers = {"num_attention_heads": heads, "num_layers": layers, "ffn_dim": inner}
+    names, text = ("WanPipeline", "WanTransformer3DModel"), {"text_encoder": UMT5_XXL}
+    return Known(*names, numbers, UNIPC, 0, text, {}, "AutoencoderKLWan", scheduler_class="UniPCMultistepScheduler")
+
+
 NO_CHECKER = {"requires_safety_checker": False}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 """Of Stable Diffusion's schedulers, which write more settings than they read."""
@@ -161,6 +173,8 @@ KNOWN = {
     "Tongyi-MAI/Z-Image-Turbo": _z_image(3.0),
     "Qwen/Qwen-Image": _qwen_image(),
     "Qwen/Qwen-Image-2512": _qwen_image(),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _wan(12, 30, 8960),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": _wan(40, 40, 13824),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": _sd(64, 8, 768, CLIP_L - 768 * 768),
     "stabilityai/stable-diffusion-2-1": _sd(96, (5, 10, 20, 20), 1024, CLIP_H, "v_prediction"),
     "stabilityai/stable-diffusion-xl-base-1.0": SDXL,

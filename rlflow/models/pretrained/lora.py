@@ -138,7 +138,8 @@ def save(border: Adapter, folder: Path, args: dict[str, Any]) -> None:
         layers = {f"{name}_lora_layers": _lora_state(network)}
         type(border.pipe).save_lora_weights(folder, **layers, **_collate_lora_metadata({name: network}))
     as_readable(folder)
-    card = model_card(type(border.pipe).__name__, type(network).__name__, full, args, name)
+    made = "text-to-image" if border.frames is None else "text-to-video"
+    card = model_card(type(border.pipe).__name__, type(network).__name__, full, args, name, made)
     (folder / "README.md").write_text(card)
 
 
@@ -155,12 +156,19 @@ def load(border: Adapter, folder: Path) -> None:
     _fill(network, {key.removeprefix(f"{name}."): value for key, value in state.items()})
 
 
-def model_card(pipeline: str, network: str, full: bool, args: dict[str, Any], name: str = "transformer") -> str:
+def model_card(
+    pipeline: str,
+    network: str,
+    full: bool,
+    args: dict[str, Any],
+    name: str = "transformer",
+    made: str = "text-to-image",
+) -> str:
     """README.md of a saved model: what it is and how plain diffusers uses it; `name`: its attribute there."""
     base = args["checkpoint"]
     local = Path(base).is_absolute()
     head = ["---", "library_name: diffusers", *([] if local else [f"base_model: {base}"]), "tags:"]
-    head += [*(f"- {tag}" for tag in ("text-to-image", "rlflow", *([] if full else ["lora"]))), "---"]
+    head += [*(f"- {tag}" for tag in (made, "rlflow", *([] if full else ["lora"]))), "---"]
     usage = [f"from diffusers import {pipeline}" + (f", {network}" if full else ""), ""]
     if full:
         usage += [f'{name} = {network}.from_pretrained("THIS_FOLDER", subfolder="{name}")']

@@ -152,9 +152,10 @@ def _converted(
     """By the pipeline's own loader; None unless all it made is of the network's layers, and is all of the LoRA."""
     if border.component == "unet" or any(part not in (DOWN, UP, ALPHA) for _, part in parts.values()):
         return None  # other parts it would leave out with a remark in its log
+    own = {key: value.clone() for key, value in raw.items()}  # Wan's converter scales them where they lie
     try:
         with hub.quiet():
-            found: Tensors = type(border.pipe).lora_state_dict(dict(raw))
+            found: Tensors = type(border.pipe).lora_state_dict(own)
     except (ValueError, KeyError, IndexError, NotImplementedError, AssertionError, RuntimeError) as error:
         raise ValueError(_refused(border, error, raw)) from error
     named = {key.removeprefix("transformer."): value for key, value in found.items()}

@@ -1,4 +1,4 @@
-"""Foreign text-to-image checkpoints as a VelocityField, from a folder or the hub: the pipelines of ADAPTERS.
+"""Foreign checkpoints of images and videos as a VelocityField, from a folder or the hub: the pipelines of ADAPTERS.
 
     v(x, t) = -(noise - data predicted at sigma = 1 - t)
 
@@ -37,6 +37,7 @@ ADAPTERS = {
     "Flux2KleinPipeline": "rlflow.models.pretrained.families.flux2:klein",
     "ZImagePipeline": "rlflow.models.pretrained.families.z_image:z_image",
     "QwenImagePipeline": "rlflow.models.pretrained.families.qwen_image:QwenImage",
+    "WanPipeline": "rlflow.models.pretrained.families.wan:Wan",
     "StableDiffusionPipeline": "rlflow.models.pretrained.families.stable_diffusion:StableDiffusion",
     "StableDiffusionXLPipeline": "rlflow.models.pretrained.families.stable_diffusion:StableDiffusionXL",
 }
@@ -75,7 +76,7 @@ class PretrainedField(VelocityField):
         self.release_encoders = release_encoders
         self.num_features, self.ragged = adapter.pooled_width, adapter.ragged
         self.distilled = adapter.distilled or named_distilled(args.get("checkpoint", ""))
-        self.first_time = adapter.first_time
+        self.first_time, self.frames = adapter.first_time, adapter.frames
         self.table = PromptTable(self._encode_texts, cache)
         self.table.numbers([negative_prompt])
         self.resize(resolution)
@@ -147,7 +148,7 @@ class PretrainedField(VelocityField):
         return super().lengths(v) if found is None else found
 
     def decode(self, x: Tensor) -> Tensor:
-        """Latents (N, *D) to images (N, 3, H, W) in [0, 1]."""
+        """Latents (N, *D) to images (N, 3, H, W), or videos (N, F, 3, H, W), in [0, 1]."""
         return self.adapter.decode(x)
 
     def times(self, num_steps: int) -> Tensor:
@@ -189,6 +190,8 @@ class PretrainedField(VelocityField):
 def pretrained(
     checkpoint: str,
     resolution: Size | None = None,
+    width: Size | None = None,
+    frames: Size | None = None,
     lora: Size | None = None,
     lora_alpha: Positive | None = None,
     lora_modules: list[str] | None = None,
@@ -203,8 +206,9 @@ def pretrained(
     cache: Count = 1024,
     vae_tiling: bool = False,
 ) -> PretrainedField:
-    """A text-to-image pipeline of diffusers, from a folder or a hub id.
+    """A text-to-image or text-to-video pipeline of diffusers, from a folder or a hub id.
 
+    `width`, `frames`: of a video, whose height is `resolution`; `eval.resolution` keeps its shape.
     `lora`: rank of a new LoRA (alpha: twice that unless given), else the whole network trains; `adapter`: an existing
     LoRA to start from. `weights`: of the base; a LoRA is float32 in any case. `variant`: of the files, such as fp16.
     `quantize`: the frozen base's linear layers (int8 by torchao, nf4 by bitsandbytes). `embedded_guidance`: FLUX dev's
@@ -228,6 +232,7 @@ def pretrained(
     border.check(checkpoint)
     if max_sequence_length is not None and not border.max_sequence_length:
         raise ValueError(f"{checkpoint} reads all of CLIP's tokens, always: leave max_sequence_length out")
+    frame(border, checkpoint, resolution, width, frames)
     if embedded_guidance is not None:
         if border.embedded_guidance is None:
             raise ValueError(f"{checkpoint} has no guidance input: use policy.guidance instead")
@@ -255,6 +260,18 @@ def pretrained(
     )
     field.begun_from = begun_from
     return field
+
+
+def frame(border: Adapter, checkpoint: str, resolution: int | None, width: int | None, frames: int | None) -> None:
+    """Give a video its number of frames and its sides; ValueError where it has none, or not these."""
+    if border.frames is None and (width, frames) != (None, None):
+        raise ValueError(f"{checkpoint} makes square pictures: leave width and frames out")
+    border.frames = frames or border.frames
+    if width is not None:
+        height = resolution or border.default_resolution
+        border.aspect = width / height
+        if border.columns(height) != width:
+            raise ValueError(f"width {width} must be a positive multiple of {border.cell * border.patch}")
 
 
 def add_lora(border: Adapter, rank: int, alpha: float | None, modules: Sequence[str] | None) -> None:

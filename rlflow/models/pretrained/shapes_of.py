@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlflow.models import hub
 from rlflow.models.pretrained.known import Known, known
-from rlflow.models.pretrained.pipeline import DTYPES, PretrainedField, add_lora, family
+from rlflow.models.pretrained.pipeline import DTYPES, PretrainedField, add_lora, family, frame
 
 BITS = {"int8": 8.0, "nf4": 4.5}
 """Of a number; the four-bit ones come 64 to a float32 scale."""
@@ -41,12 +41,13 @@ def shape_of(checkpoint: str, settings: Mapping[str, Any]) -> PretrainedField:
     model, dtype = known(checkpoint), DTYPES[settings.get("weights", "float32")]
     with torch.device("meta"):
         network = getattr(diffusers, model.transformer).from_config(dict(model.numbers))
-        nn.Module.to(network, dtype)  # that of diffusers warns of layers it does not have
+        _to(network, dtype)
         vae = getattr(diffusers, model.vae_class).from_config(dict(model.vae)).requires_grad_(False)
     plan = getattr(diffusers, model.scheduler_class).from_config(dict(model.scheduler))
     pipe = _pipeline(model, {model.component: network, "vae": vae, "scheduler": plan})
     border = family(model.pipeline)(pipe)
     border.check(checkpoint)
+    frame(border, checkpoint, *(settings.get(name) for name in ("resolution", "width", "frames")))
     with torch.device("meta"):
         if settings.get("lora") is not None:
             add_lora(border, settings["lora"], settings.get("lora_alpha"), settings.get("lora_modules"))
@@ -57,6 +58,18 @@ def shape_of(checkpoint: str, settings: Mapping[str, Any]) -> PretrainedField:
     made = PretrainedField(border, args, settings.get("resolution") or border.default_resolution)
     made.table = NoText(model.clip_tokens + length, made.num_features, border.text_width)  # type: ignore[assignment]
     return made
+
+
+def _to(network: nn.Module, dtype: torch.dtype) -> None:
+    """In a precision as loading brings it there: some families keep norms and the time in float32."""
+    nn.Module.to(network, dtype)  # that of diffusers warns of layers it does not have
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    for name, module in network.named_modules():
+        if kept & set(name.split(".")):
+            nn.Module.to(module, torch.float32)
+    for module in network.modules():
+        for name, own in module.named_parameters(recurse=False):
+            own.data = own.data.float() if name in kept else own.data
 
 
 def _pipeline(model: Known, parts: Mapping[str, Any]) -> Any:

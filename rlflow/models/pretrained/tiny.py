@@ -16,7 +16,7 @@ import torch
 from rlflow.files import as_readable
 from rlflow.models.hub import quiet
 from rlflow.models.pretrained import tiny_language
-from rlflow.models.pretrained.known import BETAS
+from rlflow.models.pretrained.known import BETAS, UNIPC
 from rlflow.models.pretrained.tiny_parts import euler, moved, plain_vae
 
 TEXT_WIDTH, POOLED = 32, 16
@@ -185,6 +185,34 @@ def _sdxl(folder: Path, scheduler: dict[str, Any]) -> Any:
     )
 
 
+def _wan(folder: Path, scheduler: dict[str, Any]) -> Any:
+    """Wan 2.1, of videos, with the scheduler that it ships with."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    pieces = t5_tokenizer()
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4, "num_layers": 2}
+    inner = {"text_dim": TEXT_WIDTH, "freq_dim": 32, "ffn_dim": 16, "rope_max_seq_len": 64}
+    moments = {"latents_mean": torch.randn(4).tolist(), "latents_std": (0.5 + torch.rand(4)).tolist()}
+    video = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [True, True]}
+    text = {"d_model": TEXT_WIDTH, "d_kv": TEXT_WIDTH // 4, "d_ff": TEXT_WIDTH, "num_layers": 2, "num_heads": 2}
+    ends = {"vocab_size": len(pieces), "pad_token_id": 0, "eos_token_id": 1}
+    return WanPipeline(
+        transformer=moved(WanTransformer3DModel(**sizes, **inner)),
+        scheduler=UniPCMultistepScheduler(**{**UNIPC, **scheduler}),
+        vae=AutoencoderKLWan(**video, **moments, scale_factor_spatial=4).eval(),
+        text_encoder=UMT5EncoderModel(UMT5Config(**text, **ends)).eval(),
+        tokenizer=pieces,
+    )
+
+
+def _wan_euler(folder: Path, scheduler: dict[str, Any]) -> Any:
+    """The same, saved with the scheduler of the other families."""
+    pipeline = _wan(folder, {})
+    pipeline.register_modules(scheduler=euler(**{"shift": 3.0, **scheduler}))
+    return pipeline
+
+
 KINDS: dict[str, Callable[[Path, dict[str, Any]], Any]] = {
     "sd3": _sd3,
     "flux": _flux,
@@ -193,6 +221,8 @@ KINDS: dict[str, Callable[[Path, dict[str, Any]], Any]] = {
     "flux2_dev": tiny_language.flux2_dev,
     "z_image": tiny_language.z_image,
     "qwen_image": tiny_language.qwen_image,
+    "wan": _wan,
+    "wan_euler": _wan_euler,
     "sd15": _sd15,
     "sdxl": _sdxl,
 }

@@ -21,7 +21,7 @@ def shapes(module):
     [{}, {"lora": 4, "weights": "bfloat16"}, {"resolution": 64, "max_sequence_length": 16, "lora": 2}],
     ids=["whole", "lora", "settings"],
 )
-@pytest.mark.parametrize("kind", ["sd3", "flux", "klein", "z_image", "qwen_image", "sd15", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "klein", "z_image", "qwen_image", "wan", "sd15", "sdxl"])
 def test_a_local_pipeline_has_the_shapes_of_the_loaded_one(kind, settings, tiny_pipeline):
     folder = str(tiny_pipeline(kind))
     if kind in ("sd15", "sdxl"):
@@ -73,6 +73,8 @@ def test_a_folder_that_is_not_whole_is_refused(tiny_pipeline, tmp_path):
         ("black-forest-labs/FLUX.2-klein-base-9B", 9.08),
         ("Tongyi-MAI/Z-Image", 6.15),
         ("Qwen/Qwen-Image-2512", 20.43),
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 1.42),
+        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", 14.29),
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", 0.86),
         ("stabilityai/stable-diffusion-2-1", 0.87),
         ("stabilityai/stable-diffusion-xl-base-1.0", 2.57),
