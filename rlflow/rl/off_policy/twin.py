@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from typing import Any, Literal
@@ -63,7 +64,7 @@ class Ensemble(nn.Module):
         for weight, bias, gain, shift in self._hidden:
             x = torch.baddbmm(bias, x, weight)
             x = relu(x if gain is None else torch.addcmul(shift, layer_norm(x, x.shape[-1:]), gain))
-        return torch.baddbmm(b, x, w).squeeze(-1)
+        return (x * w.mT).sum(-1) + b.squeeze(-1)  # a product with one column is slow as a matrix product
 
 
 class Twin:
@@ -96,14 +97,16 @@ class Twin:
         error = (self.net(cond["pooled"], action) - target).square().sum(0)
         return 0.5 * weighted_sum(error, weight) / weight.sum().clamp(min=1e-12)
 
-    def fit(self, cond: Cond, action: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        """One optimiser step and one of the slow copies; the loss before it, on the device."""
-        self.optimizer.zero_grad()
-        loss = self.loss(cond, action, target, weight)
-        loss.backward()
-        self.optimizer.advance()
+    @property
+    def moving(self) -> list[Tensor]:
+        """The weights and their slow copies."""
+        return [*self._live, *self._slow]
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """One optimiser step by gradients of `optimizer.parameters`, and one of the slow copies."""
+        self.optimizer.advance(gradients)
         torch._foreach_lerp_(self._slow, self._live, self.settings.tau)
-        return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, slow copies, optimiser."""
