@@ -184,35 +184,31 @@ class Deferred(Optimizer):
 
     def __init__(self, parameters: Sequence[nn.Parameter], config: AdamW, setting: str = "algorithm.optimizer.lr"):
         super().__init__(parameters, config, setting)
-        self._total, self._row = torch.zeros(2, dtype=torch.long, device=self.parameters[0].device)
+        self._bad: list[Tensor] = []  # 1 for a step that was skipped, since the last time that anybody looked
 
     def advance(self, gradients: Sequence[Tensor | None] | None = None) -> Tensor:
         """Clip, step by these gradients or the parameters' own; returns their norm, a tensor nobody waits for."""
         gradients = [p.grad for p in self.parameters] if gradients is None else gradients
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([g for g in gradients if g is not None])))
-        bad = ~norm.isfinite()
+        bad = (norm - norm).ne_(0)
         if self.config.max_grad_norm > 0:
             share = (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             gradients = [None if g is None else g * share for g in gradients]
         self.adam.step(gradients, self.learning_rate(), bad.float())
         self.steps += 1
-        self._total += bad
-        self._row = torch.where(bad, self._row + 1, 0)
+        self._bad.append(bad)
         return norm
 
     def settle(self) -> None:
         """Read what was skipped since the last time; NonFiniteError after `max_bad_steps` in a row."""
-        self.bad_in_a_row, new = int(self._row), int(self._total)
-        self._total.zero_()
-        self.skipped += new
-        self.steps -= new
+        bad = torch.stack(self._bad).bool().tolist() if self._bad else []
+        self._bad = []
+        for one in bad:
+            self.bad_in_a_row = self.bad_in_a_row + 1 if one else 0
+        self.skipped += sum(bad)
+        self.steps -= sum(bad)
         if self.bad_in_a_row >= self.config.max_bad_steps:
             raise NonFiniteError(
                 f"{self.bad_in_a_row} optimiser steps in a row had a non-finite loss or gradient: "
                 f"lower {self.setting} or look for a reward that explodes"
             )
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
-        super().load_state_dict(state)
-        self._row.fill_(self.bad_in_a_row)

@@ -86,7 +86,7 @@ class SAC:
         self.actor_every, self.anchor, self.ema_decay, self.offline = actor_every, anchor, ema_decay, offline
         target = entropy_target(policy, target_entropy)
         num_inputs = policy.field.num_features + torch.Size(policy.event_shape).numel()
-        self.twin = Twin(num_inputs, twin or TwinSettings(), policy.device, policy.dtype)
+        self.twin = Twin(num_inputs, twin or TwinSettings(), policy.device, policy.dtype, policy.autocast)
         self.temperature = Temperature(target, alpha, alpha_lr, policy.device)
         settings = optimizer or AdamW(lr=3e-4, betas=(0.9, 0.999), max_grad_norm=0.0)
         self.optimizer = Deferred([p for p in policy.parameters() if p.requires_grad], settings, "algorithm.lr")

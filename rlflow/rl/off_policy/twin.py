@@ -68,10 +68,21 @@ class Ensemble(nn.Module):
 
 
 class Twin:
-    """Ensemble, target and optimiser. Features are the policy's "pooled" ones, detached."""
+    """Ensemble, target and optimiser. Features are the policy's "pooled" ones, detached.
 
-    def __init__(self, num_inputs: int, settings: TwinSettings, device: torch.device, dtype: torch.dtype):
+    `autocast` is the dtype of matrix products inside; values are in that of the weights.
+    """
+
+    def __init__(
+        self,
+        num_inputs: int,
+        settings: TwinSettings,
+        device: torch.device,
+        dtype: torch.dtype,
+        autocast: torch.dtype | None = None,
+    ):
         c = self.settings = settings
+        self.autocast = autocast
         self.net = Ensemble(num_inputs, c.num, c.width, c.depth, c.norm).to(device, dtype)
         self.target = copy.deepcopy(self.net).requires_grad_(False)
         self._slow: list[Tensor] = list(self.target.parameters())
@@ -82,19 +93,24 @@ class Twin:
 
     def value(self, cond: Cond, action: Tensor) -> Tensor:
         """(N,) what the actor is judged by; gradients flow to the action."""
-        return self._one(self.net(cond["pooled"], action))
+        return self._one(self._values(self.net, cond, action))
 
     @torch.no_grad()
     def target_value(self, cond: Cond, action: Tensor) -> Tensor:
         """(N,) of the slow copies."""
-        return self._one(self.target(cond["pooled"], action))
+        return self._one(self._values(self.target, cond, action))
+
+    def _values(self, net: Ensemble, cond: Cond, action: Tensor) -> Tensor:
+        """(E, N)."""
+        with torch.autocast(action.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            return net(cond["pooled"], action)
 
     def _one(self, values: Tensor) -> Tensor:
         return values.amin(0) if self.settings.pessimism == "min" else values.mean(0)
 
     def loss(self, cond: Cond, action: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         """1/2 sum_e of the mean squared error over rows of weight (N,)."""
-        error = (self.net(cond["pooled"], action) - target).square().sum(0)
+        error = (self._values(self.net, cond, action) - target).square().sum(0)
         return 0.5 * weighted_sum(error, weight) / weight.sum().clamp(min=1e-12)
 
     @property
