@@ -27,6 +27,7 @@ from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlflow.flow.policy import FlowPolicy
+from rlflow.parallel import shards
 from rlflow.types import Tree
 
 ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
@@ -39,8 +40,16 @@ METHODS = frozenset(
     "relu_ select sigmoid sigmoid_ sub sub_ sum t tanh tanh_ transpose unsqueeze view".split()
 )
 """Operations that Python reaches faster under another name, with the same arguments."""
+SMALL = 10_000_000
+"""Numbers of a small network."""
 AGREE = 1e-3
 """Of the norm, by which two ways of one call may differ: a CPU gives the same bits, a GPU may add in any order."""
+
+
+def small(parameters: Sequence[Tensor]) -> bool:
+    """True where operations are so short that recording them is worth its while."""
+    whole = not any(shards.is_sharded(p) for p in parameters)
+    return whole and sum(p.numel() for p in parameters) <= SMALL
 
 
 class CannotRecordError(RuntimeError):
@@ -51,10 +60,12 @@ class Recorded:
     """`fn(*arguments)`, each a tensor or a dict of them, to nested tuples, lists and dicts of tensors without a graph.
 
     It must be pure but for the counters of `policy`, which are kept. Parameters it differentiates by are `moving`.
+    Numbers that are attributes of `owners` may change between iterations; the function is then recorded anew.
     """
 
-    def __init__(self, fn: Callable[..., Any], policy: FlowPolicy, moving: Sequence[Tensor]):
-        self.fn, self.policy, self.moving = fn, policy, list(moving)
+    def __init__(self, fn: Callable[..., Any], policy: FlowPolicy, moving: Sequence[Tensor], owners: Sequence[Any] = ()):
+        self.fn, self.policy, self.moving, self.owners = fn, policy, list(moving), (policy, policy.kernel, *owners)
+        self.numbers = self._numbers()
         self.recordings: dict[Any, _Recording] = {}
         self.why_not: str | None = None
 
@@ -75,7 +86,14 @@ class Recorded:
 
     def renew(self) -> None:
         """Before an iteration: compute again what is held."""
-        self.recordings = {key: found for key, found in self.recordings.items() if found.renew()}
+        before, self.numbers = self.numbers, self._numbers()
+        same = before == self.numbers
+        self.recordings = {key: found for key, found in self.recordings.items() if same and found.renew()}
+
+    def _numbers(self) -> list[Any]:
+        plain = (bool, int, float, str)
+        counts = ("network_rows", "graph_rows", "encoder_rows")
+        return [(n, v) for o in self.owners for n, v in vars(o).items() if isinstance(v, plain) and n not in counts]
 
     def _record(self, key: Any, arguments: tuple[Tree, ...], given: list[Tensor]) -> Any:
         before, tape = self.policy.counts, _Tape(given, self.moving)
