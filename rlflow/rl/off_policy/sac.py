@@ -104,7 +104,7 @@ class SAC:
         clone(self.policy, self.offline, self.batch_size, self.seed)
         self._renew()
         for _ in range(self.offline.updates):
-            self._learn()
+            self.step()
         self._settle()
         self.policy.weights.snapshot("ema")
 
@@ -114,7 +114,7 @@ class SAC:
         due = self.due(rollout.num_rows)
         self.seen += rollout.num_rows
         self._renew()
-        history = [self._learn() for _ in range(due)]
+        history = [self.step() for _ in range(due)]
         self._settle()
         self.policy.field.unguided.observe(rollout.flat(rollout.obs))
         self.policy.weights.blend("ema", self.ema_decay)
@@ -139,7 +139,8 @@ class SAC:
         first = 0 if self.offline is None else self.offline.updates
         return max(0, int(self.updates_per_step * (self.seen + rows - self.start)) - self.updates + first)
 
-    def _learn(self) -> dict[str, Tensor]:
+    def step(self) -> dict[str, Tensor]:
+        """One of the optimisers, whether due or not; its numbers, on the device."""
         batch, (target, actor) = self._batch(), self.noise(self.batch_size)
         rows = vars(batch)
         gradients, cond, out = self._critic(rows, target)
