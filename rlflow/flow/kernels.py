@@ -235,7 +235,9 @@ class LearnedNoise(Kernel):
         self.num_features, self.event_shape = num_features, tuple(event_shape)
         self.std_min, self.std_max, self.hold, self.final = std_min, std_max, hold, final
         self.lo = math.log(std_min)
-        self.hi = torch.zeros((), dtype=torch.float64)  # a number that is read where it stands, as what runs is recorded
+        self.hi = torch.zeros(
+            (), dtype=torch.float64
+        )  # a number that is read where it stands, as what runs is recorded
         self.set_progress(0.0)
         last = nn.Linear(width, math.prod(event_shape))
         nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)

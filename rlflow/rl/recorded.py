@@ -32,7 +32,9 @@ from rlflow.parallel import shards
 from rlflow.types import Tree
 
 ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
-BACKWARD = {getattr(torch.ops.aten, f"{name}_backward") for name in ("threshold", "silu", "tanh", "sigmoid", "softplus")}
+BACKWARD = {
+    getattr(torch.ops.aten, f"{name}_backward") for name in ("threshold", "silu", "tanh", "sigmoid", "softplus")
+}
 """Elementwise, with a place to write to."""
 FUNCTIONS = {torch.ops.aten.cat.default: torch.cat, torch.ops.aten.stack.default: torch.stack}
 FUNCTIONS |= {torch.ops.aten.where.self: torch.where}
@@ -76,7 +78,9 @@ class Recorded:
 
     on = True
 
-    def __init__(self, fn: Callable[..., Any], policy: FlowPolicy, moving: Sequence[Tensor], owners: Sequence[Any] = ()):
+    def __init__(
+        self, fn: Callable[..., Any], policy: FlowPolicy, moving: Sequence[Tensor], owners: Sequence[Any] = ()
+    ):
         self.fn, self.policy, self.moving, self.owners = fn, policy, list(moving), (policy, policy.kernel, *owners)
         self.numbers = self._numbers()
         self.recordings: dict[Any, _Recording] = {}
@@ -337,7 +341,9 @@ def _emit(operations: list[_Operation], inputs: list[int], out: Any) -> Callable
 
     for op in operations:
         name, args, kwargs = op.func.overloadpacket.__name__, filled(op.args), filled(op.kwargs)
-        if name in METHODS:  # half a microsecond less than the operation under its full name
+        if name in METHODS and isinstance(
+            args[0], fx.Node
+        ):  # half a microsecond less than the operation under its full name
             node = graph.call_method(name, args, kwargs)
         else:
             node = graph.call_function(FUNCTIONS.get(op.func, op.func), args, kwargs)

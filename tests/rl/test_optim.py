@@ -35,7 +35,9 @@ def test_a_parameter_that_nothing_reached_is_stepped_as_among_many_processes():
 def test_steps_are_those_of_torchs_adamw(dtype):
     """Its state too, in which a run of an older build was saved; parameters of two dtypes go in two groups."""
     torch.manual_seed(0)
-    mine = [torch.nn.Parameter(torch.randn(s, dtype=d)) for s, d in (((3, 2), dtype), ((4,), dtype), ((2,), torch.float32))]
+    mine = [
+        torch.nn.Parameter(torch.randn(s, dtype=d)) for s, d in (((3, 2), dtype), ((4,), dtype), ((2,), torch.float32))
+    ]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in mine]
     config = AdamW(lr=0.01, weight_decay=0.1, max_grad_norm=0.0)
     optimizer, other = Optimizer(mine, config), torch.optim.AdamW(theirs, lr=0.01, betas=config.betas, weight_decay=0.1)

@@ -228,7 +228,10 @@ class PolicyGradient:
 
     def _add_gradients(self, recorded: Recorded, batch: Batch, rows: Tensor, log: Meter) -> None:
         evidence = {n: v for n, v in vars(batch.evidence.index(rows)).items() if v is not None}
-        whole, cond = {"alive": batch.row_alive, "weight": batch.row_weight, "advantage": batch.advantage}, batch.cond(rows)
+        whole, cond = (
+            {"alive": batch.row_alive, "weight": batch.row_weight, "advantage": batch.advantage},
+            batch.cond(rows),
+        )
         weights = {name: v.index_select(0, rows) for name, v in whole.items()}
         found, told, apart = recorded(evidence, {name: cond[name] for name in cond.data}, weights, log.sums)
         for p, gradient in zip(self.optimizer.parameters, found, strict=True):

@@ -91,7 +91,9 @@ class SAC:
         settings = optimizer or AdamW(lr=3e-4, betas=(0.9, 0.999), max_grad_norm=0.0)
         self.optimizer = Deferred([p for p in policy.parameters() if p.requires_grad], settings, "algorithm.lr")
         moving = [*self.optimizer.parameters, *self.twin.moving, self.temperature.log]
-        self._critic, self._actor = (Recorded(fn, policy, moving) for fn in (self.critic_gradients, self.actor_gradients))
+        self._critic, self._actor = (
+            Recorded(fn, policy, moving) for fn in (self.critic_gradients, self.actor_gradients)
+        )
         policy.weights.snapshot("ema")
         self.iteration, self.seen, self.updates = 0, 0, 0
 
@@ -198,7 +200,9 @@ class SAC:
         per_row = per_row + self.anchor * distance
         return _mean(per_row, batch.weight), acted, distance
 
-    def critic_gradients(self, rows: dict[str, Tree], noise: Tensor) -> tuple[Sequence[Tensor], Tree, dict[str, Tensor]]:
+    def critic_gradients(
+        self, rows: dict[str, Tree], noise: Tensor
+    ) -> tuple[Sequence[Tensor], Tree, dict[str, Tensor]]:
         """(by the critics' weights, what the actor needs of the condition, numbers for the log); recorded."""
         batch, encoder_trains = Transitions(**rows), self.policy.encoder_trains
         with torch.no_grad():
