@@ -14,6 +14,7 @@ import torch
 
 from rlflow.bench.stopwatch import Times
 from rlflow.config import recipes
+from rlflow.rl.off_policy.sac import SAC
 from rlflow.train.build import make_parts
 
 Learner = Callable[[], Any]
@@ -34,8 +35,10 @@ def learner(actor: str, batch_size: int = 256, width: int = 256) -> Learner:
     own = [] if name == "flow_t" else [f"policy.field.width={width}"]  # a decoder's width is another thing
     sizes = [*own, f"algorithm.critic_width={width}", f"algorithm.batch_size={batch_size}"]
     parts = make_parts(recipes.load(f"robot_sac_{name}", [*ACTORS[actor], *sizes]))
-    parts.algorithm.update(parts.collector.collect(0))  # none is due yet
-    return parts.algorithm.step
+    sac = parts.algorithm
+    assert isinstance(sac, SAC)
+    sac.update(parts.collector.collect(0))  # none is due yet
+    return sac.step
 
 
 def bench_off_policy(
@@ -54,7 +57,7 @@ def bench_off_policy(
     times = Times()
     for turn in range(repeats + 1):
         for name, step in contenders.items():
-            times.run(name if turn else f"warm-up {name}", lambda _: [step() for _ in range(num)], turn)  # noqa: B023
+            times.run(name if turn else f"warm-up {name}", _several(step, num), turn)
     seconds = {name: times.median(name, "cpu") / num for name in contenders}
     out: dict[str, Any] = {
         "batch_size": batch_size,
@@ -67,3 +70,11 @@ def bench_off_policy(
         base = seconds[next(iter(others))]
         out["times_as_fast"] = {name: round(base / s, 2) for name, s in seconds.items()}
     return out
+
+
+def _several(step: Learner, num: int) -> Callable[[int], None]:
+    def steps(turn: int) -> None:
+        for _ in range(num):
+            step()
+
+    return steps

@@ -130,8 +130,15 @@ class Collector:
     def _sample(self, cond: Cond, plan: Plan, key: Key, ids: Tensor) -> Chain:
         if self.copies == 1 and not self.keep_path:
             return self._sampler(cond, plan, key, ids)
-        how = {"copies": self.copies, "shared_noise": self.shared_noise, "keep_path": self.keep_path > 0}
-        return self.policy.sample(cond, plan, key=key, row_ids=ids, **how)
+        return self.policy.sample(
+            cond,
+            plan,
+            key=key,
+            row_ids=ids,
+            copies=self.copies,
+            shared_noise=self.shared_noise,
+            keep_path=self.keep_path > 0,
+        )
 
     def _entry(self, obs: Tree, chains: list[Chain], step: Step, alive: Tensor, outer: int) -> dict[str, Any]:
         weight = alive * step.valid * step.reward.isfinite()

@@ -47,17 +47,17 @@ class Moments:
     def step(self, gradients: Sequence[Tensor | None], lr: float, skip: Tensor | None = None) -> None:
         """One step, of which nothing is left where `skip` (), a float on the device, is 1."""
         c, groups = self.config, dict[tuple[torch.device, torch.dtype], list[int]]()
-        for i, (p, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
-            if gradient is not None:
-                if self.state[i] is None:
-                    start = torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=p.device)
-                    self.state[i] = start
-                groups.setdefault((p.device, p.dtype), []).append(i)
+        there = {i: gradient for i, gradient in enumerate(gradients) if gradient is not None}
+        for i in there:
+            p = self.parameters[i]
+            if self.state[i] is None:
+                self.state[i] = torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=p.device)
+            groups.setdefault((p.device, p.dtype), []).append(i)
         for (device, _), group in groups.items():
-            first, second, steps = zip(*(self.state[i] for i in group), strict=True)  # type: ignore[misc]
+            first, second, steps = zip(*(state for i in group if (state := self.state[i])), strict=True)
             torch._foreach_add_(steps, 1)
             torch._fused_adamw_(
-                [self.parameters[i] for i in group], [gradients[i] for i in group], first, second, [], steps,
+                [self.parameters[i] for i in group], [there[i] for i in group], first, second, [], steps,
                 lr=lr, beta1=c.betas[0], beta2=c.betas[1], weight_decay=c.weight_decay, eps=c.eps, amsgrad=False,
                 maximize=False, grad_scale=None, found_inf=None if skip is None else skip.to(device),
             )  # fmt: skip

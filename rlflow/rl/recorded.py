@@ -31,17 +31,18 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.parallel import shards
 from rlflow.types import Tree
 
+mapped: Any = map_aggregate  # over nested tuples, lists and dicts, whatever they hold
 ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
 BACKWARD = {
     getattr(torch.ops.aten, f"{name}_backward") for name in ("threshold", "silu", "tanh", "sigmoid", "softplus")
 }
-"""Elementwise, with a place to write to."""
-FUNCTIONS = {torch.ops.aten.cat.default: torch.cat, torch.ops.aten.stack.default: torch.stack}
+"""With a place to write to."""
+FUNCTIONS: dict[Any, Any] = {torch.ops.aten.cat.default: torch.cat, torch.ops.aten.stack.default: torch.stack}
 FUNCTIONS |= {torch.ops.aten.where.self: torch.where}
-METHODS = frozenset(
-    "add add_ addmm amin baddbmm bmm clamp clamp_ div div_ exp exp_ expand gt log log_ mm mul mul_ neg neg_ pow pow_ relu "
-    "relu_ select sigmoid sigmoid_ sub sub_ sum t tanh tanh_ transpose unsqueeze view".split()
-)
+PLAIN = ("add", "clamp", "div", "exp", "log", "mul", "neg", "pow", "relu", "sigmoid", "sub", "tanh")
+PRODUCTS = ("addmm", "baddbmm", "bmm", "mm")
+SHAPES = ("amin", "expand", "gt", "select", "sum", "t", "transpose", "unsqueeze", "view")
+METHODS = frozenset([*PLAIN, *PRODUCTS, *SHAPES, *(f"{name}_" for name in PLAIN)])
 """Operations that Python reaches faster under another name, with the same arguments."""
 SMALL = 10_000_000
 """Numbers of a small network."""
@@ -174,10 +175,10 @@ class _Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs, outside = kwargs or {}, len(self.tensors)
-        noted = map_aggregate((args, kwargs), lambda v: self._slot(v) if isinstance(v, Tensor) else v)
+        noted = mapped((args, kwargs), lambda v: self._slot(v) if isinstance(v, Tensor) else v)
         self.held += range(outside, len(self.tensors))
         out = func(*args, **kwargs)
-        same = self._same(func, noted[0], out)  # type: ignore[index]
+        same = self._same(func, noted[0], out)
         if same is None:
             self._note(func, noted, out)
         else:
@@ -200,7 +201,7 @@ class _Tape(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags and not _never_drops(func, noted[0]):
             self.why_not = f"{func} draws random numbers: they have to be given"
         reads: list[int] = []
-        map_aggregate(noted, lambda v: reads.append(v.number) if isinstance(v, _Slot) else None)
+        mapped(noted, lambda v: reads.append(v.number) if isinstance(v, _Slot) else None)
         writes, value = func._schema.is_mutable, None
         if writes:
             self.written |= self._written(func, *noted)
@@ -209,7 +210,7 @@ class _Tape(TorchDispatchMode):
         elif not isinstance(out, (tuple, list)):
             value = out
         made = [self._slot(v) for v in out] if isinstance(out, (tuple, list)) else self._slot(out)
-        self.operations.append(_Operation(func, *noted, made, reads, writes, value))
+        self.operations.append(_Operation(func, noted[0], noted[1], made, reads, writes, value))
 
     def _slot(self, value: Any) -> _Slot:
         """Of a tensor; a number or None, which operations may give too, has one of its own."""
@@ -235,7 +236,7 @@ class _Tape(TorchDispatchMode):
         for place, named in enumerate(func._schema.arguments):
             if named.alias_info is not None and named.alias_info.is_write:
                 value = args[place] if place < len(args) else kwargs.get(named.name)
-                map_aggregate((value,), lambda v: found.append(v.number) if isinstance(v, _Slot) else None)
+                mapped((value,), lambda v: found.append(v.number) if isinstance(v, _Slot) else None)
         return {self._storage(slot) for slot in found}
 
     def recording(self, out: Any, counts: list[int]) -> _Recording:
@@ -245,9 +246,9 @@ class _Tape(TorchDispatchMode):
         if self.written & {self._storage(s) for s in (*self.given, *self.moving, *self.held)}:
             raise CannotRecordError("it changes a tensor that it was given")
         self._part()
-        noted = map_aggregate((out,), lambda v: self._slot(v) if isinstance(v, Tensor) else v)[0]  # type: ignore[index]
+        noted = mapped((out,), lambda v: self._slot(v) if isinstance(v, Tensor) else v)[0]
         wanted: set[int] = set()
-        map_aggregate((noted,), lambda v: wanted.add(v.number) if isinstance(v, _Slot) else None)
+        mapped((noted,), lambda v: wanted.add(v.number) if isinstance(v, _Slot) else None)
         kept = self._needed(wanted)
         once, each = ([op for op in kept if op.once is which] for which in (True, False))
         before = {s for op in once for s in op.makes} | set(self.held)
@@ -259,8 +260,8 @@ class _Tape(TorchDispatchMode):
         outside = [*self.held, *self.moving]
         first = _emit(once, outside, ([_Slot(s) for s in ready], [slot for slot, _ in burnt]))
         main = _emit(each, [*self.given, *moving, *ready], noted)
-        tensors = ([self.tensors[s] for s in slots] for slots in (outside, moving))
-        return _Recording(first, main, *tensors, [value for _, value in burnt], counts)
+        met, moves = ([self.tensors[s] for s in slots] for slots in (outside, moving))
+        return _Recording(first, main, met, moves, [value for _, value in burnt], counts)
 
     def _part(self) -> None:
         """Mark what is done but once: reads what is held, or makes a view of what moves."""
@@ -278,7 +279,7 @@ class _Tape(TorchDispatchMode):
     def _in_place(self, operations: list[_Operation], kept: list[int]) -> None:
         """Elementwise operations write to what they read where nobody reads it again: the same bits, less memory."""
         last = {self._storage(r): i for i, op in enumerate(operations) for r in op.reads}
-        last |= {self._storage(slot): len(operations) for slot in kept}
+        last |= dict.fromkeys(map(self._storage, kept), len(operations))
         became: dict[int, int] = {}  # a storage that is another now
         for i, op in enumerate(operations):
             twin = _twin(op)
@@ -337,7 +338,7 @@ def _emit(operations: list[_Operation], inputs: list[int], out: Any) -> Callable
         nodes[slot] = graph.placeholder(f"v{slot}")
 
     def filled(noted: Any) -> Any:
-        return map_aggregate(noted, lambda v: nodes[v.number] if isinstance(v, _Slot) else v)
+        return mapped(noted, lambda v: nodes[v.number] if isinstance(v, _Slot) else v)
 
     for op in operations:
         name, args, kwargs = op.func.overloadpacket.__name__, filled(op.args), filled(op.kwargs)
