@@ -291,7 +291,7 @@ class _Tape(TorchDispatchMode):
             alone = all(became.get(s, s) != here for s in map(self._storage, op.reads[1:]))
             alike = read.shape == made.shape and read.stride() == made.stride() and read.dtype == made.dtype
             if here != there and last.get(here) == i and alone and alike and made.is_contiguous():
-                op.func, op.kwargs = twin[0], op.kwargs | {name: op.args[0] for name in twin[1:]}
+                op.func, op.kwargs = twin[0], op.kwargs | dict.fromkeys(twin[1:], op.args[0])
                 became[there], last[here] = here, last.get(there, i)
 
     def _needed(self, wanted: set[int]) -> list[_Operation]:
