@@ -132,7 +132,7 @@ class Evidence:
 
     def index(self, rows: Tensor) -> Evidence:
         """The evidence of `rows` (M,)."""
-        return self.map(lambda v: v[rows])
+        return self.map(lambda v: v.index_select(0, rows))
 
     def pairs(self, rows: Tensor, columns: Tensor) -> Evidence:
         """The evidence of M (row, column) pairs, as (M, 1, ...)."""

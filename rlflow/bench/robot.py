@@ -35,6 +35,7 @@ from rlflow.rl.learners.policy_gradient import PolicyGradient
 from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.objectives.clip import Clip
 from rlflow.rl.optim import AdamW
+from rlflow.rl.recorded import unrecorded
 
 GAMMA = 0.9975  # .99 for a chunk of four
 
@@ -99,7 +100,8 @@ class ReinFlow:
 def bench_iteration(size: Size, repeats: int, threads: int = 0) -> dict[str, Any]:
     """Seconds of an iteration, its phases, and the share of its bare network passes in its CPU time."""
     real, times = ReinFlow(size, threads), Times()
-    passes = listen(real.policy.field, lambda: real(0))  # a warm-up
+    with unrecorded():
+        passes = listen(real.policy.field, lambda: real(0))  # a warm-up
     bare = Bare(real.policy.field, None, passes, torch.zeros(1, *real.collector.env.obs_spec.shape))
     bare(0)
     real.phases.seconds, real.env_steps = {}, 0

@@ -235,6 +235,9 @@ class LearnedNoise(Kernel):
         self.num_features, self.event_shape = num_features, tuple(event_shape)
         self.std_min, self.std_max, self.hold, self.final = std_min, std_max, hold, final
         self.lo = math.log(std_min)
+        self.hi = torch.zeros(
+            (), dtype=torch.float64
+        )  # a number that is read where it stands, as what runs is recorded
         self.set_progress(0.0)
         last = nn.Linear(width, math.prod(event_shape))
         nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
@@ -253,7 +256,7 @@ class LearnedNoise(Kernel):
     def set_progress(self, progress: float) -> None:
         """Move the upper bound; hold = 1 never does."""
         share = annealed(progress, self.hold, self.final)
-        self.hi = math.log(self.std_min + share * (self.std_max - self.std_min))
+        self.hi.fill_(math.log(self.std_min + share * (self.std_max - self.std_min)))
 
     def gain(self, t: Tensor, t_next: Tensor) -> Tensor:
         return t_next - t

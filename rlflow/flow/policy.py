@@ -7,7 +7,7 @@ iterates it and scoring calls it again on the stored pairs, so at unchanged weig
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -119,6 +119,17 @@ class FlowPolicy(nn.Module):
         """Forward-equivalents so far; a backward pass counts as two forwards."""
         return self.network_rows + 2 * self.graph_rows
 
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Rows evaluated, those of them with a graph, rows encoded."""
+        return self.network_rows, self.graph_rows, self.encoder_rows
+
+    def count(self, rows: Sequence[int]) -> None:
+        """Add to `counts` what was evaluated in another way than by this policy's methods."""
+        self.network_rows += rows[0]
+        self.graph_rows += rows[1]
+        self.encoder_rows += rows[2]
+
     @contextmanager
     def using(self, name: str) -> Iterator[FlowPolicy]:
         """Run with the weight set 'live', 'ref', 'old' or 'ema' in place; restored on exit."""
@@ -156,7 +167,8 @@ class FlowPolicy(nn.Module):
         if (fill := _filled_up(x, self.multiple)) is not None:
             x, t, dt, cond = x[fill], t[fill], dt[fill], cond.index(fill)
         with self._precision():
-            return asked(x, t, dt, cond)[:num].to(dtype)
+            v = asked(x, t, dt, cond).to(dtype)
+        return v if fill is None else v[:num]
 
     def _step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, cond: Cond) -> Gaussian:
         """The kernel's answer; it may hold a network too."""
@@ -164,7 +176,7 @@ class FlowPolicy(nn.Module):
         if (fill := _filled_up(x, self.multiple)) is not None:
             x, v, t, t_next, cond = x[fill], v[fill], t[fill], t_next[fill], cond.index(fill)
         dist = self.kernel(x, v, t, t_next, cond["pooled"])
-        return Gaussian(dist.mean[:num], dist.std[:num])
+        return dist if fill is None else Gaussian(dist.mean[:num], dist.std[:num])
 
     def _kernel_dt(self, t: Tensor, t_next: Tensor) -> Tensor:
         return t_next - t if self.kernel.velocity == "step" else torch.zeros_like(t)
@@ -197,6 +209,7 @@ class FlowPolicy(nn.Module):
         copies: int = 1,
         shared_noise: bool = False,
         x_0: Tensor | None = None,
+        step_noise: Tensor | None = None,
         keep_path: bool = False,
     ) -> Chain:
         """One chain for each of `copies` samples of each row of `cond`; gradients are the caller's choice.
@@ -204,12 +217,13 @@ class FlowPolicy(nn.Module):
         With `shared_noise` the copies of a row start from one x_0, and the steps before the first noisy
         one run once per row and are then repeated. Noise is a function of (key, row_ids) only. A given `x_0` is the
         state where `plan` begins; of a field that knows nothing of t = 0 it is noise, scaled to what it has there.
+        A given `step_noise` (K', N * copies, *D) is that of the steps.
         """
         plan, key = plan or self.plan(), key or Key(0, "sample")
         num = len(cond) * copies
         row_ids = torch.arange(num) if row_ids is None else row_ids.cpu()
         self._check_rows(plan, num, row_ids)
-        run = _Run(self, plan, key, row_ids, keep_path)
+        run = _Run(self, plan, key, row_ids, keep_path, step_noise)
         if x_0 is None:
             x_0 = run.noise("x_0", 0, row_ids[::copies] if shared_noise else row_ids)
         if self.field.first_time:
@@ -275,8 +289,10 @@ class FlowPolicy(nn.Module):
 class _Run:
     """The state of one `sample` call: x, solver memory, and the pairs recorded so far."""
 
-    def __init__(self, policy: FlowPolicy, plan: Plan, key: Key, row_ids: Tensor, keep_path: bool):
-        self.policy, self.plan, self.key, self.row_ids = policy, plan, key, row_ids
+    def __init__(
+        self, policy: FlowPolicy, plan: Plan, key: Key, row_ids: Tensor, keep_path: bool, step_noise: Tensor | None
+    ):
+        self.policy, self.plan, self.key, self.row_ids, self.given = policy, plan, key, row_ids, step_noise
         self.device, self.dtype = policy.device, policy.dtype  # each asks the first parameter: once per chain
         self.times = plan.t.to(self.dtype).to(self.device, non_blocking=True)  # a copy that waits for no GPU
         self.noisy = plan.noisy.to(self.device, non_blocking=True)
@@ -286,6 +302,8 @@ class _Run:
         self.path: list[tuple[Tensor, Tensor]] | None = [] if keep_path else None
 
     def noise(self, purpose: str, k: int, row_ids: Tensor) -> Tensor:
+        if self.given is not None and purpose == "step":
+            return self.given[k]
         key = self.key._replace(purpose=f"{self.key.purpose}/{purpose}", k=k)
         return noise(key, row_ids, self.policy.event_shape, self.dtype, self.device)
 

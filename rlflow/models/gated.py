@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from rlflow.flow.field import VelocityField
-from rlflow.models.mlp import MLPField, TimeFeatures, mlp
+from rlflow.models.mlp import MLPField, mlp
 from rlflow.ranges import Size
 from rlflow.types import Cond, Tree
 
@@ -39,7 +39,7 @@ class GatedField(VelocityField):
         self.args |= {"gate_width": gate_width, "running": running}
         self.candidate = MLPField(obs_dim, event_shape, width, depth, running=running)
         self.event_shape, self.num_features = self.candidate.event_shape, self.candidate.num_features
-        dim, self.time = math.prod(event_shape), TimeFeatures()
+        dim = math.prod(event_shape)
         self.gate = mlp([dim + obs_dim + 16, gate_width, dim])
         last = self.gate[-1]
         assert isinstance(last, nn.Linear)
@@ -60,5 +60,6 @@ class GatedField(VelocityField):
 
     def forward(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
         """Velocity (N, *D)."""
-        z = torch.sigmoid(self.gate(torch.cat([x.flatten(1), cond["pooled"], self.time(t)], -1))).reshape(x.shape)
-        return z * (self.candidate(x, t, dt, cond) - x)
+        inputs = self.candidate.inputs(x, t, dt, cond)
+        z = torch.sigmoid(self.gate(inputs)).reshape(x.shape)
+        return z * (self.candidate.net(inputs).reshape(x.shape) - x)

@@ -92,16 +92,17 @@ class MLPField(VelocityField):
 
     def forward(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
         """Velocity (N, *D)."""
-        return self.net(self._input(x, t, dt, cond)).reshape(x.shape)
+        return self.net(self.inputs(x, t, dt, cond)).reshape(x.shape)
 
     def with_spread(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
         """(N, D + 1); s is at least e^-5, smoothly, and begins near 1."""
         if not self.has_spread:
             return super().with_spread(x, t, dt, cond)
-        hidden = self.net[:-1](self._input(x, t, dt, cond))
+        hidden = self.net[:-1](self.inputs(x, t, dt, cond))
         raw = self.spread_head(hidden.detach())
         return torch.cat([self.net[-1](hidden), self.MIN_LOG_SPREAD + softplus(raw - self.MIN_LOG_SPREAD)], -1)
 
-    def _input(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
+    def inputs(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
+        """(N, D + F + 16 or 32): what the first layer reads."""
         times = [self.time(t), self.time(dt)] if self.uses_dt else [self.time(t)]
         return torch.cat([x.flatten(1), cond["pooled"], *times], -1)

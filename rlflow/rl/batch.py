@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -31,37 +32,12 @@ def cond_of(policy: FlowPolicy, rollout: Rollout, rows: Tensor) -> Cond:
     return policy.encode(tree_map(lambda v: v[unique], rollout.flat(rollout.obs))).index(inverse)
 
 
-class Batch:
-    """One rollout, flattened to N rows, with its advantages and (if asked for) reference means."""
+class Rows:
+    """N rows of evidence with their advantages (N, 1 or R) and weights (N,)."""
 
-    anchor: Anchor | None = None
-
-    def __init__(self, policy: FlowPolicy, rollout: Rollout):
-        assert rollout.evidence is not None
-        self.policy, self.rollout, self.evidence = policy, rollout, rollout.evidence
-        self.num_columns = self.evidence.t.shape[1]
-        self.row_alive = rollout.weight.reshape(-1)
-
-    def set_advantages(self, out: Advantages, joint: bool) -> None:
-        """Flatten advantages (T, B) or (T, B, R), of rows or of each column, and weights (T, B) to rows."""
-        self.advantage = out.advantage.reshape(len(self.row_alive), -1)
-        if self.advantage.shape[1] not in ((1,) if joint else (1, self.num_columns)):
-            raise ValueError(
-                f"advantages are of {self.advantage.shape[1]} columns, the evidence "
-                + (
-                    "is joint: give one for each row, or set likelihood.joint=false"
-                    if joint
-                    else f"has {self.num_columns}"
-                )
-            )
-        self.row_weight = out.weight.reshape(-1)
-        if out.returns is not None:
-            self.returns = out.returns.reshape(-1)
-        self.metrics = self._metrics()
-
-    def cond(self, rows: Tensor) -> Cond:
-        """Cond of rows (M,): kept from the rollout when the encoder is frozen, else encoded now."""
-        return cond_of(self.policy, self.rollout, rows)
+    def __init__(self, evidence: Evidence, row_alive: Tensor):
+        self.evidence, self.row_alive = evidence, row_alive
+        self.advantage, self.row_weight = row_alive, row_alive  # until they are known
 
     def evidence_of(self, pairs: Pairs) -> Evidence:
         """(M, R, ...) of whole rows or (M, 1, ...) of single pairs."""
@@ -88,6 +64,43 @@ class Batch:
     def alive(self, pairs: Pairs) -> Tensor:
         """(M, R) weights of every sampled pair, zero advantage or not: what the KL term averages over."""
         return self.row_alive[pairs.rows].unsqueeze(1) * self._valid(pairs)
+
+
+EVERY = Pairs(cast("Tensor", slice(None)), None)
+"""All columns of all rows, none of them copied."""
+
+
+class Batch(Rows):
+    """One rollout, flattened to N rows, with its advantages and (if asked for) reference means."""
+
+    anchor: Anchor | None = None
+
+    def __init__(self, policy: FlowPolicy, rollout: Rollout):
+        assert rollout.evidence is not None
+        super().__init__(rollout.evidence, rollout.weight.reshape(-1))
+        self.policy, self.rollout = policy, rollout
+        self.num_columns = self.evidence.t.shape[1]
+
+    def set_advantages(self, out: Advantages, joint: bool) -> None:
+        """Flatten advantages (T, B) or (T, B, R), of rows or of each column, and weights (T, B) to rows."""
+        self.advantage = out.advantage.reshape(len(self.row_alive), -1)
+        if self.advantage.shape[1] not in ((1,) if joint else (1, self.num_columns)):
+            raise ValueError(
+                f"advantages are of {self.advantage.shape[1]} columns, the evidence "
+                + (
+                    "is joint: give one for each row, or set likelihood.joint=false"
+                    if joint
+                    else f"has {self.num_columns}"
+                )
+            )
+        self.row_weight = out.weight.reshape(-1)
+        if out.returns is not None:
+            self.returns = out.returns.reshape(-1)
+        self.metrics = self._metrics()
+
+    def cond(self, rows: Tensor) -> Cond:
+        """Cond of rows (M,): kept from the rollout when the encoder is frozen, else encoded now."""
+        return cond_of(self.policy, self.rollout, rows)
 
     def denominator(self, rows: Tensor) -> Tensor:
         """Global sums (4,): pair weights, joint weights, alive pairs, alive rows."""

@@ -13,6 +13,7 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import Plan, Steps
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihoods.base import Likelihood
+from rlflow.rl.sampler import Sampler
 from rlflow.types import Chain, Cond, Evidence, Rollout, Step, Tree, tree_map, tree_stack
 
 
@@ -73,6 +74,7 @@ class Collector:
         # only rows of one group share an observation, and only while an episode has just begun
         self.copies = groups.group_size if horizon == 1 and mode == "episodes" else 1
         self.rows_per_call = max(self.copies, rows_per_call // self.copies * self.copies)
+        self._sampler = Sampler(policy)
         self.obs: Tree | None = None
 
     @torch.no_grad()
@@ -83,6 +85,7 @@ class Collector:
         alive = torch.ones(self.groups.num_rows, device=self.env.device)
         outs: list[dict[str, Any]] = []
         with self.policy.using(self.sample_with):
+            self._sampler.renew()
             for outer in range(self.horizon):
                 chains, evidence, conds = self._act(obs, iteration, outer)
                 step: Step = self.env.recv()
@@ -112,15 +115,7 @@ class Collector:
             plan: Plan = self.steps(iteration, grid, ids + outer * self.groups.total_rows)
             mine = tree_map(lambda v: v[rows][:: self.copies], obs)  # noqa: B023 - used at once
             cond = self.policy.encode(mine)
-            chain = self.policy.sample(
-                cond,
-                plan,
-                key=key,
-                row_ids=ids,
-                copies=self.copies,
-                shared_noise=self.shared_noise,
-                keep_path=self.keep_path > 0,
-            )
+            chain = self._sample(cond, plan, key, ids)
             self.env.send(self.policy.squash(chain.final), rows)
             if chain.path is not None:  # a copy: the states of earlier steps are let go
                 chain = replace(chain, path=chain.path[:, -self.keep_path - 1 :].clone())
@@ -131,6 +126,19 @@ class Collector:
                 evidence.append(self.likelihood.record(self.policy, cond, chain, key, draws))
             conds.append(cond)
         return chains, evidence, conds
+
+    def _sample(self, cond: Cond, plan: Plan, key: Key, ids: Tensor) -> Chain:
+        if self.copies == 1 and not self.keep_path:
+            return self._sampler(cond, plan, key, ids)
+        return self.policy.sample(
+            cond,
+            plan,
+            key=key,
+            row_ids=ids,
+            copies=self.copies,
+            shared_noise=self.shared_noise,
+            keep_path=self.keep_path > 0,
+        )
 
     def _entry(self, obs: Tree, chains: list[Chain], step: Step, alive: Tensor, outer: int) -> dict[str, Any]:
         weight = alive * step.valid * step.reward.isfinite()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from rlflow.parallel import dist
 from rlflow.rl.advantages import moments
 from rlflow.rl.masked import weighted_sum
 from rlflow.rl.optim import AdamW, Optimizer
+from rlflow.rl.recorded import Recorded
 from rlflow.types import Cond, Rollout, tree_map
 
 CondOf = Callable[[Tensor], Cond]
@@ -46,6 +47,7 @@ class CriticLearner:
         self.policy, self.steps = policy, steps
         self.net = Critic(policy.field.num_features, width).to(policy.device, policy.dtype)
         self.optimizer = Optimizer(list(self.net.parameters()), AdamW(lr=lr))
+        self._recorded = Recorded(self.gradients, policy, self.optimizer.parameters)
 
     @torch.no_grad()
     def values(self, rollout: Rollout, cond: CondOf, rows_per_call: int) -> tuple[Tensor, Tensor]:
@@ -64,14 +66,22 @@ class CriticLearner:
     def fit(self, cond: Cond, returns: Tensor, weight: Tensor) -> Tensor:
         """Steps towards returns (M,) at `cond`, weights (M,); gives this rank's share of the mean loss before them."""
         total = dist.all_sum(weight.sum()).clamp(min=1.0)
-        first = returns.new_zeros(())
+        first, pooled = returns.new_zeros(()), cond["pooled"]
         for step in range(self.steps):
-            self.optimizer.zero_grad()
-            loss = weighted_sum((self.net(cond) - returns).square(), weight) / total
-            first = loss.detach() if step == 0 else first
-            loss.backward()
+            gradients, loss = self._recorded(pooled, returns, weight, total)
+            first = loss if step == 0 else first
+            for p, gradient in zip(self.optimizer.parameters, gradients, strict=True):
+                p.grad = gradient
             self.optimizer.step()
         return first
+
+    def gradients(
+        self, pooled: Tensor, returns: Tensor, weight: Tensor, total: Tensor
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """(by the weights, this rank's share of the mean loss); recorded."""
+        with torch.enable_grad():
+            loss = weighted_sum((self.net(Cond({"pooled": pooled})) - returns).square(), weight) / total
+            return torch.autograd.grad(loss, self.optimizer.parameters), loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and optimiser."""

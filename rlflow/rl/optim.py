@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,13 +33,50 @@ class AdamW:
     max_bad_steps: int = 5
 
 
-class _AdamW(torch.optim.AdamW):
-    """PyTorch's, less the decorators that load its compiler, which nothing here uses: two seconds of a process."""
+class Moments:
+    """Adam's averages, and its fused step over all parameters of a device and dtype (Loshchilov and Hutter 2019).
 
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
-    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+    torch.optim's, whose state it keeps, spends as long on its lists as on the numbers of a small network.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], config: AdamW):
+        self.parameters, self.config = list(parameters), config
+        self.state: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * len(self.parameters)
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor | None], lr: float, skip: Tensor | None = None) -> None:
+        """One step, of which nothing is left where `skip` (), a float on the device, is 1."""
+        c, groups = self.config, dict[tuple[torch.device, torch.dtype], list[int]]()
+        there = {i: gradient for i, gradient in enumerate(gradients) if gradient is not None}
+        for i in there:
+            p = self.parameters[i]
+            if self.state[i] is None:
+                self.state[i] = torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=p.device)
+            groups.setdefault((p.device, p.dtype), []).append(i)
+        for (device, _), group in groups.items():
+            first, second, steps = zip(*(state for i in group if (state := self.state[i])), strict=True)
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                [self.parameters[i] for i in group], [there[i] for i in group], first, second, [], steps,
+                lr=lr, beta1=c.betas[0], beta2=c.betas[1], weight_decay=c.weight_decay, eps=c.eps, amsgrad=False,
+                maximize=False, grad_scale=None, found_inf=None if skip is None else skip.to(device),
+            )  # fmt: skip
+            if skip is not None:
+                torch._foreach_sub_(steps, [skip.to(device)] * len(steps))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """'number of the parameter/what' to a tensor; nothing of those that were never stepped."""
+        names = ("exp_avg", "exp_avg_sq", "step")
+        found = ((i, state) for i, state in enumerate(self.state) if state is not None)
+        return {f"{i}/{name}": value for i, state in found for name, value in zip(names, state, strict=True)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""
+        self.state = [None] * len(self.parameters)
+        for i, p in enumerate(self.parameters):
+            if f"{i}/step" in state:
+                first, second = (state[f"{i}/{name}"].to(p, copy=True) for name in ("exp_avg", "exp_avg_sq"))
+                self.state[i] = first, second, state[f"{i}/step"].to(p.device, torch.float32, copy=True)
 
 
 class Optimizer:
@@ -55,12 +91,8 @@ class Optimizer:
         self.config, self.parameters, self.setting = config, list(parameters), setting
         self.parts = [nn.Parameter(shards.local(p)) if shards.is_sharded(p) else p for p in self.parameters]
         """What this process steps: the parameters, or its parts of them."""
-        self.adam = self._adam()
+        self.adam = Moments(self.parts, config)
         self.steps, self.skipped, self.bad_in_a_row, self.progress = 0, 0, 0, 0.0
-
-    def _adam(self, fused: bool | None = None) -> torch.optim.AdamW:
-        c = self.config
-        return _AdamW(self.parts, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, eps=c.eps, fused=fused)
 
     def learning_rate(self) -> float:
         """Warm-up by optimiser steps times cosine by progress in [0, 1]."""
@@ -96,9 +128,7 @@ class Optimizer:
             return 0.0
         if self.config.max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(self.parts, self.config.max_grad_norm, norm)
-        for group in self.adam.param_groups:
-            group["lr"] = self.learning_rate()
-        self.adam.step()
+        self.adam.step([p.grad for p in self.parts], self.learning_rate())
         self.steps += 1
         return float(norm)
 
@@ -129,8 +159,7 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """Tensors of Adam plus counters; every process has to ask."""
         counters = {"steps": self.steps, "skipped": self.skipped, "bad_in_a_row": self.bad_in_a_row}
-        state = self.adam.state_dict()["state"]
-        moments = {f"{i}/{k}": self._whole(i, v) for i, s in state.items() for k, v in s.items()}
+        moments = {key: self._whole(int(key.partition("/")[0]), v) for key, v in self.adam.state_dict().items()}
         return {"moments": moments, "counters": counters}
 
     def _whole(self, index: int, value: Tensor) -> Tensor:
@@ -139,13 +168,10 @@ class Optimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        full = self.adam.state_dict()
-        full["state"] = {}
-        for key, value in state["moments"].items():
-            index, _, name = key.partition("/")
-            mine = shards.part(self.parameters[int(index)], value) if value.ndim else value
-            full["state"].setdefault(int(index), {})[name] = mine
-        self.adam.load_state_dict(full)
+        moments = state["moments"].items()
+        self.adam.load_state_dict(
+            {k: shards.part(self.parameters[int(k.partition("/")[0])], v) if v.ndim else v for k, v in moments}
+        )
         for name, value in state["counters"].items():
             setattr(self, name, int(value))
 
@@ -158,37 +184,31 @@ class Deferred(Optimizer):
 
     def __init__(self, parameters: Sequence[nn.Parameter], config: AdamW, setting: str = "algorithm.optimizer.lr"):
         super().__init__(parameters, config, setting)
-        self.adam = self._adam(fused=True)
-        self._total, self._row = torch.zeros(2, dtype=torch.long, device=self.parameters[0].device)
+        self._bad: list[Tensor] = []  # 1 for a step that was skipped, since the last time that anybody looked
 
-    def advance(self) -> Tensor:
-        """Clip, step; returns the gradient norm, a tensor, which nobody waits for."""
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        bad = ~norm.isfinite()
+    def advance(self, gradients: Sequence[Tensor | None] | None = None) -> Tensor:
+        """Clip, step by these gradients or the parameters' own; returns their norm, a tensor nobody waits for."""
+        gradients = [p.grad for p in self.parameters] if gradients is None else gradients
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([g for g in gradients if g is not None])))
+        bad = (norm - norm).ne_(0)
         if self.config.max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
-        for group in self.adam.param_groups:
-            group["lr"] = self.learning_rate()
-        self.adam.found_inf = bad.float()  # type: ignore[attr-defined]  # fused kernels leave everything as it was where this is 1
-        self.adam.step()
+            share = (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            gradients = [None if g is None else g * share for g in gradients]
+        self.adam.step(gradients, self.learning_rate(), bad.float())
         self.steps += 1
-        self._total += bad
-        self._row = torch.where(bad, self._row + 1, 0)
+        self._bad.append(bad)
         return norm
 
     def settle(self) -> None:
         """Read what was skipped since the last time; NonFiniteError after `max_bad_steps` in a row."""
-        self.bad_in_a_row, new = int(self._row), int(self._total)
-        self._total.zero_()
-        self.skipped += new
-        self.steps -= new
+        bad = torch.stack(self._bad).bool().tolist() if self._bad else []
+        self._bad = []
+        for one in bad:
+            self.bad_in_a_row = self.bad_in_a_row + 1 if one else 0
+        self.skipped += sum(bad)
+        self.steps -= sum(bad)
         if self.bad_in_a_row >= self.config.max_bad_steps:
             raise NonFiniteError(
                 f"{self.bad_in_a_row} optimiser steps in a row had a non-finite loss or gradient: "
                 f"lower {self.setting} or look for a reward that explodes"
             )
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
-        super().load_state_dict(state)
-        self._row.fill_(self.bad_in_a_row)

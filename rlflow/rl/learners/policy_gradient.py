@@ -11,7 +11,7 @@ summed over micro-batches and ranks first, so neither changes the gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from rlflow.flow.noise import Key, generator
 from rlflow.flow.policy import FlowPolicy
 from rlflow.rl.advantages import Advantage, moments
 from rlflow.rl.anchor import Anchor
-from rlflow.rl.batch import Batch, Meter, Pairs
+from rlflow.rl.batch import EVERY, Batch, Meter, Pairs, Rows
 from rlflow.rl.critic import CriticLearner, explained_variance
 from rlflow.rl.groups import Groups
 from rlflow.rl.learners.joint import Later, differentiate
@@ -31,7 +31,8 @@ from rlflow.rl.masked import weighted_sum
 from rlflow.rl.objectives.base import Objective
 from rlflow.rl.objectives.clip import Clip
 from rlflow.rl.optim import AdamW, Optimizer
-from rlflow.types import Evidence, Rollout
+from rlflow.rl.recorded import Recorded, small
+from rlflow.types import Cond, Evidence, Rollout
 
 
 class PolicyGradient:
@@ -75,6 +76,10 @@ class PolicyGradient:
         self.needs_reference = self.regularizers.needs_reference or self.objective.needs_reference
         self.critic_warmup, self.ema_decay, self.seed = critic_warmup, ema_decay, seed
         self.optimizer = Optimizer([p for p in policy.parameters() if p.requires_grad], optimizer or AdamW())
+        self._recorded: Recorded | None = None
+        if self.objective.fixed and not policy.encoder_trains and small(self.optimizer.parameters):
+            owners = self.objective, self.regularizers, likelihood
+            self._recorded = Recorded(self.gradients, policy, self.optimizer.parameters, owners)
         self.critic: CriticLearner | None = None
         if advantage.needs_critic:
             self.critic = CriticLearner(policy, lr=critic_lr, steps=critic_steps, width=critic_width)
@@ -90,6 +95,8 @@ class PolicyGradient:
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Improve the policy on one rollout; returns metrics."""
         batch = self._prepare(rollout)
+        if self._recorded is not None:
+            self._recorded.renew()
         log, stop = Meter(), False
         for epoch in range(self.epochs):
             for index, rows in enumerate(self._minibatches(rollout, epoch)):
@@ -194,13 +201,46 @@ class PolicyGradient:
         return self.likelihood.score(self.policy, batch.cond(pairs.rows), evidence), evidence
 
     def _backward(self, batch: Batch, pairs: Pairs, later: Later | None, log: Meter) -> None:
+        if self._recorded is not None and later is None and pairs.columns is None:
+            self._add_gradients(self._recorded, batch, pairs.rows, log)
+            return
         score, evidence = self._score(batch, pairs)
         loss = self._objective_loss(score, evidence, batch, pairs, log) if later is None else later(score)
         (loss + self.regularizers.loss(score, evidence, batch, pairs, log)).backward()
-        if self.sample_with == "live" or self.iteration == 0:  # else the samples are of other weights
-            log.first_ratio(torch.where(evidence.valid, score.log_prob.detach() - evidence.old_log_prob, 0.0))
+        self._first_ratio(_apart(score, evidence), log)
 
-    def _objective_loss(self, score: Score, evidence: Evidence, batch: Batch, pairs: Pairs, log: Meter) -> Tensor:
+    def _first_ratio(self, apart: Tensor, log: Meter) -> None:
+        if self.sample_with == "live" or self.iteration == 0:  # else the samples are of other weights
+            log.first_ratio(apart)
+
+    def gradients(
+        self, evidence: dict[str, Tensor], cond: dict[str, Tensor], weights: dict[str, Tensor], sums: Tensor
+    ) -> tuple[Sequence[Tensor], dict[str, Tensor], Tensor]:
+        """(by the weights, numbers for the log, log-ratios (M, R)) of whole rows (M,); recorded."""
+        rows, log = Rows(Evidence(**evidence), weights["alive"]), Meter()
+        rows.row_weight, rows.advantage = weights["weight"], weights["advantage"]
+        log.begin(sums, first=False)
+        score = self.likelihood.score(self.policy, Cond(cond), rows.evidence)
+        loss = self._objective_loss(score, rows.evidence, rows, EVERY, log)
+        loss = loss + self.regularizers.loss(score, rows.evidence, rows, EVERY, log)
+        found = torch.autograd.grad(loss, self.optimizer.parameters, materialize_grads=True)
+        return found, log.values, _apart(score, rows.evidence)
+
+    def _add_gradients(self, recorded: Recorded, batch: Batch, rows: Tensor, log: Meter) -> None:
+        evidence = {n: v for n, v in vars(batch.evidence.index(rows)).items() if v is not None}
+        whole, cond = (
+            {"alive": batch.row_alive, "weight": batch.row_weight, "advantage": batch.advantage},
+            batch.cond(rows),
+        )
+        weights = {name: v.index_select(0, rows) for name, v in whole.items()}
+        found, told, apart = recorded(evidence, {name: cond[name] for name in cond.data}, weights, log.sums)
+        for p, gradient in zip(self.optimizer.parameters, found, strict=True):
+            p.grad = gradient if p.grad is None else p.grad + gradient
+        for name, value in told.items():
+            log.add(name, value)
+        self._first_ratio(apart, log)
+
+    def _objective_loss(self, score: Score, evidence: Evidence, batch: Rows, pairs: Pairs, log: Meter) -> Tensor:
         """Mean of the objective's losses over its global denominator; logged."""
         joint, out = self.likelihood.joint, self.objective.loss(score, evidence, batch.advantage_of(pairs))
         weight, total = batch.pair_weight(pairs, joint), log.denominator(joint)
@@ -239,3 +279,8 @@ class PolicyGradient:
         self.objective.load_state_dict(state.get("objective", {}))
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
+
+
+def _apart(score: Score, evidence: Evidence) -> Tensor:
+    """Log-ratios (M, R), 0 where they do not count."""
+    return torch.where(evidence.valid, score.log_prob.detach() - evidence.old_log_prob, 0.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlflow.flow.gaussian import Gaussian, Reduce, reduce_events
 from rlflow.flow.policy import FlowPolicy
-from rlflow.rl.batch import Batch, Meter, Pairs
+from rlflow.rl.batch import Meter, Pairs, Rows
 from rlflow.rl.likelihoods.base import Likelihood, Score
 from rlflow.rl.masked import weighted_sum
 from rlflow.types import Evidence
@@ -58,7 +58,7 @@ class Regularizers:
         self.kl, self.norm_guard, self.entropy = kl, norm_guard, entropy
         self.needs_reference = bool(kl.beta or norm_guard)
 
-    def loss(self, score: Score, evidence: Evidence, batch: Batch, pairs: Pairs, log: Meter) -> Tensor:
+    def loss(self, score: Score, evidence: Evidence, batch: Rows, pairs: Pairs, log: Meter) -> Tensor:
         """This rank's share of each term over its global denominator; logged apart."""
         loss, alive = score.log_prob.new_zeros(()), batch.alive(pairs)
         if self.kl.beta:

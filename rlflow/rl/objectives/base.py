@@ -41,6 +41,8 @@ class Objective:
     """True where the evidence has to hold what the reference weights say."""
     whole_rows: ClassVar[bool] = False
     """True where a loss is of all columns of a row at once."""
+    fixed: ClassVar[bool] = False
+    """True where `loss` makes the same operations in every call, so that a small network's may be recorded."""
     has_critic: ClassVar[bool] = False
     """True where it trains a network of its own, `critic`, which `critic_warmup` lets learn alone."""
     critic: PathCriticLearner | None = None

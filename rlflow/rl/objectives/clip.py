@@ -78,6 +78,8 @@ class Clip(Objective):
     `low` and `high` at the last.
     """
 
+    fixed = True
+
     def __init__(
         self,
         likelihood: Likelihood,

@@ -121,8 +121,9 @@ class Replay:
 
     def at(self, index: Tensor) -> Transitions:
         """The decisions `index` (N,)."""
-        rows, slot = index % self.num_rows, index // self.num_rows
-        found: dict[str, Any] = {name: tree_map(lambda v: v[slot, rows], tree) for name, tree in self.data.items()}
+        found: dict[str, Any] = {
+            name: tree_map(lambda v: v.flatten(0, 1).index_select(0, index), tree) for name, tree in self.data.items()
+        }
         return Transitions(**found, counts=torch.ones_like(found["action"].flatten(2)[..., 0]))
 
     def state_dict(self) -> dict[str, Any]:

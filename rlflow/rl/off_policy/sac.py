@@ -11,13 +11,14 @@ of a field that forgets x_0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlflow.flow.noise import Key, generator
+from rlflow.flow.noise import generator
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import Steps
 from rlflow.parallel import dist
@@ -28,7 +29,8 @@ from rlflow.rl.off_policy.replay import Replay, Transitions
 from rlflow.rl.off_policy.temperature import Temperature
 from rlflow.rl.off_policy.twin import Twin, TwinSettings
 from rlflow.rl.optim import AdamW, Deferred
-from rlflow.types import Cond, Rollout
+from rlflow.rl.recorded import Recorded
+from rlflow.types import Cond, Rollout, Tree
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,14 @@ class SAC:
         self.actor_every, self.anchor, self.ema_decay, self.offline = actor_every, anchor, ema_decay, offline
         target = entropy_target(policy, target_entropy)
         num_inputs = policy.field.num_features + torch.Size(policy.event_shape).numel()
-        self.twin = Twin(num_inputs, twin or TwinSettings(), policy.device, policy.dtype)
+        self.twin = Twin(num_inputs, twin or TwinSettings(), policy.device, policy.dtype, policy.autocast)
         self.temperature = Temperature(target, alpha, alpha_lr, policy.device)
         settings = optimizer or AdamW(lr=3e-4, betas=(0.9, 0.999), max_grad_norm=0.0)
         self.optimizer = Deferred([p for p in policy.parameters() if p.requires_grad], settings, "algorithm.lr")
+        moving = [*self.optimizer.parameters, *self.twin.moving, self.temperature.log]
+        self._critic, self._actor = (
+            Recorded(fn, policy, moving) for fn in (self.critic_gradients, self.actor_gradients)
+        )
         policy.weights.snapshot("ema")
         self.iteration, self.seen, self.updates = 0, 0, 0
 
@@ -98,8 +104,9 @@ class SAC:
         if self.offline is None:
             return
         clone(self.policy, self.offline, self.batch_size, self.seed)
+        self._renew()
         for _ in range(self.offline.updates):
-            self._learn()
+            self.step()
         self._settle()
         self.policy.weights.snapshot("ema")
 
@@ -108,12 +115,17 @@ class SAC:
         self.replay.add(rollout, self.policy.squash(rollout.action))
         due = self.due(rollout.num_rows)
         self.seen += rollout.num_rows
-        history = [self._learn() for _ in range(due)]
+        self._renew()
+        history = [self.step() for _ in range(due)]
         self._settle()
         self.policy.field.unguided.observe(rollout.flat(rollout.obs))
         self.policy.weights.blend("ema", self.ema_decay)
         self.iteration += 1
         return _means(history) | self._counters()
+
+    def _renew(self) -> None:
+        for recorded in (self._critic, self._actor):
+            recorded.renew()
 
     def _settle(self) -> None:
         for optimizer in (self.optimizer, self.twin.optimizer, self.temperature.optimizer):
@@ -129,16 +141,22 @@ class SAC:
         first = 0 if self.offline is None else self.offline.updates
         return max(0, int(self.updates_per_step * (self.seen + rows - self.start)) - self.updates + first)
 
-    def _learn(self) -> dict[str, Tensor]:
-        batch = self._batch()
-        cond = self.policy.encode(batch.obs)
-        target = self._target(batch)
-        critic_loss = self.twin.fit(cond, batch.action, target, batch.weight)
-        out = {"critic/loss": critic_loss, "critic/target_mean": _mean(target, batch.weight)}
+    def step(self) -> dict[str, Tensor]:
+        """One of the optimisers, whether due or not; its numbers, on the device."""
+        batch, (target, actor) = self._batch(), self.noise(self.batch_size)
+        rows = vars(batch)
+        gradients, cond, out = self._critic(rows, target)
+        self.twin.step(gradients)
         if self.updates % self.actor_every == 0:
-            out |= self._actor_step(cond, batch)
+            out |= self._actor_step(rows, cond, actor)
         self.updates += 1
         return out
+
+    def noise(self, num: int) -> Tensor:
+        """Of this update, (2, K + 1, num, *D): for the target's actions and the actor's, each x_0's and the steps'."""
+        rng = generator("sac/noise", self.seed, self.updates, device=self.policy.device)
+        shape = (2, self.plan.num_steps + 1, num, *self.policy.event_shape)
+        return torch.randn(shape, generator=rng, dtype=self.policy.dtype, device=self.policy.device)
 
     def _batch(self) -> Transitions:
         rng = generator("sac/replay", self.seed, self.updates)
@@ -160,43 +178,62 @@ class SAC:
         new = self.replay.at(self.replay.draw(num - old, rng).to(self.policy.device))
         return Transitions.cat(self.offline.draw(old, rng), new)
 
-    def act(self, cond: Cond, purpose: str) -> Acted:
-        """Sample at `cond` (N) with the noise of this update and `purpose`; gradients are the caller's choice."""
-        key = Key(self.seed, f"sac/{purpose}", self.updates)
-        chain = self.policy.sample(cond, self.plan, key=key, row_ids=torch.arange(len(cond)))
+    def act(self, cond: Cond, noise: Tensor) -> Acted:
+        """Sample at `cond` (N) with noise (K + 1, N, *D); gradients are the caller's choice."""
+        chain = self.policy.sample(cond, self.plan, x_0=noise[0], step_noise=noise[1:])
         return Acted(self.policy.squash(chain.final), path_log_prob(self.policy, chain), chain.std)
 
     @torch.no_grad()
-    def _target(self, batch: Transitions) -> Tensor:
+    def target(self, batch: Transitions, noise: Tensor) -> Tensor:
         """y (N,)."""
         cond = self.policy.encode(batch.next_obs)
-        acted = self.act(cond, "target")
+        acted = self.act(cond, noise)
         value = self.twin.target_value(cond, acted.action) - self.temperature.value * acted.log_prob
         return batch.reward + torch.where(batch.discount > 0, batch.discount * value, 0.0)
 
-    def actor_loss(self, cond: Cond, batch: Transitions) -> tuple[Tensor, Acted, Tensor]:
+    def actor_loss(self, cond: Cond, batch: Transitions, noise: Tensor) -> tuple[Tensor, Acted, Tensor]:
         """(loss, what was done, squared distance to the data's actions)."""
-        acted = self.act(cond, "actor")
+        acted = self.act(cond, noise)
         each = (acted.action - batch.action).square().flatten(2).mean(2)
         distance = torch.where(batch.counts > 0, each, 0.0).sum(1) / batch.counts.sum(1)
         per_row = self.temperature.value * acted.log_prob - self.twin.value(cond, acted.action)
         per_row = per_row + self.anchor * distance
         return _mean(per_row, batch.weight), acted, distance
 
-    def _actor_step(self, cond: Cond, batch: Transitions) -> dict[str, Tensor]:
-        self.optimizer.zero_grad()
-        loss, acted, distance = self.actor_loss(cond, batch)
-        loss.backward(inputs=self.optimizer.parameters)  # of the critic, nothing but the way to the action
-        norm = self.optimizer.advance()
+    def critic_gradients(
+        self, rows: dict[str, Tree], noise: Tensor
+    ) -> tuple[Sequence[Tensor], Tree, dict[str, Tensor]]:
+        """(by the critics' weights, what the actor needs of the condition, numbers for the log); recorded."""
+        batch, encoder_trains = Transitions(**rows), self.policy.encoder_trains
+        with torch.no_grad():
+            cond = self.policy.encode(batch.obs)
+        target = self.target(batch, noise)
+        loss = self.twin.loss(cond, batch.action, target, batch.weight)
+        gradients = torch.autograd.grad(loss, self.twin.optimizer.parameters)
+        told = {"critic/loss": loss.detach(), "critic/target_mean": _mean(target, batch.weight)}
+        return gradients, {} if encoder_trains else cond.data, told
+
+    def actor_gradients(
+        self, rows: dict[str, Tree], cond: dict[str, Tensor], noise: Tensor
+    ) -> tuple[Sequence[Tensor], Tensor, dict[str, Tensor]]:
+        """(by the policy's weights, mean log p, numbers for the log); recorded. An encoder that trains runs here."""
+        batch = Transitions(**rows)
+        loss, acted, distance = self.actor_loss(Cond(cond) if cond else self.policy.encode(batch.obs), batch, noise)
+        gradients = torch.autograd.grad(loss, self.optimizer.parameters, materialize_grads=True)  # none for the critics
         log_prob = _mean(acted.log_prob.detach(), batch.weight)
-        self.temperature.fit(log_prob)
-        return {
+        told = {
             "policy/loss": loss.detach(),
             "policy/entropy": -log_prob,
             "policy/anchor": _mean(distance.detach(), batch.weight),
             "policy/std_mean": acted.std.detach().mean(),
-            "optim/grad_norm": norm,
         }
+        return gradients, log_prob, told
+
+    def _actor_step(self, rows: dict[str, Tree], cond: dict[str, Tensor], noise: Tensor) -> dict[str, Tensor]:
+        gradients, log_prob, out = self._actor(rows, cond, noise)
+        norm = self.optimizer.advance(gradients)
+        self.temperature.fit(log_prob)
+        return out | {"optim/grad_norm": norm}
 
     def _counters(self) -> dict[str, float]:
         return {

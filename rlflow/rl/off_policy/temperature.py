@@ -36,8 +36,7 @@ class Temperature:
         """One step from the mean log-probability."""
         if self.lr == 0:
             return
-        self.log.grad = -(log_prob.detach() + self.target).to(self.log)
-        self.optimizer.advance()
+        self.optimizer.advance([-(log_prob.detach() + self.target).to(self.log)])
 
     def state_dict(self) -> dict[str, Any]:
         """log alpha and its optimiser."""

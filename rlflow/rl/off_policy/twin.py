@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from typing import Any, Literal
@@ -63,14 +64,25 @@ class Ensemble(nn.Module):
         for weight, bias, gain, shift in self._hidden:
             x = torch.baddbmm(bias, x, weight)
             x = relu(x if gain is None else torch.addcmul(shift, layer_norm(x, x.shape[-1:]), gain))
-        return torch.baddbmm(b, x, w).squeeze(-1)
+        return (x * w.mT).sum(-1) + b.squeeze(-1)  # a product with one column is slow as a matrix product
 
 
 class Twin:
-    """Ensemble, target and optimiser. Features are the policy's "pooled" ones, detached."""
+    """Ensemble, target and optimiser. Features are the policy's "pooled" ones, detached.
 
-    def __init__(self, num_inputs: int, settings: TwinSettings, device: torch.device, dtype: torch.dtype):
+    `autocast` is the dtype of matrix products inside; values are in that of the weights.
+    """
+
+    def __init__(
+        self,
+        num_inputs: int,
+        settings: TwinSettings,
+        device: torch.device,
+        dtype: torch.dtype,
+        autocast: torch.dtype | None = None,
+    ):
         c = self.settings = settings
+        self.autocast = autocast
         self.net = Ensemble(num_inputs, c.num, c.width, c.depth, c.norm).to(device, dtype)
         self.target = copy.deepcopy(self.net).requires_grad_(False)
         self._slow: list[Tensor] = list(self.target.parameters())
@@ -81,29 +93,36 @@ class Twin:
 
     def value(self, cond: Cond, action: Tensor) -> Tensor:
         """(N,) what the actor is judged by; gradients flow to the action."""
-        return self._one(self.net(cond["pooled"], action))
+        return self._one(self._values(self.net, cond, action))
 
     @torch.no_grad()
     def target_value(self, cond: Cond, action: Tensor) -> Tensor:
         """(N,) of the slow copies."""
-        return self._one(self.target(cond["pooled"], action))
+        return self._one(self._values(self.target, cond, action))
+
+    def _values(self, net: Ensemble, cond: Cond, action: Tensor) -> Tensor:
+        """(E, N)."""
+        with torch.autocast(action.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            return net(cond["pooled"], action)
 
     def _one(self, values: Tensor) -> Tensor:
         return values.amin(0) if self.settings.pessimism == "min" else values.mean(0)
 
     def loss(self, cond: Cond, action: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         """1/2 sum_e of the mean squared error over rows of weight (N,)."""
-        error = (self.net(cond["pooled"], action) - target).square().sum(0)
+        error = (self._values(self.net, cond, action) - target).square().sum(0)
         return 0.5 * weighted_sum(error, weight) / weight.sum().clamp(min=1e-12)
 
-    def fit(self, cond: Cond, action: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        """One optimiser step and one of the slow copies; the loss before it, on the device."""
-        self.optimizer.zero_grad()
-        loss = self.loss(cond, action, target, weight)
-        loss.backward()
-        self.optimizer.advance()
+    @property
+    def moving(self) -> list[Tensor]:
+        """The weights and their slow copies."""
+        return [*self._live, *self._slow]
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """One optimiser step by gradients of `optimizer.parameters`, and one of the slow copies."""
+        self.optimizer.advance(gradients)
         torch._foreach_lerp_(self._slow, self._live, self.settings.tau)
-        return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, slow copies, optimiser."""

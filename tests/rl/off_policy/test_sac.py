@@ -8,7 +8,7 @@ import torch
 
 from rlflow.envs.simulators.toy import ToyReach
 from rlflow.flow.kernels import FlowSDE, LearnedNoise
-from rlflow.flow.noise import Key, noise
+from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.squash import Tanh
 from rlflow.flow.steps import All, AllButLast
@@ -50,6 +50,10 @@ def transitions(num=8, shape=(1, 2)):
     return Transitions(**{k: v.double() for k, v in rows.items()})
 
 
+def actor_step(sac, batch):
+    return sac._actor_step(vars(batch), sac.policy.encode(batch.obs).data, sac.noise(len(batch))[1])
+
+
 # -- the gradient ---------------------------------------------------------------------------------
 
 
@@ -61,7 +65,7 @@ def test_the_actors_gradient_goes_through_every_step(kind):
     cond = sac.policy.encode(batch.obs)
 
     def loss():
-        return sac.actor_loss(cond, batch)[0]
+        return sac.actor_loss(cond, batch, sac.noise(8)[1])[0]
 
     parameters = sac.optimizer.parameters
     gradients = torch.autograd.grad(loss(), parameters)
@@ -91,7 +95,7 @@ def test_the_first_step_of_the_chain_moves_the_action():
         return real(x, t, t_next, cond)
 
     sac.policy.transition = watch
-    sac.actor_loss(sac.policy.encode(batch.obs), batch)[0].backward()
+    sac.actor_loss(sac.policy.encode(batch.obs), batch, sac.noise(8)[1])[0].backward()
     assert sorted(seen) == [0.25, 0.5, 0.75]
     assert all(size > 0 for size in seen.values())
 
@@ -118,7 +122,7 @@ def test_the_gaussian_terms_give_the_velocity_no_gradient_and_log_std_minus_one(
 def test_the_critics_weights_get_no_gradient_from_the_actor():
     sac, batch = make_sac(), transitions()
     before = {k: v.clone() for k, v in sac.twin.net.state_dict().items()}
-    sac._actor_step(sac.policy.encode(batch.obs), batch)
+    actor_step(sac, batch)
     assert all(p.grad is None for p in sac.twin.net.parameters())
     assert all(torch.equal(v, sac.twin.net.state_dict()[k]) for k, v in before.items())
 
@@ -210,7 +214,7 @@ def test_the_whole_loop_brings_the_entropy_to_its_target():
     batch = transitions(64)
     found = []
     for _ in range(300):
-        found.append(float(sac._actor_step(sac.policy.encode(batch.obs), batch)["policy/entropy"]))
+        found.append(float(actor_step(sac, batch)["policy/entropy"]))
         sac.updates += 1
     assert sum(found[-50:]) / 50 == pytest.approx(-4.0, abs=0.7)
     assert 1e-6 < float(sac.temperature.value) < 10  # a wrong sign ends at exp(-30) or exp(30)
@@ -236,11 +240,12 @@ def test_the_ensemble_is_its_members_side_by_side():
 def test_the_target_is_soft_and_terminal_steps_end_it():
     sac, batch = make_sac(), transitions()
     ended = replace(batch, discount=0 * batch.discount)
-    assert torch.equal(sac._target(ended), batch.reward)
-    target = sac._target(batch)
+    noise = sac.noise(8)[0]
+    assert torch.equal(sac.target(ended, noise), batch.reward)
+    target = sac.target(batch, noise)
     with torch.no_grad():
         cond = sac.policy.encode(batch.next_obs)
-        acted = sac.act(cond, "target")
+        acted = sac.act(cond, noise)
         q = sac.twin.target(cond["pooled"], acted.action).amin(0)
     torch.testing.assert_close(target, batch.reward + 0.9 * (q - 0.2 * acted.log_prob))
 
@@ -255,7 +260,7 @@ def test_each_decisions_entropy_counts_once():
     batch, q = replace(batch, reward=torch.full((500,), 0.3).double()), torch.tensor(0.0).double()
     sac.twin.target_value = lambda cond, action: q.expand(len(action))
     for sac.updates in range(100):
-        q = sac._target(batch).mean()
+        q = sac.target(batch, sac.noise(500)[0]).mean()
     assert float(q) == pytest.approx((0.3 + 0.9 * 0.2 * highest_entropy(policy)) / 0.1, abs=0.15)
 
 
@@ -270,7 +275,7 @@ def test_masked_rows_teach_nothing():
         action, target = batch.action.clone(), batch.reward.clone()
         target[3:] = filler
         masked = replace(batch, action=action, weight=weight)
-        losses.append((sac.twin.loss(cond, action, target, weight), sac.actor_loss(cond, masked)[0]))
+        losses.append((sac.twin.loss(cond, action, target, weight), sac.actor_loss(cond, masked, sac.noise(8)[1])[0]))
     assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
 
 
@@ -282,7 +287,7 @@ def test_the_anchor_leaves_actions_alone_that_nobody_carried_out():
     cond, found = sac.policy.encode(batch.obs), []
     for filler in (0.0, 5.0):
         action = torch.where(counts[..., None] > 0, batch.action, filler)
-        found.append(sac.actor_loss(cond, replace(batch, action=action, counts=counts)))
+        found.append(sac.actor_loss(cond, replace(batch, action=action, counts=counts), sac.noise(8)[1]))
     assert torch.equal(found[0][0], found[1][0])
     _, acted, distance = found[0]
     torch.testing.assert_close(distance[0], (acted.action - batch.action)[0, 0].square().mean())
@@ -303,9 +308,8 @@ def test_masked_rows_have_no_say_in_the_temperature():
     sac, batch = make_sac(), transitions()
     weight = torch.ones(8).double()
     weight[3:] = 0
-    cond = sac.policy.encode(batch.obs)
-    acted = sac.act(cond, "actor")
-    means = sac._actor_step(cond, replace(batch, weight=weight))
+    acted = sac.act(sac.policy.encode(batch.obs), sac.noise(8)[1])
+    means = actor_step(sac, replace(batch, weight=weight))
     torch.testing.assert_close(means["policy/entropy"], -acted.log_prob[:3].mean().detach())
 
 
@@ -333,7 +337,8 @@ def test_the_slow_copies_follow_by_tau():
     twin = Twin(6, TwinSettings(width=8, tau=0.1), CPU, torch.float64)
     old = [p.clone() for p in twin.target.parameters()]
     batch = transitions()
-    twin.fit(Cond({"pooled": batch.obs}), batch.action, batch.reward, batch.weight)
+    loss = twin.loss(Cond({"pooled": batch.obs}), batch.action, batch.reward, batch.weight)
+    twin.step(torch.autograd.grad(loss, twin.optimizer.parameters))
     for before, now, live in zip(old, twin.target.parameters(), twin.net.parameters(), strict=True):
         torch.testing.assert_close(now, 0.9 * before + 0.1 * live)
 
@@ -425,7 +430,7 @@ def test_an_update_keeps_what_the_environment_took_and_moves_what_follows_the_ru
     sac.update(seen)
     assert torch.equal(sac.replay.data["action"][:4], seen.action.tanh())
     assert float(field.candidate.normalizer.moments[0, 0]) == before + seen.num_rows
-    kernel.hold, high = 0.5, kernel.hi
+    kernel.hold, high = 0.5, float(kernel.hi)
     sac.set_progress(1.0)
     assert kernel.hi < high
 
@@ -437,7 +442,7 @@ def test_every_update_has_a_batch_and_noise_of_its_own():
     cond, seen = sac.policy.encode(transitions().obs), []
     for update in range(2):
         sac.updates = update
-        seen.append((sac._batch().obs, *(sac.act(cond, name).action for name in ("actor", "target"))))
+        seen.append((sac._batch().obs, *(sac.act(cond, noise).action for noise in sac.noise(8))))
     assert not any(torch.equal(a, b) for a, b in zip(*seen, strict=True))
     assert not torch.equal(seen[0][1], seen[0][2])
 
@@ -489,12 +494,13 @@ def test_one_update_is_that_of_stable_baselines3(monkeypatch):
     done = torch.zeros(8, 1)
     samples = ReplayBufferSamples(b.obs, b.action[:, 0], b.next_obs, done, b.reward[:, None])
     monkeypatch.setattr(theirs.replay_buffer, "sample", lambda *a, **k: samples)
-    drawn = [noise(Key(0, f"sac/{w}/step"), torch.arange(8), (1, 2)) for w in ("actor", "target")]
+    target, actor = mine.noise(8)
+    drawn = [actor[1], target[1]]  # in the order that they ask for it
     monkeypatch.setattr(torch.distributions.normal, "_standard_normal", lambda *a, **k: drawn.pop(0)[:, 0])
     theirs.train(1, 8)
 
     monkeypatch.setattr(mine, "_batch", lambda: b)
-    metrics = mine._learn()
+    metrics = mine.step()
     told = theirs.logger.name_to_value
     assert float(metrics["critic/loss"]) == pytest.approx(told["train/critic_loss"], rel=1e-4)
     assert float(metrics["policy/loss"]) == pytest.approx(told["train/actor_loss"], rel=1e-3)
