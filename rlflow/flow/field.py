@@ -17,7 +17,6 @@ from torch import Tensor
 from rlflow.flow.path import expand
 from rlflow.types import Cond, Tree
 
-
 FEW_ROWS = 16
 """Rows that a matrix product on the CPU must have: kernels for fewer (up to 3 on one maker's processors, 15 on
 another's) add in another order, and sampling 96 rows but scoring 7 would give a first ratio of 1 + 1e-7 in place of

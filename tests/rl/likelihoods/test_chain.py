@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlflow.flow.field import FEW_ROWS
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.guidance import CFG
 from rlflow.flow.kernels import FlowSDE, LearnedNoise
 from rlflow.flow.noise import Key
-from rlflow.flow.field import FEW_ROWS
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Heun
 from rlflow.flow.steps import All, AllButLast, Fraction, LastN, NoSteps, OneRandom, RandomWindow, Steps, Window
