@@ -5,9 +5,11 @@ Liu et al. 2025, "Flow-GRPO: Training Flow Matching Models via Online RL" (arXiv
 from top to bottom; tests/rl/learners/test_single_file.py holds rlflow to the same gradients.
 
 Nothing of rlflow's flow mathematics, learners or trainer is used. The package lends the network with its weights
-(converted at the border, in `Backbone`), the captions and the reward.
+(converted at the border, in `Backbone`), the captions and the reward. The form of the paper's experiments, with
+guidance, a LoRA and the KL to the network without it, is `add_lora` and two settings of `Backbone`.
 
     python scripts/single_file_flow_grpo.py --iterations 20
+    python scripts/single_file_flow_grpo.py --guidance 2 --lora 8 --kl 0.04
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from rlflow.envs.captions import scenes
+from rlflow.flow.field import VelocityField
 from rlflow.models.dit import DiT
 from rlflow.models.io import embedded, load_field
 from rlflow.rewards.shapes import shapes_soft, shapes_strict
@@ -56,11 +60,50 @@ class Transition:
     log_prob: Tensor
 
 
-class Backbone:
-    """The package's network in this file's convention: its own time is 1 - sigma, its velocity data - noise."""
+class LowRank(nn.Module):
+    """y = W x + b + (alpha / r) B A x, of which A and B train (Hu et al. 2021); B begins at zero."""
 
-    def __init__(self, net: DiT, bf16: bool = True) -> None:
-        self.net, self.bf16 = net, bf16
+    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.base, self.scale, self.on = base, alpha / rank, True
+        like = {"bias": False, "dtype": base.weight.dtype}
+        self.down, self.up = nn.Linear(base.in_features, rank, **like), nn.Linear(rank, base.out_features, **like)
+        nn.init.normal_(self.down.weight, std=1 / rank)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The base alone when switched off."""
+        y = self.base(x)
+        return y + self.up(self.down(x)) * self.scale if self.on else y
+
+
+def add_lora(net: nn.Module, rank: int, alpha: float, ends: Sequence[str]) -> None:
+    """Freeze a network and put a LoRA on its linear layers whose names end so."""
+    net.requires_grad_(False)
+    for name, layer in list(net.named_modules()):
+        if isinstance(layer, nn.Linear) and any(f".{name}".endswith(f".{end}") for end in ends):
+            parent, _, own = name.rpartition(".")
+            setattr(net.get_submodule(parent), own, LowRank(layer, rank, alpha))
+
+
+class Backbone:
+    """The package's network in this file's convention: its own time is 1 - sigma, its velocity data - noise.
+
+    Guidance is v_null + w (v - v_null), both halves in one pass; with `detach` the unconditional half is a constant.
+    """
+
+    def __init__(self, net: VelocityField, bf16: bool = True, guidance: float = 1.0, detach: bool = False) -> None:
+        self.net, self.bf16, self.guidance, self.detach = net, bf16, guidance, detach
+
+    @contextmanager
+    def without_lora(self) -> Iterator[None]:
+        """The network as it was before training, if it trains a LoRA."""
+        layers = [layer for layer in self.net.modules() if isinstance(layer, LowRank)]
+        for layer in layers:
+            layer.on = False
+        yield
+        for layer in layers:
+            layer.on = True
 
     def precision(self) -> torch.autocast:
         """The network alone runs in bfloat16; everything outside is at least float32."""
@@ -69,10 +112,18 @@ class Backbone:
     def encode(self, captions: Sequence[str]) -> Cond:
         """What the network is conditioned on, for N captions; the word embeddings train."""
         with self.precision():
-            return self.net.encode(captions)
+            return self.net.encode(self.net.tokenize(list(captions)))
 
     def velocity(self, x: Tensor, sigma: float, cond: Cond) -> Tensor:
         """v = noise - data at x (N, C, H, W)."""
+        if self.guidance == 1:
+            return self._velocity(x, sigma, cond)
+        both = Cond.cat([self.net.null(cond), cond])
+        v_null, v = self._velocity(torch.cat([x, x]), sigma, both).chunk(2)
+        v_null = v_null.detach() if self.detach else v_null
+        return v_null + self.guidance * (v - v_null)
+
+    def _velocity(self, x: Tensor, sigma: float, cond: Cond) -> Tensor:
         time_of_net = x.new_full((len(x),), 1 - sigma)
         with self.precision():
             return -self.net(x, time_of_net, torch.zeros_like(time_of_net), cond).to(x.dtype)
@@ -165,7 +216,7 @@ def accumulate_gradients(
         loss = (clipped_loss(ratio, a, settings.clip) * weight).sum()
         total["loss"] += loss.item()
         if settings.kl:
-            with torch.no_grad():
+            with torch.no_grad(), reference.without_lora():
                 v_ref = reference.velocity(x, step.sigma, reference.encode(captions[rows]))
             kl = kl_to_reference(mean, sde_step(x, v_ref, *times)[0], std).sum() / num_pairs
             total["kl"] += kl.item()
@@ -188,8 +239,9 @@ class FlowGRPO:
         self, net: Backbone, reward: Callable[..., Tensor], settings: Settings, lr: float = 2e-4, seed: int = 0
     ) -> None:
         self.net, self.reward, self.settings = net, reward, settings
-        self.reference = copy.deepcopy(net) if settings.kl else net
-        self.parameters = list(net.net.parameters())
+        self.parameters = [p for p in net.net.parameters() if p.requires_grad]
+        lora = any(isinstance(layer, LowRank) for layer in net.net.modules())
+        self.reference = copy.deepcopy(net) if settings.kl and not lora else net
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -229,6 +281,8 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--group-size", type=int, default=16)
     p.add_argument("--steps", type=int, default=8, help="K, denoising steps")
     p.add_argument("--kl", type=float, default=0.0, help="beta")
+    p.add_argument("--guidance", type=float, default=1.0, help="w; 1 is none")
+    p.add_argument("--lora", type=int, default=0, help="rank; 0 trains the whole network")
     p.add_argument("--lr", type=float, default=2e-4)
     p.add_argument("--float32", action="store_true", help="no bfloat16 in the network")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -236,7 +290,12 @@ def main(argv: list[str] | None = None) -> None:
     a = p.parse_args(argv)
     torch.set_num_threads(a.threads)
     settings = Settings(num_steps=a.steps, group_size=a.group_size, kl=a.kl, std_of="epoch")
-    learner = FlowGRPO(Backbone(load_network(), bf16=not a.float32), shapes_reward, settings, a.lr, a.seed)
+    torch.manual_seed(a.seed)
+    net = load_network()
+    if a.lora:
+        add_lora(net, a.lora, 2 * a.lora, ("qkv", "attend"))
+    backbone = Backbone(net, not a.float32, a.guidance, detach=True)
+    learner = FlowGRPO(backbone, shapes_reward, settings, a.lr, a.seed)
     captions, order = scenes.train_captions(("pair",)), torch.Generator().manual_seed(a.seed)
     for iteration in range(a.iterations):
         begin = time.perf_counter()

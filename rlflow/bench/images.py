@@ -4,6 +4,9 @@ Cost is counted in forward-equivalents of one row: a forward is 1, a forward wit
 which R are scored, a row costs K + 3 R. Everything is timed interleaved in one process, so that a busy machine
 slows all alike, by the wall clock and by the CPU time of the process. Sampling, scoring and the script run passes of
 the same number of rows: a pass of few rows costs more per row, and no method shall gain by that.
+
+`bench_flow_grpo` is the row against a peer: a LoRA on a Stable Diffusion 3 of the size peers test with, beside the
+single-file script on diffusers' own network.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +32,9 @@ from rlflow.flow.field import VelocityField
 from rlflow.flow.steps import Plan
 from rlflow.models.dit import DiT
 from rlflow.models.io import embedded, save_field
+from rlflow.models.pretrained.pipeline import pretrained
+from rlflow.models.pretrained.tiny import POOLED, TEXT_WIDTH, make_tiny
+from rlflow.models.pretrained.tiny_parts import moved
 from rlflow.registry import build
 from rlflow.train.build import PRECISION, make_parts
 from rlflow.types import Tree, tree_map
@@ -112,10 +118,55 @@ class Setting:
         )
 
 
+@dataclass(frozen=True)
+class PeerSetting:
+    """Flow-GRPO with a LoRA of rank 32 on the network in `folder`; `guided`: with guidance and the KL to the base."""
+
+    folder: str
+    guided: bool = True
+    images: int = 8
+    group_size: int = 4
+    num_steps: int = 10
+    micro_batch: int = 8
+    guidance: ClassVar[float] = 4.5
+    kl: ClassVar[float] = 0.04
+
+    def config(self, method: Method) -> Config:
+        """Of the same iteration by `rlflow train`; the unconditional half is a constant, as in the peer's release."""
+        field = {"name": "pretrained", "checkpoint": self.folder, "lora": 32, "max_sequence_length": 128}
+        policy: dict[str, Any] = {"field": field, "num_steps": self.num_steps, "precision": "float32"}
+        if self.guided:
+            policy |= {"guidance": {"name": "cfg", "scale": self.guidance, "detach": True}}
+        groups = {"num_groups": self.images // self.group_size, "group_size": self.group_size}
+        return parse(
+            {
+                "policy": policy,
+                "steps": method.steps,
+                "algorithm": {"micro_batch": self.micro_batch, "kl": {"beta": self.kl if self.guided else 0.0}},
+                "env": groups | {"rows_per_call": self.images},
+                "reward": {"weights": {"brightness": 1.0}},
+                "train": {"iterations": 1},
+            }
+        )
+
+    def peer(self) -> tuple[Any, VelocityField]:
+        """The script's learner on diffusers' own network with its own LoRA, and the field that it calls."""
+        from diffusers import SD3Transformer2DModel
+
+        script, field = _load(SCRIPT), pretrained(self.folder, max_sequence_length=128)
+        net = SD3Transformer2DModel.from_pretrained(self.folder, subfolder="transformer").eval()
+        script.add_lora(net, 32, 64, field.adapter.modules)
+        field.adapter.pipe.transformer = field.transformer = net
+        backbone = script.Backbone(field, False, self.guidance if self.guided else 1.0, detach=True)
+        kl, size = self.kl if self.guided else 0.0, self.group_size
+        settings = script.Settings(num_steps=self.num_steps, group_size=size, kl=kl, rows=self.micro_batch)
+        return script.FlowGRPO(backbone, lambda images, _: images.mean((1, 2, 3)), settings), field
+
+
 class Real:
     """Iterations through the collector and the learner, as in training."""
 
-    def __init__(self, setting: Setting, method: Method) -> None:
+    def __init__(self, setting: Setting | PeerSetting, method: Method) -> None:
         self.parts = make_parts(setting.config(method))
         self.precision = PRECISION[setting.config(method).policy.precision]
         self.first_log_ratio = 0.0
@@ -198,6 +249,42 @@ def _load(path: Path) -> Any:
 
 
 # -- the benchmark ------------------------------------------------------------------------------------------------
+
+
+def bench_flow_grpo(
+    guided: bool = True, repeats: int = 3, images: int = 8, num_steps: int = 10, micro_batch: int = 8
+) -> dict[str, float]:
+    """CPU seconds (medians) of an iteration of ours, of the single-file script's, and of the passes of each run bare.
+
+    Interleaved; needs a checkout, where the script is. `ratio` is ours over the peer's.
+    """
+    times, only = Times(), methods(window=4)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        setting = PeerSetting(make_peers_size(folder), guided, images, images // 2, num_steps, micro_batch)
+        ours, (peer, field) = Real(setting, only), setting.peer()
+        captions, obs = scenes.train_captions()[:2], field.tokenize(scenes.train_captions()[:1])
+        bare = ours.bare(0)
+        peer_bare = Bare(field, None, listen(field, lambda: peer.iterate(captions)), obs)
+        runs = {"ours": ours, "peer": lambda _: peer.iterate(captions), "bare": bare, "peer_bare": peer_bare}
+        for _ in range(repeats):
+            for name, fn in runs.items():
+                times.run(name, fn, 1)
+    out = {f"{name}_cpu_s": times.median(name, "cpu") for name in runs}
+    ratio = times.ratio("ours", "peer", statistics.median, "cpu")
+    return out | {"ratio": ratio, "first_log_ratio_max": ours.first_log_ratio}
+
+
+def make_peers_size(folder: str) -> str:
+    """A random Stable Diffusion 3 of width 128, 6 blocks, 256 tokens of a picture and 205 of its text."""
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    make_tiny("sd3", folder)
+    width = {"num_layers": 6, "attention_head_dim": 32, "num_attention_heads": 4, "caption_projection_dim": 128}
+    sizes = {"sample_size": 32, "patch_size": 2, "in_channels": 4, "out_channels": 4, "pos_embed_max_size": 32}
+    text = {"joint_attention_dim": TEXT_WIDTH, "pooled_projection_dim": 2 * POOLED, "qk_norm": "rms_norm"}
+    moved(SD3Transformer2DModel(**width, **sizes, **text), 0.02).save_pretrained(f"{folder}/transformer")
+    return folder
 
 
 @contextmanager

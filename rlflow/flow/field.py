@@ -7,6 +7,7 @@ step (MeanFlow, Shortcut); a field that only knows the instantaneous one ignores
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from torch import Tensor
 
 from rlflow.flow.path import expand
 from rlflow.types import Cond, Tree
+
+FEW_ROWS = 16
+"""Rows that a matrix product on the CPU must have: kernels for fewer (up to 3 on one maker's processors, 15 on
+another's) add in another order, and sampling 96 rows but scoring 7 would give a first ratio of 1 + 1e-7 in place of
+exactly 1."""
+FEW_TOKENS = 4
+"""Rows of a pass of a network of tokens: its matrix products have as many rows for each, and layers.Linear fills up
+the few that do not."""
 
 
 class VelocityField(nn.Module):
@@ -38,6 +47,8 @@ class VelocityField(nn.Module):
     """True when `with_spread` tells how far data lie from where a step leads."""
     forgets_start: bool = False
     """True when the first step does not depend on x_0 (a Gaussian actor): its density is no part of the action's."""
+    min_rows: int = FEW_ROWS
+    """Rows that a pass on the CPU is filled up to."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass, where the network supports it."""
     calls: int = 1
@@ -60,6 +71,10 @@ class VelocityField(nn.Module):
     def tokenize(self, captions: list[str]) -> Tree:
         """Text to the tensors `encode` takes; only text-conditional fields have it."""
         raise NotImplementedError(f"{type(self).__name__} takes no text")
+
+    def without_idle(self) -> AbstractContextManager[None]:
+        """Inside, for passes without gradient under the weights in place: what adds nothing is not computed."""
+        return nullcontext()
 
     def settle(self) -> None:
         """Every text of the run has been tokenised: do what is done once for all of them."""
@@ -132,7 +147,7 @@ class Around(VelocityField):
         self.field, self.num_features = field, field.num_features
         self.uses_dt, self.has_instantaneous = field.uses_dt, field.has_instantaneous
         self.calls, self.graph_calls = field.calls, field.graph_calls
-        self.ragged, self.distilled = field.ragged, field.distilled
+        self.ragged, self.distilled, self.min_rows = field.ragged, field.distilled, field.min_rows
         self.first_time, self.frames = field.first_time, field.frames
 
     @property
@@ -157,6 +172,10 @@ class Around(VelocityField):
     def tokenize(self, captions: list[str]) -> Tree:
         """As the inner field."""
         return self.field.tokenize(captions)
+
+    def without_idle(self) -> AbstractContextManager[None]:
+        """As the inner field."""
+        return self.field.without_idle()
 
     def settle(self) -> None:
         """As the inner field."""

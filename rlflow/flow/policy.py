@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rlflow.flow.field import VelocityField
+from rlflow.flow.field import FEW_ROWS, VelocityField
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.grid import NEAR, TimeGrid, Uniform
 from rlflow.flow.kernels import Kernel
@@ -27,18 +27,13 @@ from rlflow.flow.steps import Plan, Steps, deterministic
 from rlflow.flow.weights import WeightSets
 from rlflow.types import Chain, Cond, Tree, num_rows, tree_leaves, tree_map
 
-CPU_ROWS = 16
-"""Rows of a network pass on the CPU are filled up to a multiple of this: matrix kernels for a few rows (up to 3 on one
-maker's processors, 15 on another's) add in another order, and sampling 96 rows but scoring 7 would give a first ratio
-of 1 + 1e-7 in place of exactly 1."""
 
-
-def _filled_up(x: Tensor, multiple: int) -> Tensor | None:
-    """Row numbers that repeat the last row up to a multiple of this; None where nothing is to be done."""
+def _filled_up(x: Tensor, least: int) -> Tensor | None:
+    """Row numbers that repeat the last row until there are `least`; None where nothing is to be done."""
     num = len(x)
-    if x.device.type != "cpu" or num % multiple == 0:
+    if x.device.type != "cpu" or num >= least or not num:
         return None
-    return torch.arange(num + -num % multiple).clamp(max=num - 1)
+    return torch.arange(least).clamp(max=num - 1)
 
 
 class FlowPolicy(nn.Module):
@@ -66,7 +61,7 @@ class FlowPolicy(nn.Module):
         self.autocast, self.storage_dtype = autocast, storage_dtype
         self.network_rows, self.graph_rows = 0, 0  # rows evaluated; those of them with a graph
         self.encoder_rows = 0
-        self.multiple = CPU_ROWS  # a pass on the CPU is filled up to; a trace of what a GPU would do sets 1
+        self.min_rows = FEW_ROWS  # a pass on the CPU is filled up to; a trace of what a GPU would do sets 1
         self._check_velocity()
         self.weights = WeightSets(self)
         self.eval()
@@ -141,7 +136,7 @@ class FlowPolicy(nn.Module):
     def encode(self, obs: Tree) -> Cond:
         """Raw observations (N, ...) to a Cond (N)."""
         obs, num = tree_map(lambda v: v.to(self.device), obs), num_rows(obs)
-        if (fill := _filled_up(tree_leaves(obs)[0], self.multiple)) is not None:
+        if (fill := _filled_up(tree_leaves(obs)[0], self.min_rows)) is not None:
             obs = tree_map(lambda v: v[fill], obs)
         with self._precision():
             cond = self.field.encode(obs)
@@ -164,7 +159,7 @@ class FlowPolicy(nn.Module):
         self.network_rows += len(x) * field.calls
         self.graph_rows += len(x) * field.graph_calls * torch.is_grad_enabled()
         num, dtype = len(x), x.dtype
-        if (fill := _filled_up(x, self.multiple)) is not None:
+        if (fill := _filled_up(x, min(self.min_rows, field.min_rows))) is not None:
             x, t, dt, cond = x[fill], t[fill], dt[fill], cond.index(fill)
         with self._precision():
             v = asked(x, t, dt, cond).to(dtype)
@@ -173,7 +168,7 @@ class FlowPolicy(nn.Module):
     def _step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, cond: Cond) -> Gaussian:
         """The kernel's answer; it may hold a network too."""
         num = len(x)
-        if (fill := _filled_up(x, self.multiple)) is not None:
+        if (fill := _filled_up(x, self.min_rows)) is not None:
             x, v, t, t_next, cond = x[fill], v[fill], t[fill], t_next[fill], cond.index(fill)
         dist = self.kernel(x, v, t, t_next, cond["pooled"])
         return dist if fill is None else Gaussian(dist.mean[:num], dist.std[:num])

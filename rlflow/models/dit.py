@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rlflow.flow.field import VelocityField
+from rlflow.flow.field import FEW_TOKENS, VelocityField
 from rlflow.flow.path import at_least_float, expand
+from rlflow.models.layers import Linear
 from rlflow.ranges import Natural, Size
 from rlflow.types import Cond
 
@@ -36,6 +37,8 @@ MIN_REMAINING = 0.05
 
 class DiT(VelocityField):
     """Velocity of images (N, channels, size, size) in [-1, 1] given a caption of at most `context` tokens."""
+
+    min_rows = FEW_TOKENS
 
     def __init__(
         self,
@@ -71,13 +74,13 @@ class DiT(VelocityField):
         self.word = nn.Embedding(len(vocab) + NULL + 1, width)
         self.word_position = nn.Parameter(torch.randn(context, width) * 0.3)
         self.position = nn.Parameter(sincos_2d(width, self.grid))
-        self.patch_in = nn.Linear(channels * patch * patch, width)
-        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.pool = nn.Linear(width, width)
-        self.modulation = nn.Linear(width, 6 * width)
+        self.patch_in = Linear(channels * patch * patch, width)
+        self.time = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
+        self.pool = Linear(width, width)
+        self.modulation = Linear(width, 6 * width)
         self.blocks = nn.ModuleList(Block(width, heads, self.grid) for _ in range(depth))
-        self.modulation_out = nn.Linear(width, 2 * width)
-        self.patch_out = nn.Linear(width, channels * patch * patch)
+        self.modulation_out = Linear(width, 2 * width)
+        self.patch_out = Linear(width, channels * patch * patch)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -169,11 +172,11 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, grid: int) -> None:
         super().__init__()
         self.heads, self.grid = heads, grid
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.norm_q, self.norm_k = nn.LayerNorm(width // heads), nn.LayerNorm(width // heads)
-        self.attend = nn.Linear(width, width)
+        self.attend = Linear(width, width)
         self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.up, self.down = Linear(width, 4 * width), Linear(4 * width, width)
         self.modulation = nn.Parameter(torch.zeros(6, width))
 
     def forward(self, h: Tensor, modulation: Tensor) -> Tensor:

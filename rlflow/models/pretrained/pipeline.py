@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from rlflow import registry
-from rlflow.flow.field import VelocityField
-from rlflow.models import norms
+from rlflow.flow.field import FEW_TOKENS, VelocityField
+from rlflow.models import layers
 from rlflow.models.io import HERE
 from rlflow.models.pretrained import lora as lora_files
 from rlflow.models.pretrained.adapter import Adapter
@@ -71,7 +72,10 @@ class PretrainedField(VelocityField):
         super().__init__()
         self.adapter, self.args = adapter, args
         self.transformer: nn.Module = adapter.network  # a UNet too: parameters of checkpoints are named so
-        norms.fuse(self.transformer)
+        layers.fuse(self.transformer)
+        if adapter.component == "transformer":
+            layers.fill_up(self.transformer)
+            self.min_rows = FEW_TOKENS
         self.max_sequence_length = max_sequence_length or adapter.max_sequence_length
         self.release_encoders = release_encoders
         self.num_features, self.ragged = adapter.pooled_width, adapter.ragged
@@ -141,6 +145,10 @@ class PretrainedField(VelocityField):
         dtype = self.weight_dtype
         text = {n: v.to(dtype) if v.is_floating_point() else v for n, v in self.table(cond["prompt"]).items()}
         return -self.adapter.predict(self.adapter.as_read(x), 1 - t, text)
+
+    def without_idle(self) -> AbstractContextManager[None]:
+        """The base alone while its LoRA is as it began."""
+        return lora_files.without_idle(self.transformer)
 
     def lengths(self, v: Tensor) -> Tensor:
         """Where the pipeline's guidance keeps them."""

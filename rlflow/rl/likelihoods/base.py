@@ -82,16 +82,20 @@ class Likelihood:
     def with_reference(
         self, policy: FlowPolicy, cond_of: Callable[[Tensor], Cond], evidence: Evidence, micro_batch: int
     ) -> Evidence:
-        """Fill ref_mean, ref_std: one pass of the 'ref' weights over the scored pairs.
+        """Fill ref_mean, ref_std: one look of the 'ref' weights at every scored pair, `micro_batch` of them in a pass.
 
         `cond_of(rows)` encodes rows (M,), under the reference weights.
         """
         n, r = evidence.t.shape
+        pairs = torch.cartesian_prod(*(torch.arange(size, device=evidence.t.device) for size in (n, r)))
         parts = []
-        with policy.using("ref"):
-            for rows in torch.arange(n, device=evidence.t.device).split(max(1, micro_batch // r)):
-                parts.append(self.score(policy, cond_of(rows), evidence.index(rows)).dist)
-        mean, std = torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
+        with policy.using("ref"), policy.field.without_idle():
+            for part in pairs.split(micro_batch):
+                rows, columns = part.unbind(1)
+                parts.append(self.score(policy, cond_of(rows), evidence.pairs(rows, columns)).dist)
+        mean, std = (
+            torch.cat([getattr(p, name)[:, 0] for p in parts]).unflatten(0, (n, r)) for name in ("mean", "std")
+        )
         return replace(evidence, ref_mean=mean, ref_std=std)
 
 

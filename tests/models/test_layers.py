@@ -6,7 +6,7 @@ import torch.nn as nn
 from diffusers.models import normalization
 
 from rlflow.cost.trace import as_on_gpu
-from rlflow.models import norms
+from rlflow.models import layers
 from rlflow.models.pretrained.lora import _OutsideAutocast
 from rlflow.models.pretrained.pipeline import pretrained
 
@@ -24,7 +24,7 @@ def pair(kind: str) -> tuple[nn.Module, nn.Module]:
     was, fused = nn.Sequential(KINDS[kind]()), nn.Sequential(KINDS[kind]())
     for parameter in was.parameters():
         nn.init.normal_(parameter)
-    norms.fuse(fused)
+    layers.fuse(fused)
     fused.load_state_dict(was.state_dict())
     assert type(fused[0]) is not type(was[0])
     return was, fused
@@ -76,7 +76,7 @@ def test_a_small_step_of_a_float32_weight_is_not_lost_in_bfloat16(kind):
     outs = []
     for value in (1.0, 1.001):
         fused = nn.Sequential(KINDS[kind]())
-        norms.fuse(fused)
+        layers.fuse(fused)
         nn.init.constant_(fused[0].weight, value)
         with torch.autocast("cpu", torch.bfloat16):
             outs.append(fused(x))
@@ -91,7 +91,7 @@ def test_a_small_step_of_a_float32_weight_is_not_lost_in_bfloat16(kind):
 def test_a_norm_of_another_kind_stays(norm):
     """With a bias, or over two axes."""
     net, kind = nn.Sequential(norm), type(norm)
-    norms.fuse(net)
+    layers.fuse(net)
     assert type(net[0]) is kind
 
 

@@ -1,8 +1,11 @@
-"""The norms of a pretrained network: one kernel each, in the precision of what they are given.
+"""Layers of networks of tokens: norms as one kernel each, and linear layers that round alike for any number of rows.
 
 Under autocast a GPU's layer_norm takes and returns float32, so all that follows up to the next matrix product moves
 twice the bytes, and the RMSNorm of diffusers is six kernels that keep float32 copies for the backward pass. The kernels
 here add in float32 as well and round once; float32 weights stay so.
+
+Matrix kernels of a CPU for a few rows add in another order. A product over tokens has rows enough; those of the time
+and the pooled text, one a sample, are filled up alone, which costs nothing, where whole passes filled up cost double.
 """
 
 from __future__ import annotations
@@ -12,10 +15,31 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlflow.flow.field import FEW_ROWS
+
 
 def _precision(x: Tensor, weight: Tensor | None) -> torch.dtype:
     """The wider of the two: next to 1 a weight's small steps would be lost in bfloat16."""
     return x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose result for a row does not depend, on a CPU, on how many rows there are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        if x.device.type != "cpu" or x.numel() >= FEW_ROWS * x.shape[-1] or not x.numel():
+            return super().forward(x)
+        flat = x.flatten(0, -2)
+        filled = torch.cat([flat, flat[-1:].expand(FEW_ROWS - len(flat), -1)])
+        return super().forward(filled)[: len(flat)].view(*x.shape[:-1], -1)
+
+
+def fill_up(network: nn.Module) -> None:
+    """Change the class of plain linear layers in `network`."""
+    for module in network.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
 
 
 class LayerNorm(nn.LayerNorm):
