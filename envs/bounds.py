@@ -16,6 +16,7 @@ class Bounds:
         if not bool((low <= high).all()):  # nan too
             raise ValueError(f"action bounds need low <= high, got {low.tolist()} and {high.tolist()}")
         self.low, self.high = low, high
+        self._unit = bool((low == -1).all() and (high == 1).all())
         bounded = low.isfinite() & high.isfinite()
         self._limit = torch.where(bounded, 1.0, torch.inf)
         self._half = torch.where(bounded, (high - low) / 2, 1.0)
@@ -23,6 +24,8 @@ class Bounds:
 
     def __call__(self, action: Tensor) -> Tensor:
         """Actions as the simulator takes them."""
+        if self._unit:
+            return action.clamp(-1.0, 1.0)
         stretched = action.clamp(-self._limit, self._limit) * self._half + self._centre
         return stretched.clamp(self.low, self.high)  # one bound alone, and what rounding put beyond two
 

@@ -9,10 +9,11 @@ and the learner discounts the next value by gamma^h. A row that ends in mid-chun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,6 +79,35 @@ class Sim:
         """Inverse of `state_dict`."""
 
 
+Rows = Any
+"""One number for each of B rows: (B,), an array on the CPU, a tensor elsewhere."""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What rows are counted with."""
+
+    array: Callable[[Tensor], Rows]
+    tensor: Callable[[Rows], Tensor]
+    floats: Callable[[Rows], Tensor]  # float32, and a copy on the CPU
+    where: Callable[..., Rows]
+    fmax: Callable[[Rows, Rows], Rows]
+    some: Callable[[Rows], Rows | None]  # a mask; None where it is known to have no row
+
+
+ON_CPU = Arithmetic(
+    Tensor.numpy,
+    torch.from_numpy,
+    lambda rows: torch.from_numpy(rows.astype(np.float32)),
+    np.where,
+    np.fmax,
+    lambda mask: mask if np.count_nonzero(mask) else None,
+)
+"""NumPy's: a small operation costs a third of PyTorch's."""
+ON_DEVICE = Arithmetic(lambda v: v, lambda v: v, Tensor.float, torch.where, torch.fmax, lambda mask: mask)
+"""Nothing is asked of the device, since the answer would be waited for."""
+
+
 class SimEnv(VecEnv):
     """A Sim with action chunks, time limit, automatic reset and episode statistics.
 
@@ -106,61 +136,93 @@ class SimEnv(VecEnv):
         self.exact_resume, self.step_seconds, self.tasks = sim.exact_resume, sim.step_seconds, sim.tasks
         self.bounds, self._looked = Bounds(sim.low, sim.high), False
         self._action = torch.zeros(self.num_envs, *self.action_shape, device=self.device)
-        self._nan = torch.full((), torch.nan, device=self.device)
-        self.first, self.episode, self.elapsed = torch.zeros(3, self.num_envs, dtype=torch.long, device=self.device)
-        self.returns = torch.zeros(self.num_envs, device=self.device)
-        self.success = torch.full_like(self.returns, torch.nan)
+        self._math = ON_CPU if self.device.type == "cpu" else ON_DEVICE
+        zeros, array = torch.zeros(self.num_envs, device=self.device), self._math.array
+        self.first, self.episode, self.elapsed = (array(zeros.long()) for _ in range(3))
+        self.returns, self._nan, self._nobody = array(zeros), array(zeros * torch.nan), array(zeros.bool())
+        self.success = self._nan
 
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
         """Episode 0 of `seeds` (B,) in the rows of `mask`; observations (B, ...)."""
-        seeds = seeds.to(self.device)
-        mask = torch.ones_like(seeds, dtype=torch.bool) if mask is None else mask.to(self.device)
-        self.first = torch.where(mask, seeds, self.first)
-        self.episode = torch.where(mask, 0, self.episode)
-        return self._begin(mask)
+        seeds, where = self._math.array(seeds.to(self.device)), self._math.where
+        begin = ~self._nobody if mask is None else self._math.array(mask.to(self.device))
+        self.first = where(begin, seeds, self.first)
+        self.episode = where(begin, 0, self.episode)
+        return self._begin(begin)
 
-    def _begin(self, mask: Tensor) -> Tree:
+    def _begin(self, mask: Rows) -> Tree:
         """Start the current episode of the rows of `mask`."""
-        self.elapsed = torch.where(mask, 0, self.elapsed)
-        self.returns = torch.where(mask, 0.0, self.returns)
-        self.success = torch.where(mask, torch.nan, self.success)
-        return tree_map(torch.clone, self.sim.reset(episode_seeds(self.first, self.episode), mask))
+        where, tensor = self._math.where, self._math.tensor
+        self.elapsed = where(mask, 0, self.elapsed)
+        self.returns = where(mask, 0.0, self.returns)
+        self.success = where(mask, self._nan, self.success)
+        seeds = episode_seeds(self.first, self.episode)
+        return tree_map(torch.clone, self.sim.reset(tensor(seeds), tensor(mask)))
 
     def send(self, action: Tensor, rows: slice) -> None:
         """Keep the chunks (rows, H, *A)."""
-        self._action[rows] = action.detach().to(self._action)
+        self._action[rows].copy_(action.detach())
 
     def recv(self) -> Step:
         """Carry out the chunks sent."""
-        action = self.bounds(self._action)
-        before, reward = self.elapsed, torch.zeros_like(self.returns)
-        terminated = truncated = ended = torch.zeros_like(self.first, dtype=torch.bool)
+        math, before = self._math, self.elapsed
+        reward: Rows = 0.0
+        terminated = truncated = self._nobody
+        ended: Rows | None = None
         reached: Tree = None
         info: dict[str, Tensor] = {}
-        for i in range(self.chunk):
-            out = self.sim.advance(action[:, i])
+        for i, action in enumerate(self.bounds(self._action).unbind(1)):
+            out = self.sim.advance(action)
             if not self._looked:
                 self._look(out)
             if self.watch is not None:
                 self.watch()
-            live = ~ended if out.executed is None else out.executed & ~ended
-            gain = torch.where(live, out.reward, 0.0)
-            reward = reward + self.gamma**i * gain
+            live = self._live(out, ended)
+            gain = math.array(out.reward) if live is None else math.where(live, math.array(out.reward), 0.0)
+            reward = reward + (self.gamma**i * gain if i else gain)
             self._count(live, gain, out.info)
-            late = self.elapsed >= self.sim.horizon
-            terminated = terminated | (live & out.terminated)
-            truncated = truncated | (live & (late if out.truncated is None else late | out.truncated))
-            # copied, for it may be a buffer that the simulator's next call overwrites
-            reached = tree_map(torch.clone, out.obs) if i == 0 else tree_where(live, out.obs, reached)
-            info = dict(out.info) if i == 0 else tree_where(live, out.info, info)
-            ended = terminated | truncated
-        num_steps = self.elapsed - before
+            done, late = math.array(out.terminated), self._late(out)
+            terminated = terminated | (done if live is None else live & done)
+            truncated = truncated | (late if live is None else live & late)
+            if live is None or i == 0:  # copied, for it may be a buffer that the simulator's next call overwrites
+                reached, info = tree_map(torch.clone, out.obs), dict(out.info)
+            else:
+                reached, info = (tree_where(math.tensor(live), *pair) for pair in ((out.obs, reached), (out.info, info)))
+            ended = math.some(terminated | truncated)
+        return self._step(before, reward, terminated, truncated, ended, reached, info)
+
+    def _live(self, out: Outcome, ended: Rows | None) -> Rows | None:
+        """(B,) rows that carried the action out; None where all did."""
+        if out.executed is None:
+            return None if ended is None else ~ended
+        executed = self._math.array(out.executed)
+        return executed if ended is None else executed & ~ended
+
+    def _late(self, out: Outcome) -> Rows:
+        """(B,) rows that are cut off, by time or by the simulator."""
+        late = self.elapsed >= self.sim.horizon
+        return late if out.truncated is None else late | self._math.array(out.truncated)
+
+    def _step(
+        self,
+        before: Rows,
+        reward: Rows,
+        terminated: Rows,
+        truncated: Rows,
+        ended: Rows | None,
+        reached: Tree,
+        info: dict[str, Tensor],
+    ) -> Step:
+        """What a chunk came to, and the next episode of the rows of `ended`."""
+        tensor, num_steps = self._math.tensor, self.elapsed - before
         info |= self._statistics(ended, info)
-        self.episode = self.episode + ended
-        nothing_ended = self.device.type == "cpu" and not bool(ended.any())  # elsewhere the answer would be waited for
-        obs = reached if nothing_ended else self._begin(ended)
-        cut = truncated & ~terminated
-        return Step(obs, reward.float(), terminated, cut, reached, num_steps > 0, info, num_steps=num_steps)
+        obs = reached
+        if ended is not None:
+            self.episode = self.episode + ended
+            obs = self._begin(ended)
+        flags = tensor(terminated), tensor(truncated & ~terminated)
+        valid, num_steps = tensor(num_steps > 0), tensor(num_steps)
+        return Step(obs, self._math.floats(reward), *flags, reached, valid, info, num_steps=num_steps)
 
     def _look(self, out: Outcome) -> None:
         """ValueError where the simulator's first answer has shapes or dtypes that would broadcast in silence."""
@@ -181,31 +243,33 @@ class SimEnv(VecEnv):
         """A picture (H, W, 3) uint8 of one row as it stands, the first state of the next episode after an end."""
         return self.sim.render(row, size)
 
-    def _count(self, live: Tensor, gain: Tensor, info: dict[str, Tensor]) -> None:
+    def _count(self, live: Rows | None, gain: Rows, info: dict[str, Tensor]) -> None:
         """One primitive step of the rows of `live` in the books."""
-        self.elapsed = self.elapsed + live
+        self.elapsed = self.elapsed + (1 if live is None else live)
         self.returns = self.returns + gain
         if "success" in info:
-            best = torch.fmax(self.success, info["success"])  # nan: not told at this step
-            self.success = torch.where(live, best, self.success)
+            best = self._math.fmax(self.success, self._math.array(info["success"]))  # nan: not told at this step
+            self.success = best if live is None else self._math.where(live, best, self.success)
 
-    def _statistics(self, ended: Tensor, info: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _statistics(self, ended: Rows | None, info: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of the episodes that have just ended; nan elsewhere."""
-        found = {"episode_return": self.returns.float(), "episode_length": self.elapsed.float()}
+        where, floats, nan = self._math.where, self._math.floats, self._nan
+        found = {"episode_return": self.returns, "episode_length": self.elapsed}
         if "success" in info:
             found["success"] = self.success
-        return {name: torch.where(ended, value, self._nan) for name, value in found.items()}
+        return {name: floats(nan if ended is None else where(ended, value, nan)) for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the simulator's state; {} when that cannot be saved (`exact_resume` is False then)."""
         if not self.exact_resume:
             return {}
-        return {name: getattr(self, name).clone() for name in self.COUNTERS} | {"sim": self.sim.state_dict()}
+        kept = {name: self._math.tensor(getattr(self, name)).clone() for name in self.COUNTERS}
+        return kept | {"sim": self.sim.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
         if not state:
             return
         for name in self.COUNTERS:
-            setattr(self, name, state[name].to(self.device, copy=True))
+            setattr(self, name, self._math.array(state[name].to(self.device, copy=True)))
         self.sim.load_state_dict(state["sim"])
