@@ -9,31 +9,34 @@ and the learner discounts the next value by gamma^h. A row that ends in mid-chun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from rlflow.envs.arithmetic import ON_CPU, ON_DEVICE, Rows, as_tensors, copied
 from rlflow.envs.base import VecEnv
 from rlflow.envs.bounds import Bounds
 from rlflow.envs.contract import check_columns, check_observation
 from rlflow.envs.seeds import episode_seeds
-from rlflow.types import Step, Tree, tree_map, tree_where
+from rlflow.types import Step, Tree, tree_where
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a simulator answers to one primitive action per row; all tensors lead with B."""
+    """What a simulator answers to one primitive action per row: tensors, or on the CPU arrays, that lead with B.
 
-    obs: Tree  # as reached, before any reset; may be a buffer that the next call overwrites
-    reward: Tensor  # (B,) float
-    terminated: Tensor  # (B,) bool
-    truncated: Tensor | None = None  # (B,) bool, cut off by the simulator itself; time limits are SimEnv's
-    executed: Tensor | None = None  # (B,) bool, False where the action was not carried out; None = all were
-    info: dict[str, Tensor] = field(default_factory=dict)  # (B,) floats; "success" is kept over the episode
+    They may be buffers that the next call overwrites.
+    """
+
+    obs: Tree  # as reached, before any reset
+    reward: Rows  # float
+    terminated: Rows  # bool
+    truncated: Rows | None = None  # bool, cut off by the simulator itself; time limits are SimEnv's
+    executed: Rows | None = None  # bool, False where the action was not carried out; None = all were
+    info: dict[str, Rows] = field(default_factory=dict)  # floats; "success" is kept over the episode
 
 
 class Sim:
@@ -51,6 +54,8 @@ class Sim:
     max_chunk: int | None = None
     """Longest chunk it can take part in; 1 when an ended row starts anew by itself."""
     device: torch.device = torch.device("cpu")
+    arrays: bool = False
+    """True where `advance` is to be given an array, which costs less: simulators on the CPU alone."""
     step_seconds: float = 0.04
     """Of a primitive step, by which films are timed."""
     tasks: Sequence[str] = ()
@@ -63,8 +68,8 @@ class Sim:
         """Start the rows of `mask` (B,) from seeds (B,); observations of all rows (B, ...)."""
         raise NotImplementedError
 
-    def advance(self, action: Tensor) -> Outcome:
-        """One primitive action (B, *A) per row, inside the bounds."""
+    def advance(self, action: Any) -> Outcome:
+        """One primitive action (B, *A) per row, inside the bounds: a tensor, unless `arrays`."""
         raise NotImplementedError
 
     def render(self, row: int, size: tuple[int, int]) -> Tensor:
@@ -79,35 +84,6 @@ class Sim:
         """Inverse of `state_dict`."""
 
 
-Rows = Any
-"""One number for each of B rows: (B,), an array on the CPU, a tensor elsewhere."""
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """What rows are counted with."""
-
-    array: Callable[[Tensor], Rows]
-    tensor: Callable[[Rows], Tensor]
-    floats: Callable[[Rows], Tensor]  # float32, and a copy on the CPU
-    where: Callable[..., Rows]
-    fmax: Callable[[Rows, Rows], Rows]
-    some: Callable[[Rows], Rows | None]  # a mask; None where it is known to have no row
-
-
-ON_CPU = Arithmetic(
-    Tensor.numpy,
-    torch.from_numpy,
-    lambda rows: torch.from_numpy(rows.astype(np.float32)),
-    np.where,
-    np.fmax,
-    lambda mask: mask if np.count_nonzero(mask) else None,
-)
-"""NumPy's: a small operation costs a third of PyTorch's."""
-ON_DEVICE = Arithmetic(lambda v: v, lambda v: v, Tensor.float, torch.where, torch.fmax, lambda mask: mask)
-"""Nothing is asked of the device, since the answer would be waited for."""
-
-
 class SimEnv(VecEnv):
     """A Sim with action chunks, time limit, automatic reset and episode statistics.
 
@@ -118,6 +94,7 @@ class SimEnv(VecEnv):
     told it in the whole episode. Other columns of the simulator are those of the last primitive step carried out.
     """
 
+    STATISTICS = ("episode_return", "episode_length")
     COUNTERS = ("first", "episode", "elapsed", "returns", "success")
 
     def __init__(self, sim: Sim, chunk: int = 1, gamma: float = 0.99):
@@ -135,12 +112,16 @@ class SimEnv(VecEnv):
         self.horizon = -(-sim.horizon // chunk)
         self.exact_resume, self.step_seconds, self.tasks = sim.exact_resume, sim.step_seconds, sim.tasks
         self.bounds, self._looked = Bounds(sim.low, sim.high), False
-        self._action = torch.zeros(self.num_envs, *self.action_shape, device=self.device)
         self._math = ON_CPU if self.device.type == "cpu" else ON_DEVICE
-        zeros, array = torch.zeros(self.num_envs, device=self.device), self._math.array
+        array, zeros = self._math.array, torch.zeros(self.num_envs, device=self.device)
+        self._action = array(torch.zeros(self.num_envs, *self.action_shape, device=self.device))
+        self._offer = as_tensors if self._math is ON_CPU and not sim.arrays else (lambda action: action)
         self.first, self.episode, self.elapsed = (array(zeros.long()) for _ in range(3))
         self.returns, self._nan, self._nobody = array(zeros), array(zeros * torch.nan), array(zeros.bool())
         self.success = self._nan
+        # of a step in which nothing ended and everyone played; nobody writes to what a Step holds
+        self._never, self._always, self._blank = zeros.bool(), ~zeros.bool(), zeros * torch.nan
+        self._whole = torch.full_like(self._never, chunk, dtype=torch.long)
 
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
         """Episode 0 of `seeds` (B,) in the rows of `mask`; observations (B, ...)."""
@@ -157,39 +138,44 @@ class SimEnv(VecEnv):
         self.returns = where(mask, 0.0, self.returns)
         self.success = where(mask, self._nan, self.success)
         seeds = episode_seeds(self.first, self.episode)
-        return tree_map(torch.clone, self.sim.reset(tensor(seeds), tensor(mask)))
+        return copied(self.sim.reset(tensor(seeds), tensor(mask)))
 
     def send(self, action: Tensor, rows: slice) -> None:
         """Keep the chunks (rows, H, *A)."""
-        self._action[rows].copy_(action.detach())
+        self._action[rows] = self._math.action(action, self._action)
 
     def recv(self) -> Step:
         """Carry out the chunks sent."""
-        math, before = self._math, self.elapsed
+        math, before, chunk = self._math, self.elapsed, self.bounds(self._action)
         reward: Rows = 0.0
         terminated = truncated = self._nobody
-        ended: Rows | None = None
+        live: Rows | None = None  # everyone
+        ended: Rows | None = None  # nobody
         reached: Tree = None
         info: dict[str, Tensor] = {}
-        for i, action in enumerate(self.bounds(self._action).unbind(1)):
-            out = self.sim.advance(action)
+        for i in range(self.chunk):
+            out = self.sim.advance(self._offer(chunk[:, i]))
             if not self._looked:
                 self._look(out)
             if self.watch is not None:
                 self.watch()
             live = self._live(out, ended)
-            gain = math.array(out.reward) if live is None else math.where(live, math.array(out.reward), 0.0)
+            gain = self._count(live, out)
             reward = reward + (self.gamma**i * gain if i else gain)
-            self._count(live, gain, out.info)
             done, late = math.array(out.terminated), self._late(out)
-            terminated = terminated | (done if live is None else live & done)
-            truncated = truncated | (late if live is None else live & late)
-            if live is None or i == 0:  # copied, for it may be a buffer that the simulator's next call overwrites
-                reached, info = tree_map(torch.clone, out.obs), dict(out.info)
-            else:
-                reached, info = (tree_where(math.tensor(live), *pair) for pair in ((out.obs, reached), (out.info, info)))
-            ended = math.some(terminated | truncated)
-        return self._step(before, reward, terminated, truncated, ended, reached, info)
+            if live is not None:
+                done, late = live & done, live & late
+            if math.some(done | late) is not None:
+                terminated, truncated = terminated | done, truncated | late
+                ended = terminated | truncated
+            seen = copied(out.obs), copied(out.info)
+            if live is not None and i:
+                mask = math.tensor(live)
+                seen = tree_where(mask, seen[0], reached), tree_where(mask, seen[1], info)
+            reached, info = seen
+        num_steps = self._whole if live is None else math.tensor(self.elapsed - before)
+        step = self._quiet(reached, math.floats(reward), info, num_steps)
+        return step if ended is None else self._ended(step, terminated, truncated, ended)
 
     def _live(self, out: Outcome, ended: Rows | None) -> Rows | None:
         """(B,) rows that carried the action out; None where all did."""
@@ -198,34 +184,43 @@ class SimEnv(VecEnv):
         executed = self._math.array(out.executed)
         return executed if ended is None else executed & ~ended
 
+    def _count(self, live: Rows | None, out: Outcome) -> Rows:
+        """(B,) rewards of a primitive step of the rows of `live`, which enters the books."""
+        math = self._math
+        gain = math.array(out.reward)
+        if live is not None:
+            gain = math.where(live, gain, 0.0)
+        self.elapsed, self.returns = self.elapsed + (1 if live is None else live), self.returns + gain
+        if "success" in out.info:
+            best = math.fmax(self.success, math.array(out.info["success"]))  # nan: not told at this step
+            self.success = best if live is None else math.where(live, best, self.success)
+        return gain
+
     def _late(self, out: Outcome) -> Rows:
         """(B,) rows that are cut off, by time or by the simulator."""
         late = self.elapsed >= self.sim.horizon
         return late if out.truncated is None else late | self._math.array(out.truncated)
 
-    def _step(
-        self,
-        before: Rows,
-        reward: Rows,
-        terminated: Rows,
-        truncated: Rows,
-        ended: Rows | None,
-        reached: Tree,
-        info: dict[str, Tensor],
-    ) -> Step:
-        """What a chunk came to, and the next episode of the rows of `ended`."""
-        tensor, num_steps = self._math.tensor, self.elapsed - before
-        info |= self._statistics(ended, info)
-        obs = reached
-        if ended is not None:
-            self.episode = self.episode + ended
-            obs = self._begin(ended)
-        flags = tensor(terminated), tensor(truncated & ~terminated)
-        valid, num_steps = tensor(num_steps > 0), tensor(num_steps)
-        return Step(obs, self._math.floats(reward), *flags, reached, valid, info, num_steps=num_steps)
+    def _quiet(self, reached: Tree, reward: Tensor, info: dict[str, Tensor], num_steps: Tensor) -> Step:
+        """A step in which no episode ended."""
+        names = [*self.STATISTICS, "success"] if "success" in info else self.STATISTICS
+        info = info | dict.fromkeys(names, self._blank)
+        valid = self._always if num_steps is self._whole else num_steps > 0
+        return Step(reached, reward, self._never, self._never, reached, valid, info, num_steps=num_steps)
+
+    def _ended(self, step: Step, terminated: Rows, truncated: Rows, ended: Rows) -> Step:
+        """The step in which episodes of the rows of `ended` did; they begin anew."""
+        math = self._math
+        told = {"episode_return": self.returns, "episode_length": self.elapsed, "success": self.success}
+        told = {name: math.floats(math.where(ended, told[name], self._nan)) for name in told if name in step.info}
+        flags = math.tensor(terminated), math.tensor(truncated & ~terminated)
+        self.episode = self.episode + ended
+        obs = self._begin(ended)
+        return Step(obs, step.reward, *flags, step.final_obs, step.valid, step.info | told, num_steps=step.num_steps)
 
     def _look(self, out: Outcome) -> None:
         """ValueError where the simulator's first answer has shapes or dtypes that would broadcast in silence."""
+        out = Outcome(**{name: as_tensors(part) for name, part in vars(out).items()})
         where, num = f"{type(self.sim).__name__}.advance", self.num_envs
         check_observation(f"{where}: obs", num, out.obs, self.obs_spec)
         check_columns(where, num, "float", {"reward": out.reward})
@@ -242,22 +237,6 @@ class SimEnv(VecEnv):
     def render(self, row: int, size: tuple[int, int] = (192, 192)) -> Tensor:
         """A picture (H, W, 3) uint8 of one row as it stands, the first state of the next episode after an end."""
         return self.sim.render(row, size)
-
-    def _count(self, live: Rows | None, gain: Rows, info: dict[str, Tensor]) -> None:
-        """One primitive step of the rows of `live` in the books."""
-        self.elapsed = self.elapsed + (1 if live is None else live)
-        self.returns = self.returns + gain
-        if "success" in info:
-            best = self._math.fmax(self.success, self._math.array(info["success"]))  # nan: not told at this step
-            self.success = best if live is None else self._math.where(live, best, self.success)
-
-    def _statistics(self, ended: Rows | None, info: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of the episodes that have just ended; nan elsewhere."""
-        where, floats, nan = self._math.where, self._math.floats, self._nan
-        found = {"episode_return": self.returns, "episode_length": self.elapsed}
-        if "success" in info:
-            found["success"] = self.success
-        return {name: floats(nan if ended is None else where(ended, value, nan)) for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the simulator's state; {} when that cannot be saved (`exact_resume` is False then)."""
