@@ -20,7 +20,6 @@ from rlflow.envs.contract import BadRows, check_observation, check_step, finite_
 from rlflow.envs.wrappers import Wrapper
 from rlflow.types import Step, Tree, tree_map
 
-
 NUMPY_READS = (torch.float32, torch.float64)
 
 

@@ -1,7 +1,6 @@
 """SimEnv by hand: a counter that pays its own number shows what is counted, discounted, kept and begun anew."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
