@@ -119,6 +119,7 @@ class SimEnv(VecEnv):
         self.first, self.episode, self.elapsed = (array(zeros.long()) for _ in range(3))
         self.returns, self._nan, self._nobody = array(zeros), array(zeros * torch.nan), array(zeros.bool())
         self.success = self._nan
+        self._resting: Rows | None = None
         # of a step in which nothing ended and everyone played; nobody writes to what a Step holds
         self._never, self._always, self._blank = zeros.bool(), ~zeros.bool(), zeros * torch.nan
         self._whole = torch.full_like(self._never, chunk, dtype=torch.long)
@@ -129,6 +130,8 @@ class SimEnv(VecEnv):
         begin = ~self._nobody if mask is None else self._math.array(mask.to(self.device))
         self.first = where(begin, seeds, self.first)
         self.episode = where(begin, 0, self.episode)
+        if self._resting is not None:
+            self._resting = self._math.some(self._resting & ~begin)
         return self._begin(begin)
 
     def _begin(self, mask: Rows) -> Tree:
@@ -149,8 +152,8 @@ class SimEnv(VecEnv):
         math, before, chunk = self._math, self.elapsed, self.bounds(self._action)
         reward: Rows = 0.0
         terminated = truncated = self._nobody
-        live: Rows | None = None  # everyone
         ended: Rows | None = None  # nobody
+        whole = True
         reached: Tree = None
         info: dict[str, Tensor] = {}
         for i in range(self.chunk):
@@ -159,7 +162,8 @@ class SimEnv(VecEnv):
                 self._look(out)
             if self.watch is not None:
                 self.watch()
-            live = self._live(out, ended)
+            live = self._live(out, self._resting, ended)
+            whole = whole and live is None
             gain = self._count(live, out)
             reward = reward + (self.gamma**i * gain if i else gain)
             done, late = math.array(out.terminated), self._late(out)
@@ -173,16 +177,17 @@ class SimEnv(VecEnv):
                 mask = math.tensor(live)
                 seen = tree_where(mask, seen[0], reached), tree_where(mask, seen[1], info)
             reached, info = seen
-        num_steps = self._whole if live is None else math.tensor(self.elapsed - before)
+        num_steps = self._whole if whole else math.tensor(self.elapsed - before)
         step = self._quiet(reached, math.floats(reward), info, num_steps)
         return step if ended is None else self._ended(step, terminated, truncated, ended)
 
-    def _live(self, out: Outcome, ended: Rows | None) -> Rows | None:
-        """(B,) rows that carried the action out; None where all did."""
-        if out.executed is None:
-            return None if ended is None else ~ended
-        executed = self._math.array(out.executed)
-        return executed if ended is None else executed & ~ended
+    def _live(self, out: Outcome, *idle: Rows | None) -> Rows | None:
+        """(B,) rows that carried the action out, none of those of `idle`; None where all did."""
+        live = None if out.executed is None else self._math.array(out.executed)
+        for rows in idle:
+            if rows is not None:
+                live = ~rows if live is None else live & ~rows
+        return live
 
     def _count(self, live: Rows | None, out: Outcome) -> Rows:
         """(B,) rewards of a primitive step of the rows of `live`, which enters the books."""
@@ -214,8 +219,12 @@ class SimEnv(VecEnv):
         told = {"episode_return": self.returns, "episode_length": self.elapsed, "success": self.success}
         told = {name: math.floats(math.where(ended, told[name], self._nan)) for name in told if name in step.info}
         flags = math.tensor(terminated), math.tensor(truncated & ~terminated)
-        self.episode = self.episode + ended
-        obs = self._begin(ended)
+        obs = step.obs
+        if self.once and self.sim.max_chunk is None:
+            self._resting = ended if self._resting is None else self._resting | ended
+        else:
+            self.episode = self.episode + ended
+            obs = self._begin(ended)
         return Step(obs, step.reward, *flags, step.final_obs, step.valid, step.info | told, num_steps=step.num_steps)
 
     def _look(self, out: Outcome) -> None:

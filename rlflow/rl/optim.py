@@ -33,6 +33,24 @@ class AdamW:
     max_bad_steps: int = 5
 
 
+def _bare(method: Any) -> Any:
+    """A method of torch.optim without the switches for torch.compile around it, whose import takes a CPU second."""
+    return getattr(method, "__wrapped__", method)
+
+
+class EagerAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW, which is never compiled here."""
+
+    add_param_group = _bare(torch.optim.Optimizer.add_param_group)
+    state_dict = _bare(torch.optim.Optimizer.state_dict)
+    load_state_dict = _bare(torch.optim.Optimizer.load_state_dict)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """As torch.optim.AdamW."""
+        return _bare(torch.optim.Adam.step)(self, closure)
+
+
 class Optimizer:
     """Steps `parameters` from gradients summed over ranks; skips, counts and finally refuses bad ones.
 
@@ -50,9 +68,7 @@ class Optimizer:
 
     def _adam(self, fused: bool | None = None) -> torch.optim.AdamW:
         c = self.config
-        return torch.optim.AdamW(
-            self.parts, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, eps=c.eps, fused=fused
-        )
+        return EagerAdamW(self.parts, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, eps=c.eps, fused=fused)
 
     def learning_rate(self) -> float:
         """Warm-up by optimiser steps times cosine by progress in [0, 1]."""

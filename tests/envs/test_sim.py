@@ -145,6 +145,29 @@ class TestActions:
         assert env.sim.seen[0].tolist() == [[7.0, 7.0]] * 3
 
 
+class TestOnce:
+    """Rows that nobody looks at after their end rest as they ended; until then nothing differs."""
+
+    @pytest.mark.parametrize("chunk", [1, 2, 4])
+    def test_rows_rest_after_their_first_end(self, chunk):
+        actions, plays = torch.zeros(8 // chunk, 3, chunk, 2), []
+        for once in (False, True):
+            env = made(chunk)
+            env.once = once
+            plays.append([env.step(action) for action in actions])
+        alive = torch.ones(3, dtype=torch.bool)
+        for one, two in zip(*plays, strict=True):
+            pairs = zip(*map(tree_leaves, ({**vars(s), "obs": s.reached} for s in (one, two))), strict=True)
+            assert all(torch.equal(a[alive].nan_to_num(-1), b[alive].nan_to_num(-1)) for a, b in pairs)
+            assert not (two.valid | two.ended)[~alive].any()
+            assert (two.num_steps[~alive] == 0).all()
+            alive = alive & ~one.ended
+        assert not alive.any()
+        assert len(env.sim.asked) == 1, "nothing began anew"
+        assert env.reset(torch.arange(3)).flatten().tolist() == [0, 100, 200]
+        assert env.step(actions[0]).valid.all()
+
+
 class TestArrays:
     """A simulator may answer with arrays, be given them, and use its buffers again."""
 
