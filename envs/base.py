@@ -34,6 +34,8 @@ class VecEnv:
     """Called after every primitive step, in mid-chunk too; of a chunk's calls a row's first `num_steps` are its."""
     step_seconds: float = 0.04
     """Of a primitive step, by which films are timed."""
+    once: bool = False
+    """True where nobody looks at a row after its end until the next reset: it may rest then, not valid, as it ended."""
 
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
         """Start an episode per row from its seed (B,) (rows with mask False keep theirs); observations (B, ...)."""

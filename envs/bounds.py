@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,15 +19,28 @@ class Bounds:
         if not bool((low <= high).all()):  # nan too
             raise ValueError(f"action bounds need low <= high, got {low.tolist()} and {high.tolist()}")
         self.low, self.high = low, high
+        self._unit = bool((low == -1).all() and (high == 1).all())
         bounded = low.isfinite() & high.isfinite()
         self._limit = torch.where(bounded, 1.0, torch.inf)
         self._half = torch.where(bounded, (high - low) / 2, 1.0)
         self._centre = torch.where(bounded, (high + low) / 2, 0.0)
+        numbers = self._limit, self._half, self._centre, low, high
+        self._arrays = [v.cpu().numpy() for v in (-self._limit, *numbers)]
 
-    def __call__(self, action: Tensor) -> Tensor:
-        """Actions as the simulator takes them."""
-        stretched = action.clamp(-self._limit, self._limit) * self._half + self._centre
-        return stretched.clamp(self.low, self.high)  # one bound alone, and what rounding put beyond two
+    def __call__(self, action: Any) -> Any:
+        """Actions, a tensor or an array, as the simulator takes them."""
+        if isinstance(action, np.ndarray):
+            return self._of_array(action, *self._arrays)
+        inside = action.clamp(-self._limit, self._limit)
+        if self._unit:
+            return inside
+        # one bound alone, and what rounding put beyond two
+        return (inside * self._half + self._centre).clamp(self.low, self.high)
+
+    def _of_array(self, action: Any, least: Any, most: Any, half: Any, centre: Any, low: Any, high: Any) -> Any:
+        """The same; np.clip takes thrice the time for a row."""
+        inside = np.minimum(np.maximum(action, least), most)
+        return inside if self._unit else np.minimum(np.maximum(inside * half + centre, low), high)
 
     def inverse(self, action: Tensor) -> Tensor:
         """What a policy has to do (..., *A) for the simulator to take `action`."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rlflow.envs.captions import geneval, scenes, signs, words
 from rlflow.envs.prompt_files import READERS, read_rows
+from rlflow.envs.prompt_rows import FileRows, Row, check_row
 from rlflow.flow.noise import generator
 
 log = logging.getLogger(__name__)
@@ -27,19 +30,19 @@ FEWEST = 10  # distinct prompts of a file that is split
 class Prompts:
     """A table of prompts; duplicates are fine, since groups are told apart by number and not by text."""
 
-    rows: tuple[dict[str, Any], ...]
-    places: tuple[str, ...] = ()
+    rows: Sequence[Row]
+    places: Sequence[str] = ()
     """Where each row was read, FILE:LINE; empty for an embedded world."""
 
     def __post_init__(self) -> None:
         if not self.rows:
             raise ValueError("the prompt table is empty")
+        if isinstance(self.rows, FileRows):
+            _ = self.rows.keys  # every row was looked at
+            return
         names = set(self.rows[0])
         for i, row in enumerate(self.rows):
-            if set(row) != names or not isinstance(row.get("prompt"), str):
-                raise ValueError(
-                    f'{self.place(i)} has columns {sorted(row)}: every row needs "prompt" (text) and the same columns'
-                )
+            check_row(row, names, self.place(i))
 
     def place(self, row: int) -> str:
         """What to call a row in a message."""
@@ -47,14 +50,16 @@ class Prompts:
 
     def check(self, tokenize: Callable[[list[str]], Any]) -> None:
         """Tokenise every prompt once; ValueError names the first that the model cannot read, and why."""
-        first = {row["prompt"]: i for i, row in reversed(list(enumerate(self.rows)))}
-        texts = list(first)
-        for part in (texts[i : i + 1024] for i in range(0, len(texts), 1024)):
+        rows = self.rows
+        keys = rows.keys if isinstance(rows, FileRows) else np.array([hash(row["prompt"]) for row in rows])
+        backwards, first = (np.unique(k, return_index=True)[1] for k in (keys[::-1], keys))
+        distinct = len(rows) - 1 - np.sort(backwards)
+        for part in (distinct[i : i + 1024].tolist() for i in range(0, len(distinct), 1024)):
             try:
-                tokenize(part)
+                tokenize([rows[i]["prompt"] for i in part])
             except ValueError:
-                for text in sorted(part, key=first.__getitem__):
-                    self._check_one(tokenize, text, first[text])
+                for i in np.sort(first[np.isin(keys[first], keys[part])]).tolist():
+                    self._check_one(tokenize, rows[i]["prompt"], i)
                 raise
 
     def _check_one(self, tokenize: Callable[[list[str]], Any], text: str, row: int) -> None:
@@ -73,14 +78,20 @@ class Prompts:
 
     def index(self, serial: Sequence[int], seed: int) -> list[int]:
         """Row of each serial number: every epoch is a fresh permutation, so nothing repeats before all were seen."""
-        n, orders = len(self), {}
-        for epoch in {s // n for s in serial}:
-            orders[epoch] = torch.randperm(n, generator=generator("prompts", seed, epoch)).tolist()
-        return [orders[s // n][s % n] for s in serial]
+        n = len(self)
+        return [int(_order(n, seed, s // n)[s % n]) for s in serial]
 
     def take(self, index: Sequence[int]) -> dict[str, list[Any]]:
         """Columns of the rows `index`."""
-        return {name: [self.rows[i][name] for i in index] for name in self.columns}
+        rows = [self.rows[i] for i in index]
+        return {name: [row[name] for row in rows] for name in self.columns}
+
+
+@lru_cache(maxsize=2)
+def _order(num: int, seed: int, epoch: int) -> NDArray[Any]:
+    """A permutation of `num` rows."""
+    order = torch.randperm(num, generator=generator("prompts", seed, epoch)).numpy()
+    return order.astype(np.int32) if num < 2**31 else order
 
 
 def _equal_shares(pools: Sequence[Sequence[T]]) -> list[T]:
@@ -104,9 +115,7 @@ def _words(kinds: str, split: Split) -> Prompts:
 
 def _geneval(kinds: str, split: Split) -> Prompts:
     if kinds.endswith(".jsonl"):  # GenEval's own file, in which only counting has what is excluded
-        nothing: dict[str, Any] = {"exclude": []}
-        found = {place: nothing | row for place, row in read_rows(Path(kinds)).items()}
-        return Prompts(tuple(found.values()), tuple(found))
+        return _of_file(read_rows(Path(kinds), {"exclude": []}))
     chosen = kinds.split(",") if kinds else list(geneval.KINDS)
     if unknown := [k for k in chosen if k not in geneval.KINDS]:
         raise ValueError(f"unknown category {unknown}: choose from {list(geneval.KINDS)}, or give a .jsonl file")
@@ -128,25 +137,25 @@ WORLDS: dict[str, Callable[[str, Split], Prompts]] = {
 WITH_KINDS = ("scenes", "geneval")
 
 
-def _file(path: Path) -> Prompts:
-    found = read_rows(path)
-    return Prompts(tuple(found.values()), tuple(found))
+def _of_file(rows: FileRows) -> Prompts:
+    return Prompts(rows, rows.places)
 
 
 def _part(prompts: Prompts, source: str, split: Split) -> Prompts:
     """The split's rows of a file: a fifth of the distinct prompts, those of the least hashes, is held out."""
-    distinct = sorted({row["prompt"] for row in prompts.rows}, key=lambda p: hashlib.sha256(p.encode()).digest())
-    if len(distinct) < FEWEST:
+    assert isinstance(prompts.rows, FileRows)
+    store = prompts.rows.store
+    distinct = 1 + int(store.ranks.max())
+    if distinct < FEWEST:
         if split == "heldout":
             log.warning(
                 "%s has %d distinct prompts, too few to hold some out: evaluation uses those of training; "
                 "give %d or more, or another file as eval.prompts",
-                *(source, len(distinct), FEWEST),
+                *(source, distinct, FEWEST),
             )
         return prompts
-    held = set(distinct[: len(distinct) // HELD_OUT])
-    mine = [i for i, row in enumerate(prompts.rows) if (row["prompt"] in held) == (split == "heldout")]
-    return Prompts(tuple(prompts.rows[i] for i in mine), tuple(prompts.places[i] for i in mine))
+    held = store.ranks < distinct // HELD_OUT
+    return _of_file(FileRows(store, np.flatnonzero(held == (split == "heldout")).astype(np.int32)))
 
 
 def load_prompts(source: str, split: Split = "train", *, whole: bool = False) -> Prompts:
@@ -159,7 +168,7 @@ def load_prompts(source: str, split: Split = "train", *, whole: bool = False) ->
     if world in WORLDS and (not colon or world in WITH_KINDS):
         prompts, is_file = WORLDS[world](kinds, split), kinds.endswith(".jsonl")
     elif Path(source).suffix in READERS:
-        prompts, is_file = _file(Path(source)), True
+        prompts, is_file = _of_file(read_rows(Path(source))), True
     else:
         raise ValueError(f"prompts {source!r}: give a file ({', '.join(READERS)}), or one of {sorted(WORLDS)}")
     return _part(prompts, source, split) if is_file and not whole else prompts

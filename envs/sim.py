@@ -16,23 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlflow.envs.arithmetic import ON_CPU, ON_DEVICE, Rows, as_tensors, copied
 from rlflow.envs.base import VecEnv
 from rlflow.envs.bounds import Bounds
 from rlflow.envs.contract import check_columns, check_observation
 from rlflow.envs.seeds import episode_seeds
-from rlflow.types import Step, Tree, tree_map, tree_where
+from rlflow.types import Step, Tree, tree_where
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a simulator answers to one primitive action per row; all tensors lead with B."""
+    """What a simulator answers to one primitive action per row: tensors, or on the CPU arrays, that lead with B.
 
-    obs: Tree  # as reached, before any reset; may be a buffer that the next call overwrites
-    reward: Tensor  # (B,) float
-    terminated: Tensor  # (B,) bool
-    truncated: Tensor | None = None  # (B,) bool, cut off by the simulator itself; time limits are SimEnv's
-    executed: Tensor | None = None  # (B,) bool, False where the action was not carried out; None = all were
-    info: dict[str, Tensor] = field(default_factory=dict)  # (B,) floats; "success" is kept over the episode
+    They may be buffers that the next call overwrites.
+    """
+
+    obs: Tree  # as reached, before any reset
+    reward: Rows  # float
+    terminated: Rows  # bool
+    truncated: Rows | None = None  # bool, cut off by the simulator itself; time limits are SimEnv's
+    executed: Rows | None = None  # bool, False where the action was not carried out; None = all were
+    info: dict[str, Rows] = field(default_factory=dict)  # floats; "success" is kept over the episode
 
 
 class Sim:
@@ -50,6 +54,8 @@ class Sim:
     max_chunk: int | None = None
     """Longest chunk it can take part in; 1 when an ended row starts anew by itself."""
     device: torch.device = torch.device("cpu")
+    arrays: bool = False
+    """True where `advance` is to be given an array, which costs less: simulators on the CPU alone."""
     step_seconds: float = 0.04
     """Of a primitive step, by which films are timed."""
     tasks: Sequence[str] = ()
@@ -62,8 +68,8 @@ class Sim:
         """Start the rows of `mask` (B,) from seeds (B,); observations of all rows (B, ...)."""
         raise NotImplementedError
 
-    def advance(self, action: Tensor) -> Outcome:
-        """One primitive action (B, *A) per row, inside the bounds."""
+    def advance(self, action: Any) -> Outcome:
+        """One primitive action (B, *A) per row, inside the bounds: a tensor, unless `arrays`."""
         raise NotImplementedError
 
     def render(self, row: int, size: tuple[int, int]) -> Tensor:
@@ -88,6 +94,7 @@ class SimEnv(VecEnv):
     told it in the whole episode. Other columns of the simulator are those of the last primitive step carried out.
     """
 
+    STATISTICS = ("episode_return", "episode_length")
     COUNTERS = ("first", "episode", "elapsed", "returns", "success")
 
     def __init__(self, sim: Sim, chunk: int = 1, gamma: float = 0.99):
@@ -105,65 +112,124 @@ class SimEnv(VecEnv):
         self.horizon = -(-sim.horizon // chunk)
         self.exact_resume, self.step_seconds, self.tasks = sim.exact_resume, sim.step_seconds, sim.tasks
         self.bounds, self._looked = Bounds(sim.low, sim.high), False
-        self._action = torch.zeros(self.num_envs, *self.action_shape, device=self.device)
-        self._nan = torch.full((), torch.nan, device=self.device)
-        self.first, self.episode, self.elapsed = torch.zeros(3, self.num_envs, dtype=torch.long, device=self.device)
-        self.returns = torch.zeros(self.num_envs, device=self.device)
-        self.success = torch.full_like(self.returns, torch.nan)
+        self._math = ON_CPU if self.device.type == "cpu" else ON_DEVICE
+        array, zeros = self._math.array, torch.zeros(self.num_envs, device=self.device)
+        self._action = array(torch.zeros(self.num_envs, *self.action_shape, device=self.device))
+        self._offer = as_tensors if self._math is ON_CPU and not sim.arrays else (lambda action: action)
+        self.first, self.episode, self.elapsed = (array(zeros.long()) for _ in range(3))
+        self.returns, self._nan, self._nobody = array(zeros), array(zeros * torch.nan), array(zeros.bool())
+        self.success = self._nan
+        self._resting: Rows | None = None
+        # of a step in which nothing ended and everyone played; nobody writes to what a Step holds
+        self._never, self._always, self._blank = zeros.bool(), ~zeros.bool(), zeros * torch.nan
+        self._whole = torch.full_like(self._never, chunk, dtype=torch.long)
 
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
         """Episode 0 of `seeds` (B,) in the rows of `mask`; observations (B, ...)."""
-        seeds = seeds.to(self.device)
-        mask = torch.ones_like(seeds, dtype=torch.bool) if mask is None else mask.to(self.device)
-        self.first = torch.where(mask, seeds, self.first)
-        self.episode = torch.where(mask, 0, self.episode)
-        return self._begin(mask)
+        seeds, where = self._math.array(seeds.to(self.device)), self._math.where
+        begin = ~self._nobody if mask is None else self._math.array(mask.to(self.device))
+        self.first = where(begin, seeds, self.first)
+        self.episode = where(begin, 0, self.episode)
+        if self._resting is not None:
+            self._resting = self._math.some(self._resting & ~begin)
+        return self._begin(begin)
 
-    def _begin(self, mask: Tensor) -> Tree:
+    def _begin(self, mask: Rows) -> Tree:
         """Start the current episode of the rows of `mask`."""
-        self.elapsed = torch.where(mask, 0, self.elapsed)
-        self.returns = torch.where(mask, 0.0, self.returns)
-        self.success = torch.where(mask, torch.nan, self.success)
-        return tree_map(torch.clone, self.sim.reset(episode_seeds(self.first, self.episode), mask))
+        where, tensor = self._math.where, self._math.tensor
+        self.elapsed = where(mask, 0, self.elapsed)
+        self.returns = where(mask, 0.0, self.returns)
+        self.success = where(mask, self._nan, self.success)
+        seeds = episode_seeds(self.first, self.episode)
+        return copied(self.sim.reset(tensor(seeds), tensor(mask)))
 
     def send(self, action: Tensor, rows: slice) -> None:
         """Keep the chunks (rows, H, *A)."""
-        self._action[rows] = action.detach().to(self._action)
+        self._action[rows] = self._math.action(action, self._action)
 
     def recv(self) -> Step:
         """Carry out the chunks sent."""
-        action = self.bounds(self._action)
-        before, reward = self.elapsed, torch.zeros_like(self.returns)
-        terminated = truncated = ended = torch.zeros_like(self.first, dtype=torch.bool)
+        math, before, chunk = self._math, self.elapsed, self.bounds(self._action)
+        reward: Rows = 0.0
+        terminated = truncated = self._nobody
+        ended: Rows | None = None  # nobody
+        whole = True
         reached: Tree = None
         info: dict[str, Tensor] = {}
         for i in range(self.chunk):
-            out = self.sim.advance(action[:, i])
+            out = self.sim.advance(self._offer(chunk[:, i]))
             if not self._looked:
                 self._look(out)
             if self.watch is not None:
                 self.watch()
-            live = ~ended if out.executed is None else out.executed & ~ended
-            gain = torch.where(live, out.reward, 0.0)
-            reward = reward + self.gamma**i * gain
-            self._count(live, gain, out.info)
-            late = self.elapsed >= self.sim.horizon
-            terminated = terminated | (live & out.terminated)
-            truncated = truncated | (live & (late if out.truncated is None else late | out.truncated))
-            # copied, for it may be a buffer that the simulator's next call overwrites
-            reached = tree_map(torch.clone, out.obs) if i == 0 else tree_where(live, out.obs, reached)
-            info = dict(out.info) if i == 0 else tree_where(live, out.info, info)
-            ended = terminated | truncated
-        num_steps = self.elapsed - before
-        info |= self._statistics(ended, info)
-        self.episode = self.episode + ended
-        nothing_ended = self.device.type == "cpu" and not bool(ended.any())  # elsewhere the answer would be waited for
-        obs = reached if nothing_ended else self._begin(ended)
-        cut = truncated & ~terminated
-        return Step(obs, reward.float(), terminated, cut, reached, num_steps > 0, info, num_steps=num_steps)
+            live = self._live(out, self._resting, ended)
+            whole = whole and live is None
+            gain = self._count(live, out)
+            reward = reward + (self.gamma**i * gain if i else gain)
+            done, late = math.array(out.terminated), self._late(out)
+            if live is not None:
+                done, late = live & done, live & late
+            if math.some(done | late) is not None:
+                terminated, truncated = terminated | done, truncated | late
+                ended = terminated | truncated
+            seen = copied(out.obs), copied(out.info)
+            if live is not None and i:
+                mask = math.tensor(live)
+                seen = tree_where(mask, seen[0], reached), tree_where(mask, seen[1], info)
+            reached, info = seen
+        num_steps = self._whole if whole else math.tensor(self.elapsed - before)
+        step = self._quiet(reached, math.floats(reward), info, num_steps)
+        return step if ended is None else self._ended(step, terminated, truncated, ended)
+
+    def _live(self, out: Outcome, *idle: Rows | None) -> Rows | None:
+        """(B,) rows that carried the action out, none of those of `idle`; None where all did."""
+        live = None if out.executed is None else self._math.array(out.executed)
+        for rows in idle:
+            if rows is not None:
+                live = ~rows if live is None else live & ~rows
+        return live
+
+    def _count(self, live: Rows | None, out: Outcome) -> Rows:
+        """(B,) rewards of a primitive step of the rows of `live`, which enters the books."""
+        math = self._math
+        gain = math.array(out.reward)
+        if live is not None:
+            gain = math.where(live, gain, 0.0)
+        self.elapsed, self.returns = self.elapsed + (1 if live is None else live), self.returns + gain
+        if "success" in out.info:
+            best = math.fmax(self.success, math.array(out.info["success"]))  # nan: not told at this step
+            self.success = best if live is None else math.where(live, best, self.success)
+        return gain
+
+    def _late(self, out: Outcome) -> Rows:
+        """(B,) rows that are cut off, by time or by the simulator."""
+        late = self.elapsed >= self.sim.horizon
+        return late if out.truncated is None else late | self._math.array(out.truncated)
+
+    def _quiet(self, reached: Tree, reward: Tensor, info: dict[str, Tensor], num_steps: Tensor) -> Step:
+        """A step in which no episode ended."""
+        names = [*self.STATISTICS, "success"] if "success" in info else self.STATISTICS
+        info = info | dict.fromkeys(names, self._blank)
+        valid = self._always if num_steps is self._whole else num_steps > 0
+        return Step(reached, reward, self._never, self._never, reached, valid, info, num_steps=num_steps)
+
+    def _ended(self, step: Step, terminated: Rows, truncated: Rows, ended: Rows) -> Step:
+        """The step in which episodes of the rows of `ended` did; they begin anew."""
+        math = self._math
+        told = {"episode_return": self.returns, "episode_length": self.elapsed, "success": self.success}
+        told = {name: math.floats(math.where(ended, told[name], self._nan)) for name in told if name in step.info}
+        flags = math.tensor(terminated), math.tensor(truncated & ~terminated)
+        obs = step.obs
+        if self.once and self.sim.max_chunk is None:
+            self._resting = ended if self._resting is None else self._resting | ended
+        else:
+            self.episode = self.episode + ended
+            obs = self._begin(ended)
+        return Step(obs, step.reward, *flags, step.final_obs, step.valid, step.info | told, num_steps=step.num_steps)
 
     def _look(self, out: Outcome) -> None:
         """ValueError where the simulator's first answer has shapes or dtypes that would broadcast in silence."""
+        out = Outcome(**{name: as_tensors(part) for name, part in vars(out).items()})
         where, num = f"{type(self.sim).__name__}.advance", self.num_envs
         check_observation(f"{where}: obs", num, out.obs, self.obs_spec)
         check_columns(where, num, "float", {"reward": out.reward})
@@ -181,31 +247,17 @@ class SimEnv(VecEnv):
         """A picture (H, W, 3) uint8 of one row as it stands, the first state of the next episode after an end."""
         return self.sim.render(row, size)
 
-    def _count(self, live: Tensor, gain: Tensor, info: dict[str, Tensor]) -> None:
-        """One primitive step of the rows of `live` in the books."""
-        self.elapsed = self.elapsed + live
-        self.returns = self.returns + gain
-        if "success" in info:
-            best = torch.fmax(self.success, info["success"])  # nan: not told at this step
-            self.success = torch.where(live, best, self.success)
-
-    def _statistics(self, ended: Tensor, info: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of the episodes that have just ended; nan elsewhere."""
-        found = {"episode_return": self.returns.float(), "episode_length": self.elapsed.float()}
-        if "success" in info:
-            found["success"] = self.success
-        return {name: torch.where(ended, value, self._nan) for name, value in found.items()}
-
     def state_dict(self) -> dict[str, Any]:
         """Counters and the simulator's state; {} when that cannot be saved (`exact_resume` is False then)."""
         if not self.exact_resume:
             return {}
-        return {name: getattr(self, name).clone() for name in self.COUNTERS} | {"sim": self.sim.state_dict()}
+        kept = {name: self._math.tensor(getattr(self, name)).clone() for name in self.COUNTERS}
+        return kept | {"sim": self.sim.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
         if not state:
             return
         for name in self.COUNTERS:
-            setattr(self, name, state[name].to(self.device, copy=True))
+            setattr(self, name, self._math.array(state[name].to(self.device, copy=True)))
         self.sim.load_state_dict(state["sim"])

@@ -117,9 +117,7 @@ class GymSim(Sim):
             reward[row] = self._number(paid)
             success[row] = self.success.of_row(info)
         self._over |= ends.any(0)
-        terminated, truncated = torch.from_numpy(ends)
-        told = {"success": torch.from_numpy(success)}
-        return Outcome(convert(self._obs, self.obs_spec), torch.from_numpy(reward), terminated, truncated, info=told)
+        return Outcome(convert(self._obs, self.obs_spec), reward, *ends, info={"success": success})
 
     def _number(self, reward: Any) -> float:
         """A reward, also one in an array of its own; nan for None, as of a reward that has no score."""
@@ -193,11 +191,11 @@ class VectorSim(Sim):
         self._ended = terminated | truncated
         return Outcome(
             self._reached(info),
-            torch.from_numpy(np.array(reward, np.float32)),
-            torch.from_numpy(np.array(terminated)),
-            torch.from_numpy(np.array(truncated)),
+            np.array(reward, np.float32),
+            np.array(terminated),
+            np.array(truncated),
             self._executed(),
-            {"success": torch.from_numpy(self.success.of_rows(info, self.num_envs))},
+            {"success": self.success.of_rows(info, self.num_envs)},
         )
 
     def _reached(self, info: dict[str, Any]) -> Tree:

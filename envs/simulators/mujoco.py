@@ -195,7 +195,7 @@ HUMANOID = Task(
 class MujocoSim(Sim):
     """B simulations of one Task on `threads` threads (0: one per CPU); float64 physics, float32 observations."""
 
-    exact_resume = True
+    exact_resume, arrays = True, True
 
     def __init__(self, task: Task, num_envs: int, threads: int = 0, horizon: int = 1000):
         self.task, self.num_envs, self.horizon = task, num_envs, horizon
@@ -210,6 +210,8 @@ class MujocoSim(Sim):
         self._low, self._high = task.bounds(num)
         self._position, self._x = task.position(self.batch), np.zeros(num_envs)
         self._over = np.zeros(num_envs, bool)  # rows that have fallen rest until they are reset
+        self.batch.reset(stage=NO_STAGE)
+        self._rest = self.batch.state[0].copy()
         derived = [self.batch.bind(n)[:, first:].reshape(num_envs, -1) for n, first in task.derived]
         self._forces = np.zeros((num_envs, model.nbody if task.contact else 1, 6))
         self._data, self._num_contacts = mujoco.MjData(model), self.batch.bind("ncon")
@@ -228,14 +230,14 @@ class MujocoSim(Sim):
         """The model's rest state plus noise from each row's seed."""
         rows = np.flatnonzero(mask.numpy())
         if len(rows):
-            nq = self.model.nq
-            noise = self.task.noise * self.task.spread(seeds[mask], nq, self.model.nv).numpy()
+            nq, begun = self.model.nq, torch.from_numpy(seeds.numpy()[rows])
+            noise = self.task.noise * self.task.spread(begun, nq, self.model.nv).numpy()
             self.place(rows, self.model.qpos0 + noise[:, :nq], noise[:, nq:])
         return torch.from_numpy(self._obs)
 
     def place(self, rows: Array, qpos: Array, qvel: Array) -> None:
         """Put `rows` into a state as after a reset: no warm start, no contact forces yet."""
-        self.batch.reset(rows, stage=NO_STAGE)
+        self.batch.state[rows] = self._rest
         self._qpos[rows], self._qvel[rows] = qpos, qvel
         if self.task.derived or self.task.position is not root_x:
             self.batch.forward(rows)
@@ -245,25 +247,26 @@ class MujocoSim(Sim):
     def _observe(self, rows: Array | slice = ALL) -> None:
         for part, source in self._parts:
             part[rows] = source[rows]
-        if self.task.clip_velocity < math.inf:
-            np.clip(self._velocity, -self.task.clip_velocity, self.task.clip_velocity, out=self._velocity)
+        limit = self.task.clip_velocity
+        if limit < math.inf:  # np.clip takes thrice the time for a row
+            np.minimum(np.maximum(self._velocity, -limit, out=self._velocity), limit, out=self._velocity)
 
-    def advance(self, action: Tensor) -> Outcome:
-        """`frame_skip` physics steps under one control."""
-        task, control = self.task, action.numpy()
-        self._ctrl[:] = control
-        self.batch.step(~self._over if self._over.any() else None, nstep=task.frame_skip)
-        x = self._position()
-        reward = (x - self._x) * (task.forward / self._dt) - task.control * np.square(control).sum(1)
-        self._x[:] = x
+    def advance(self, action: Array) -> Outcome:
+        """`frame_skip` physics steps under one control (B, A)."""
+        task = self.task
+        self._ctrl[:] = action
+        self.batch.step(~self._over if np.count_nonzero(self._over) else None, nstep=task.frame_skip)
+        x = self._position().copy()
+        reward = (x - self._x) * (task.forward / self._dt) - task.control * np.add.reduce(np.square(action), 1)
+        self._x = x
         if task.contact:
             reward -= self._contact_cost()
         self._observe()
         if task.healthy:
-            healthy = ((self._state > self._low) & (self._state < self._high)).all(1)
+            healthy = np.logical_and.reduce((self._state > self._low) & (self._state < self._high), 1)
             reward += task.alive * healthy
             self._over = ~healthy
-        return Outcome(torch.from_numpy(self._obs), torch.from_numpy(reward), torch.from_numpy(self._over))
+        return Outcome(self._obs, reward, self._over)
 
     def _contact_cost(self) -> Array:
         """(B,) price of the forces on the bodies; those are not part of a step, MuJoCo computes them on demand."""

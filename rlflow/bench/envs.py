@@ -7,9 +7,10 @@ of the ratios inside a repeat.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlflow.envs.base import VecEnv
+from rlflow.envs.checked import Checked
 from rlflow.envs.sim import SimEnv
 from rlflow.envs.simulators import mujoco
 
@@ -27,22 +30,30 @@ TASKS = {
     "ant": mujoco.ANT,
     "humanoid": mujoco.HUMANOID,
 }
+PERIOD = 64  # steps until the actions come again
 RESET_EVERY = 20  # primitive steps a random Hopper stands
 
 Player = Callable[[], int | Tensor]
-"""Plays one step of every row; environment steps carried out, as a tensor where reading it would wait for a GPU."""
+"""Plays one step of every row; environment steps carried out, in all or by row."""
 
 
-def random_play(env: SimEnv) -> Player:
+def drawn(num_envs: int, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """Random actions (num_envs, *shape) in [-1, 1] without end, drawn beforehand: drawing is no part of a step."""
+    generator = torch.Generator().manual_seed(0)
+    return itertools.cycle(torch.rand((PERIOD, num_envs, *shape), generator=generator) * 2 - 1)
+
+
+def random_play(env: VecEnv) -> Player:
     """One chunk of every row."""
     env.reset(torch.arange(env.num_envs))
-    generator = torch.Generator(env.device).manual_seed(0)
-    shape = (env.num_envs, *env.action_shape)
+    actions = drawn(env.num_envs, env.action_shape)
+    if env.device.type != "cpu":
+        actions = itertools.cycle([action.to(env.device) for action in itertools.islice(actions, PERIOD)])
 
     def step() -> Tensor:
-        done = env.step(torch.rand(shape, generator=generator, device=env.device) * 2 - 1)
+        done = env.step(next(actions))
         assert done.num_steps is not None
-        return done.num_steps.sum()
+        return done.num_steps
 
     return step
 
@@ -50,10 +61,14 @@ def random_play(env: SimEnv) -> Player:
 def vector_play(env: gymnasium.vector.VectorEnv) -> Player:
     """One step of every row of Gymnasium's, reset in the same step."""
     env.reset(seed=0)
-    rng, (low, high) = np.random.default_rng(0), (env.single_action_space.low, env.single_action_space.high)
+    space = env.single_action_space
+    actions = (
+        space.low + (1 + action.numpy()) / 2 * (space.high - space.low) for action in drawn(env.num_envs, space.shape)
+    )
+    ready = itertools.cycle([action.astype(space.dtype) for action in itertools.islice(actions, PERIOD)])
 
     def step() -> int:
-        env.step(rng.uniform(low, high, (env.num_envs, len(low))).astype(np.float32))
+        env.step(next(ready))
         return env.num_envs
 
     return step
@@ -62,12 +77,13 @@ def vector_play(env: gymnasium.vector.VectorEnv) -> Player:
 def physics(task: mujoco.Task, num_envs: int, threads: int) -> Player:
     """The batch alone: random controls, and every row at rest again after RESET_EVERY steps, in turn."""
     sim = mujoco.MujocoSim(task, num_envs, threads)
-    batch, control, rng = sim.batch, sim.batch.bind("ctrl"), np.random.default_rng(0)
+    batch, control, actions = sim.batch, sim.batch.bind("ctrl"), drawn(num_envs, sim.low.shape)
+    ready = itertools.cycle([action.numpy() for action in itertools.islice(actions, PERIOD)])
     clock = np.arange(num_envs) % RESET_EVERY
     batch.reset(stage=mujoco.NO_STAGE)
 
     def step() -> int:
-        control[:] = rng.uniform(-1, 1, control.shape)
+        control[:] = next(ready)
         batch.step(nstep=task.frame_skip)
         clock[:] = (clock + 1) % RESET_EVERY
         if task.healthy and not clock.all():
@@ -79,17 +95,17 @@ def physics(task: mujoco.Task, num_envs: int, threads: int) -> Player:
 
 def rate(step: Player, seconds: float) -> tuple[float, float]:
     """(steps per wall second, steps per CPU second of this process) over at least `seconds` of wall time."""
-    int(step())
+    step()
     wall, cpu = time.perf_counter(), time.process_time()
     total = step()
     while time.perf_counter() - wall < seconds:
         total = total + step()
-    count = int(total)  # waits for a GPU
+    count = int(torch.as_tensor(total).sum())  # waits for a GPU
     return count / (time.perf_counter() - wall), count / (time.process_time() - cpu)
 
 
 def compare(players: dict[str, Player], seconds: float, repeats: int) -> dict[str, Any]:
-    """Rates of all that play, and under "ratio" what the first does of each other's."""
+    """Rates of all that play; what the first does of each other's, under "ratio" by the clock, under "cpu_ratio" by CPU time."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in players}
     for _ in range(repeats):
         for name, step in players.items():
@@ -103,8 +119,9 @@ def compare(players: dict[str, Player], seconds: float, repeats: int) -> dict[st
         for name, rates in found.items()
     }
     first, *others = found
-    walls = {name: [wall for wall, _ in rates] for name, rates in found.items()}
-    rows["ratio"] = {n: median(a / b for a, b in zip(walls[first], walls[n], strict=True)) for n in others}
+    wall = {n: median(a / b for (a, _), (b, _) in zip(found[first], found[n], strict=True)) for n in others}
+    cpu = {n: median(a / b for (_, a), (_, b) in zip(found[first], found[n], strict=True)) for n in others}
+    rows["ratio"], rows["cpu_ratio"] = wall, cpu
     return rows
 
 
@@ -118,6 +135,7 @@ def bench_envs(name: str, num_envs: int, chunk: int, threads: int, seconds: floa
     try:
         players = {
             "ours": random_play(SimEnv(mujoco.MujocoSim(task, num_envs, threads), chunk)),
+            "checked": random_play(Checked(SimEnv(mujoco.MujocoSim(task, num_envs, threads), chunk), name)),
             "gymnasium_sync": vector_play(sync),
             "gymnasium_async": vector_play(parallel),
             "physics": physics(task, num_envs, threads),
@@ -125,5 +143,5 @@ def bench_envs(name: str, num_envs: int, chunk: int, threads: int, seconds: floa
         rows = compare(players, seconds, repeats)
     finally:
         sync.close(), parallel.close()
-    rows["gymnasium_async"]["env_steps_per_cpu_s"] = None
+    rows["gymnasium_async"]["env_steps_per_cpu_s"] = rows["cpu_ratio"]["gymnasium_async"] = None
     return {"task": task.name, "num_envs": num_envs, "chunk": chunk} | rows

@@ -22,14 +22,19 @@ Kind = Literal["train", "eval"]
 Row = dict[str, Any]
 Array = NDArray[np.float64]
 CHUNK = 2000  # rows that are dicts at a time
+TAIL = 2**16  # bytes in which the end of the last whole line is looked for, and in those before them
 NUMBERS = frozenset((int, float, type(None)))
 
 
-def read_metrics(folder: str | Path) -> list[Row]:
-    """The rows of a run's metrics.jsonl in order, null as nan; a torn last line is left out, no file gives []."""
+def read_metrics(folder: str | Path, kind: Kind | None = None) -> list[Row]:
+    """The rows of a run's metrics.jsonl in order, null as nan, those of a `kind` if one is named.
+
+    A torn last line is left out; no file gives [].
+    """
     path = Path(folder) / METRICS
     rows = _rows(path) if path.exists() else ()
-    return [{k: math.nan if v is None else v for k, v in row.items()} for row, _ in rows]
+    wanted = (row for row, _ in rows if kind is None or row["kind"] == kind)
+    return [{k: math.nan if v is None else v for k, v in row.items()} for row in wanted]
 
 
 def _rows(path: Path) -> Iterator[tuple[Row, bytes]]:
@@ -167,10 +172,10 @@ class MetricsFile:
     def cut(self, iteration: int, evaluated: int | None = None) -> None:
         """Atomically keep the rows up to and including `iteration`, evaluations up to `evaluated` (default: too)."""
         last = {"train": iteration, "eval": iteration if evaluated is None else evaluated}
-        kept = b"".join(line for row, line in _rows(self.path) if row["iteration"] <= last.get(row["kind"], iteration))
+        rows = _rows(self.path)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         with open(temporary, "wb") as file:
-            file.write(kept)
+            file.writelines(line for row, line in rows if row["iteration"] <= last.get(row["kind"], iteration))
             file.flush()
             os.fsync(file.fileno())
         self.close()
@@ -184,8 +189,16 @@ class MetricsFile:
         self.handle = -1
 
     def _cut_torn_line(self) -> None:
-        content = self.path.read_bytes()
-        self._shrink(content.rfind(b"\n") + 1)
+        """Found from the end: a line is torn by its last write, and the file may be long."""
+        end, begin, newline = os.fstat(self.handle).st_size, 0, -1
+        while end > 0:
+            begin = max(0, end - TAIL)
+            os.lseek(self.handle, begin, os.SEEK_SET)
+            newline = os.read(self.handle, end - begin).rfind(b"\n")
+            if newline >= 0:
+                break
+            end = begin
+        self._shrink(begin + newline + 1)
 
     def _shrink(self, size: int) -> None:
         if os.fstat(self.handle).st_size > size:

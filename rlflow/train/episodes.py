@@ -21,7 +21,7 @@ from rlflow.files import save_tensors
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.select import Select
-from rlflow.flow.solvers import Solver
+from rlflow.flow.solvers import Adaptive, Solver
 from rlflow.flow.steps import Steps
 from rlflow.parallel import dist
 from rlflow.registry import located
@@ -115,6 +115,8 @@ class EpisodeEvaluator:
         self.key = sample_keys([world, seed, i] for i in range(num))
         self.rows = torch.arange(num).tensor_split(dist.world())[dist.rank()]
         self.env = make(len(self.rows))
+        # where rows differ in calls their mean is over all of them, those whose episode has ended too
+        self.env.unwrapped.once = not isinstance(solver or policy.solver, Adaptive)
         self._asked = torch.zeros(2, dtype=torch.float64)  # network rows, and actions they made
 
     @torch.no_grad()

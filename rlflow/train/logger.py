@@ -213,7 +213,7 @@ class RunLogger:
     def _tell_past(self) -> None:
         """Let the terminal know the evaluations of the run so far, without printing them again."""
         if self.terminal is not None and self.folder is not None:
-            self.terminal.past([row for row in read_metrics(self.folder) if row["kind"] == "eval"])
+            self.terminal.past(read_metrics(self.folder, "eval"))
 
     def _guard(self, sink: Sink, action: Callable[[], None]) -> None:
         """A full disk or a lost connection must not end a run whose metrics.jsonl is fine."""

@@ -243,13 +243,13 @@ class LeakyReset(Changed):
 
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
         obs = super().reset(seeds, mask)
-        self.elapsed = torch.zeros_like(self.elapsed)
+        self.elapsed = 0 * self.elapsed
         return obs
 
 
 class ForgetsClock(Changed):
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state | {"elapsed": torch.zeros_like(self.elapsed)})
+        super().load_state_dict(state | {"elapsed": torch.zeros(self.num_envs, dtype=torch.long)})
 
 
 class LivingState(Changed):
@@ -267,7 +267,7 @@ class NoState(Changed):
 class Unclipped(Changed):
     def __init__(self, num_envs: int, horizon: int = 4):
         super().__init__(num_envs, horizon)
-        self.bounds = torch.clone
+        self.bounds = lambda action: action.copy()
 
 
 class Swapped(Changed):
@@ -279,7 +279,7 @@ class Swapped(Changed):
 
 class ReturnsEverywhere(Changed):
     def change(self, step: Step) -> Step:
-        return replace(step, info=step.info | {"episode_return": self.returns})
+        return replace(step, info=step.info | {"episode_return": torch.from_numpy(self.returns)})
 
 
 class WrongLength(Changed):

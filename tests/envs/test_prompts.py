@@ -1,7 +1,11 @@
 """Prompt tables: every prompt once per epoch, from a pure function of the serial number; files and embedded worlds."""
 
 import codecs
+import csv
+import hashlib
+import io
 import json
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -162,9 +166,9 @@ class TestText:
         """Inside a prompt stand characters that Unicode, or Python, call line ends too."""
         path = tmp_path / f"p{suffix}"
         path.write_bytes(mark + FILES[suffix](WORDS).replace("\n", end).encode())
-        assert [row["prompt"] for row in read_rows(path).values()] == WORDS
+        assert [row["prompt"] for row in read_rows(path)] == WORDS
         first = 2 if suffix == ".csv" else 1
-        assert list(read_rows(path)) == [f"{path}:{first + i}" for i in range(3)]
+        assert list(read_rows(path).places) == [f"{path}:{first + i}" for i in range(3)]
 
     @pytest.mark.parametrize(
         ("encoding", "message"),
@@ -180,6 +184,84 @@ class TestText:
         path.write_bytes(FILES[suffix](["a cat", "h\xe9llo"]).encode(encoding))
         with pytest.raises(ValueError, match=rf"p{suffix} {message}"):
             read_rows(path)
+
+
+class TestRows:
+    """Rows of files are read when asked for; what they are is what reading line by line tells."""
+
+    LINES = (
+        "a cat",
+        "",
+        "  a cat\t",
+        "\x1c\u2003été\u2028dort\xa0",
+        "\x85",
+        "\x7f a",
+        "ünder",
+        *(f"p {i % 37}" for i in range(200)),
+    )
+
+    @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+    @pytest.mark.parametrize("last", ["", "\n", " "])
+    @pytest.mark.parametrize("chunk", [7, 2**22])
+    def test_lines_are_those_of_text_read_at_once(self, tmp_path, monkeypatch, end, last, chunk):
+        monkeypatch.setattr("rlflow.envs.prompt_files.CHUNK", chunk)
+        path, text = tmp_path / "p.txt", "\n".join(self.LINES) + last
+        path.write_bytes(text.replace("\n", end).encode())
+        expected = {f"{path}:{i}": line.strip() for i, line in enumerate(io.StringIO(text), 1) if line.strip()}
+        rows = read_rows(path)
+        assert dict(zip(rows.places, (row["prompt"] for row in rows), strict=True)) == expected
+
+    @pytest.mark.parametrize("suffix", FILES)
+    def test_the_split_is_by_the_sha_256_of_distinct_prompts(self, tmp_path, suffix):
+        """As it always was: runs that resume go on with the same lines."""
+        path = tmp_path / f"p{suffix}"
+        path.write_text(FILES[suffix]([line for line in self.LINES if line.strip()]), encoding="utf-8", newline="\n")
+        every = [row["prompt"] for row in read_rows(path)]
+        order = sorted(set(every), key=lambda text: hashlib.sha256(text.encode()).digest())
+        held = set(order[: len(order) // 5])
+        for split in ("train", "heldout"):
+            mine = [i for i, text in enumerate(every) if (text in held) == (split == "heldout")]
+            prompts = load_prompts(str(path), split)
+            assert [row["prompt"] for row in prompts.rows] == [every[i] for i in mine]
+            assert [prompts.place(k) for k in range(len(prompts))] == [read_rows(path).places[i] for i in mine]
+
+    def test_a_file_in_use_is_read_once_and_one_that_changed_anew(self, tmp_path):
+        path = tmp_path / "p.txt"
+        path.write_text("a\nb\n")
+        first = load_prompts(str(path))
+        assert load_prompts(str(path), "heldout").rows.store is first.rows.store
+        path.write_text("a\nc\n")
+        assert load_prompts(str(path)).take([0, 1]) == {"prompt": ["a", "c"]}
+        assert first.take([0, 1]) == {"prompt": ["a", "b"]}
+
+    def test_many_lines_take_little_memory(self, tmp_path):
+        """Twice the file and 60 bytes a line at the most, a dict and a text of which take 300."""
+        path, num = tmp_path / "p.txt", 50_000
+        path.write_text("".join(f"a cat beside dog number {i}\n" for i in range(num)))
+        tracemalloc.start()
+        prompts = load_prompts(str(path))
+        prompts.index(range(4), seed=0)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(prompts) == num * 4 / 5
+        assert peak < 2 * path.stat().st_size + 60 * num + 2**20
+
+    @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+    def test_columns_of_other_formats_stay_together(self, tmp_path, suffix):
+        rows = [{"prompt": f"p {i}", "text": 'é "x", y' * (i % 3)} for i in range(40)]
+        path = tmp_path / f"p{suffix}"
+        if suffix == ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        elif suffix == ".csv":
+            with path.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, ["prompt", "text"])
+                writer.writeheader(), writer.writerows(rows)
+        else:
+            pytest.importorskip("pyarrow.parquet").write_table(
+                pytest.importorskip("pyarrow").Table.from_pylist(rows), path
+            )
+        assert read_rows(path) == rows
+        assert load_prompts(str(path), whole=True).take([3, 39]) == {n: [rows[3][n], rows[39][n]] for n in rows[0]}
 
 
 class TestFileErrors:

@@ -1,9 +1,9 @@
 """SimEnv by hand: a counter that pays its own number shows what is counted, discounted, kept and begun anew."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlflow.envs.arithmetic import ON_DEVICE
 from rlflow.envs.seeds import TRAINING, episode_seeds, evaluation_seeds, first_seed, mix, narrow, normal, uniform
 from rlflow.envs.sim import Outcome, Sim, SimEnv
 from rlflow.envs.simulators.toy import ToyBandit, ToyReach, ToyRoutes
@@ -144,6 +145,58 @@ class TestActions:
         assert env.sim.seen[0].tolist() == [[7.0, 7.0]] * 3
 
 
+class TestOnce:
+    """Rows that nobody looks at after their end rest as they ended; until then nothing differs."""
+
+    @pytest.mark.parametrize("chunk", [1, 2, 4])
+    def test_rows_rest_after_their_first_end(self, chunk):
+        actions, plays = torch.zeros(8 // chunk, 3, chunk, 2), []
+        for once in (False, True):
+            env = made(chunk)
+            env.once = once
+            plays.append([env.step(action) for action in actions])
+        alive = torch.ones(3, dtype=torch.bool)
+        for one, two in zip(*plays, strict=True):
+            pairs = zip(*map(tree_leaves, ({**vars(s), "obs": s.reached} for s in (one, two))), strict=True)
+            assert all(torch.equal(a[alive].nan_to_num(-1), b[alive].nan_to_num(-1)) for a, b in pairs)
+            assert not (two.valid | two.ended)[~alive].any()
+            assert (two.num_steps[~alive] == 0).all()
+            alive = alive & ~one.ended
+        assert not alive.any()
+        assert len(env.sim.asked) == 1, "nothing began anew"
+        assert env.reset(torch.arange(3)).flatten().tolist() == [0, 100, 200]
+        assert env.step(actions[0]).valid.all()
+
+
+class TestArrays:
+    """A simulator may answer with arrays, be given them, and use its buffers again."""
+
+    class InArrays(Counter):
+        arrays = True
+
+        def advance(self, action: Any) -> Outcome:
+            assert isinstance(action, np.ndarray)
+            out = super().advance(torch.from_numpy(action))
+            return Outcome(out.obs.numpy(), out.reward.numpy(), out.terminated.numpy(), None, None, out.info)
+
+    def test_change_nothing(self):
+        for step, same in zip(self.played(Counter), self.played(self.InArrays), strict=True):
+            for one, two in zip(*map(tree_leaves, map(vars, (step, same))), strict=True):
+                assert torch.equal(one.nan_to_num(-1), two.nan_to_num(-1))
+
+    def played(self, kind: type[Counter]) -> list[Any]:
+        env = SimEnv(kind(), 4, 0.5)
+        env.reset(torch.arange(3))
+        return [env.step(torch.full((3, 4, 2), 0.1 * k)) for k in range(5)]
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_actions_of_another_dtype_or_with_a_graph_are_taken(self, dtype):
+        env, action = made(1), torch.full((3, 1, 2), 0.5, dtype=dtype, requires_grad=True)
+        env.step(action)
+        assert env.sim.seen[0].tolist() == [[0.5, 0.5]] * 3
+        assert env.sim.seen[0].dtype == torch.float32
+
+
 class TestContract:
     """What would broadcast in silence is refused at the first step, by the name of the field."""
 
@@ -208,18 +261,20 @@ class NoWaiting(TorchDispatchMode):
 
 class TestDevices:
     @pytest.mark.parametrize("kind", [ToyRoutes, ToyReach, ToyBandit])
-    def test_nothing_waits_for_the_device(self, kind, monkeypatch):
+    def test_nothing_waits_for_the_device_and_both_arithmetics_agree(self, kind, monkeypatch):
         env = kind(16)
         env.reset(torch.arange(16))
         actions = torch.rand(20, 16, *env.action_shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
         expected = [env.step(a) for a in actions]
+        monkeypatch.setattr("rlflow.envs.sim.ON_CPU", ON_DEVICE)  # as where asking is not free
+        env = kind(16)
         env.reset(torch.arange(16))
-        monkeypatch.setattr(env, "device", SimpleNamespace(type="cuda"))  # on which asking is not free
         with NoWaiting():
             found = [env.step(a) for a in actions]
         assert bool(torch.stack([s.ended for s in found]).any())
-        for one, two in zip(found, expected, strict=True):  # and the other way round is the same
-            assert all(map(torch.equal, tree_leaves([one.obs, one.reward]), tree_leaves([two.obs, two.reward])))
+        for one, two in zip(found, expected, strict=True):
+            parts = zip(*map(tree_leaves, map(vars, (one, two))), strict=True)
+            assert all(a.dtype == b.dtype and torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in parts)
 
     def test_asking_is_seen(self):
         with NoWaiting(), pytest.raises(AssertionError):

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from rlflow.config.schema import WandbConfig
-from rlflow.report.metrics_file import METRICS, read_metrics
+from rlflow.report.metrics_file import METRICS, MetricsFile, encode_row, read_metrics
 from rlflow.report.video import write_video
 from rlflow.train import terminal
 from rlflow.train.logger import RunLogger
@@ -60,6 +60,18 @@ def test_every_row_is_on_disk_at_once(tmp_path):
     with make(tmp_path) as log:
         log.log(1, "train", {"a": 1.0})
         assert at(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("length", [0, 1, 6, 7, 8, 40])
+@pytest.mark.parametrize("lines", [0, 1, 3])
+def test_a_torn_line_of_any_length_is_cut_off_by_reading_the_end_of_the_file(tmp_path, monkeypatch, lines, length):
+    monkeypatch.setattr("rlflow.report.metrics_file.TAIL", 7)
+    path, whole = tmp_path / "metrics.jsonl", b"".join(encode_row(i, "train", {"a": i}) for i in range(lines))
+    path.write_bytes(whole + b"x" * length)
+    monkeypatch.setattr(Path, "read_bytes", None)  # the whole of it is never held
+    MetricsFile(path).close()
+    with path.open("rb") as file:
+        assert file.read() == whole
 
 
 @pytest.mark.parametrize("torn", ['{"iteration": 3, "kin', '{"iteration": 3, "kind": "train"}', "\0\0\0\0"])
