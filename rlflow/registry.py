@@ -102,6 +102,11 @@ TABLE: dict[str, dict[str, str]] = {
         "refl": "rlflow.rl.learners.reward_gradient:ReFL",
         "adjoint": "rlflow.rl.learners.adjoint:Adjoint",
     },
+    "ratio": {
+        "cfil": "rlflow.rl.imitation.ratios:CoupledFlows",
+        "logistic": "rlflow.rl.imitation.ratios:Logistic",
+        "constant": "rlflow.rl.imitation.ratios:Constant",
+    },
     "algorithm": {
         "policy_gradient": "rlflow.rl.learners.policy_gradient:PolicyGradient",
         "sac": "rlflow.rl.off_policy.sac:SAC",
@@ -184,6 +189,7 @@ MAKES = {
     "select": "rlflow.flow.select:Select",
     "likelihood": "rlflow.rl.likelihoods.base:Likelihood",
     "through": "rlflow.rl.learners.reward_gradient:Through",
+    "ratio": "rlflow.rl.imitation.ratios:Ratio",
     "env": "rlflow.envs.base:VecEnv",
 }
 """What a component of a kind derives from."""

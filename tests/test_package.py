@@ -28,7 +28,7 @@ ROOMS = (
     *("moved", "rlflow", "types", "ranges", "files", "trust", "registry", "failures", "console", "parallel"),
     *("flow", "models", "models.pretrained", "models.pretrained.families"),
     *("envs.captions", "rewards", "rewards.networks", "rewards.remote", "envs", "envs.demos", "envs.simulators"),
-    *("rl.likelihoods", "rl", "rl.objectives", "rl.learners", "rl.off_policy"),
+    *("rl.likelihoods", "rl", "rl.objectives", "rl.learners", "rl.off_policy", "rl.imitation"),
     *("config", "pretrain", "report", "datasets", "train", "deploy", "cost", "doctor", "bench"),
     *("commands", "cli", "__main__"),
 )

@@ -17,6 +17,7 @@ def check_together(config: Config, trust_code: bool = False) -> None:
     """ValueError for settings that exclude each other."""
     OF_LEARNERS[config.algorithm.name](config, trust_code)
     _check_kind(config)
+    _check_imitation(config, trust_code)
     check_sharding(config)
     judges = list(config.eval.metrics) if config.env.name == "prompt" else None
     for i, rule in enumerate(config.train.stop_when):
@@ -105,6 +106,19 @@ def check_sharding(config: Config) -> None:
             "train.sharding: processes that hold parts of one network must call it equally often, as with images "
             "and policy_gradient; set it to replicated"
         )
+
+
+def _check_imitation(config: Config, trust_code: bool) -> None:
+    """ValueError for a learned reward where there is no place for one."""
+    if config.imitation is None:
+        return
+    if config.env.name == "prompt":
+        raise ValueError("imitation: rewards are learnt in simulators, and env.name is prompt; leave it out")
+    if config.reward.weights:
+        raise ValueError("imitation: is the reward; leave reward.weights out")
+    if config.env.frame_stack > 1:
+        raise ValueError("imitation: demonstrations hold single observations; use env.frame_stack=1")
+    registry.validate("ratio", "imitation.ratio", config.imitation.ratio, ("num_inputs",), trust_code)
 
 
 def _check_kind(config: Config) -> None:

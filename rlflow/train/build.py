@@ -39,7 +39,7 @@ from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
 from rlflow.train.episodes import EpisodeEvaluator
 from rlflow.train.evaluate import Evaluator
-from rlflow.train.learners import make_algorithm, make_likelihood
+from rlflow.train.learners import imitated, make_algorithm, make_likelihood
 
 NOT_THE_WORLD = ("chunk", "threads")
 """Settings of simulators that change how they are acted in, and not what they are: their episodes are compared."""
@@ -258,7 +258,7 @@ def make_parts(config: Config, trust_code: bool = False) -> Parts:
 def _make_env(config: Config, policy: FlowPolicy, groups: Groups, trust_code: bool) -> VecEnv:
     if config.env.name == "prompt":
         return _make_prompts(config, policy, groups, trust_code)
-    return _make_task(config, groups, trust_code)
+    return _make_task(config, policy, groups, trust_code)
 
 
 def make_simulator(config: Config, num_envs: int, trust_code: bool = False) -> VecEnv:
@@ -270,9 +270,10 @@ def make_simulator(config: Config, num_envs: int, trust_code: bool = False) -> V
     return FrameStack(env, c.frame_stack) if c.frame_stack > 1 else env
 
 
-def _make_task(config: Config, groups: Groups, trust_code: bool) -> VecEnv:
-    """The simulator to train in: with rewards of the config, scaled."""
+def _make_task(config: Config, policy: FlowPolicy, groups: Groups, trust_code: bool) -> VecEnv:
+    """The simulator to train in: with rewards of the config, or a learned one, scaled."""
     env = make_simulator(config, groups.num_rows, trust_code)
+    env = imitated(config, env, policy.device, trust_code)
     if any(config.reward.weights.values()):
         env = RewardWrapper(env, make_rewards(config, trust_code))
     return RewardScaling(env, config.env.gamma) if config.reward.scale else env
