@@ -29,6 +29,7 @@ TABLE: dict[str, dict[str, str]] = {
         "scratch": "rlflow.models.scratch:scratch",
         "gated": "rlflow.models.gated:GatedField",
         "decoder": "rlflow.models.decoder:DecoderField",
+        "returns": "rlflow.models.goals.returns:ReturnField",
         "gaussian": "rlflow.models.gaussian:GaussianField",
         "boundary": "rlflow.models.boundary:boundary",
         "pretrained": "rlflow.models.pretrained.pipeline:pretrained",

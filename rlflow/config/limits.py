@@ -131,11 +131,14 @@ def _check_kind(config: Config) -> None:
             ("env.horizon", config.env.horizon, None),
             ("env.mode", config.env.mode, "episodes"),
             ("env.frame_stack", config.env.frame_stack, 1),
+            ("env.targets", config.env.targets, None),
             ("reward.scale", config.reward.scale, False),
             ("eval.train_mode", config.eval.train_mode, False),
         ):
             if value != usual:
                 raise ValueError(f"{path}: is of simulators, and env.name is prompt; leave it at {usual!r}")
+    elif config.env.targets is not None and config.env.frame_stack > 1:
+        raise ValueError("env.targets: is shown beside single observations; use env.frame_stack=1")
     elif config.eval.metrics:
         raise ValueError("eval.metrics: judges images; episodes have return, length and success: leave it {}")
 

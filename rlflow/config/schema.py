@@ -201,6 +201,7 @@ class EnvConfig:
     horizon: Count | None = None  # steps (chunks) of an iteration; default: the longest episode
     mode: Literal["episodes", "steps"] = "episodes"  # steps: episodes run on from one iteration to the next
     frame_stack: Size = 1
+    targets: list[float] | None = None  # returns that rows are asked for in turn, of policies that are told one
 
 
 @dataclass

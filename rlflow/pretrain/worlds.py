@@ -14,13 +14,14 @@ import torch
 from rlflow.pretrain.adaptive import ADAPTIVE, SpreadFit
 from rlflow.pretrain.cloning import CLONINGS, Cloning
 from rlflow.pretrain.few_steps import FEW_STEPS, SHAPES, FewStepImages
+from rlflow.pretrain.guided import GUIDED
 from rlflow.pretrain.images import IMAGES, World
 from rlflow.pretrain.latent_scenes import LatentScenes
 from rlflow.ranges import Count, Seed, Size, argument, filled
 
 LATENT = {world.name: world for world in (LatentScenes(), LatentScenes("sd15_scenes", "sd15_scenes", 3000, old=True))}
 Maker = World | LatentScenes | Cloning | FewStepImages | SpreadFit
-WORLDS: dict[str, Maker] = {**IMAGES, **LATENT, **CLONINGS, **FEW_STEPS, SHAPES.name: SHAPES, **ADAPTIVE}
+WORLDS: dict[str, Maker] = {**IMAGES, **LATENT, **CLONINGS, **FEW_STEPS, SHAPES.name: SHAPES, **ADAPTIVE, **GUIDED}
 
 
 def main(world: Maker, argv: list[str] | None = None, out: Path | None = None) -> None:

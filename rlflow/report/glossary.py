@@ -61,6 +61,12 @@ _FIXED: dict[str, Metric] = {
     "eval/heldout/calls": Metric(
         "network calls", "rows", -1, "Rows of the network that made one action of a held-out episode, noise off."
     ),
+    "eval/heldout/rank_correlation": Metric(
+        "return follows target",
+        "",
+        1,
+        "Spearman's rank correlation of the mean returns with the targets that were asked for; 1 is in their order.",
+    ),
     "rollout/episode_return": Metric(
         "return while training", "reward", 1, "Return of the episodes that ended in this iteration, noise on."
     ),

@@ -18,6 +18,7 @@ from rlflow.envs.base import VecEnv
 from rlflow.envs.checked import Checked
 from rlflow.envs.prompt import PromptEnv
 from rlflow.envs.prompts import Prompts, load_prompts
+from rlflow.envs.targets import Targeted
 from rlflow.envs.wrappers import FrameStack, RewardScaling, RewardWrapper
 from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
@@ -43,6 +44,7 @@ from rlflow.train.learners import imitated, make_algorithm, make_likelihood
 
 NOT_THE_WORLD = ("chunk", "threads")
 """Settings of simulators that change how they are acted in, and not what they are: their episodes are compared."""
+WORLD = ("name", "settings", "targets")
 PRECISION = {"float32": None, "float64": None, "bfloat16": torch.bfloat16}
 
 
@@ -211,7 +213,7 @@ def judged_by(config: Config) -> dict[str, Any]:
     deployed = {"num_steps": c.num_steps or config.policy.num_steps, "solver": c.solver or config.policy.solver}
     judged = {"prompts": c.prompts, "metrics": c.metrics, "num": c.num, "noise": c.noise, "resolution": c.resolution}
     policy = {name: getattr(config.policy, name) for name in ("guidance", "precision", "squash", "grid", "select")}
-    env = {name: getattr(config.env, name) for name in ("name", "settings", "prompts", "gamma", "frame_stack")}
+    env = {name: getattr(config.env, name) for name in (*WORLD, "prompts", "gamma", "frame_stack")}
     asked = (*c.metrics.values(), *select_rewards(config))
     settings = {name: value for name, value in config.reward.settings.items() if name in asked}
     judging = {"policy": policy, "env": env, "eval": judged | deployed}
@@ -267,6 +269,9 @@ def make_simulator(config: Config, num_envs: int, trust_code: bool = False) -> V
     supplied = {"num_envs": num_envs, "gamma": c.gamma}
     env: VecEnv = registry.build("env", "env.settings", {**c.settings, "name": c.name}, supplied, trust_code)
     env = Checked(env, c.name)
+    if c.targets is not None:
+        with registry.located("env"):
+            return Targeted(env, c.targets)
     return FrameStack(env, c.frame_stack) if c.frame_stack > 1 else env
 
 

@@ -42,7 +42,7 @@ def donsker_varadhan(agent: Tensor, expert: Tensor) -> Tensor:
 
 
 class CoupledFlows(Ratio):
-    """CFIL: two densities by couplings, bounded at +-cap nats; `likelihood` 0 leaves the first part of the loss alone."""
+    """CFIL: two densities by couplings, bounded at +-cap nats; with `likelihood` 0, without its second part."""
 
     def __init__(
         self,
