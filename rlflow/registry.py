@@ -30,6 +30,7 @@ TABLE: dict[str, dict[str, str]] = {
         "gated": "rlflow.models.gated:GatedField",
         "decoder": "rlflow.models.decoder:DecoderField",
         "returns": "rlflow.models.goals.returns:ReturnField",
+        "plan": "rlflow.models.goals.plans:PlanField",
         "gaussian": "rlflow.models.gaussian:GaussianField",
         "boundary": "rlflow.models.boundary:boundary",
         "pretrained": "rlflow.models.pretrained.pipeline:pretrained",

@@ -293,7 +293,8 @@ def play_once(field: VelocityField, env: VecEnv, num_steps: int, seed: int = 10_
     obs = env.reset(seed + torch.arange(env.num_envs))
     scores = dict.fromkeys(DIGITS, torch.full((env.num_envs,), torch.nan))
     for step in range(env.horizon):
-        action = policy.sample(policy.encode(obs), key=Key(seed, "judge", outer=step)).final
+        cond, rows, key = policy.encode(obs), torch.arange(env.num_envs), Key(seed, "judge", outer=step)
+        action = policy.select(policy, cond, obs, policy.plan(), key, rows)
         reached = env.step(action)
         told = {"return": reached.info["episode_return"], "success": reached.info.get("success", scores["success"])}
         now = scores["return"].isnan() & reached.ended
