@@ -31,6 +31,7 @@ TABLE: dict[str, dict[str, str]] = {
         "decoder": "rlflow.models.decoder:DecoderField",
         "returns": "rlflow.models.goals.returns:ReturnField",
         "plan": "rlflow.models.goals.plans:PlanField",
+        "goal": "rlflow.models.goals.goal:GoalField",
         "gaussian": "rlflow.models.gaussian:GaussianField",
         "boundary": "rlflow.models.boundary:boundary",
         "pretrained": "rlflow.models.pretrained.pipeline:pretrained",
@@ -78,6 +79,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "scorer": {
         "critic": "rlflow.deploy.critics:SavedCritic",
+        "nearest_goal": "rlflow.pretrain.goals:NearestGoal",
     },
     "likelihood": {
         "chain": "rlflow.rl.likelihoods.chain:ChainLikelihood",
@@ -121,6 +123,7 @@ TABLE: dict[str, dict[str, str]] = {
         "toy_bandit": "rlflow.envs.simulators.toy:ToyBandit",
         "toy_mdp": "rlflow.envs.simulators.toy:ToyMDP",
         "toy_routes": "rlflow.envs.simulators.toy:ToyRoutes",
+        "toy_drive": "rlflow.envs.simulators.drive:ToyDrive",
         "tabletop": "rlflow.envs.simulators.tabletop:Tabletop",
         "hopper": "rlflow.envs.simulators.mujoco:hopper",
         "walker2d": "rlflow.envs.simulators.mujoco:walker2d",

@@ -92,6 +92,7 @@ DEMONSTRATORS: dict[str, Expert | Oracle] = {
         "metaworld", "rlflow.envs.simulators.metaworld:episodes", 0.2, ("torch", "envpool", "metaworld")
     ),
     "toy_routes": Oracle("toy_routes", "rlflow.envs.simulators.toy:routes_episodes", 0.15, ("torch",), 400),
+    "toy_drive": Oracle("toy_drive", "rlflow.envs.simulators.drive:episodes", 0.05, ("torch",), 4000),
     "tabletop": Oracle("tabletop", "rlflow.envs.simulators.tabletop:episodes", 0.3, ("torch",)),
 }
 

@@ -220,7 +220,7 @@ def check_select(config: Config, trust_code: bool = False) -> None:
     registry.validate("select", "policy.select", {"name": name, **settings}, ("scorer", "called"), trust_code)
     scorer, own = registry.split_spec(path, spec)
     if config.env.name != "prompt":
-        registry.validate("scorer", path, spec, ("event_shape", "trust_code"), trust_code)
+        registry.validate("scorer", path, spec, ("event_shape", "trust_code", "field"), trust_code)
         if config.eval.noise == "zero":
             raise ValueError(
                 "eval.noise: chains that start at zero end alike: set it to random or fixed, or select=null"

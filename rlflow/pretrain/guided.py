@@ -72,9 +72,9 @@ class GuidedCloning(Cloning):
         return " --permute" if args.permute else ""
 
     def world(self, demos: Demos, trust_code: bool = False) -> dict[str, Any]:
-        """With five returns to ask for, evenly from the data's lowest tenth to its best episode."""
+        """With five returns to ask for, evenly from the lowest tenth of the data's to the highest."""
         returns = torch.tensor([e["return"] for e in demos.episodes])
-        targets = torch.linspace(float(returns.quantile(0.1)), float(returns.max()), NUM_TARGETS)
+        targets = torch.linspace(float(returns.quantile(0.1)), float(returns.quantile(0.9)), NUM_TARGETS)
         return super().world(demos, trust_code) | {"targets": [round(t) for t in targets.tolist()]}
 
     def targets(self, demos: Demos) -> Tensor:

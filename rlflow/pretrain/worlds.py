@@ -14,6 +14,7 @@ import torch
 from rlflow.pretrain.adaptive import ADAPTIVE, SpreadFit
 from rlflow.pretrain.cloning import CLONINGS, Cloning
 from rlflow.pretrain.few_steps import FEW_STEPS, SHAPES, FewStepImages
+from rlflow.pretrain.goals import GOALS
 from rlflow.pretrain.guided import GUIDED
 from rlflow.pretrain.images import IMAGES, World
 from rlflow.pretrain.latent_scenes import LatentScenes
@@ -22,7 +23,7 @@ from rlflow.ranges import Count, Seed, Size, argument, filled
 
 LATENT = {world.name: world for world in (LatentScenes(), LatentScenes("sd15_scenes", "sd15_scenes", 3000, old=True))}
 Maker = World | LatentScenes | Cloning | FewStepImages | SpreadFit
-ROBOTS: dict[str, Maker] = {**CLONINGS, **FEW_STEPS, **ADAPTIVE, **GUIDED, **PLANS}
+ROBOTS: dict[str, Maker] = {**CLONINGS, **FEW_STEPS, **ADAPTIVE, **GUIDED, **PLANS, **GOALS}
 WORLDS: dict[str, Maker] = {**IMAGES, **LATENT, SHAPES.name: SHAPES, **ROBOTS}
 
 

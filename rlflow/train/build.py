@@ -166,7 +166,8 @@ def make_select(config: Config, policy: FlowPolicy, trust_code: bool = False, pr
         with registry.located(path):
             scorer: Any = RewardScorer(judge, None if prompts is None else prompts.columns)
     else:
-        told = {"event_shape": tuple(policy.event_shape), "trust_code": trust_code}
+        told: dict[str, Any] = {"event_shape": tuple(policy.event_shape), "trust_code": trust_code}
+        told["field"] = policy.field.unguided
         scorer = registry.build("scorer", path, spec, told, trust_code)
     supplied = {"scorer": scorer, "called": called}
     chosen: Select = registry.build("select", "policy.select", {"name": name, **settings}, supplied, trust_code)
