@@ -180,6 +180,8 @@ TABLE: dict[str, dict[str, str]] = {
         "halfcheetah": "rlflow/assets/halfcheetah",
         "walker2d": "rlflow/assets/walker2d",
         "cube_single": "rlflow/assets/cube_single",
+        "hopper_guided": "rlflow/assets/hopper_guided",
+        "drive_goal": "rlflow/assets/drive_goal",
         "tabletop": "rlflow/assets/tabletop",
         "metaworld": "rlflow/assets/metaworld",
     },

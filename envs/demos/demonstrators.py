@@ -105,8 +105,7 @@ def demonstrator(name: str, *, expert: Path | None = None, noise: float | None =
     if isinstance(found, Expert):
         if noise is not None and not found.noise:
             raise ValueError(f"noise: the expert of {name} has its own; leave it out, or ask for {name}_mixed")
-        given = {"file": expert, "noise": noise}
-        return replace(found, **{key: value for key, value in given.items() if value is not None})
+        return replace(found, file=expert or found.file, noise=found.noise if noise is None else noise)
     if expert is not None:
         raise ValueError(f"expert: {name} is demonstrated by a script; leave it out")
     return found if noise is None else replace(found, noise=noise)

@@ -8,7 +8,6 @@ our own stand-in for planning benchmarks of driving; no score here compares with
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -182,37 +181,3 @@ def episodes(num: int, seed: int, noise: float) -> Iterator[Episode]:
                 yield Episode(obs[row], done[row], reward[row], False, True, True)
                 made += 1
         first += num
-
-
-# -- pictures -------------------------------------------------------------------------------------
-
-
-def draw_scenes(obs: Tensor, points: Tensor, chosen: Tensor, goals: Tensor, path: Path) -> None:
-    """A picture of scenes (N, 21): boxes and where they go, candidates (N, n, H, 2), the chosen (N,), goals (N, 2)."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Rectangle
-
-    figure, axes = plt.subplots(len(obs), 1, figsize=(8, 1.3 * len(obs)), squeeze=False)
-    car, boxes = scene(obs)
-    later = moved(boxes, DT * STEPS)
-    for row, axis in enumerate(axes[:, 0]):
-        for edge in (-5.25, -1.75, 1.75, 5.25):
-            axis.axhline(edge, color="#999", lw=1, ls="-" if abs(edge) > 2 else (0, (6, 6)))
-        for now, then in zip(boxes[row].tolist(), later[row].tolist(), strict=True):
-            for (x, y, _), face in ((now, "#bbbbbb"), (then, "none")):
-                corner = (x - LONG / 2, y - WIDE / 2)
-                axis.add_patch(Rectangle(corner, LONG, WIDE, facecolor=face, edgecolor="#777", lw=0.8))
-        corner = (-LONG / 2, float(car[row, 1]) - WIDE / 2)
-        axis.add_patch(Rectangle(corner, LONG, WIDE, facecolor="#3b6ea8"))
-        for line in points[row]:
-            axis.plot(line[:, 0], line[:, 1], color="#3b6ea8", lw=0.6, alpha=0.6)
-        best = points[row, int(chosen[row])]
-        axis.plot(best[:, 0], best[:, 1], color="#c0392b", lw=2)
-        axis.plot(*goals[row].tolist(), marker="*", color="#c0392b", ms=9)
-        axis.set(xlim=(-8, 55), ylim=(-6, 6), xticks=[], yticks=[], aspect="equal")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": ""})
-    plt.close(figure)
