@@ -22,16 +22,16 @@ from rlflow.types import Tree
 
 @dataclass(frozen=True)
 class Plans(Told):
-    """What is denoised is the normalised states (N, H, S) behind an observation, `num` = H + 1 steps of an episode."""
+    """What is denoised is the steps (N, H, S) between the states from an observation on; `num` = H + 1."""
 
     field: PlanField
 
     def __getitem__(self, index: Tensor) -> tuple[Tree, Tensor]:
         """Observations with targets, and plans (N, H, S)."""
         obs, _ = super().__getitem__(index)
-        later = self.starts[index].unsqueeze(1) + torch.arange(1, self.num)
-        states = side_by_side(self.demos.observations(later.flatten())).unflatten(0, later.shape)
-        return obs, self.field.normalise(states)
+        run = self.starts[index].unsqueeze(1) + torch.arange(self.num)
+        states = side_by_side(self.demos.observations(run.flatten())).unflatten(0, run.shape)
+        return obs, self.field.steps_between(self.field.normalise(states))
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class PlanCloning(GuidedCloning):
         seen = side_by_side(demos.observations(torch.zeros(1, dtype=torch.long))).shape[1]
         field = PlanField(seen + 1, demos.action_shape, self.horizon, self.chunk)
         field.told.fit_normalizer(demos.moments, demos.returns_to_go())
+        field.fit_spread(transitions(field, demos)[0])
         return field, []
 
     def clone(self, demos: Demos, steps: int, seed: int, coupling: Coupling) -> tuple[VelocityField, float]:

@@ -1,9 +1,10 @@
 """Plans: a flow of the states to come, given the observation and a return; actions by inverse dynamics.
 
-Guided Flows (Zheng et al. 2023), planning as in Decision Diffuser (Ajay et al. 2023): what is denoised is
-(s_{t+1}, ..., s_{t+H}), normalised; a_{t+i} = inverse(s_{t+i}, s_{t+i+1}). The first few actions are carried out, then
-another plan is made (receding horizon). A plan has no density as an action, so such policies are deployed, not
-fine-tuned by ratios.
+Guided Flows (Zheng et al. 2023), planning as in Decision Diffuser (Ajay et al. 2023): what is denoised is the way
+through the states, d_i = (s_{t+i+1} - s_{t+i}) / std, i < H, of normalised states; a_{t+i} = inverse(s_{t+i}, d_i).
+Differences, since states change little in a step: an error of a hundredth of a state is all of a small one. The first
+few actions are carried out, then another plan is made (receding horizon). A plan has no density as an action, so such
+policies are deployed, not fine-tuned by ratios.
 """
 
 from __future__ import annotations
@@ -20,12 +21,17 @@ from rlflow.models.mlp import mlp
 from rlflow.ranges import Size
 from rlflow.types import Cond, Tree
 
+LEAST = 1e-3
+"""Of the spread of a step, in standard deviations of the state."""
+
 
 class PlanField(VelocityField):
-    """v(plan, t | obs, target), plans (H, S) of normalised states; `act` gives the first `executed` actions of one.
+    """v(plan, t | obs, target), plans (H, S) of steps between states; `act` gives the first `executed` actions of one.
 
     `obs_dim` counts the target: S is one less. `action_shape` is that of one primitive action.
     """
+
+    spread: Tensor
 
     def __init__(
         self,
@@ -45,6 +51,7 @@ class PlanField(VelocityField):
         self.event_shape = (horizon, self.states)
         self.told = ReturnField(obs_dim, self.event_shape, width, depth)
         self.num_features = self.told.num_features
+        self.register_buffer("spread", torch.ones(self.states))
         self.inverse = mlp([2 * self.states, width, width, math.prod(action_shape)])
 
     def encode(self, obs: Tree) -> Cond:
@@ -59,18 +66,29 @@ class PlanField(VelocityField):
         """Velocity (N, H, S)."""
         return self.told(x, t, dt, cond)
 
+    def fit_spread(self, states: Tensor) -> None:
+        """The std of the steps between normalised states (M, 2, S)."""
+        self.spread.copy_((states[:, 1] - states[:, 0]).std(0).clamp(min=LEAST))
+
     def normalise(self, states: Tensor) -> Tensor:
-        """States (..., S) as plans hold them."""
+        """States (..., S) as the network reads them."""
         blank = states.new_zeros(*states.shape[:-1], 1)
         flat = torch.cat([states, blank], -1).flatten(0, -2)
         return self.told.normalizer(flat)[:, :-1].view(states.shape)
 
     def actions_between(self, states: Tensor) -> Tensor:
         """(N, n, *A) that lead through normalised states (N, n + 1, S)."""
-        pairs = torch.cat([states[:, :-1], states[:, 1:]], -1)
-        return self.inverse(pairs).unflatten(-1, self.action_shape)
+        return self._actions(states[:, :-1], self.steps_between(states))
+
+    def steps_between(self, states: Tensor) -> Tensor:
+        """(N, n, S), the plan that leads through normalised states (N, n + 1, S)."""
+        return (states[:, 1:] - states[:, :-1]) / self.spread
+
+    def _actions(self, states: Tensor, steps: Tensor) -> Tensor:
+        return self.inverse(torch.cat([states, steps], -1)).unflatten(-1, self.action_shape)
 
     def act(self, x: Tensor, cond: Cond) -> Tensor:
         """(N, executed, *A) in [-1, 1] that begin plans (N, H, S) at the observations of `cond`."""
-        now = cond["pooled"][:, : self.states].to(x).unsqueeze(1)
-        return self.actions_between(torch.cat([now, x[:, : self.executed]], 1)).clamp(-1, 1)
+        now, steps = cond["pooled"][:, : self.states].to(x).unsqueeze(1), x[:, : self.executed]
+        before = now + (steps * self.spread).cumsum(1) - steps * self.spread
+        return self._actions(before, steps).clamp(-1, 1)

@@ -30,16 +30,17 @@ def walks(folder: Path) -> Demos:
     return write_demos(folder / "demos", episodes, {"name": "toy_reach"}, {})
 
 
-def test_a_plan_is_the_states_that_followed(tmp_path: Path) -> None:
+def test_a_plan_is_the_way_through_the_states_that_followed(tmp_path: Path) -> None:
     demos = walks(tmp_path)
     plans = CLONING.chunks(demos)
     index = torch.tensor([0, 5, len(plans) - 1])
     obs, x = plans[index]
     assert x.shape == (3, 3, 4)
-    later = demos.observations(plans.starts[index] + 2)
-    mean, std = demos.moments[1], (demos.moments[2] / demos.moments[0]).sqrt()
-    expected = (torch.cat([later["goal"], later["state"]], 1) - mean) / std
-    torch.testing.assert_close(x[:, 1], expected.float(), atol=1e-5, rtol=1e-5)
+    now, later = (demos.observations(plans.starts[index] + i)["state"] for i in (1, 2))
+    expected = (later - now) / (demos.moments[2] / demos.moments[0]).sqrt()[2:].float() / plans.field.spread[2:]
+    torch.testing.assert_close(x[:, 1, 2:], expected, atol=1e-4, rtol=1e-4)
+    assert not x[:, :, :2].any()  # goals stay
+    assert 0.8 < float(plans[torch.arange(len(plans))][1][..., 2:].std()) < 1.2
     assert obs["target"][:, 0].tolist() == [12, 7, 4]  # the last window of an episode of 12 begins four before its end
 
 
@@ -79,7 +80,8 @@ def test_a_policy_of_plans_acts_under_guidance_and_makes_a_new_one_each_time() -
     elsewhere = field.encode({**obs, "state": obs["state"] + 1})
     with torch.no_grad():
         assert not torch.equal(field.act(x, cond)[:, 0], field.act(x, elsewhere)[:, 0])
-        assert torch.equal(field.act(x, cond)[:, 1], field.act(x, elsewhere)[:, 1])  # between two planned states
+        long = torch.cat([x[:, :2], 5 + x[:, 2:]], 1)
+        assert torch.equal(field.act(x, cond), field.act(long, cond))  # what comes later is not carried out
 
 
 def test_more_actions_than_states_are_refused() -> None:
