@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlflow.envs.base import VecEnv
 from rlflow.envs.wrappers import Wrapper
+from rlflow.registry import SettingError
 from rlflow.types import Step, Tree
 
 
@@ -25,9 +26,9 @@ class Targeted(Wrapper):
 
     def __init__(self, env: VecEnv, targets: Sequence[float]):
         if not targets:
-            raise ValueError("targets: name at least one return")
+            raise SettingError("targets", "name at least one return")
         if env.tasks:
-            raise ValueError(f"targets: rows are asked different tasks already, {list(env.tasks)[:3]}")
+            raise SettingError("targets", f"rows are asked different tasks already, {list(env.tasks)[:3]}")
         super().__init__(env)
         self.targets: Sequence[float] = list(targets)
         self.tasks = [f"return {target:g}" for target in targets] if len(targets) > 1 else ()

@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlflow.config import recipes
 from rlflow.envs.simulators.toy import ToyMDP, ToyReach
 from rlflow.envs.targets import Targeted, rank_correlation
 from rlflow.envs.wrappers import Wrapper
+from rlflow.train.build import make_simulator
+from rlflow.train.episodes import Episodes
 from rlflow.types import Step
 
 
@@ -87,3 +90,25 @@ def test_rank_correlation_by_hand() -> None:
     # 1 - 6 sum d^2 / (n (n^2 - 1)), d = 1, -1, 0, 0, 0
     assert rank_correlation(asked, torch.tensor([2.0, 1.0, 3.0, 4.0, 5.0])) == pytest.approx(1 - 12 / 120)
     assert rank_correlation(asked, torch.ones(5)) == 0
+
+
+def test_evaluations_tell_each_targets_mean_return_and_how_they_follow() -> None:
+    returns, task = torch.tensor([1.0, 10.0, 5.0, 3.0, 12.0, 7.0]), torch.tensor([0, 1, 2, 0, 1, 2])
+    told = Episodes({"return": returns}, task=task, tasks=["a", "b", "c"], targets=[1.0, 2.0, 3.0])
+    assert told.by_task() == {"a": 2.0, "b": 11.0, "c": 6.0}
+    assert told.means()["rank_correlation"] == pytest.approx(0.5)  # 1, 3, 2 for 1, 2, 3
+    assert "rank_correlation" not in Episodes({"return": returns}, task=task, tasks=["a", "b", "c"]).means()
+
+
+def test_a_recipe_asks_for_returns() -> None:
+    config = recipes.load("robot_reach_reinflow", ["env.targets=[1, 2.5]"])
+    env = make_simulator(config, 4)
+    assert env.reset(torch.arange(4))["target"][:, 0].tolist() == [1, 2.5, 1, 2.5]
+    for recipe, given, said in (
+        ("t2i_nft", ["env.targets=[1]"], "env.targets: is of simulators"),
+        ("robot_reach_reinflow", ["env.targets=[1]", "env.frame_stack=2"], "env.targets: is shown beside single"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            recipes.load(recipe, given)
+    with pytest.raises(ValueError, match=r"env\.targets: name at least one return"):
+        make_simulator(recipes.load("robot_reach_reinflow", ["env.targets=[]"]), 4)

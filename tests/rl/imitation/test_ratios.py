@@ -23,7 +23,7 @@ def kl() -> float:
     return float((SHIFT.square() + SPREAD.square() - 1 - 2 * SPREAD.log()).sum() / 2)
 
 
-def fitted(ratio: Ratio, mean: Tensor, std: Tensor, steps: int = 400, num: int = 256) -> Ratio:
+def fitted(ratio: Ratio, mean: Tensor, std: Tensor, steps: int = 300, num: int = 256) -> Ratio:
     rng, optimizer = torch.Generator().manual_seed(0), torch.optim.Adam(ratio.parameters(), lr=5e-3)
     for step in range(steps):
         for group in optimizer.param_groups:
