@@ -30,6 +30,8 @@ class VecEnv:
 
     tasks: Sequence[str] = ()
     """Names of what rows are asked to do, where that differs."""
+    targets: Sequence[float] = ()
+    """Returns that rows are asked for in turn, where they are (`Targeted`)."""
     watch: Callable[[], None] | None = None
     """Called after every primitive step, in mid-chunk too; of a chunk's calls a row's first `num_steps` are its."""
     step_seconds: float = 0.04
@@ -58,6 +60,13 @@ class VecEnv:
     def asked(self) -> Tensor:
         """(B,) number of each row's task among `tasks`."""
         return torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
+
+    @property
+    def earned(self) -> Tensor:
+        """(B,) undiscounted return of each row's running episode so far; NotImplementedError where nobody counts."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say what episodes have earned: give it `earned` (B,)"
+        )
 
     @property
     def obs_dim(self) -> int:

@@ -243,6 +243,11 @@ class SimEnv(VecEnv):
         """Of the episodes that run now."""
         return self.sim.asked if self.tasks else super().asked
 
+    @property
+    def earned(self) -> Tensor:
+        """Of the episodes that run now."""
+        return self.returns
+
     def render(self, row: int, size: tuple[int, int] = (192, 192)) -> Tensor:
         """A picture (H, W, 3) uint8 of one row as it stands, the first state of the next episode after an end."""
         return self.sim.render(row, size)

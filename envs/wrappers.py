@@ -26,7 +26,7 @@ class Wrapper(VecEnv):
         self.env = env
         self.num_envs, self.action_shape, self.horizon = env.num_envs, env.action_shape, env.horizon
         self.device, self.obs_spec, self.exact_resume = env.device, env.obs_spec, env.exact_resume
-        self.tasks, self.step_seconds = env.tasks, env.step_seconds
+        self.tasks, self.step_seconds, self.targets = env.tasks, env.step_seconds, env.targets
 
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
         return self.env.reset(seeds, mask)
@@ -41,6 +41,11 @@ class Wrapper(VecEnv):
     def asked(self) -> Tensor:
         """Of the environment inside."""
         return self.env.asked
+
+    @property
+    def earned(self) -> Tensor:
+        """Of the environment inside."""
+        return self.env.earned
 
     @property
     def unwrapped(self) -> VecEnv:

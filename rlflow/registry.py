@@ -29,6 +29,9 @@ TABLE: dict[str, dict[str, str]] = {
         "scratch": "rlflow.models.scratch:scratch",
         "gated": "rlflow.models.gated:GatedField",
         "decoder": "rlflow.models.decoder:DecoderField",
+        "returns": "rlflow.models.goals.returns:ReturnField",
+        "plan": "rlflow.models.goals.plans:PlanField",
+        "goal": "rlflow.models.goals.goal:GoalField",
         "gaussian": "rlflow.models.gaussian:GaussianField",
         "boundary": "rlflow.models.boundary:boundary",
         "pretrained": "rlflow.models.pretrained.pipeline:pretrained",
@@ -77,6 +80,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "scorer": {
         "critic": "rlflow.deploy.critics:SavedCritic",
+        "nearest_goal": "rlflow.pretrain.goals:NearestGoal",
     },
     "likelihood": {
         "chain": "rlflow.rl.likelihoods.chain:ChainLikelihood",
@@ -103,6 +107,11 @@ TABLE: dict[str, dict[str, str]] = {
         "refl": "rlflow.rl.learners.reward_gradient:ReFL",
         "adjoint": "rlflow.rl.learners.adjoint:Adjoint",
     },
+    "ratio": {
+        "cfil": "rlflow.rl.imitation.ratios:CoupledFlows",
+        "logistic": "rlflow.rl.imitation.ratios:Logistic",
+        "constant": "rlflow.rl.imitation.ratios:Constant",
+    },
     "algorithm": {
         "policy_gradient": "rlflow.rl.learners.policy_gradient:PolicyGradient",
         "sac": "rlflow.rl.off_policy.sac:SAC",
@@ -115,6 +124,7 @@ TABLE: dict[str, dict[str, str]] = {
         "toy_bandit": "rlflow.envs.simulators.toy:ToyBandit",
         "toy_mdp": "rlflow.envs.simulators.toy:ToyMDP",
         "toy_routes": "rlflow.envs.simulators.toy:ToyRoutes",
+        "toy_drive": "rlflow.envs.simulators.drive:ToyDrive",
         "tabletop": "rlflow.envs.simulators.tabletop:Tabletop",
         "hopper": "rlflow.envs.simulators.mujoco:hopper",
         "walker2d": "rlflow.envs.simulators.mujoco:walker2d",
@@ -171,6 +181,8 @@ TABLE: dict[str, dict[str, str]] = {
         "halfcheetah": "rlflow/assets/halfcheetah",
         "walker2d": "rlflow/assets/walker2d",
         "cube_single": "rlflow/assets/cube_single",
+        "hopper_guided": "rlflow/assets/hopper_guided",
+        "drive_goal": "rlflow/assets/drive_goal",
         "tabletop": "rlflow/assets/tabletop",
         "metaworld": "rlflow/assets/metaworld",
     },
@@ -185,6 +197,7 @@ MAKES = {
     "select": "rlflow.flow.select:Select",
     "likelihood": "rlflow.rl.likelihoods.base:Likelihood",
     "through": "rlflow.rl.learners.reward_gradient:Through",
+    "ratio": "rlflow.rl.imitation.ratios:Ratio",
     "env": "rlflow.envs.base:VecEnv",
 }
 """What a component of a kind derives from."""

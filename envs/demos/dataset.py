@@ -227,6 +227,15 @@ class Demos:
         """What was earned (N,) in the steps `index` (N,)."""
         return self._gather(index, ["reward"])["reward"]
 
+    def returns_to_go(self) -> Tensor:
+        """What every step of the folder and those behind it in its episode earned (n,), undiscounted."""
+        last = self.about["episodes"][-1]
+        reward = self.rewards(torch.arange(last["start"] + last["length"])).double()
+        ends = torch.tensor([e["start"] + e["length"] for e in self.about["episodes"]])
+        earned = torch.cat([torch.zeros(1, dtype=torch.float64), reward.cumsum(0)])
+        lengths = torch.tensor([e["length"] for e in self.about["episodes"]])
+        return (earned[ends].repeat_interleave(lengths) - earned[:-1]).float()
+
     def _gather(self, index: Tensor, names: list[str]) -> dict[str, Tensor]:
         found = {
             n: torch.empty(len(index), *v.shape[1:], dtype=v.dtype) for n, v in self.shards[0].items() if n in names

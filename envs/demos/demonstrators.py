@@ -12,20 +12,26 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from rlflow import registry
 from rlflow.envs.demos.dataset import Demos, Episode, write_demos
 from rlflow.envs.demos.experts import GaussianExpert, embedded_expert, play, versions
+from rlflow.types import Tree
 
 
 @dataclass(frozen=True)
 class Expert:
-    """A policy trained by scripts/make_demos.py plays with its own noise; the shipped one unless a file is named."""
+    """A policy trained by scripts/make_demos.py plays with its own noise; the shipped one unless a file is named.
+
+    With `noise` > 0 the quality is mixed: actions of episode i of n get noise of std noise i / (n - 1), from the
+    expert's own play to one that falls at once.
+    """
 
     env: str
     file: Path | None = None
     num_episodes: int = 100
-    options: ClassVar[str] = ""
+    noise: float = 0.0
     packages: ClassVar[tuple[str, ...]] = ("torch", "gymnasium", "mujoco")
 
     def episodes(self, num: int, seed: int) -> tuple[Iterator[Episode], dict[str, Any]]:
@@ -35,8 +41,20 @@ class Expert:
             raise ValueError(f"no expert {path}: python scripts/make_demos.py {self.env} --train makes one")
         policy, trained = GaussianExpert.load(path)
         env = registry.find("env", self.env)(num, chunk=1)
-        rng = torch.Generator().manual_seed(seed)
-        return play(env, lambda obs: policy(obs, rng).unsqueeze(1), seed), {"expert": trained}
+        rng, std = torch.Generator().manual_seed(seed), self.noise * torch.linspace(0, 1, num).unsqueeze(1)
+
+        def act(obs: Tree) -> Tensor:
+            action = policy(obs, rng)
+            if self.noise:
+                action = (action + std * torch.randn(action.shape, generator=rng)).clamp(-1, 1)
+            return action.unsqueeze(1)
+
+        return play(env, act, seed), {"expert": trained} | ({"noise": self.noise} if self.noise else {})
+
+    @property
+    def options(self) -> str:
+        """Of the command that makes the same data."""
+        return f" --noise {self.noise:g}" if self.noise else ""
 
 
 @dataclass(frozen=True)
@@ -67,12 +85,14 @@ class Oracle:
 OGBENCH = ("torch", "gymnasium", "mujoco", "ogbench")
 DEMONSTRATORS: dict[str, Expert | Oracle] = {
     **{name: Expert(name) for name in ("hopper", "walker2d", "halfcheetah")},
+    **{f"{name}_mixed": Expert(name, None, 200, 1.2) for name in ("hopper", "walker2d", "halfcheetah")},
     "cube_single": Oracle("cube_single", "rlflow.envs.simulators.ogbench:single_episodes", 0.7, OGBENCH),
     "cube_double": Oracle("cube_double", "rlflow.envs.simulators.ogbench:double_episodes", 0.4, OGBENCH),
     "metaworld": Oracle(
         "metaworld", "rlflow.envs.simulators.metaworld:episodes", 0.2, ("torch", "envpool", "metaworld")
     ),
     "toy_routes": Oracle("toy_routes", "rlflow.envs.simulators.toy:routes_episodes", 0.15, ("torch",), 400),
+    "toy_drive": Oracle("toy_drive", "rlflow.envs.simulators.drive:episodes", 0.05, ("torch",), 4000),
     "tabletop": Oracle("tabletop", "rlflow.envs.simulators.tabletop:episodes", 0.3, ("torch",)),
 }
 
@@ -83,9 +103,9 @@ def demonstrator(name: str, *, expert: Path | None = None, noise: float | None =
         raise ValueError(f"nobody demonstrates {name!r}{registry.nearest(name, DEMONSTRATORS)}")
     found = DEMONSTRATORS[name]
     if isinstance(found, Expert):
-        if noise is not None:
-            raise ValueError(f"noise: the expert of {name} has its own; leave it out")
-        return found if expert is None else replace(found, file=expert)
+        if noise is not None and not found.noise:
+            raise ValueError(f"noise: the expert of {name} has its own; leave it out, or ask for {name}_mixed")
+        return replace(found, file=expert or found.file, noise=found.noise if noise is None else noise)
     if expert is not None:
         raise ValueError(f"expert: {name} is demonstrated by a script; leave it out")
     return found if noise is None else replace(found, noise=noise)
@@ -106,4 +126,4 @@ def make_demos(
     episodes, told = who.episodes(num, seed)
     command = f"python scripts/make_demos.py {name} --episodes {num} --seed {seed}{who.options}"
     made_by = {"command": command, "seed": seed, **told, "versions": versions(*who.packages)}
-    return write_demos(folder, episodes, {"name": name}, made_by)
+    return write_demos(folder, episodes, {"name": who.env}, made_by)

@@ -105,7 +105,7 @@ def rate(step: Player, seconds: float) -> tuple[float, float]:
 
 
 def compare(players: dict[str, Player], seconds: float, repeats: int) -> dict[str, Any]:
-    """Rates of all that play; what the first does of each other's, under "ratio" by the clock, under "cpu_ratio" by CPU time."""
+    """Rates of all that play; "ratio" of the first to each other by the clock, "cpu_ratio" by CPU time."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in players}
     for _ in range(repeats):
         for name, step in players.items():

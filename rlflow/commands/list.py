@@ -24,6 +24,7 @@ KINDS = {
     "advantages": "advantage",
     "objectives": "objective",
     "through": "through",
+    "ratios": "ratio",
     "algorithms": "algorithm",
     "models": "model",
     "rewards": "reward",

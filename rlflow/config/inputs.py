@@ -18,7 +18,7 @@ from rlflow.files import digest, write_text
 from rlflow.registry import TABLE
 
 PROMPTS = ("env.prompts", "eval.prompts")
-FOLDERS = ("algorithm.offline.demos", "policy.select.scorer.run")
+FOLDERS = ("algorithm.offline.demos", "imitation.demos", "policy.select.scorer.run")
 """Settings that are a folder whatever they say."""
 SECTIONS = ("policy.field", "env.settings", "reward.settings")
 """Of components, in whose settings a text is a file or folder if there is one of that name."""

@@ -17,6 +17,7 @@ def check_together(config: Config, trust_code: bool = False) -> None:
     """ValueError for settings that exclude each other."""
     OF_LEARNERS[config.algorithm.name](config, trust_code)
     _check_kind(config)
+    _check_imitation(config, trust_code)
     check_sharding(config)
     judges = list(config.eval.metrics) if config.env.name == "prompt" else None
     for i, rule in enumerate(config.train.stop_when):
@@ -107,6 +108,19 @@ def check_sharding(config: Config) -> None:
         )
 
 
+def _check_imitation(config: Config, trust_code: bool) -> None:
+    """ValueError for a learned reward where there is no place for one."""
+    if config.imitation is None:
+        return
+    if config.env.name == "prompt":
+        raise ValueError("imitation: rewards are learnt in simulators, and env.name is prompt; leave it out")
+    if config.reward.weights:
+        raise ValueError("imitation: is the reward; leave reward.weights out")
+    if config.env.frame_stack > 1:
+        raise ValueError("imitation: demonstrations hold single observations; use env.frame_stack=1")
+    registry.validate("ratio", "imitation.ratio", config.imitation.ratio, ("num_inputs",), trust_code)
+
+
 def _check_kind(config: Config) -> None:
     """ValueError for settings of images in a simulator, and the other way round."""
     if config.env.name == "prompt":
@@ -117,11 +131,14 @@ def _check_kind(config: Config) -> None:
             ("env.horizon", config.env.horizon, None),
             ("env.mode", config.env.mode, "episodes"),
             ("env.frame_stack", config.env.frame_stack, 1),
+            ("env.targets", config.env.targets, None),
             ("reward.scale", config.reward.scale, False),
             ("eval.train_mode", config.eval.train_mode, False),
         ):
             if value != usual:
                 raise ValueError(f"{path}: is of simulators, and env.name is prompt; leave it at {usual!r}")
+    elif config.env.targets is not None and config.env.frame_stack > 1:
+        raise ValueError("env.targets: is shown beside single observations; use env.frame_stack=1")
     elif config.eval.metrics:
         raise ValueError("eval.metrics: judges images; episodes have return, length and success: leave it {}")
 
@@ -203,7 +220,7 @@ def check_select(config: Config, trust_code: bool = False) -> None:
     registry.validate("select", "policy.select", {"name": name, **settings}, ("scorer", "called"), trust_code)
     scorer, own = registry.split_spec(path, spec)
     if config.env.name != "prompt":
-        registry.validate("scorer", path, spec, ("event_shape", "trust_code"), trust_code)
+        registry.validate("scorer", path, spec, ("event_shape", "trust_code", "field"), trust_code)
         if config.eval.noise == "zero":
             raise ValueError(
                 "eval.noise: chains that start at zero end alike: set it to random or fixed, or select=null"

@@ -152,6 +152,7 @@ COMPONENTS = {
     "advantage": "advantage",
     "algorithm.objective": "objective",
     "algorithm.through": "through",
+    "imitation.ratio": "ratio",
     "eval.solver": "solver",
 }
 """Paths of components, and their kinds."""

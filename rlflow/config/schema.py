@@ -201,6 +201,7 @@ class EnvConfig:
     horizon: Count | None = None  # steps (chunks) of an iteration; default: the longest episode
     mode: Literal["episodes", "steps"] = "episodes"  # steps: episodes run on from one iteration to the next
     frame_stack: Size = 1
+    targets: list[float] | None = None  # returns that rows are asked for in turn, of policies that are told one
 
 
 @dataclass
@@ -214,6 +215,24 @@ class RewardConfig:
     frames: int | list[int] = 4  # of a video that a reward of images sees: so many, or these, counted from 0 or -1
     scale: bool = False  # divided by the running std of the discounted return (simulators)
     timeout_s: Seconds = 60.0
+
+
+@dataclass
+class ImitationConfig:
+    """A reward learnt from demonstrations, in place of the simulator's: minus a log density ratio."""
+
+    __pydantic_config__ = STRICT
+    demos: str = "demos"  # folder; made by the shipped expert of the simulator if it is absent
+    episodes: Count = 1  # the first ones of the folder
+    ratio: Spec = "cfil"
+    inputs: Literal["state_action", "state", "next_state"] = "state_action"  # next_state: state and what was reached
+    shift: float = 0.0  # added to the reward of every step; above 0, to live on pays
+    every: Count | None = None  # steps of the environment between two fits; default: those of an iteration
+    fits: Count = 50  # optimiser steps of each
+    batch_size: Size = 256  # decisions of either side
+    lr: LearningRate = 1e-3
+    memory: Size = 8192  # newest decisions of the agent that are fitted to
+    smooth: NotNegative = 0.05  # noise on what is fitted to, in standard deviations of the expert's
 
 
 @dataclass
@@ -292,6 +311,7 @@ class Config:
     algorithm: AnyAlgorithm = field(default_factory=AlgorithmConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    imitation: ImitationConfig | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 

@@ -58,6 +58,8 @@ def record(
         raise ValueError(f"{name} makes images, demonstrations are of robots: rlflow sample draws them")
     if config.env.frame_stack > 1:
         raise ValueError(f"{name} sees env.frame_stack={config.env.frame_stack} frames, demonstrations hold one")
+    if config.env.targets is not None:
+        raise ValueError(f"{name} is told a return, which is not played here: rlflow eval asks for several")
     world = {"name": config.env.name, "settings": {k: v for k, v in config.env.settings.items() if k != "chunk"}}
     env = step_env(world, trust_code, ROWS)
     if env.action_shape[0] != 1:

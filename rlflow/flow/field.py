@@ -105,6 +105,10 @@ class VelocityField(nn.Module):
         """Sample (N, *D) to what an environment receives: images or videos (N, F, 3, H, W) in [0, 1]; actions."""
         return x
 
+    def act(self, x: Tensor, cond: Cond) -> Tensor:
+        """Sample (N, *D) made at `cond` to what is carried out; of a plan, the actions that follow it."""
+        return self.decode(x)
+
     def times(self, num_steps: int) -> Tensor:
         """(K + 1,) float64 times the model's own sampler uses; what the grid `scheduler` asks for."""
         raise ValueError(f"{type(self).__name__} has no time grid of its own: use policy.grid=uniform")
@@ -212,6 +216,10 @@ class Around(VelocityField):
     def decode(self, x: Tensor) -> Tensor:
         """As the inner field."""
         return self.field.decode(x)
+
+    def act(self, x: Tensor, cond: Cond) -> Tensor:
+        """As the inner field."""
+        return self.field.act(x, cond)
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         """As the inner field."""

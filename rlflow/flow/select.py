@@ -51,7 +51,7 @@ class Select:
     ) -> Tensor:
         """(N, *D) as an environment receives it, of the rows of `cond`; `x_0` (N, *D) in place of drawn starts."""
         chain = policy.sample(cond, plan, key=key, row_ids=row_ids, x_0=x_0)
-        return policy.field.decode(policy.squash(chain.final))
+        return policy.field.act(policy.squash(chain.final), cond)
 
 
 class BestOf(Select):
@@ -85,7 +85,7 @@ class BestOf(Select):
         apart = torch.arange(self.num) * APART
         ids = (row_ids.cpu().unsqueeze(1) + apart).flatten()
         chain = policy.sample(cond, plan, key=key, row_ids=ids, copies=self.num)
-        made = policy.field.decode(policy.squash(chain.final)).unflatten(0, (-1, self.num))
+        made = policy.field.act(policy.squash(chain.final), cond.repeat(self.num)).unflatten(0, (-1, self.num))
         scores = self.scorer(made, asked).to(made.device)
         if scores.shape != made.shape[:2]:
             raise ValueError(f"the scorer gave {tuple(scores.shape)} scores for {tuple(made.shape[:2])} samples")

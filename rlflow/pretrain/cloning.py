@@ -22,6 +22,7 @@ from rlflow.envs.checked import Checked
 from rlflow.envs.demos.dataset import Chunks, Demos
 from rlflow.envs.demos.identity import check_alike, differences
 from rlflow.envs.simulators.tabletop import LENGTH, PIXELS, WORDS
+from rlflow.envs.targets import Targeted
 from rlflow.flow.field import VelocityField
 from rlflow.flow.grid import uniform_times
 from rlflow.flow.kernels import FlowSDE
@@ -58,6 +59,7 @@ class Cloning:
     average: float = 0.998  # decay of the weight average
     judged: int = 64  # episodes
     num_demos: int | None = None  # episodes, where they have to be made; default: the demonstrator's
+    drop: float = 0.0  # share of rows whose condition is hidden, for guidance
 
     @property
     def asset(self) -> str:
@@ -87,7 +89,7 @@ class Cloning:
         """The same of demonstrations in hand; whatever they do not fit is said before anything is learnt."""
         world = self.world(demos, trust_code)
         env = make_env(world, self.judged, trust_code)
-        check_alike(str(demos.folder), demos.obs_spec, demos.action_shape, env)
+        check_alike(str(demos.folder), demos.obs_spec, demos.action_shape, env.unwrapped)
         begin, begin_cpu = time.perf_counter(), time.process_time()
         field, validation = self.clone(demos, args.steps, args.seed, COUPLINGS[args.coupling])
         seconds = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - begin_cpu}
@@ -122,6 +124,10 @@ class Cloning:
             settings["chunk"] = self.chunk
         return {"name": name, "settings": settings} if settings else {"name": name}
 
+    def chunks(self, demos: Demos) -> Chunks:
+        """What is learnt from."""
+        return demos.chunks(self.chunk)
+
     def network(self, demos: Demos) -> tuple[VelocityField, list[Parameter]]:
         """What will be trained, and which of its matrices by Muon."""
         return self.multilayer(demos), []
@@ -135,7 +141,7 @@ class Cloning:
 
     def clone(self, demos: Demos, steps: int, seed: int, coupling: Coupling) -> tuple[VelocityField, float]:
         """(policy, its flow-matching loss on held-out episodes)."""
-        train, held_out = (part.chunks(self.chunk) for part in demos.split())
+        train, held_out = (self.chunks(part) for part in demos.split())
         torch.manual_seed(seed)
         field, hidden = self.network(demos)
         averaged = pretrain(
@@ -145,7 +151,7 @@ class Cloning:
             hidden=hidden,
             lr=self.lr,
             muon_lr=self.muon_lr,
-            drop=0.0,
+            drop=self.drop,
             average=self.average,
             times=uniform_times,
             coupling=coupling,
@@ -156,7 +162,7 @@ class Cloning:
         )
         return averaged, validation_loss(averaged, held_out)
 
-    def judge(self, field: VelocityField, env: VecEnv) -> dict[str, float]:
+    def judge(self, field: VelocityField, env: VecEnv) -> dict[str, Any]:
         """Mean return, and success where it is told, with K denoising steps; with fewer where made for it."""
         found: dict[str, float] = {}
         for suffix, k in self.judged_at.items():
@@ -239,8 +245,10 @@ CLONINGS = {
 }
 
 
-def demos_of(env: str, folder: Path, settings: dict[str, Any] | None = None, num: int | None = None) -> Demos:
-    """Those of a folder, of this environment; made first, by whoever demonstrates it, if there is no folder.
+def demos_of(
+    env: str, folder: Path, settings: dict[str, Any] | None = None, num: int | None = None, by: str | None = None
+) -> Demos:
+    """Those of a folder, of this environment; made first, by whoever demonstrates it (or `by`), if there is no folder.
 
     ValueError where they are of another environment, or of this one under settings that make it another.
     """
@@ -252,7 +260,7 @@ def demos_of(env: str, folder: Path, settings: dict[str, Any] | None = None, num
         raise ValueError(f"{folder}: demonstrations {'would be' if absent else 'are'} of another env: {'; '.join(why)}")
     if absent:
         print(f"{folder} does not exist: demonstrations of {env} are made", flush=True)
-        print(make_demos(env, folder, num_episodes=num).summary, flush=True)
+        print(make_demos(by or env, folder, num_episodes=num).summary, flush=True)
     demos = Demos.open(folder)
     demos.check()
     return demos
@@ -262,7 +270,8 @@ def make_env(world: dict[str, Any], num_envs: int, trust_code: bool = False) -> 
     """`num_envs` rows of an environment by name and settings."""
     spec = {**world.get("settings", {}), "name": world["name"]}
     env = registry.build("env", "env.settings", spec, {"num_envs": num_envs, "gamma": GAMMA}, trust_code)
-    return Checked(env, world["name"])
+    checked = Checked(env, world["name"])
+    return Targeted(checked, world["targets"]) if "targets" in world else checked
 
 
 @torch.no_grad()
@@ -284,7 +293,8 @@ def play_once(field: VelocityField, env: VecEnv, num_steps: int, seed: int = 10_
     obs = env.reset(seed + torch.arange(env.num_envs))
     scores = dict.fromkeys(DIGITS, torch.full((env.num_envs,), torch.nan))
     for step in range(env.horizon):
-        action = policy.sample(policy.encode(obs), key=Key(seed, "judge", outer=step)).final
+        cond, rows, key = policy.encode(obs), torch.arange(env.num_envs), Key(seed, "judge", outer=step)
+        action = policy.select(policy, cond, obs, policy.plan(), key, rows)
         reached = env.step(action)
         told = {"return": reached.info["episode_return"], "success": reached.info.get("success", scores["success"])}
         now = scores["return"].isnan() & reached.ended

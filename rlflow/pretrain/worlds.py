@@ -1,4 +1,4 @@
-"""What `rlflow pretrain` makes, by name: images.py, latent_scenes.py, few_steps.py; robots of cloning.py, adaptive.py.
+"""What `rlflow pretrain` makes, by name: images.py, latent_scenes.py, few_steps.py; robots of the other files.
 
 Everything is drawn, or played, by the program itself.
 """
@@ -14,13 +14,17 @@ import torch
 from rlflow.pretrain.adaptive import ADAPTIVE, SpreadFit
 from rlflow.pretrain.cloning import CLONINGS, Cloning
 from rlflow.pretrain.few_steps import FEW_STEPS, SHAPES, FewStepImages
+from rlflow.pretrain.goals import GOALS
+from rlflow.pretrain.guided import GUIDED
 from rlflow.pretrain.images import IMAGES, World
 from rlflow.pretrain.latent_scenes import LatentScenes
+from rlflow.pretrain.plans import PLANS
 from rlflow.ranges import Count, Seed, Size, argument, filled
 
 LATENT = {world.name: world for world in (LatentScenes(), LatentScenes("sd15_scenes", "sd15_scenes", 3000, old=True))}
 Maker = World | LatentScenes | Cloning | FewStepImages | SpreadFit
-WORLDS: dict[str, Maker] = {**IMAGES, **LATENT, **CLONINGS, **FEW_STEPS, SHAPES.name: SHAPES, **ADAPTIVE}
+ROBOTS: dict[str, Maker] = {**CLONINGS, **FEW_STEPS, **ADAPTIVE, **GUIDED, **PLANS, **GOALS}
+WORLDS: dict[str, Maker] = {**IMAGES, **LATENT, SHAPES.name: SHAPES, **ROBOTS}
 
 
 def main(world: Maker, argv: list[str] | None = None, out: Path | None = None) -> None:

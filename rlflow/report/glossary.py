@@ -61,6 +61,12 @@ _FIXED: dict[str, Metric] = {
     "eval/heldout/calls": Metric(
         "network calls", "rows", -1, "Rows of the network that made one action of a held-out episode, noise off."
     ),
+    "eval/heldout/rank_correlation": Metric(
+        "return follows target",
+        "",
+        1,
+        "Spearman's rank correlation of the mean returns with the targets that were asked for; 1 is in their order.",
+    ),
     "rollout/episode_return": Metric(
         "return while training", "reward", 1, "Return of the episodes that ended in this iteration, noise on."
     ),
@@ -152,6 +158,15 @@ _FIXED: dict[str, Metric] = {
         "1 where the update ended early because the KL limit was reached.",
     ),
     "kl/ref": Metric("KL to the reference", "nats", 0, "KL of the policy to the frozen reference, per scored step."),
+    "imitation/divergence": Metric(
+        "distance to the expert",
+        "nats",
+        -1,
+        "KL of what the agent does to what the expert did, as the learned reward's ratio tells it (Donsker-Varadhan).",
+    ),
+    "imitation/log_likelihood": Metric(
+        "likelihood of decisions", "nats", 0, "Mean log-likelihood of each flow's own decisions, per number."
+    ),
     "critic/loss": Metric("critic loss", "", -1, "Mean squared error of the critic's value."),
     "critic/explained_variance": Metric(
         "explained variance",

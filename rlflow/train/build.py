@@ -18,6 +18,7 @@ from rlflow.envs.base import VecEnv
 from rlflow.envs.checked import Checked
 from rlflow.envs.prompt import PromptEnv
 from rlflow.envs.prompts import Prompts, load_prompts
+from rlflow.envs.targets import Targeted
 from rlflow.envs.wrappers import FrameStack, RewardScaling, RewardWrapper
 from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
@@ -40,10 +41,11 @@ from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
 from rlflow.train.episodes import EpisodeEvaluator
 from rlflow.train.evaluate import Evaluator
-from rlflow.train.learners import make_algorithm, make_likelihood
+from rlflow.train.learners import imitated, make_algorithm, make_likelihood
 
 NOT_THE_WORLD = ("chunk", "threads")
 """Settings of simulators that change how they are acted in, and not what they are: their episodes are compared."""
+WORLD = ("name", "settings", "targets")
 PRECISION = {"float32": None, "float64": None, "bfloat16": torch.bfloat16}
 
 
@@ -171,7 +173,8 @@ def make_select(config: Config, policy: FlowPolicy, trust_code: bool = False, pr
         with registry.located(path):
             scorer: Any = RewardScorer(judge, columns, frames is not None)
     else:
-        told = {"event_shape": tuple(policy.event_shape), "trust_code": trust_code}
+        told: dict[str, Any] = {"event_shape": tuple(policy.event_shape), "trust_code": trust_code}
+        told["field"] = policy.field.unguided
         scorer = registry.build("scorer", path, spec, told, trust_code)
     supplied = {"scorer": scorer, "called": called}
     chosen: Select = registry.build("select", "policy.select", {"name": name, **settings}, supplied, trust_code)
@@ -218,7 +221,7 @@ def judged_by(config: Config) -> dict[str, Any]:
     deployed = {"num_steps": c.num_steps or config.policy.num_steps, "solver": c.solver or config.policy.solver}
     judged = {"prompts": c.prompts, "metrics": c.metrics, "num": c.num, "noise": c.noise, "resolution": c.resolution}
     policy = {name: getattr(config.policy, name) for name in ("guidance", "precision", "squash", "grid", "select")}
-    env = {name: getattr(config.env, name) for name in ("name", "settings", "prompts", "gamma", "frame_stack")}
+    env = {name: getattr(config.env, name) for name in (*WORLD, "prompts", "gamma", "frame_stack")}
     asked = (*c.metrics.values(), *select_rewards(config))
     settings = {name: value for name, value in config.reward.settings.items() if name in asked}
     reward = ({"settings": settings} if settings else {}) | _unusual(config)
@@ -271,7 +274,7 @@ def make_parts(config: Config, trust_code: bool = False) -> Parts:
 def _make_env(config: Config, policy: FlowPolicy, groups: Groups, trust_code: bool) -> VecEnv:
     if config.env.name == "prompt":
         return _make_prompts(config, policy, groups, trust_code)
-    return _make_task(config, groups, trust_code)
+    return _make_task(config, policy, groups, trust_code)
 
 
 def make_simulator(config: Config, num_envs: int, trust_code: bool = False) -> VecEnv:
@@ -280,12 +283,16 @@ def make_simulator(config: Config, num_envs: int, trust_code: bool = False) -> V
     supplied = {"num_envs": num_envs, "gamma": c.gamma}
     env: VecEnv = registry.build("env", "env.settings", {**c.settings, "name": c.name}, supplied, trust_code)
     env = Checked(env, c.name)
+    if c.targets is not None:
+        with registry.located("env"):
+            return Targeted(env, c.targets)
     return FrameStack(env, c.frame_stack) if c.frame_stack > 1 else env
 
 
-def _make_task(config: Config, groups: Groups, trust_code: bool) -> VecEnv:
-    """The simulator to train in: with rewards of the config, scaled."""
+def _make_task(config: Config, policy: FlowPolicy, groups: Groups, trust_code: bool) -> VecEnv:
+    """The simulator to train in: with rewards of the config, or a learned one, scaled."""
     env = make_simulator(config, groups.num_rows, trust_code)
+    env = imitated(config, env, policy.device, trust_code)
     if any(config.reward.weights.values()):
         env = RewardWrapper(env, make_rewards(config, trust_code))
     return RewardScaling(env, config.env.gamma) if config.reward.scale else env

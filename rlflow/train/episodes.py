@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlflow.envs.base import VecEnv, told_scores
 from rlflow.envs.seeds import evaluation_seeds
+from rlflow.envs.targets import rank_correlation
 from rlflow.files import save_tensors
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
@@ -46,6 +47,7 @@ class Episodes:
     task: Tensor | None = None  # (N,) of `tasks`
     tasks: Sequence[str] = ()
     key: Tensor | None = None  # (N,) of what was asked in each
+    targets: Sequence[float] = ()  # of the tasks, where they are returns to be reached
     calls: float | None = None  # network rows of an action, where it was deployed
 
     def __len__(self) -> int:
@@ -57,12 +59,20 @@ class Episodes:
         return f"{len(self)} seeded episodes"
 
     def means(self) -> dict[str, float]:
-        """Mean over the episodes; "calls" over their actions."""
+        """Mean over the episodes; "calls" over their actions, and how the returns follow the targets."""
         told = {} if self.calls is None else {"calls": self.calls}
+        if len(self.targets) > 2:
+            told["rank_correlation"] = rank_correlation(torch.tensor(self.targets), torch.stack(self._achieved()))
         return {name: float(score.nanmean()) for name, score in self.scores.items()} | told
 
+    def _achieved(self) -> list[Tensor]:
+        """Mean return of each task's episodes."""
+        return [self.scores["return"][self.task == i].nanmean() for i in range(len(self.tasks))]
+
     def by_task(self) -> dict[str, float]:
-        """Share of the episodes of each task that reached their goal; {} where all are asked the same."""
+        """Share of each task's episodes that reached their goal, or their mean return; {} where all are asked alike."""
+        if self.targets and self.tasks:
+            return {name: float(value) for name, value in zip(self.tasks, self._achieved(), strict=True)}
         if self.task is None or "success" not in self.scores:
             return {}
         shares = {name: self.scores["success"][self.task == i].nanmean() for i, name in enumerate(self.tasks)}
@@ -136,7 +146,8 @@ class EpisodeEvaluator:
         calls = float(rows / actions)
         if not self.env.tasks:
             return Episodes(scores, film, key=self.key, calls=calls)
-        return Episodes(scores, film, dist.gather_shares(self._task, self.num).long(), self.env.tasks, self.key, calls)
+        task = dist.gather_shares(self._task, self.num).long()
+        return Episodes(scores, film, task, self.env.tasks, self.key, self.env.targets, calls)
 
     def _play(self, act: Act, film: Film) -> dict[str, Tensor]:
         """Scores of this rank's episodes."""

@@ -13,11 +13,13 @@ from rlflow import registry
 from rlflow.config.schema import AlgorithmConfig, Config, OfflineConfig, RewardGradientConfig, SACConfig
 from rlflow.config.steps import make_steps
 from rlflow.envs.base import VecEnv
+from rlflow.envs.demos.dataset import Demos
 from rlflow.envs.prompt import PromptEnv
 from rlflow.flow.policy import FlowPolicy
 from rlflow.pretrain.cloning import demos_of
 from rlflow.rl.algorithm import Algorithm
 from rlflow.rl.groups import Groups
+from rlflow.rl.imitation.learned import Fitting, Imitated, LearnedReward, check_numbers
 from rlflow.rl.learners.policy_gradient import PolicyGradient
 from rlflow.rl.learners.regularizers import KL
 from rlflow.rl.learners.reward_gradient import RewardGradient
@@ -105,6 +107,7 @@ def _sac(
             ema_decay=c.ema_decay,
             seed=config.train.seed,
             permute=config.train.permute_rewards,
+            relabel=env.learned.relabel if isinstance(env, Imitated) else None,
         )
 
 
@@ -130,6 +133,28 @@ def _reward_gradient(
             seed=config.train.seed,
             permute=config.train.permute_rewards,
         )
+
+
+def imitated(config: Config, env: VecEnv, place: torch.device, trust_code: bool = False) -> VecEnv:
+    """`env` with the learned reward of the config, on device `place`; as it is where there is none."""
+    c = config.imitation
+    if c is None:
+        return env
+    with registry.located("imitation"):
+        found = demos_of(config.env.name, Path(c.demos), config.env.settings)
+        if len(found.episodes) < c.episodes:
+            told = f"{c.demos} has {len(found.episodes)}, fewer than {c.episodes}"
+            raise registry.SettingError("episodes", told)
+        demos = Demos(found.folder, found.about, found.shards, found.episodes[: c.episodes])
+        data, whole = offline_data(demos, env.action_shape[0], config.env.gamma, place)
+        expert = data.index(whole)
+        check_numbers(expert.obs)
+        torch.manual_seed(config.train.seed)
+        inputs = {"num_inputs": LearnedReward.num_inputs(expert, c.inputs)}
+        ratio = registry.build("ratio", "ratio", c.ratio, inputs, trust_code)
+        fitting = Fitting(c.fits, c.batch_size, c.lr, c.memory, c.smooth, c.shift)
+        learned = LearnedReward(ratio, expert, c.inputs, fitting, place, config.train.seed)
+    return Imitated(env, learned, c.every or config.env.horizon or env.horizon)
 
 
 def twin_settings(c: SACConfig) -> TwinSettings:

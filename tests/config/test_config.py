@@ -404,6 +404,7 @@ def test_every_key_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     few = ["train.iterations=1", "eval.num=2", "env.num_groups=4", "algorithm.start=8", "algorithm.batch_size=4"]
     few += ["train.wandb=true"]
     few += [f"algorithm.offline={{demos: {tmp_path / 'demos'}, clone: 1, updates: 1}}"]
+    few += [f"imitation={{demos: {tmp_path / 'demos'}, fits: 1, batch_size: 4}}"]
     Trainer(recipes.load("robot_reach_sac", few), tmp_path / "off_policy", quiet=True).fit()
     few = ["train.iterations=1", "train.minutes=", "eval.num=2", "env.num_groups=2", "reward.weights={brightness: 1}"]
     Trainer(recipes.load("t2i_draft", few), tmp_path / "gradient", quiet=True).fit()

@@ -12,8 +12,9 @@ from rlflow.envs.conformance import CHECKS, Subject, check
 from rlflow.envs.prompt import PromptEnv
 from rlflow.envs.prompts import Prompts
 from rlflow.envs.sim import SimEnv
+from rlflow.envs.simulators import drive, mujoco, tabletop, toy
 from rlflow.envs.simulators import gym as gymnasium_envs
-from rlflow.envs.simulators import mujoco, tabletop, toy
+from rlflow.envs.targets import Targeted
 from rlflow.envs.wrappers import FrameStack, RewardScaling, RewardWrapper
 from rlflow.rewards.base import Reward, RewardSet
 from rlflow.types import Step, Tree
@@ -86,6 +87,8 @@ SUBJECTS = {
         gamma=0.99,
     ),
     "toy_reach": Subject(reach(), reach(20), lambda n: SimEnv(toy.ReachSim(n, 2, 8))),
+    "toy_drive": Subject(drive.ToyDrive, num_envs=6),
+    "targets": wrapped(Targeted, [1.0, 2.0]),
     "tabletop": Subject(
         lambda n: tabletop.Tabletop(n, chunk=3, horizon=9),
         lambda n: tabletop.Tabletop(n, chunk=3, horizon=40),

@@ -524,9 +524,11 @@ def test_every_recipe_runs_two_iterations(
         few += ["algorithm.micro_batch=16"] if ratios else []  # as few passes as the rows allow
     else:
         few += ["env.horizon=6", "eval.video=0"]
-    if isinstance(learner, SACConfig) and learner.offline is not None:
+    offline, imitation = isinstance(learner, SACConfig) and learner.offline is not None, recipes.load(name).imitation
+    if offline or imitation is not None:
         demos = some_demos(tmp_path, recipes.load(name).env.name)
-        few += [f"algorithm.offline.{key}" for key in (f"demos={demos}", "clone=2", "updates=2")]
+        few += [f"algorithm.offline.{key}" for key in (f"demos={demos}", "clone=2", "updates=2")] if offline else []
+        few += [f"imitation.demos={demos}", "imitation.fits=2"] if imitation is not None else []
     if getattr(recipes.load(name).algorithm, "critic_warmup", 0):
         few += ["algorithm.critic_warmup=0"]  # else neither iteration moves the policy
     made = Trainer(name, tmp_path / "run", overrides=[*few, "train.minutes=", "train.iterations=2"], quiet=True)

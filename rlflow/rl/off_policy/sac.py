@@ -11,7 +11,7 @@ of a field that forgets x_0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,7 @@ class SAC:
         ema_decay: float = 0.9,
         seed: int = 0,
         permute: bool = False,
+        relabel: Callable[[Transitions], Transitions] | None = None,
     ):
         if dist.world() > 1:
             raise ValueError("SAC keeps one replay in one process: start it with --processes 1")
@@ -82,6 +83,7 @@ class SAC:
         if self.plan.scored.ndim > 1 or not bool(self.plan.scored.all()):
             raise ValueError("SAC differentiates through, and scores, every denoising step: use steps=all")
         self.policy, self.replay, self.seed, self.permute = policy, replay, seed, permute
+        self.relabel = relabel
         self.batch_size, self.start, self.updates_per_step = batch_size, start, updates_per_step
         self.actor_every, self.anchor, self.ema_decay, self.offline = actor_every, anchor, ema_decay, offline
         target = entropy_target(policy, target_entropy)
@@ -169,6 +171,11 @@ class SAC:
         return batch.paid_as(other)
 
     def _draw(self, rng: torch.Generator) -> Transitions:
+        """A batch, paid by the rewards of today where they are learnt: those in the replay are stale."""
+        batch = self._stored(rng)
+        return batch if self.relabel is None else self.relabel(batch)
+
+    def _stored(self, rng: torch.Generator) -> Transitions:
         num = self.batch_size
         if self.offline is None:
             return self.replay.at(self.replay.draw(num, rng).to(self.policy.device))

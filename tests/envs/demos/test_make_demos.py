@@ -34,4 +34,4 @@ def test_the_expert_is_the_policy_that_was_trained(script):
 
 
 def test_every_expert_has_a_recipe(script):
-    assert set(script.RECIPES) == {name for name, who in DEMONSTRATORS.items() if isinstance(who, Expert)}
+    assert set(script.RECIPES) == {who.env for who in DEMONSTRATORS.values() if isinstance(who, Expert)}

@@ -1,0 +1,1 @@
+"""Networks that are told what to reach: a return, a plan of states, a goal."""

@@ -1,0 +1,1 @@
+"""Rewards learnt from demonstrations: density ratios, and the environment that pays them."""
