@@ -199,8 +199,8 @@ def _as_its_pipeline(found: PretrainedField, guidance: float | None = None, num_
     scale = found.adapter.guidance if guidance is None else guidance
     field: VelocityField = found.adapter.guided(found, scale) if scale > 1 else found
     grid = FromScheduler(found)
-    ours = {"grid": grid, "solver": found.adapter.solver, "num_steps": num_steps or found.adapter.num_steps}
-    return FlowPolicy(field, FlowSDE().to(device()), **ours)
+    solver, num_steps = found.adapter.solver, num_steps or found.adapter.num_steps
+    return FlowPolicy(field, FlowSDE().to(device()), grid=grid, solver=solver, num_steps=num_steps)
 
 
 def save(policy: FlowPolicy, folder: str | Path, *, push: str | None = None) -> Path:

@@ -25,8 +25,8 @@ def before_after(run: RunRecord) -> tuple[str, str]:
     if not run.is_images:
         return _films(run, at[0] if like else at[-1], at[-1])
     first, last = run.pictures(at[0]), run.pictures(at[-1])
-    if (shown := _videos(run, [*dict.fromkeys((at[0], at[-1]))] if like else [at[-1]])) is not None:
-        return shown
+    if (filmed := _videos(run, [*dict.fromkeys((at[0], at[-1]))] if like else [at[-1]])) is not None:
+        return filmed
     if first is None or last is None or not like or _shape(first) != _shape(last):
         shown = [(i, run.grid(i)) for i in dict.fromkeys((at[0], at[-1]))]
         return "".join(f"<p>After iteration {i}:</p>{page.grid_picture(png, '')}" for i, png in shown if png), ""

@@ -111,7 +111,7 @@ class Adapter:
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
         """*D of a picture of this height; ValueError where the network cannot make one of this size."""
         if not isinstance(resolution, int) or isinstance(resolution, bool):
-            raise ValueError(f"resolution {resolution!r}: give one whole number of pixels a side")
+            raise ValueError(f"resolution {resolution!r}: pictures are square, give one whole number of pixels a side")
         multiple = self.cell * self.patch
         if resolution < multiple or resolution % multiple:
             raise ValueError(f"resolution {resolution} must be a positive multiple of {multiple}")

@@ -24,9 +24,6 @@ STEP = {"solver_order": 2, "solver_type": "bh2", "lower_order_final": True, "dis
 OFF = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "thresholding", "use_dynamic_shifting")
 """Settings of UniPC that are wanted, of its step (our solver `unipc`), and those that would move the grid off the
 flow's or clip the latents."""
-ROUNDING = 1e-4
-"""Of thousandths that come as float32, before they are cut to whole ones; where UniPC's own are whole but for float64's
-rounding, ours may be one more."""
 
 
 class Wan(Adapter):
@@ -106,7 +103,7 @@ class Wan(Adapter):
         """What the network hears of the time (N,), as the scheduler says it."""
         if not self.unipc:
             return 1000 * sigma
-        return (1000 * sigma + ROUNDING).floor().clamp(max=999)
+        return (1000 * sigma).floor().clamp(max=999)
 
     def predict(self, x: Tensor, sigma: Tensor, text: Encoding) -> Tensor:
         """noise - data (N, *D)."""
