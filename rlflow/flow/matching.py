@@ -26,7 +26,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from rlflow.flow.field import VelocityField
@@ -119,6 +118,8 @@ def independent(x_0: Tensor, x_1: Tensor) -> Tensor:
 def minibatch_ot(x_0: Tensor, x_1: Tensor) -> Tensor:
     """Noise permuted to the least total squared distance to the data: O(N^3) on the CPU, fine to N = 1000."""
     cost = torch.cdist(at_least_float(x_0).flatten(1), at_least_float(x_1).flatten(1)).square()
+    from scipy.optimize import linear_sum_assignment  # half a second, which most runs never need
+
     rows, columns = linear_sum_assignment(cost.cpu().numpy())
     order = torch.empty(len(x_0), dtype=torch.long)
     order[torch.from_numpy(columns)] = torch.from_numpy(rows)
