@@ -112,7 +112,7 @@ class Trace:
         critic: nn.Module | None = None,
     ):
         self.policy, self.likelihood, self.obs_spec = policy, likelihood, obs_spec
-        policy.min_rows = 1  # as on a GPU
+        policy.multiple = 1  # as on a GPU
         self.mode, self.critic = mode, critic
         self._known: dict[tuple[str, int], float] = {}
 

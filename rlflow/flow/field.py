@@ -18,12 +18,12 @@ from rlflow.flow.path import expand
 from rlflow.types import Cond, Tree
 
 FEW_ROWS = 16
-"""Rows that a matrix product on the CPU must have: kernels for fewer (up to 3 on one maker's processors, 15 on
-another's) add in another order, and sampling 96 rows but scoring 7 would give a first ratio of 1 + 1e-7 in place of
-exactly 1."""
+"""Rows of a network pass on the CPU are filled up to a multiple of this: matrix kernels for a few rows (up to 3 on one
+maker's processors, 15 on another's) add in another order, and sampling 96 rows but scoring 7 would give a first ratio
+of 1 + 1e-7 in place of exactly 1."""
 FEW_TOKENS = 4
-"""Rows of a pass of a network of tokens: its matrix products have as many rows for each, and layers.Linear fills up
-the few that do not."""
+"""The same of a network of tokens, most of whose products have a row for each: layers.Linear fills up the few that do
+not. Four samples have enough tokens, and no odd end of a vector."""
 
 
 class VelocityField(nn.Module):
@@ -47,8 +47,8 @@ class VelocityField(nn.Module):
     """True when `with_spread` tells how far data lie from where a step leads."""
     forgets_start: bool = False
     """True when the first step does not depend on x_0 (a Gaussian actor): its density is no part of the action's."""
-    min_rows: int = FEW_ROWS
-    """Rows that a pass on the CPU is filled up to."""
+    row_multiple: int = FEW_ROWS
+    """What the rows of a pass on the CPU are filled up to a multiple of."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass, where the network supports it."""
     calls: int = 1
@@ -151,7 +151,7 @@ class Around(VelocityField):
         self.field, self.num_features = field, field.num_features
         self.uses_dt, self.has_instantaneous = field.uses_dt, field.has_instantaneous
         self.calls, self.graph_calls = field.calls, field.graph_calls
-        self.ragged, self.distilled, self.min_rows = field.ragged, field.distilled, field.min_rows
+        self.ragged, self.distilled, self.row_multiple = field.ragged, field.distilled, field.row_multiple
         self.first_time, self.frames = field.first_time, field.frames
 
     @property

@@ -22,7 +22,7 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 class CFG(Around):
     """Classifier-free guidance v_u + w (v_c - v_u) (Ho & Salimans 2022), both branches in one network call.
 
-    `detach` takes the unconditional branch as a constant, without a graph: a call of its own, and no backward pass
+    `detach` takes the unconditional branch as a constant, without a graph: no backward pass, and so a call of its own
     (as the first Flow-GRPO release; the gradient is another one than with both).
     """
 
@@ -39,7 +39,9 @@ class CFG(Around):
 
     def forward(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
         """Guided velocity (N, *D)."""
-        if self.detach:
+        # on a CPU a row is the same in any company, and costs less in more of it; padded text would not be the same
+        together = not torch.is_grad_enabled() and x.device.type == "cpu" and not self.ragged
+        if self.detach and not together:
             with torch.no_grad():
                 v_null = at_least_float(self.field(x, t, dt, self.field.null(cond)))
             return self.combine(at_least_float(self.field(x, t, dt, cond)), v_null, t)

@@ -28,12 +28,12 @@ from rlflow.flow.weights import WeightSets
 from rlflow.types import Chain, Cond, Tree, num_rows, tree_leaves, tree_map
 
 
-def _filled_up(x: Tensor, least: int) -> Tensor | None:
-    """Row numbers that repeat the last row until there are `least`; None where nothing is to be done."""
+def _filled_up(x: Tensor, multiple: int) -> Tensor | None:
+    """Row numbers that repeat the last row up to a multiple of this; None where nothing is to be done."""
     num = len(x)
-    if x.device.type != "cpu" or num >= least or not num:
+    if x.device.type != "cpu" or num % multiple == 0:
         return None
-    return torch.arange(least).clamp(max=num - 1)
+    return torch.arange(num + -num % multiple).clamp(max=num - 1)
 
 
 class FlowPolicy(nn.Module):
@@ -61,7 +61,7 @@ class FlowPolicy(nn.Module):
         self.autocast, self.storage_dtype = autocast, storage_dtype
         self.network_rows, self.graph_rows = 0, 0  # rows evaluated; those of them with a graph
         self.encoder_rows = 0
-        self.min_rows = FEW_ROWS  # a pass on the CPU is filled up to; a trace of what a GPU would do sets 1
+        self.multiple = FEW_ROWS  # a pass on the CPU is filled up to; a trace of what a GPU would do sets 1
         self._check_velocity()
         self.weights = WeightSets(self)
         self.eval()
@@ -136,7 +136,7 @@ class FlowPolicy(nn.Module):
     def encode(self, obs: Tree) -> Cond:
         """Raw observations (N, ...) to a Cond (N)."""
         obs, num = tree_map(lambda v: v.to(self.device), obs), num_rows(obs)
-        if (fill := _filled_up(tree_leaves(obs)[0], self.min_rows)) is not None:
+        if (fill := _filled_up(tree_leaves(obs)[0], self.multiple)) is not None:
             obs = tree_map(lambda v: v[fill], obs)
         with self._precision():
             cond = self.field.encode(obs)
@@ -159,7 +159,7 @@ class FlowPolicy(nn.Module):
         self.network_rows += len(x) * field.calls
         self.graph_rows += len(x) * field.graph_calls * torch.is_grad_enabled()
         num, dtype = len(x), x.dtype
-        if (fill := _filled_up(x, min(self.min_rows, field.min_rows))) is not None:
+        if (fill := _filled_up(x, min(self.multiple, field.row_multiple))) is not None:
             x, t, dt, cond = x[fill], t[fill], dt[fill], cond.index(fill)
         with self._precision():
             v = asked(x, t, dt, cond).to(dtype)
@@ -168,7 +168,7 @@ class FlowPolicy(nn.Module):
     def _step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, cond: Cond) -> Gaussian:
         """The kernel's answer; it may hold a network too."""
         num = len(x)
-        if (fill := _filled_up(x, self.min_rows)) is not None:
+        if (fill := _filled_up(x, self.multiple)) is not None:
             x, v, t, t_next, cond = x[fill], v[fill], t[fill], t_next[fill], cond.index(fill)
         dist = self.kernel(x, v, t, t_next, cond["pooled"])
         return dist if fill is None else Gaussian(dist.mean[:num], dist.std[:num])

@@ -38,7 +38,7 @@ MIN_REMAINING = 0.05
 class DiT(VelocityField):
     """Velocity of images (N, channels, size, size) in [-1, 1] given a caption of at most `context` tokens."""
 
-    min_rows = FEW_TOKENS
+    row_multiple = FEW_TOKENS
 
     def __init__(
         self,

@@ -86,7 +86,7 @@ def test_counts_are_what_the_policy_ran(name: str, tiny: str) -> None:
 def test_bare_passes_are_those_of_an_iteration(tiny: str) -> None:
     """What is run bare has the rows, and the backwards, of the iteration it is compared with."""
     real = Real(Setting(tiny, rows=8, group_size=4, num_steps=5, micro_batch=9), methods(window=2)[0])
-    real.parts.policy.min_rows = 1  # nothing is filled up
+    real.parts.policy.multiple = 1  # nothing is filled up
     before = real.parts.policy.network_rows, real.parts.policy.graph_rows
     bare = real.bare(0)
     passes = bare.passes

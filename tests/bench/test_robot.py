@@ -61,7 +61,7 @@ def test_a_phase_inside_another_is_counted_once(monkeypatch: pytest.MonkeyPatch)
 def test_the_peer_scores_ten_times_what_ours_does(peer: PlainLoop) -> None:
     """Rows of the velocity network in one iteration: sampled once, scored once an epoch, and duplicated by the peer."""
     ours = ReinFlow(TINY, threads=1)
-    ours.policy.min_rows = 1  # nothing is filled up
+    ours.policy.multiple = 1  # nothing is filled up
     passes = listen(ours.policy.field, lambda: ours(0))
     assert sum(n for n, backward in passes if backward) == TINY.epochs * ROWS
     scored: list[int] = []

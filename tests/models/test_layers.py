@@ -1,4 +1,6 @@
-"""The norms of a pretrained network: the same function, in one precision, with less kept for the backward pass."""
+"""Norms of a pretrained network: the same function in one precision; linear layers: a row alike in any company."""
+
+import math
 
 import pytest
 import torch
@@ -93,6 +95,26 @@ def test_a_norm_of_another_kind_stays(norm):
     net, kind = nn.Sequential(norm), type(norm)
     layers.fuse(net)
     assert type(net[0]) is kind
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (15,), (2, 5), (1, 1)])
+def test_a_row_has_the_same_product_however_few_stand_beside_it(shape):
+    """To the bit, and with the gradient of those rows alone."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 96))
+    plain = nn.Linear(64, 96)
+    plain.load_state_dict(net[0].state_dict())
+    layers.fill_up(net)
+    many = torch.randn(64, 64)
+    num = math.prod(shape)
+    few = many[:num].view(*shape, 64).requires_grad_()
+    assert torch.equal(net(few).flatten(0, -2), net(many)[:num])
+    net(few).square().sum().backward()
+    got = few.grad
+    few.grad = None
+    plain(few).square().sum().backward()
+    torch.testing.assert_close(got, few.grad)
+    torch.testing.assert_close(net[0].weight.grad, plain.weight.grad)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

@@ -141,7 +141,7 @@ def test_a_frozen_prefix_runs_once_per_decision_and_an_update_only_asks_for_stat
     made, horizon = field(), 3
     made.prefix.requires_grad_(False)
     policy = FlowPolicy(made, FlowSDE(0.5), num_steps=4)
-    policy.min_rows = 4  # rows that passes are filled up to: all of these are such
+    policy.multiple = 4  # rows that passes are filled up to: all of these are such
     likelihood, groups = ChainLikelihood("sum"), Groups(ROWS // 4, 4)
     env = Tabletop(ROWS, chunk=4, horizon=8)  # an episode ends inside
     count = Counter(made)
@@ -166,7 +166,7 @@ def test_a_prefix_that_trains_is_run_again():
     """Its encodings would be stale, and without a graph."""
     made = field()
     policy = FlowPolicy(made, FlowSDE(0.5), num_steps=4)
-    policy.min_rows = 4  # rows that passes are filled up to: all of these are such
+    policy.multiple = 4  # rows that passes are filled up to: all of these are such
     groups, likelihood = Groups(2, 4), ChainLikelihood("sum")
     walker = Collector(Tabletop(8), policy, likelihood, OneRandom(skip_last=0), groups, horizon=2, mode="steps")
     rollout = walker.collect(0)

@@ -111,7 +111,7 @@ def test_a_reference_on_the_host_is_the_same_reference(trained, trainer):
     offloaded.policy.weights.places["other"] = torch.device("meta")
     offloaded.policy.weights.snapshot("other")
     assert {v.device.type for v in offloaded.policy.weights.sets.pop("other").values()} == {"meta"}
-    plain.policy.min_rows = offloaded.policy.min_rows = 1  # nothing is filled up, so rows can be counted
+    plain.policy.multiple = offloaded.policy.multiple = 1  # nothing is filled up, so rows can be counted
     counts = [reference_rows(made) for made in (plain, offloaded)]
     plain.fit()
     offloaded.fit()

@@ -75,7 +75,7 @@ class PretrainedField(VelocityField):
         layers.fuse(self.transformer)
         if adapter.component == "transformer":
             layers.fill_up(self.transformer)
-            self.min_rows = FEW_TOKENS
+            self.row_multiple = FEW_TOKENS
         self.max_sequence_length = max_sequence_length or adapter.max_sequence_length
         self.release_encoders = release_encoders
         self.num_features, self.ragged = adapter.pooled_width, adapter.ragged

@@ -227,7 +227,7 @@ def start(field: PretrainedField) -> Tensor:
 def image(field: PretrainedField) -> Tensor:
     """By our sampler."""
     policy = FlowPolicy(field, FlowSDE(), grid=FromScheduler(field), num_steps=2)
-    policy.min_rows = 1
+    policy.multiple = 1
     return field.decode(policy.sample(policy.encode(field.tokenize([PROMPT])), x_0=start(field)).final)
 
 

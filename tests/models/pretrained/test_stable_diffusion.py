@@ -50,7 +50,7 @@ class Stock:
         """|ours - theirs| / |theirs|."""
         field = CFG(self.field, ours or guidance) if guidance > 1 else self.field
         policy = FlowPolicy(field, FlowSDE(), grid=grid or FromScheduler(self.field), num_steps=num_steps)
-        policy.min_rows = 1  # rows need not be filled up to be compared to 1e-5
+        policy.multiple = 1  # rows need not be filled up to be compared to 1e-5
         with torch.no_grad():
             found = policy.sample(policy.encode(self.field.tokenize(PROMPTS)), x_0=self.start).final
         theirs = self.theirs(num_steps, guidance)

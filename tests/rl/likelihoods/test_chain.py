@@ -95,7 +95,7 @@ class TestScore:
         policy.field.register_forward_hook(lambda module, args, out: calls.append(len(out)))
         rows = policy.network_rows
         ChainLikelihood().score(policy, cond, evidence)
-        assert calls == [max(N * 4, FEW_ROWS)], "filled up on the CPU"
+        assert calls == [-(-N * 4 // FEW_ROWS) * FEW_ROWS], "filled up on the CPU"
         assert policy.network_rows - rows == N * 4
 
     def test_recording_costs_no_network_pass(self, make):
@@ -148,6 +148,20 @@ class TestReference:
         assert policy.weights.active == "live"
         assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), live, strict=True))
         assert not filled.ref_mean.requires_grad
+
+    @pytest.mark.parametrize("micro_batch", [1, 3, 8, 1000])
+    def test_no_pass_has_more_rows_than_micro_batch_and_every_pair_is_looked_at_once(self, make, micro_batch):
+        """Rows that the network saw, of N samples with 4 columns: on a GPU, where nothing is filled up."""
+        policy = make().policy
+        policy.weights.snapshot("ref")
+        policy.multiple = 1
+        evidence, cond = recorded(policy, AllButLast(), ChainLikelihood())
+        seen: list[int] = []
+        policy.field.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+        ChainLikelihood().with_reference(policy, cond.index, evidence, micro_batch)
+        assert max(seen) <= micro_batch
+        assert sum(seen) == N * 4
+        assert len(seen) == -(-N * 4 // micro_batch)
 
     def test_encodes_under_the_ref_weights(self, make):
         policy = make().policy
