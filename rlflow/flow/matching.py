@@ -120,7 +120,6 @@ def minibatch_ot(x_0: Tensor, x_1: Tensor) -> Tensor:
     from scipy.optimize import linear_sum_assignment
 
     cost = torch.cdist(at_least_float(x_0).flatten(1), at_least_float(x_1).flatten(1)).square()
-    from scipy.optimize import linear_sum_assignment  # half a second, which most runs never need
 
     rows, columns = linear_sum_assignment(cost.cpu().numpy())
     order = torch.empty(len(x_0), dtype=torch.long)

@@ -173,6 +173,10 @@ class _Tape(TorchDispatchMode):
         self.written: set[int] = set()  # storages
         self.why_not: str | None = None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True imports torch.compile, a second of CPU time, to shield this class from it
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs, outside = kwargs or {}, len(self.tensors)
         noted = mapped((args, kwargs), lambda v: self._slot(v) if isinstance(v, Tensor) else v)

@@ -313,14 +313,14 @@ def reference_is_live(patch: Patch) -> None:
 
 
 def reference_in_the_loop(patch: Patch) -> None:
-    score = PolicyGradient._score
+    score = ChainLikelihood.score
 
-    def mutant(self: Any, of: Any, pairs: Any) -> Any:
-        with self.policy.using("ref"):
-            score(self, of, pairs)
-        return score(self, of, pairs)
+    def mutant(self: Any, policy: Any, cond: Any, evidence: Any) -> Any:
+        with policy.using("ref"):
+            score(self, policy, cond, evidence)
+        return score(self, policy, cond, evidence)
 
-    patch.setattr(PolicyGradient, "_score", mutant)
+    patch.setattr(ChainLikelihood, "score", mutant)
 
 
 def kl_in_the_logged_loss(patch: Patch) -> None:

@@ -69,7 +69,7 @@ def test_learners_do_what_they_would_without(recipe, overrides):
 
 def test_what_is_held_is_computed_once_an_iteration_and_moving_weights_are_read_anew(policy):
     scale, weight = torch.tensor(2.0), torch.nn.Parameter(torch.ones(2, 2))
-    found = record(lambda x: (x @ weight.t()) * scale.exp(), policy, [weight])
+    found = record(lambda x: (x @ weight.t()) * scale.exp() + weight.sum(), policy, [weight])
     (recording,) = found.recordings.values()
     code = recording.main.__self__.code
     assert "exp" not in code
@@ -77,10 +77,10 @@ def test_what_is_held_is_computed_once_an_iteration_and_moving_weights_are_read_
     x = torch.randn(3, 2)
     with torch.no_grad():
         weight.mul_(3.0)
-    torch.testing.assert_close(found(x), 3 * x.sum(1, keepdim=True).expand(3, 2) * scale.exp())
+    torch.testing.assert_close(found(x), 3 * x.sum(1, keepdim=True).expand(3, 2) * scale.exp() + 12)
     scale.fill_(0.0)
     found.renew()
-    torch.testing.assert_close(found(x), 3 * x.sum(1, keepdim=True).expand(3, 2))
+    torch.testing.assert_close(found(x), 3 * x.sum(1, keepdim=True).expand(3, 2) + 12)
 
 
 def test_writing_in_place_changes_no_argument_and_no_result(policy):
@@ -94,6 +94,7 @@ def test_writing_in_place_changes_no_argument_and_no_result(policy):
     kept = x.clone()
     (recording,) = found.recordings.values()
     assert "relu_" in recording.main.__self__.code
+    assert found.why_not is None
     torch.testing.assert_close(found(x), fn(kept), rtol=0, atol=0)
     assert torch.equal(x, kept)
 
