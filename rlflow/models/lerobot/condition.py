@@ -73,7 +73,9 @@ def take_apart(value: Any, name: str, axes: Axes, parts: dict[str, Tensor]) -> R
         axis = axes[name]
         if axis is None:
             return lambda cond: value
-        parts[name] = value.movedim(axis, 0).contiguous()  # as rows taken from it are, or products would round otherwise
+        parts[name] = value.movedim(
+            axis, 0
+        ).contiguous()  # as rows taken from it are, or products would round otherwise
         return lambda cond: (cond[name] if cond.rows is not None else cond[name].clone()).movedim(0, axis)
     if isinstance(value, SHARED):
         return lambda cond: value

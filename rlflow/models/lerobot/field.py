@@ -36,6 +36,8 @@ TRAINED = "trained.safetensors"
 class Processors(Protocol):
     """What stands between an environment and a policy: names, normalisation, tokens."""
 
+    num_actions: int
+
     def before(self, obs: Tree) -> Tree:
         """An environment's observations (N, ...) to the policy's batch."""
 
@@ -83,8 +85,9 @@ class LeRobotField(VelocityField):
     """A LeRobot flow policy; an observation is what `processors` read, without them the batch of LeRobot's own.
 
     `example` is a batch, as a dict of tensors. Parameters that no gradient of the velocity reaches (the vision-language
-    model of pi0, pi0.5 and SmolVLA) are frozen: the prefix runs once per decision, without a graph. "pooled" is the mean
-    of the last cached values over the prefix. A sample is a whole padded chunk (chunk_size, max_action_dim), for at
+    model of pi0, pi0.5 and SmolVLA) are frozen: the prefix runs once per decision, without a graph. "pooled" is the
+   
+    mean of the last cached values over the prefix. A sample is a whole padded chunk (chunk_size, max_action_dim), for at
     earlier steps the padding moves the rest. Only what trains is part of `state_dict`.
     """
 
@@ -97,6 +100,7 @@ class LeRobotField(VelocityField):
             raise ValueError("a compiled loop cannot be replaced: load the policy with compile_model=False")
         self.policy, self.processors, self.args = policy, processors, {}
         self.decodes_actions = processors is not None
+        self.num_actions = None if processors is None else processors.num_actions
         self._rebuild: dict[str, Rebuild] = {}
         few, self._read = self._looked(example, 2), set()
         with self._watched():
