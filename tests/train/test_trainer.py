@@ -484,6 +484,21 @@ def some_demos(folder: Path, env: str = "hopper") -> Path:
     return folder / "demos"
 
 
+def on_a_tiny_policy(folder: Path) -> list[str]:
+    """Overrides with which a recipe of LeRobot's policies runs a random SmolVLA in PushT, in float32: a CPU's bfloat16
+    rounds differently for another number of rows."""
+    from rlflow.models.lerobot import tiny
+
+    tiny.smolvla(folder / "policy", state=2, actions=2)
+    looks = "{name: lerobot, checkpoint: %s, rename: {observation.image: observation.images.top}}"
+    sizes = "{observation_height: 64, observation_width: 64}"
+    return [
+        f"policy.field={looks % (folder / 'policy')}",
+        "policy.precision=float32",
+        f"env.settings={{type: pusht, chunk: 4, max_steps: 24, options: {sizes}}}",
+    ]
+
+
 SLOW = ("sdxl_nft_24gb", "sd15_nft", "sd15_nft_12gb", "sd15_draft", "sd15_scenes")
 """Recipes that are others with another size or network: sdxl_nft and sd35_draft run here."""
 
@@ -511,6 +526,8 @@ def test_every_recipe_runs_two_iterations(
         few += on_a_tiny_checkpoint(tiny_of(name), tmp_path / "prompts.txt")
     else:
         few += ["env.horizon=6", "eval.video=0"]
+    if recipes.load(name).env.name == "lerobot":
+        few += on_a_tiny_policy(tmp_path)
     if isinstance(learner, SACConfig) and learner.offline is not None:
         demos = some_demos(tmp_path, recipes.load(name).env.name)
         few += [f"algorithm.offline.{key}" for key in (f"demos={demos}", "clone=2", "updates=2")]

@@ -229,7 +229,7 @@ def test_an_action_stays_in_a_space_with_one_bound():
         ("CartPole-v1", r"the action space of CartPole-v1 is Discrete\(2\), .* use a continuous version"),
         (
             "FrozenLake-v1",
-            r"the observation space of FrozenLake-v1 is Discrete\(16\), only Box and Dict of Box.*Flatten",
+            r"the observation space of FrozenLake-v1 is Discrete\(16\), only Box, Text and Dict of them.*Flatten",
         ),
     ],
 )
