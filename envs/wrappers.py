@@ -205,7 +205,7 @@ class Decoded(Wrapper):
         self.decode, self.action_shape = decode, tuple(action_shape)
         found = tuple(decode(torch.zeros(1, *self.action_shape, device=env.device)).shape[1:])
         if found[1:] != tuple(env.action_shape[1:]):
-            raise ValueError(f"the policy makes actions {found[1:]}, the environment takes {env.action_shape[1:]}")
+            raise ValueError(f"the policy makes actions {found}, the environment takes {tuple(env.action_shape[1:])}")
         if found[0] < env.action_shape[0]:
             raise ValueError(
                 f"the policy plans {found[0]} actions, the environment carries out {env.action_shape[0]} of them: set "
