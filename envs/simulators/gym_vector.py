@@ -6,6 +6,7 @@ next episode. Rows that are made here, from an id, wait after their end, so they
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -248,15 +249,24 @@ def _sim(
     if make is not None:
         return of_vector(registry.imported(make)(num_envs=num_envs, **options), max_steps, success)
     assert env_id is not None
-    if gymnasium.spec(env_id).vector_entry_point is not None:
+    spec = _spec(env_id)
+    if spec.vector_entry_point is not None:
         limit = {} if max_steps is None else {"max_episode_steps": max_steps}
         mode = gymnasium.VectorizeMode.VECTOR_ENTRY_POINT
         return of_vector(gymnasium.make_vec(env_id, num_envs, mode, **limit, **options), max_steps, success)
     if not processes:
         return registered(env_id, num_envs, max_steps, options, success)
-    limit = time_limit(max_steps, gymnasium.spec(env_id), env_id)
+    limit = time_limit(max_steps, spec, env_id)
     settings = {"max_episode_steps": limit, "disable_env_checker": True} | options
     return in_processes([Make(env_id, settings)] * num_envs, limit, success)
+
+
+def _spec(env_id: str) -> Any:
+    """What is registered under an id, "module:id" too, as gymnasium.make reads it."""
+    module, _, name = env_id.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    return gymnasium.spec(name)
 
 
 class Make:

@@ -102,7 +102,7 @@ def shape_of(checkpoint: str, settings: Mapping[str, Any]) -> tuple[LeRobotField
     hub = mock.patch.multiple(smolvlm_with_expert, **{n: _giving(part) for n, part in parts.items()})
     with hub, torch.device("meta"):
         policy = SmolVLAPolicy(SmolVLAConfig(**numbers)).eval()
-        _without_masks(policy.model.vlm_with_expert.get_vlm_model().vision_model.embeddings)
+        _without_masks(policy.model.vlm_with_expert.get_vlm_model().vision_model)
         processors: Any = NoProcessors(policy.config)
         field = wrapped(policy, processors, dict(settings) | {"checkpoint": checkpoint}, checkpoint)
     seen: dict[str, Tensor] = {}
@@ -117,14 +117,16 @@ def _giving(part: Any) -> Any:
     return SimpleNamespace(from_pretrained=lambda name: part)
 
 
-def _without_masks(embeddings: Any) -> None:
-    """Embed patches in their order; transformers looks up where each stands, which needs numbers."""
+def _without_masks(vision: Any) -> None:
+    """Look at whole pictures, patch by patch; transformers asks the numbers of a mask which patches there are."""
 
-    def forward(pixel_values: Tensor, patch_attention_mask: Any = None) -> Tensor:
-        patches: Tensor = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
-        return patches + embeddings.position_embedding.weight
+    def forward(pixel_values: Tensor, patch_attention_mask: Any = None) -> Any:
+        patches: Tensor = vision.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        h = patches + vision.embeddings.position_embedding.weight
+        h = vision.encoder(inputs_embeds=h, attention_mask=None).last_hidden_state
+        return SimpleNamespace(last_hidden_state=vision.post_layernorm(h))
 
-    embeddings.forward = forward
+    vision.forward = forward
 
 
 def is_policy(spec: Any) -> bool:
