@@ -6,8 +6,8 @@ what `denoise_fn` holds is the condition, and
 
     v(x, t) = -denoise_fn(x, 1 - t).
 
-LeRobot is not imported: any policy with `predict_action_chunk` whose module calls `euler_integrate` will do (LeRobot
-0.6: pi0, Black et al. 2024; pi0.5, 2025; SmolVLA, Shukor et al. 2025; EO-1, 2025).
+LeRobot is not imported: any policy with `predict_action_chunk` whose module calls `euler_integrate`, on batches that
+lead with rows, will do (LeRobot 0.6: pi0, Black et al. 2024; pi0.5, 2025; SmolVLA, Shukor et al. 2025).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def seam_of(policy: nn.Module) -> Any:
     if not found:
         raise ValueError(
             f"{type(policy).__name__} has no Euler loop that is known: its module does not call {SEAM}, as those of "
-            "pi0, pi0.5, SmolVLA and EO-1 do"
+            "pi0, pi0.5 and SmolVLA do"
         )
     return found[0]
 

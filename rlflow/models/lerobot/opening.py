@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 
 from rlflow.models import hub
+from rlflow.models.io import WEIGHTS
 from rlflow.models.lerobot.field import LeRobotField, seam_of
 from rlflow.models.lerobot.processors import PolicyProcessors
 from rlflow.ranges import Positive, Size
@@ -19,6 +20,8 @@ FITS = ("0.6.1", "0.7")
 """Versions of LeRobot from the first, below the second."""
 INSTALL = "pip install 'lerobot[smolvla,pi]==0.6.1' (Python 3.12 or newer, an environment of its own: docs/vla.md)"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+KINDS = ("pi0", "pi05", "smolvla")
+"""Policies that end in LeRobot's `euler_integrate` and whose batches lead with rows (EO-1's pictures are one list)."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -51,8 +54,11 @@ def open_policy(checkpoint: str) -> tuple[Any, dict[str, Any]]:
         config = PreTrainedConfig.from_pretrained(checkpoint, **known)
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{checkpoint} is no policy of LeRobot's: {error}") from error
+    if config.type not in KINDS:
+        raise ValueError(f"{checkpoint} is a {config.type}: policies that are opened are {', '.join(KINDS)}")
     if getattr(config, "adapt_to_pi_aloha", False):
         raise ValueError(f"{checkpoint} turns its actions after the loop (adapt_to_pi_aloha): not supported")
+    _check_weights(checkpoint)
     changed = {"device": "cpu", "compile_model": False, "gradient_checkpointing": False, "load_vlm_weights": False}
     restored = {n: getattr(config, n) for n in (*changed, "rtc_config") if hasattr(config, n)}
     for name in restored:
@@ -63,6 +69,14 @@ def open_policy(checkpoint: str) -> tuple[Any, dict[str, Any]]:
     return policy.eval(), restored
 
 
+def _check_weights(checkpoint: str) -> None:
+    """ValueError where there are none: LeRobot would go on with random ones."""
+    if not Path(checkpoint).is_dir():
+        hub.one_file(checkpoint, WEIGHTS)
+    elif not (Path(checkpoint) / WEIGHTS).is_file():
+        raise ValueError(f"{checkpoint} has no {WEIGHTS}: a LoRA that LeRobot trained has to be merged into its base")
+
+
 def lerobot(
     checkpoint: str,
     lora: Size | None = None,
@@ -71,7 +85,7 @@ def lerobot(
     rename: dict[str, str] | None = None,
     weights: Literal["float32", "bfloat16"] | None = None,
 ) -> LeRobotField:
-    """A pi0, pi0.5, SmolVLA or EO-1 that LeRobot saved, from a folder or a hub id, with its processors.
+    """A pi0, pi0.5 or SmolVLA that LeRobot saved, from a folder or a hub id, with its processors.
 
     `lora`: rank of a new LoRA on the attention of the action expert (alpha: twice that unless given; `lora_modules`:
     ends of other layers' names); otherwise all that the velocity depends on trains. `rename`: names of the

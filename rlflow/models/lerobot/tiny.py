@@ -1,5 +1,5 @@
 """Small random policies of the real LeRobot, to try things on: a SmolVLA in a folder that LeRobot opens like any other,
-pi0 and pi0.5 with the widths of their towers changed, EO-1. Nothing is fetched.
+pi0 and pi0.5 with the widths of their towers changed. Nothing is fetched.
 """
 
 from __future__ import annotations

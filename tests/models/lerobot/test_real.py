@@ -12,6 +12,7 @@ pytest.importorskip("lerobot")
 
 import numpy as np
 from lerobot.envs.utils import preprocess_observation
+from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -163,6 +164,12 @@ def test_real_time_chunking_is_off_here_and_on_again_in_what_is_saved(folder, tm
 
 def test_what_does_not_fit_says_so(folder, tmp_path):
     with pytest.raises(ValueError, match="is no policy of LeRobot's"):
+        lerobot(str(tmp_path))
+    ACTConfig()._save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a act: policies that are opened are pi0, pi05, smolvla"):
+        lerobot(str(tmp_path))
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(ValueError, match="has no model.safetensors"):
         lerobot(str(tmp_path))
     with pytest.raises(
         ValueError, match=r"looks at \['observation.images.top'\].*observation.image.*policy.field.rename"
