@@ -29,7 +29,7 @@ from rlflow.types import Tree, tree_map, tree_where
 class VectorSim(Sim):
     """A VectorEnv whose rows start anew by themselves: what they reached is kept apart from what they start from."""
 
-    max_chunk = 1
+    max_chunk: int | None = 1
 
     def __init__(self, env: Any, max_steps: int | None = None, success: str | None = None):
         self.env, self.num_envs, self.success = env, env.num_envs, Success(success)
@@ -251,9 +251,9 @@ def _sim(
     assert env_id is not None
     spec = _spec(env_id)
     if spec.vector_entry_point is not None:
-        limit = {} if max_steps is None else {"max_episode_steps": max_steps}
+        given = {} if max_steps is None else {"max_episode_steps": max_steps}
         mode = gymnasium.VectorizeMode.VECTOR_ENTRY_POINT
-        return of_vector(gymnasium.make_vec(env_id, num_envs, mode, **limit, **options), max_steps, success)
+        return of_vector(gymnasium.make_vec(env_id, num_envs, mode, **given, **options), max_steps, success)
     if not processes:
         return registered(env_id, num_envs, max_steps, options, success)
     limit = time_limit(max_steps, spec, env_id)

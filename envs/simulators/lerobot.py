@@ -105,7 +105,8 @@ def lerobot(
     for suite, found in suites.items():
         for number, vector in found.items():
             makers[f"{suite}/{number}" if len(suites) > 1 else str(number)] = _maker(vector)
-    sim = LeRobotRows(makers, num_envs, *config.get_env_processors(), max_steps)
+    before, after = config.get_env_processors()
+    sim = LeRobotRows(makers, num_envs, before, after, max_steps)
     sim.step_seconds = 1 / config.fps
     return SimEnv(Spoken(sim, sim.sentences), chunk, gamma)
 

@@ -101,7 +101,8 @@ class LeRobotField(VelocityField):
         self.decodes_actions = processors is not None
         self.num_actions = None if processors is None else processors.num_actions
         self._rebuild: dict[str, Rebuild] = {}
-        few, self._read = self._looked(example, 2), set()
+        few = self._looked(example, 2)
+        self._read: set[nn.Parameter] = set()
         with self._watched():
             more = self._looked(example, 3)
         self._axes = axes_of(few, more)

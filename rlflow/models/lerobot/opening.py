@@ -99,8 +99,8 @@ def lerobot(
     from lerobot.policies.factory import make_pre_post_processors
 
     policy, restored = open_policy(checkpoint)
-    pipelines = make_pre_post_processors(policy.config, checkpoint)
-    processors = PolicyProcessors(*pipelines, policy.config, checkpoint, rename or {}, restored)
+    before, after = make_pre_post_processors(policy.config, checkpoint)
+    processors = PolicyProcessors(before, after, policy.config, checkpoint, rename or {}, restored)
     field = wrapped(policy, processors, args, checkpoint)
     unit = ", ".join(f"{u:.3g}" for u in processors.unit().tolist())
     chunking = ", real-time chunking off" if restored.get("rtc_config") is not None else ""

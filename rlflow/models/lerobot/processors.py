@@ -108,5 +108,5 @@ class PolicyProcessors:
         """Those of the checkpoint, as they lay there."""
         from lerobot.policies.factory import make_pre_post_processors
 
-        for part in make_pre_post_processors(None, self.source, preprocessor_overrides={}):  # type: ignore[arg-type]
+        for part in make_pre_post_processors(None, self.source, preprocessor_overrides={}):
             part.save_pretrained(folder)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeGuard
 from unittest import mock
 
 import torch
@@ -129,7 +129,7 @@ def _without_masks(vision: Any) -> None:
     vision.forward = forward
 
 
-def is_policy(spec: Any) -> bool:
+def is_policy(spec: Any) -> TypeGuard[Mapping[str, Any]]:
     """True for a `policy.field` that is LeRobot's, of the hub."""
     found = isinstance(spec, Mapping) and spec.get("name") == "lerobot"
     return found and not Path(str(spec.get("checkpoint"))).is_dir()

@@ -56,7 +56,12 @@ def write_vlm(folder: Path, image: int = 64, width: int = 48, layers: int = 2) -
     """A vision-language model's configuration and processor, without weights, as `vlm_model_name` finds them."""
     from transformers import SmolVLMConfig, SmolVLMImageProcessor, SmolVLMProcessor, SmolVLMVideoProcessor
 
-    text = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4}
+    text: dict[str, Any] = {
+        "hidden_size": width,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+    }
     text |= {"num_key_value_heads": 2, "head_dim": width // 4, "vocab_size": 300, "model_type": "llama"}
     vision = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": image}
     config = SmolVLMConfig(text_config=text, vision_config=vision | {"patch_size": image // 4}, scale_factor=2)
