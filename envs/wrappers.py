@@ -196,6 +196,33 @@ class Processed(Wrapper):
         return replace(step, obs=self.before(step.obs), final_obs=final)
 
 
+class Decoded(Wrapper):
+    """An environment as a network acts in it that has units and padding of its own.
+
+    `decode` makes actions (rows, H', *A) in the environment's units of samples (rows, *action_shape); the first H of
+    them are carried out.
+
+    ValueError for actions of another number, and for a chunk that is longer than what the network plans.
+    """
+
+    def __init__(self, env: VecEnv, decode: Callable[[Tensor], Tensor], action_shape: Sequence[int]):
+        super().__init__(env)
+        self.decode, self.action_shape = decode, tuple(action_shape)
+        found = tuple(decode(torch.zeros(1, *self.action_shape, device=env.device)).shape[1:])
+        if found[1:] != tuple(env.action_shape[1:]):
+            raise ValueError(f"the policy makes actions {found}, the environment takes {tuple(env.action_shape[1:])}")
+        if found[0] < env.action_shape[0]:
+            raise ValueError(
+                f"the policy plans {found[0]} actions, the environment carries out {env.action_shape[0]} of them: set "
+                f"env.settings.chunk={found[0]} or less"
+            )
+        self.bounds = getattr(env.unwrapped, "bounds", None)
+
+    def send(self, action: Tensor, rows: slice) -> None:
+        made = self.decode(action)[:, : self.env.action_shape[0]].to(self.device)
+        self.env.send(made if self.bounds is None else self.bounds.inverse(made), rows)
+
+
 class RewardWrapper(Wrapper):
     """Rewards by functions and models in place of the environment's own, as for images.
 

@@ -12,7 +12,7 @@ from types import ModuleType
 
 MOVED = {
     "rlflow.predict": "rlflow.deploy.predict",
-    "rlflow.models.lerobot": "rlflow.models.pretrained.lerobot",
+    "rlflow.models.pretrained.lerobot": "rlflow.models.lerobot.field",
     "rlflow.models.tiny": "rlflow.models.pretrained.tiny",
     "rlflow.train.cloning": "rlflow.pretrain.cloning",
     "rlflow.train.video": "rlflow.report.video",

@@ -35,6 +35,7 @@ TABLE: dict[str, dict[str, str]] = {
         "gaussian": "rlflow.models.gaussian:GaussianField",
         "boundary": "rlflow.models.boundary:boundary",
         "pretrained": "rlflow.models.pretrained.pipeline:pretrained",
+        "lerobot": "rlflow.models.lerobot.opening:lerobot",
     },
     "kernel": {
         "flow_sde": "rlflow.flow.kernels:FlowSDE",
@@ -137,6 +138,8 @@ TABLE: dict[str, dict[str, str]] = {
         "warp_halfcheetah": "rlflow.envs.simulators.warp:warp_halfcheetah",
         "warp_inverted_pendulum": "rlflow.envs.simulators.warp:warp_inverted_pendulum",
         "gym": "rlflow.envs.simulators.gym:gym",
+        "gym_vector": "rlflow.envs.simulators.gym_vector:gym_vector",
+        "lerobot": "rlflow.envs.simulators.lerobot:lerobot",
         "envpool": "rlflow.envs.simulators.envpool:envpool",
         "metaworld": "rlflow.envs.simulators.metaworld:MetaWorld",
         "cube_single": "rlflow.envs.simulators.ogbench:cube_single",
@@ -295,6 +298,15 @@ def located(path: str) -> Iterator[None]:
             raise
         kind = UntrustedCodeError if isinstance(error, UntrustedCodeError) else ValueError
         raise kind(f"{path}{'.' if isinstance(error, SettingError) else ': '}{error}") from error
+
+
+def imported(path: str) -> Any:
+    """What "module:attribute" names; ValueError. Whoever calls it has seen to trust."""
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{path!r} cannot be imported: {error}; write module:function") from error
 
 
 def split_spec(kind: str, spec: Any) -> tuple[str, dict[str, Any]]:

@@ -51,6 +51,19 @@ def num_rows(tree: Tree) -> int:
     return tree_leaves(tree)[0].shape[0]
 
 
+def as_bytes(texts: Sequence[str], length: int) -> Tensor:
+    """Sentences in observations: (B, length) uint8 of their UTF-8, zeros behind; ValueError for a longer one."""
+    coded = [text.encode() for text in texts]
+    if longest := next((text for text, code in zip(texts, coded, strict=True) if len(code) > length), None):
+        raise ValueError(f"a sentence of more than {length} bytes: {longest!r}")
+    return torch.tensor([list(code.ljust(length, b"\0")) for code in coded], dtype=torch.uint8)
+
+
+def sentences(coded: Tensor) -> list[str]:
+    """Inverse of `as_bytes`."""
+    return [bytes(row).rstrip(b"\0").decode() for row in coded.cpu().numpy()]
+
+
 @dataclass(frozen=True)
 class Cond:
     """What a network is conditioned on: named tensors with a leading row axis.

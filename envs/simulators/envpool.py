@@ -13,7 +13,7 @@ import torch
 
 from rlflow.envs.seeds import narrow
 from rlflow.envs.sim import SimEnv
-from rlflow.envs.simulators.gym import NextStepSim
+from rlflow.envs.simulators.gym_vector import NextStepSim
 from rlflow.ranges import Threads
 
 

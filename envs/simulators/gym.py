@@ -1,4 +1,4 @@
-"""Gymnasium: any registered environment id, one copy per row, and any VectorEnv in its three autoreset modes."""
+"""Gymnasium: any registered environment id, one copy per row, in this process."""
 
 from __future__ import annotations
 
@@ -6,30 +6,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rlflow.envs.sim import Outcome, Sim, SimEnv
 from rlflow.envs.simulators.success import Success
 from rlflow.ranges import Count, Size
-from rlflow.types import Tree, tree_map, tree_where
+from rlflow.types import Tree, as_bytes
 
 try:
     import gymnasium
-    from gymnasium.vector import AutoresetMode
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}: pip install 'rlflow-torch[robots]'", name=error.name) from None
+
+BYTES = 4
+"""Of a letter in UTF-8, at most."""
 
 # -- spaces ---------------------------------------------------------------------------------------
 
 
 def spec_of(space: Any, where: str) -> Tree:
-    """Meta tensors of an observation space: Box is float32 (uint8 stays), Dict a dict; anything else is refused."""
+    """Meta tensors of an observation space: Box is float32 (uint8 stays), Dict a dict, Text its bytes; anything else is
+    refused."""
     if isinstance(space, gymnasium.spaces.Dict):
         return {name: spec_of(part, f"{where}[{name!r}]") for name, part in space.spaces.items()}
+    if isinstance(space, gymnasium.spaces.Text):
+        return torch.empty(BYTES * space.max_length, dtype=torch.uint8, device="meta")
     if not isinstance(space, gymnasium.spaces.Box):
         raise ValueError(
-            f"{where} is {space}, only Box and Dict of Box are read: wrap the environment, "
+            f"{where} is {space}, only Box, Text and Dict of them are read: wrap the environment, "
             "e.g. gymnasium.wrappers.FlattenObservation or TransformObservation"
         )
     dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32
@@ -46,11 +50,18 @@ def bounds_of(space: Any, where: str) -> tuple[Tensor, Tensor]:
     return torch.tensor(space.low, dtype=torch.float32), torch.tensor(space.high, dtype=torch.float32)
 
 
+def is_text(rows: Any) -> bool:
+    """Whether a batch is of sentences."""
+    return len(rows) > 0 and isinstance(rows[0], str)
+
+
 def convert(rows: Any, spec: Tree) -> Tree:
     """A list of observations, or one batched observation, to tensors (B, ...) of their own."""
     if isinstance(spec, dict):
         part = {n: [row[n] for row in rows] if isinstance(rows, list) else rows[n] for n in spec}
         return {name: convert(part[name], spec[name]) for name in spec}
+    if is_text(rows):
+        return as_bytes([str(row) for row in rows], spec.shape[0])
     dtype = np.uint8 if spec.dtype == torch.uint8 else np.float32
     return torch.from_numpy(np.array(rows, dtype=dtype))
 
@@ -73,38 +84,30 @@ def time_limit(max_steps: int | None, spec: Any, what: str) -> int:
 # -- one environment per row ----------------------------------------------------------------------
 
 
-class GymSim(Sim):
-    """`num_envs` copies of a registered environment, stepped one after the other; a row rests after its end.
+class GymRows(Sim):
+    """Environments of your own making, one for each row, stepped one after the other; a row rests after its end.
 
-    `options` go to gymnasium.make; `success` names the entry of its info that says whether the task is done, where
-    that is none of `SPELLINGS`.
+    `success` names the entry of their info that says whether the task is done, where that is none of `SPELLINGS`.
     """
 
-    def __init__(
-        self,
-        env_id: str,
-        num_envs: int,
-        max_steps: int | None = None,
-        options: dict[str, Any] | None = None,
-        success: str | None = None,
-    ):
-        if max_steps is not None:
-            time_limit(max_steps, None, env_id)  # -1 would tell gymnasium to set none
-        settings = {"max_episode_steps": max_steps, "disable_env_checker": True} | (options or {})
-        self.envs = [gymnasium.make(env_id, **settings) for _ in range(num_envs)]
-        self.num_envs, self.success = num_envs, Success(success)
-        self.horizon = time_limit(max_steps, self.envs[0].spec, env_id)
-        self.obs_spec = spec_of(self.envs[0].observation_space, f"the observation space of {env_id}")
-        self.low, self.high = bounds_of(self.envs[0].action_space, f"the action space of {env_id}")
-        self._dtype = self.envs[0].action_space.dtype
-        self._obs: list[Any] = [None] * num_envs
-        self._over = np.ones(num_envs, bool)
+    def __init__(self, envs: list[Any], what: str, max_steps: int | None = None, success: str | None = None):
+        self.envs, self.num_envs, self.success = envs, len(envs), Success(success)
+        self.horizon = time_limit(max_steps, envs[0].spec, what)
+        self.obs_spec = spec_of(envs[0].observation_space, f"the observation space of {what}")
+        self.low, self.high = bounds_of(envs[0].action_space, f"the action space of {what}")
+        self._dtype = envs[0].action_space.dtype
+        self._obs: list[Any] = [None] * len(envs)
+        self._over = np.ones(len(envs), bool)
 
     def reset(self, seeds: Tensor, mask: Tensor) -> Tree:
         """Each row's own `reset(seed=...)`."""
         for row in np.flatnonzero(mask.numpy()):
             self._obs[row], _ = self.envs[row].reset(seed=int(seeds[row]))
             self._over[row] = False
+        return self.observed()
+
+    def observed(self) -> Tree:
+        """Of all rows, as they stand."""
         return convert(self._obs, self.obs_spec)
 
     def advance(self, action: Tensor) -> Outcome:
@@ -117,7 +120,7 @@ class GymSim(Sim):
             reward[row] = self._number(paid)
             success[row] = self.success.of_row(info)
         self._over |= ends.any(0)
-        return Outcome(convert(self._obs, self.obs_spec), reward, *ends, info={"success": success})
+        return Outcome(self.observed(), reward, *ends, info={"success": success})
 
     def _number(self, reward: Any) -> float:
         """A reward, also one in an array of its own; nan for None, as of a reward that has no score."""
@@ -137,6 +140,20 @@ class GymSim(Sim):
         return scaled.round().byte().permute(1, 2, 0)
 
 
+def registered(
+    env_id: str,
+    num_envs: int,
+    max_steps: int | None = None,
+    options: dict[str, Any] | None = None,
+    success: str | None = None,
+) -> GymRows:
+    """`num_envs` copies of a registered environment; `options` go to gymnasium.make."""
+    if max_steps is not None:
+        time_limit(max_steps, None, env_id)  # -1 would tell gymnasium to set none
+    settings = {"max_episode_steps": max_steps, "disable_env_checker": True} | (options or {})
+    return GymRows([gymnasium.make(env_id, **settings) for _ in range(num_envs)], env_id, max_steps, success)
+
+
 def gym(
     num_envs: int,
     env_id: str,
@@ -147,117 +164,4 @@ def gym(
     success: str | None = None,
 ) -> SimEnv:
     """Any registered Gymnasium environment with Box or Dict observations and Box actions."""
-    return SimEnv(GymSim(env_id, num_envs, max_steps, options, success), chunk, gamma)
-
-
-# -- a VectorEnv ----------------------------------------------------------------------------------
-
-
-class VectorSim(Sim):
-    """A VectorEnv whose rows start anew by themselves: what they reached is kept apart from what they start from."""
-
-    max_chunk = 1
-
-    def __init__(self, env: Any, max_steps: int | None = None, success: str | None = None):
-        self.env, self.num_envs, self.success = env, env.num_envs, Success(success)
-        self.horizon = time_limit(max_steps, env.spec, str(env))
-        self.obs_spec = spec_of(env.single_observation_space, f"the observation space of {env}")
-        self.low, self.high = bounds_of(env.single_action_space, f"the action space of {env}")
-        self._obs: Tree = None
-        self._ended = np.zeros(self.num_envs, bool)
-
-    def reset(self, seeds: Tensor, mask: Tensor) -> Tree:
-        """Of all rows from their seeds; of rows that have just ended nothing is left to do."""
-        wanted = mask.numpy()
-        if (wanted & ~self._ended).any():
-            if not wanted.all():
-                raise ValueError(
-                    f"{self.env} resets rows by itself, not on demand: make it with autoreset_mode=DISABLED, "
-                    "and with the time limit of the environment itself"
-                )
-            self._obs = convert(self._start(seeds.tolist()), self.obs_spec)
-        self._ended = np.zeros(self.num_envs, bool)
-        return self._obs
-
-    def _start(self, seeds: list[int]) -> Any:
-        """First observations of all rows, each from its seed."""
-        return self.env.reset(seed=seeds)[0]
-
-    def advance(self, action: Tensor) -> Outcome:
-        """One step of all rows."""
-        actions = action.numpy().astype(self.env.single_action_space.dtype)
-        obs, reward, terminated, truncated, info = self.env.step(actions)
-        self._obs = convert(obs, self.obs_spec)
-        self._ended = terminated | truncated
-        return Outcome(
-            self._reached(info),
-            np.array(reward, np.float32),
-            np.array(terminated),
-            np.array(truncated),
-            self._executed(),
-            {"success": self.success.of_rows(info, self.num_envs)},
-        )
-
-    def _reached(self, info: dict[str, Any]) -> Tree:
-        """Observations before any reset."""
-        return self._obs
-
-    def _executed(self) -> Tensor | None:
-        """Rows whose action counted."""
-        return None
-
-
-class SameStepSim(VectorSim):
-    """AutoresetMode.SAME_STEP: the step that ends an episode answers with the next one's first observation."""
-
-    def _reached(self, info: dict[str, Any]) -> Tree:
-        rows = np.flatnonzero(self._ended)
-        if not len(rows):
-            return self._obs
-        last = convert([row_of(info["final_obs"], int(row)) for row in rows], self.obs_spec)
-        mask, slot = torch.from_numpy(self._ended), torch.from_numpy(np.cumsum(self._ended) - 1).clamp(min=0)
-        return tree_where(mask, tree_map(lambda v: v[slot], last), self._obs)
-
-
-class NextStepSim(VectorSim):
-    """AutoresetMode.NEXT_STEP: the step after an end ignores its action, so that step is not valid."""
-
-    def __init__(self, env: Any, max_steps: int | None = None, success: str | None = None):
-        super().__init__(env, max_steps, success)
-        self._starting: NDArray[np.bool_] = np.zeros(self.num_envs, bool)
-
-    def reset(self, seeds: Tensor, mask: Tensor) -> Tree:
-        """An ended row shows what it reached until the next step starts it anew."""
-        self._starting = self._ended & mask.numpy()
-        return super().reset(seeds, mask)
-
-    def _executed(self) -> Tensor:
-        executed, self._starting = ~self._starting, np.zeros(self.num_envs, bool)
-        return torch.from_numpy(executed)
-
-
-class OnDemandSim(VectorSim):
-    """AutoresetMode.DISABLED: rows are reset on demand, each from its seed."""
-
-    def reset(self, seeds: Tensor, mask: Tensor) -> Tree:
-        """Exactly the rows of `mask`."""
-        if bool(mask.any()):
-            options = {} if bool(mask.all()) else {"options": {"reset_mask": mask.numpy()}}
-            obs, _ = self.env.reset(seed=seeds.tolist(), **options)
-            self._obs = convert(obs, self.obs_spec)
-        return self._obs
-
-
-MODES = {
-    AutoresetMode.SAME_STEP: SameStepSim,
-    AutoresetMode.NEXT_STEP: NextStepSim,
-    AutoresetMode.DISABLED: OnDemandSim,
-}
-
-
-def gym_vector(env: Any, gamma: float = 0.99, max_steps: int | None = None, success: str | None = None) -> SimEnv:
-    """A Gymnasium VectorEnv of yours, in whichever autoreset mode it was made; no action chunks."""
-    mode = env.metadata.get("autoreset_mode")
-    if mode not in MODES:
-        raise ValueError(f"{env} does not say how it resets: set metadata['autoreset_mode'] to an AutoresetMode")
-    return SimEnv(MODES[mode](env, max_steps, success), 1, gamma)
+    return SimEnv(registered(env_id, num_envs, max_steps, options, success), chunk, gamma)

@@ -7,7 +7,7 @@ second. The disc's goal, 0..512 pixels in x and y, is stretched to [-1, 1].
 from __future__ import annotations
 
 from rlflow.envs.sim import SimEnv
-from rlflow.envs.simulators.gym import GymSim
+from rlflow.envs.simulators.gym import registered
 from rlflow.ranges import Size
 
 try:
@@ -23,7 +23,7 @@ except ModuleNotFoundError as error:
 def made(num_envs: int, chunk: int, gamma: float, observed: str) -> SimEnv:
     """gym_pusht/PushT-v0 with the kind of observation asked for."""
     options = {"obs_type": observed, "render_mode": "rgb_array"}
-    return SimEnv(GymSim("gym_pusht/PushT-v0", num_envs, options=options, success="is_success"), chunk, gamma)
+    return SimEnv(registered("gym_pusht/PushT-v0", num_envs, options=options, success="is_success"), chunk, gamma)
 
 
 def pusht(num_envs: int, chunk: Size = 8, gamma: float = 0.99) -> SimEnv:

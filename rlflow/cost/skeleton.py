@@ -18,6 +18,7 @@ from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.hub import is_hub_id
 from rlflow.models.io import read_config
+from rlflow.models.lerobot import shapes as lerobot
 from rlflow.models.pretrained.opening import is_pipeline
 from rlflow.models.pretrained.shapes_of import beside, shape_of
 from rlflow.models.scratch import make_field
@@ -76,6 +77,8 @@ def _field(config: Config, trust_code: bool) -> tuple[VelocityField, Tree, int]:
         text = str(load_prompts(config.env.prompts, "train").rows[0]["prompt"])
         field = _of_prompts(spec, trust_code)
         return field, field.tokenize([text])[0], 1
+    if lerobot.is_policy(spec):  # its environment may be installed on another machine only
+        return *lerobot.shape_of(str(spec["checkpoint"]), spec), config.env.horizon or 1
     env = make_simulator(config, 1, trust_code)
     if isinstance(spec, str) and spec not in registry.TABLE["model"]:
         return _known(spec, trust_code), env.obs_spec, env.horizon

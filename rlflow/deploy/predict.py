@@ -25,6 +25,14 @@ State = dict[str, Any]
 """queue (N, H, *A): the chunk in hand; left (N,): its actions not yet given; calls: how often a chunk was made."""
 
 
+def check_units(policy: FlowPolicy) -> None:
+    """ValueError for a policy whose actions have units and padding of its own."""
+    if policy.field.unguided.decodes_actions:
+        raise ValueError(
+            "a LeRobot policy acts by LeRobot: rlflow export RUN --format lerobot --out DIR, then its select_action"
+        )
+
+
 class Predictor:
     """`predict(obs, state, episode_start)` -> one primitive action per row, made in chunks of H = event_shape[0].
 
@@ -42,6 +50,7 @@ class Predictor:
         seed: int = 0,
         weights: str = "live",
     ):
+        check_units(policy)
         if len(policy.event_shape) < 2:
             raise ValueError(f"a chunk of actions is (H, *A), the policy makes {policy.event_shape}: set a chunk of 1")
         self.policy, self.obs_spec, self.seed, self.weights = policy, obs_spec, seed, weights
@@ -131,6 +140,7 @@ def export(policy: FlowPolicy, obs_spec: Tree, path: str | Path, weights: str = 
     them. Bounds are the caller's: clip to [-1, 1] and stretch. A choice among samples, which needs its scorer, is
     refused.
     """
+    check_units(policy)
     if policy.select.num > 1:
         raise ValueError(
             f"{policy.select.about} needs its scorer, which is not exported: load the policy without select"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlflow.datasets.actions import bounds_of, step_env
+from rlflow.deploy.predict import check_units
 from rlflow.deploy.runs import judging_config, load
 from rlflow.envs.bounds import Bounds
 from rlflow.envs.demos.dataset import Demos, Episode, write_demos
@@ -67,6 +68,7 @@ def record(
             f"{name}: {config.env.name} takes chunks of {env.action_shape[0]} actions only, not one by one"
         )
     policy = load(name, checkpoint=checkpoint, weights=weights, trust_code=trust_code)
+    check_units(policy)
     bounds = bounds_of(env)
 
     def episodes() -> Iterator[Episode]:

@@ -39,6 +39,10 @@ class VelocityField(nn.Module):
     """Shape *D of one sample, without the row axis."""
     num_features: int
     """F, the width of Cond["pooled"]."""
+    decodes_actions: bool = False
+    """True where `decode` makes an environment's own actions of samples, in its units and number."""
+    num_actions: int | None = None
+    """Numbers of an action that an environment is given, where those behind them are padding."""
     uses_dt: bool = False
     """True when `forward` reads dt (an average-velocity field)."""
     has_instantaneous: bool = True

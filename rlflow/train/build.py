@@ -19,7 +19,7 @@ from rlflow.envs.checked import Checked
 from rlflow.envs.prompt import PromptEnv
 from rlflow.envs.prompts import Prompts, load_prompts
 from rlflow.envs.targets import Targeted
-from rlflow.envs.wrappers import FrameStack, RewardScaling, RewardWrapper
+from rlflow.envs.wrappers import Decoded, FrameStack, RewardScaling, RewardWrapper
 from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.select import Select
@@ -201,7 +201,7 @@ def make_evaluator(config: Config, policy: FlowPolicy, trust_code: bool = False)
         )
     return EpisodeEvaluator(
         policy,
-        lambda num_envs: make_simulator(config, num_envs, trust_code),
+        lambda num_envs: acted_in(make_simulator(config, num_envs, trust_code), policy),
         num=c.num,
         num_steps=c.num_steps,
         solver=solver,
@@ -274,7 +274,14 @@ def make_parts(config: Config, trust_code: bool = False) -> Parts:
 def _make_env(config: Config, policy: FlowPolicy, groups: Groups, trust_code: bool) -> VecEnv:
     if config.env.name == "prompt":
         return _make_prompts(config, policy, groups, trust_code)
-    return _make_task(config, policy, groups, trust_code)
+    return acted_in(_make_task(config, policy, groups, trust_code), policy)
+
+
+def acted_in(env: VecEnv, policy: FlowPolicy) -> VecEnv:
+    """`env` as the policy's samples reach it: of a network with units of its own they are decoded first."""
+    field = policy.field.unguided
+    with registry.located("policy.field"):
+        return Decoded(env, field.decode, policy.event_shape) if field.decodes_actions else env
 
 
 def make_simulator(config: Config, num_envs: int, trust_code: bool = False) -> VecEnv:

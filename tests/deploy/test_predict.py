@@ -177,3 +177,12 @@ def test_an_export_runs_without_rlflow_for_any_number_of_rows(tmp_path: Path, ki
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "policy.pt2"), str(tmp_path / "cases.pt")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_policy_with_units_of_its_own_is_refused(tmp_path):
+    policy = make_policy()
+    policy.field.decodes_actions = True
+    with pytest.raises(ValueError, match="rlflow export RUN --format lerobot"):
+        Predictor(policy, SPEC)
+    with pytest.raises(ValueError, match="rlflow export RUN --format lerobot"):
+        export(policy, SPEC, tmp_path / "policy.pt2")

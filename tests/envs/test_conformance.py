@@ -14,6 +14,7 @@ from rlflow.envs.prompts import Prompts
 from rlflow.envs.sim import SimEnv
 from rlflow.envs.simulators import drive, mujoco, tabletop, toy
 from rlflow.envs.simulators import gym as gymnasium_envs
+from rlflow.envs.simulators import gym_vector as gymnasium_vectors
 from rlflow.envs.targets import Targeted
 from rlflow.envs.wrappers import FrameStack, RewardScaling, RewardWrapper
 from rlflow.rewards.base import Reward, RewardSet
@@ -41,7 +42,7 @@ def vector(mode: str, limit: int = 4) -> Subject:
         def made(num_envs: int) -> SimEnv:
             makers = [lambda: gymnasium.make("Pendulum-v1", max_episode_steps=limit)] * num_envs
             env = gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=gymnasium.vector.AutoresetMode(mode))
-            return gymnasium_envs.gym_vector(env, max_steps=limit)
+            return gymnasium_vectors.vector_env(env, max_steps=limit)
 
         return made
 

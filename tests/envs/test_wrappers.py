@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlflow.envs.simulators.gym import gym
 from rlflow.envs.simulators.toy import ToyMDP, ToyReach, ToyRoutes
-from rlflow.envs.wrappers import FrameStack, RewardScaling, RewardWrapper, _beside
+from rlflow.envs.wrappers import Decoded, FrameStack, RewardScaling, RewardWrapper, _beside
 from rlflow.rewards.base import Reward, RewardSet
 
 
@@ -167,3 +168,28 @@ class TestRewardWrapper:
         env = self.env(one)
         env.step(draw(6, 2, 2))
         assert env.metrics()["reward/one/mean"] == 1
+
+
+class TestDecoded:
+    """Pendulum's torque is in [-2, 2]: a sample is a padded chunk of four pairs, of which two are carried out."""
+
+    def made(self, chunk: int = 2) -> Decoded:
+        inner = gym(3, "Pendulum-v1", chunk=chunk)
+        return Decoded(inner, lambda x: 0.5 + 1.5 * x[..., :1], (4, 2))
+
+    def test_actions_are_in_the_environments_own_units(self):
+        env, seen = self.made(), []
+        env.reset(torch.arange(3))
+        row = env.unwrapped.sim.envs[1]
+        row.step = lambda action, step=row.step: (seen.append(float(action[0])), step(action))[1]
+        x = torch.tensor([[[0.1, 9.0], [-0.7, 9.0], [3.0, 9.0], [3.0, 9.0]]]).expand(3, 4, 2)
+        assert env.step(x).num_steps.tolist() == [2, 2, 2]
+        assert seen == pytest.approx([0.65, -0.55])
+        env.step(torch.full((3, 4, 2), 5.0))
+        assert seen[2:] == [2.0, 2.0], "the environment's bounds hold"
+
+    def test_what_does_not_fit_is_refused(self):
+        with pytest.raises(ValueError, match="plans 4 actions, the environment carries out 6.*env.settings.chunk=4 or"):
+            self.made(chunk=6)
+        with pytest.raises(ValueError, match=r"makes actions \(4, 2\), the environment takes \(1,\)"):
+            Decoded(gym(1, "Pendulum-v1"), lambda x: x, (4, 2))

@@ -496,6 +496,21 @@ def end_early(env: Any) -> None:
         env.sim.horizon = min(env.sim.horizon, 12)
 
 
+def on_a_tiny_policy(folder: Path) -> list[str]:
+    """Overrides with which a recipe of LeRobot's policies runs a random SmolVLA in PushT, in float32: a CPU's bfloat16
+    rounds differently for another number of rows."""
+    from rlflow.models.lerobot import tiny
+
+    tiny.smolvla(folder / "policy", state=2, actions=2)
+    looks = "{name: lerobot, checkpoint: %s, rename: {observation.image: observation.images.top}}"
+    sizes = "{observation_height: 64, observation_width: 64}"
+    return [
+        f"policy.field={looks % (folder / 'policy')}",
+        "policy.precision=float32",
+        f"env.settings={{type: pusht, chunk: 4, max_steps: 24, options: {sizes}}}",
+    ]
+
+
 SLOW = ("sdxl_nft_24gb", "sd15_nft_12gb", "sd15_draft", "sd15_scenes", "wan_24gb")
 """Recipes that are others with another size or network: sdxl_nft, sd15_nft, sd35_draft and wan_mixgrpo run here."""
 
@@ -524,6 +539,8 @@ def test_every_recipe_runs_two_iterations(
         few += ["algorithm.micro_batch=16"] if ratios else []  # as few passes as the rows allow
     else:
         few += ["env.horizon=6", "eval.video=0"]
+    if recipes.load(name).env.name == "lerobot":
+        few += on_a_tiny_policy(tmp_path)
     offline, imitation = isinstance(learner, SACConfig) and learner.offline is not None, recipes.load(name).imitation
     if offline or imitation is not None:
         demos = some_demos(tmp_path, recipes.load(name).env.name)

@@ -126,7 +126,9 @@ class PolicyGradient:
         norm = velocity_norm(self.policy, self.likelihood, batch.evidence, batch.evidence.old_mean).mean(1)
         batch.metrics["policy/velocity_norm"] = float(moments(norm, batch.row_alive)[0])
         if rollout.num_steps is not None:
-            batch.evidence = self.likelihood.executed(batch.evidence, rollout.num_steps.flatten())
+            batch.evidence = self.likelihood.executed(
+                batch.evidence, rollout.num_steps.flatten(), self.policy.field.unguided.num_actions
+            )
         if self.needs_reference:
             batch.evidence = self.likelihood.with_reference(self.policy, batch.cond, batch.evidence, self.micro_batch)
         if self.anchor:

@@ -74,8 +74,9 @@ class Likelihood:
         """(N, R, *D) the velocities that means of such distributions come from."""
         raise NotImplementedError
 
-    def executed(self, evidence: Evidence, num_steps: Tensor) -> Evidence:
-        """Leave out actions of a chunk that were not carried out: those from num_steps (N,) on; no network call."""
+    def executed(self, evidence: Evidence, num_steps: Tensor, num_actions: int | None = None) -> Evidence:
+        """Leave out actions of a chunk that were not carried out, those from num_steps (N,) on, and the padding of an
+        action: its numbers from num_actions on; no network call."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -104,8 +105,16 @@ def carried_out(evidence: Evidence, num_steps: Tensor) -> Tensor:
     return torch.arange(evidence.x.shape[2], device=num_steps.device) < num_steps[:, None, None]
 
 
+def carried_numbers(evidence: Evidence, num_actions: int) -> Tensor:
+    """(1, 1, 1, A) bool: numbers of an action, x's axis 3, before num_actions."""
+    return torch.arange(evidence.x.shape[3], device=evidence.x.device)[None, None, None] < num_actions
+
+
 def only(evidence: Evidence, done: Tensor, log_prob: Callable[[Tensor], Tensor]) -> Evidence:
-    """The evidence with the actions `done` (N, 1 or R, H) alone; `log_prob(counts)` is of the stored distribution."""
-    counts = done.expand(*evidence.t.shape, done.shape[-1])[(..., *[None] * (evidence.x.ndim - 3))]
+    """The evidence with the actions `done` (N, 1 or R, H), or their numbers (N, 1 or R, H, A), alone.
+
+    `log_prob(counts)` is of the stored distribution.
+    """
+    counts = done.expand(*evidence.t.shape, *done.shape[2:])[(..., *[None] * (evidence.x.ndim - done.ndim))]
     old = torch.where(counts.flatten(2).all(-1), evidence.old_log_prob, log_prob(counts))
     return replace(evidence, old_log_prob=old, counts=counts)

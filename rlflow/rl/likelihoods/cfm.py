@@ -25,7 +25,7 @@ from rlflow.flow.noise import Key, noise
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import Plan, Steps
 from rlflow.ranges import Size
-from rlflow.rl.likelihoods.base import Likelihood, Score, carried_out, only
+from rlflow.rl.likelihoods.base import Likelihood, Score, carried_numbers, carried_out, only
 from rlflow.types import Chain, Cond, Evidence
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -166,13 +166,16 @@ class CFMLikelihood(Likelihood):
         """The means themselves."""
         return mean
 
-    def executed(self, evidence: Evidence, num_steps: Tensor) -> Evidence:
+    def executed(self, evidence: Evidence, num_steps: Tensor, num_actions: int | None = None) -> Evidence:
         """The losses of the executed actions alone; the others still stand beside them in x_t."""
 
         def old(counts: Tensor) -> Tensor:
             return self._minus_loss(evidence.old_mean, evidence, counts)
 
-        return only(evidence, carried_out(evidence, num_steps), old)
+        done = carried_out(evidence, num_steps)
+        if num_actions is not None:
+            done = done.unsqueeze(-1) & carried_numbers(evidence, num_actions)
+        return only(evidence, done, old)
 
 
 def calibration(log_ratio: Tensor, exact: Tensor) -> tuple[float, float]:

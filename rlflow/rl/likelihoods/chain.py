@@ -12,7 +12,7 @@ from rlflow.flow.gaussian import Gaussian, Reduce
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import Plan, Steps
-from rlflow.rl.likelihoods.base import Likelihood, Score, carried_out, only
+from rlflow.rl.likelihoods.base import Likelihood, Score, carried_numbers, carried_out, only
 from rlflow.types import Chain, Cond, Evidence
 
 
@@ -97,14 +97,17 @@ class ChainLikelihood(Likelihood):
         flat = (v.flatten(0, 1) for v in (mean, evidence.x, evidence.t, evidence.t_next))
         return policy.kernel.velocity_of(*flat).view_as(mean)
 
-    def executed(self, evidence: Evidence, num_steps: Tensor) -> Evidence:
-        """Leave out actions that were not carried out: those from num_steps (N,) on along the chunk, x's axis 2.
+    def executed(self, evidence: Evidence, num_steps: Tensor, num_actions: int | None = None) -> Evidence:
+        """Leave out actions that were not carried out: those from num_steps (N,) on along the chunk, x's axis 2, and
+        padding: numbers from num_actions on, x's last axis.
 
         Of the step into t = 1 only: there they have no effect, whereas at earlier ones they still move the
         mean of the executed actions. A density that loses entries is of the stored distribution; no network call.
         """
         done = carried_out(evidence, num_steps)
+        if num_actions is not None:
+            done = done.unsqueeze(-1) & carried_numbers(evidence, num_actions)
         if self.mask == "last":
-            done = done | (evidence.t_next < 1).unsqueeze(-1)
+            done = done | (evidence.t_next < 1)[(..., *[None] * (done.ndim - 2))]
         old = Gaussian(evidence.old_mean, evidence.old_std)
         return only(evidence, done, lambda counts: self._log_prob(old, evidence.x_next, counts))

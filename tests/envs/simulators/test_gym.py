@@ -10,7 +10,8 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from rlflow.envs.seeds import episode_seeds
-from rlflow.envs.simulators.gym import gym, gym_vector
+from rlflow.envs.simulators.gym import gym
+from rlflow.envs.simulators.gym_vector import vector_env
 from rlflow.envs.simulators.success import Success
 
 
@@ -89,7 +90,7 @@ def test_a_vector_env_is_a_plain_loop_in_every_mode(mode, success):
     """Success is found under its usual name, too."""
     own = None if mode == AutoresetMode.DISABLED else []  # else later episodes come from the environment's generator
     vector = SyncVectorEnv([lambda: gymnasium.make("rlflow_tests/Walk-v0")] * 3, autoreset_mode=mode)
-    env = gym_vector(vector, max_steps=4, success=success)
+    env = vector_env(vector, max_steps=4, success=success)
     env.reset(SEEDS)
     loops, at, lost, succeeded = [plain(row, own) for row in range(3)], [0, 0, 0], 0, 0
     for _ in ACTIONS:
@@ -113,7 +114,7 @@ def test_a_vector_env_is_a_plain_loop_in_every_mode(mode, success):
 
 def test_a_vector_env_that_resets_by_itself_refuses_a_reset_of_some_rows():
     vector = SyncVectorEnv([lambda: gymnasium.make("rlflow_tests/Walk-v0")] * 3, autoreset_mode="SameStep")
-    env = gym_vector(vector, max_steps=4)
+    env = vector_env(vector, max_steps=4)
     env.reset(SEEDS)
     with pytest.raises(ValueError, match="make it with autoreset_mode=DISABLED"):
         env.reset(SEEDS, torch.tensor([True, False, False]))
@@ -199,7 +200,7 @@ def test_a_time_limit_below_one_step_is_refused(limit):
         gym(1, "rlflow_tests/Walk-v0", max_steps=limit)
     vector = SyncVectorEnv([lambda: gymnasium.make("rlflow_tests/Walk-v0")])
     with pytest.raises(ValueError, match="max_steps"):
-        gym_vector(vector, max_steps=limit)
+        vector_env(vector, max_steps=limit)
 
 
 class Half(Walk):
@@ -228,7 +229,7 @@ def test_an_action_stays_in_a_space_with_one_bound():
         ("CartPole-v1", r"the action space of CartPole-v1 is Discrete\(2\), .* use a continuous version"),
         (
             "FrozenLake-v1",
-            r"the observation space of FrozenLake-v1 is Discrete\(16\), only Box and Dict of Box.*Flatten",
+            r"the observation space of FrozenLake-v1 is Discrete\(16\), only Box, Text and Dict of them.*Flatten",
         ),
     ],
 )
@@ -241,4 +242,4 @@ def test_a_vector_env_that_does_not_say_how_it_resets_is_refused():
     vector = SyncVectorEnv([lambda: gymnasium.make("rlflow_tests/Walk-v0")])
     vector.metadata = {}
     with pytest.raises(ValueError, match=r"set metadata\['autoreset_mode'\]"):
-        gym_vector(vector)
+        vector_env(vector)

@@ -7,13 +7,13 @@ pytest.importorskip("gym_pusht")
 
 from rlflow.envs.conformance import CHECKS, Subject
 from rlflow.envs.sim import SimEnv
-from rlflow.envs.simulators.gym import GymSim
+from rlflow.envs.simulators.gym import registered
 from rlflow.envs.simulators.pusht import pusht, pusht_pixels
 
 
 def limited(limit: int, chunk: int):
     def make(num_envs: int) -> SimEnv:
-        return SimEnv(GymSim("gym_pusht/PushT-v0", num_envs, limit, success="is_success"), chunk, 0.9)
+        return SimEnv(registered("gym_pusht/PushT-v0", num_envs, limit, success="is_success"), chunk, 0.9)
 
     return make
 

@@ -20,7 +20,7 @@ from rlflow.rl.critic import explained_variance
 from rlflow.rl.groups import Groups
 from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.objectives.clip import Clip, clipped_surrogate, step_clip, step_index
-from rlflow.types import Chain, Cond
+from rlflow.types import Chain, Cond, Evidence
 
 JOINT = ChainLikelihood("sum", joint=True)
 
@@ -248,6 +248,22 @@ class TestMidChunkEnds:
 
         close(of(3.0, -1), of(0.0, -1))
         assert float((of(3.0, -2) - of(0.0, -2)).abs().max()) > 1e-3
+
+    @pytest.mark.parametrize("mask", ["last", "all"])
+    def test_the_padding_of_an_action_is_left_out_as_undone_actions_are(self, mask):
+        """A chunk of two actions of one number whose second is undone, and one action of two numbers, one of padding."""
+        likelihood = ChainLikelihood("sum", mask=mask)
+        x, x_next, mean = torch.randn(3, 6, 2, 2, 1, dtype=torch.float64)
+        std, t = torch.rand(6, 2, 1, 1, dtype=torch.float64) + 0.5, torch.tensor([[0.0, 0.5]]).expand(6, 2)
+        old = Gaussian(mean, std).log_prob(x_next, "sum", batch_dims=2)
+        undone = Evidence(x, x_next, t, t + 0.5, old, mean, std, torch.ones(6, 2, dtype=torch.bool))
+        padded = undone.map(lambda v: v.transpose(2, 3) if v.ndim == 4 else v)
+        one = torch.ones(6, dtype=torch.long)
+        found, wanted = likelihood.executed(padded, one, num_actions=1), likelihood.executed(undone, one)
+        close(found.old_log_prob, wanted.old_log_prob)
+        assert not torch.allclose(found.old_log_prob[:, -1], old[:, -1])
+        assert torch.equal(found.old_log_prob[:, 0], old[:, 0]) == (mask == "last")
+        assert torch.equal(likelihood.executed(padded, one, num_actions=2).old_log_prob, old)
 
     def test_carried_out_to_the_end_it_changes_nothing(self, make):
         rollout = make("reach", "learned", All(), JOINT).collect()

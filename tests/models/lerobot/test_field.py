@@ -13,7 +13,9 @@ from rlflow.flow.kernels import FlowSDE, LearnedNoise
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import All, OneRandom
 from rlflow.models.io import save_field
-from rlflow.models.pretrained.lerobot import LeRobotField, save_policy
+from rlflow.models.lerobot.condition import again
+from rlflow.models.lerobot.export import save_policy
+from rlflow.models.lerobot.field import LeRobotField
 from rlflow.rl.advantages import GAE
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
@@ -22,6 +24,15 @@ from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.types import Tree
 
 ROWS, K = 6, 4
+
+
+def euler_integrate(denoise_fn, noise, num_steps, *, rtc_enabled=False):
+    """LeRobot's loop: the one seam."""
+    x = noise
+    for step in range(num_steps):
+        s = torch.full((len(x),), 1 - step / num_steps)
+        x = x - denoise_fn(x, s) / num_steps
+    return x
 
 
 class Cache:
@@ -50,7 +61,6 @@ class Model(nn.Module):
         self.prefixes += 1
         tokens = torch.cat([self.vlm(pixels.mean((1, 2))).unsqueeze(1), self.word(text)], 1)
         mask = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
-        condition = {"state": state} if self.kind == "pi0" else {}
         if self.kind != "pi0":
             tokens = torch.cat([tokens, self.state(state).unsqueeze(1)], 1)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
@@ -59,12 +69,16 @@ class Model(nn.Module):
             cache = {i: {"key_states": keys, "value_states": values + i} for i in range(2)}
         else:
             cache = Cache([(keys.transpose(1, 2), values.transpose(1, 2) + i) for i in range(2)])
-        x = noise
-        for step in range(self.config.num_steps):
-            s = torch.full((len(x),), 1 - step / self.config.num_steps)
-            v = self.denoise_step(prefix_pad_masks=mask, past_key_values=cache, x_t=x, timestep=s, **condition)
-            x = x - v / self.config.num_steps
-        return x
+        if not self.config.num_steps:
+            return noise
+        prefix_pad_masks, past_key_values, state = mask, cache, state if self.kind == "pi0" else None
+        position_ids = torch.arange(len(tokens)).expand(3, -1)  # as EO-1's: rows are not the first axis
+        return euler_integrate(
+            lambda x, s: self.denoise_step(prefix_pad_masks, past_key_values, x, s, state) + 0 * position_ids[0, 0],
+            noise,
+            self.config.num_steps,
+            rtc_enabled=self.config.rtc,
+        )
 
     def denoise_step(self, prefix_pad_masks, past_key_values, x_t, timestep, state=None):
         h = self.enter(torch.cat([x_t, timestep[:, None, None].expand(*x_t.shape[:2], 1)], -1))
@@ -86,7 +100,7 @@ class Model(nn.Module):
 class Policy(nn.Module):
     def __init__(self, kind: str):
         super().__init__()
-        self.config = SimpleNamespace(chunk_size=4, max_action_dim=6, num_steps=K, compile_model=False)
+        self.config = SimpleNamespace(chunk_size=4, max_action_dim=6, num_steps=K, compile_model=False, rtc=False)
         self.model, self.kind = Model(self.config, kind), kind
 
     def reset(self) -> None:
@@ -147,8 +161,8 @@ def test_the_predicted_data_is_theirs_at_every_time(field):
     cond, x, t = field.encode(observed()), torch.randn(ROWS, 4, 6), torch.linspace(0.1, 0.9, ROWS)
     with torch.no_grad():
         v = field(x, t, torch.zeros(ROWS), cond)
-        condition = {name: rebuild(cond) for name, rebuild in field._rebuild.items()}
-        data = x - (1 - t)[:, None, None] * field.policy.model.denoise_step(x_t=x, timestep=1 - t, **condition)
+        held = {name: rebuild(cond) for name, rebuild in field._rebuild.items()}
+        data = x - (1 - t)[:, None, None] * again(field._denoise, held)(x, 1 - t)
     torch.testing.assert_close(x + (1 - t)[:, None, None] * v, data)
 
 
