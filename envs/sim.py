@@ -246,7 +246,7 @@ class SimEnv(VecEnv):
     @property
     def earned(self) -> Tensor:
         """Of the episodes that run now."""
-        return self.returns
+        return torch.as_tensor(self.returns).clone()
 
     def render(self, row: int, size: tuple[int, int] = (192, 192)) -> Tensor:
         """A picture (H, W, 3) uint8 of one row as it stands, the first state of the next episode after an end."""
