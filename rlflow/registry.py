@@ -77,6 +77,10 @@ TABLE: dict[str, dict[str, str]] = {
     "scorer": {
         "critic": "rlflow.deploy.critics:SavedCritic",
     },
+    "steering": {
+        "start_noise": "rlflow.envs.frozen:StartNoise",
+        "residual": "rlflow.envs.frozen:Residual",
+    },
     "likelihood": {
         "chain": "rlflow.rl.likelihoods.chain:ChainLikelihood",
         "cfm": "rlflow.rl.likelihoods.cfm:CFMLikelihood",
@@ -182,6 +186,7 @@ MAKES = {
     "steps": "rlflow.flow.steps:Steps",
     "guidance": "rlflow.flow.field:VelocityField",
     "select": "rlflow.flow.select:Select",
+    "steering": "rlflow.envs.frozen:Steering",
     "likelihood": "rlflow.rl.likelihoods.base:Likelihood",
     "through": "rlflow.rl.learners.reward_gradient:Through",
     "env": "rlflow.envs.base:VecEnv",

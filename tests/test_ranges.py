@@ -93,7 +93,7 @@ def numbers(cls: type) -> list[tuple[str, Any]]:
 
 
 BASES = {"policy_gradient": "t2i_flow_grpo", "sac": "robot_reach_sac", "reward_gradient": "t2i_draft"}
-NEEDED = {"stop_when": {"metric": "kl/ref"}}
+NEEDED = {"stop_when": {"metric": "kl/ref"}, "frozen": {"policy": "hopper"}}
 """What a section has no default for."""
 
 

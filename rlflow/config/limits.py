@@ -62,6 +62,11 @@ def _check_sac(config: Config, trust_code: bool) -> None:
         )
     if c.offline is not None and config.reward.weights:
         raise ValueError("algorithm.offline: its rewards are the simulator's own; leave reward.weights out")
+    if c.offline is not None and config.env.frozen is not None:
+        raise ValueError(
+            "algorithm.offline: demonstrations hold actions, and around env.frozen the learner does something else; "
+            "leave one of the two out"
+        )
 
 
 def _check_policy_gradient(config: Config, trust_code: bool) -> None:
@@ -117,6 +122,7 @@ def _check_kind(config: Config) -> None:
             ("env.horizon", config.env.horizon, None),
             ("env.mode", config.env.mode, "episodes"),
             ("env.frame_stack", config.env.frame_stack, 1),
+            ("env.frozen", config.env.frozen, None),
             ("reward.scale", config.reward.scale, False),
             ("eval.train_mode", config.eval.train_mode, False),
         ):
@@ -155,6 +161,8 @@ def check(config: Config, trust_code: bool = False) -> None:
     if config.env.name != "prompt":
         spec = {**config.env.settings, "name": config.env.name}
         registry.validate("env", "env.settings", spec, ("num_envs", "gamma"), trust_code)
+    if config.env.frozen is not None:
+        registry.validate("steering", "env.frozen.steering", config.env.frozen.steering, ("flow",), trust_code)
     steps = make_steps(config, trust_code)
     with registry.located("steps"):
         steps.possible(config.policy.num_steps)

@@ -147,6 +147,7 @@ COMPONENTS = {
     "policy.solver": "solver",
     "policy.grid": "grid",
     "policy.guidance": "guidance",
+    "env.frozen.steering": "steering",
     "steps": "steps",
     "likelihood": "likelihood",
     "advantage": "advantage",

@@ -186,6 +186,16 @@ LEARNERS: dict[str, Callable[[], AlgorithmConfig | SACConfig | RewardGradientCon
 
 
 @dataclass
+class FrozenConfig:
+    """A policy inside the environment whose weights never move, and what the learner does to it."""
+
+    __pydantic_config__ = STRICT
+    policy: Spec  # an embedded checkpoint, a folder (RUN/model), or a model with a checkpoint
+    steering: Spec = "start_noise"  # start_noise (DSRL), or residual
+    num_steps: Size | None = None  # default: those the checkpoint is evaluated at
+
+
+@dataclass
 class EnvConfig:
     """What is acted in."""
 
@@ -201,6 +211,7 @@ class EnvConfig:
     horizon: Count | None = None  # steps (chunks) of an iteration; default: the longest episode
     mode: Literal["episodes", "steps"] = "episodes"  # steps: episodes run on from one iteration to the next
     frame_stack: Size = 1
+    frozen: FrozenConfig | None = None
 
 
 @dataclass

@@ -25,6 +25,8 @@ class SavedCritic:
         config = read_run_config(run, trust_code)
         if not isinstance(config.algorithm, SACConfig):
             raise SettingError("run", f"{run} has no critic of actions: name a run of algorithm=sac")
+        if config.env.frozen is not None:
+            raise SettingError("run", f"{run} has a critic of what is done to its env.frozen: name a run without")
         self.policy = restored(config, run, checkpoint, "live", trust_code).requires_grad_(False)
         shape = self.policy.event_shape
         if shape != event_shape:
