@@ -143,6 +143,7 @@ class SACConfig:
     critic_depth: Size = 2
     critic_norm: bool = True  # LayerNorm
     pessimism: Literal["min", "mean"] = "min"  # over the critics
+    critic_subset: Size | None = None  # targets: the least of that many, drawn anew; the actor: the mean of all
     tau: Share = 0.005
     lr: LearningRate = 3e-4
     max_grad_norm: LimitOrZero = 0.0  # 0: no limit

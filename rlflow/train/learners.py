@@ -134,7 +134,9 @@ def _reward_gradient(
 
 def twin_settings(c: SACConfig) -> TwinSettings:
     """The critics of a config."""
-    return TwinSettings(c.num_critics, c.critic_width, c.critic_depth, c.critic_norm, c.tau, c.critic_lr, c.pessimism)
+    return TwinSettings(
+        c.num_critics, c.critic_width, c.critic_depth, c.critic_norm, c.tau, c.critic_lr, c.pessimism, c.critic_subset
+    )
 
 
 def _offline(config: Config, c: OfflineConfig, policy: FlowPolicy) -> Offline:

@@ -130,6 +130,7 @@ class SAC:
         return max(0, int(self.updates_per_step * (self.seen + rows - self.start)) - self.updates + first)
 
     def _learn(self) -> dict[str, Tensor]:
+        self.twin.redraw(generator("sac/critics", self.seed, self.updates))
         batch = self._batch()
         cond = self.policy.encode(batch.obs)
         target = self._target(batch)

@@ -26,7 +26,11 @@ from rlflow.types import Cond
 
 @dataclass(frozen=True)
 class TwinSettings:
-    """`pessimism` says which of the critics' values counts, in targets and for the actor."""
+    """`pessimism` says which of the critics' values counts, in targets and for the actor.
+
+    With `subset` a target is the least of that many critics, drawn anew for each step, and the actor is judged by the
+    mean of all (REDQ, Chen et al. 2021; RLPD, Ball et al. 2023).
+    """
 
     num: int = 2
     width: int = 256
@@ -35,6 +39,11 @@ class TwinSettings:
     tau: float = 0.005
     lr: float = 3e-4
     pessimism: Literal["min", "mean"] = "min"
+    subset: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.subset is not None and not 1 <= self.subset <= self.num:
+            raise ValueError(f"critic_subset: {self.subset} of {self.num} critics: give at most num_critics")
 
 
 class Ensemble(nn.Module):
@@ -73,6 +82,7 @@ class Twin:
         c = self.settings = settings
         self.net = Ensemble(num_inputs, c.num, c.width, c.depth, c.norm).to(device, dtype)
         self.target = copy.deepcopy(self.net).requires_grad_(False)
+        self.chosen = torch.arange(c.num if c.subset is None else c.subset, device=device)  # whose least is a target
         self._slow: list[Tensor] = list(self.target.parameters())
         self._live: list[Tensor] = list(self.net.parameters())
         self.optimizer = Deferred(
@@ -81,12 +91,19 @@ class Twin:
 
     def value(self, cond: Cond, action: Tensor) -> Tensor:
         """(N,) what the actor is judged by; gradients flow to the action."""
-        return self._one(self.net(cond["pooled"], action))
+        values = self.net(cond["pooled"], action)
+        return self._one(values) if self.settings.subset is None else values.mean(0)
+
+    def redraw(self, rng: torch.Generator) -> None:
+        """Choose the critics of the next target, in place: nothing that was made of `chosen` has to be made anew."""
+        if self.settings.subset is not None:
+            self.chosen.copy_(torch.randperm(self.settings.num, generator=rng)[: self.settings.subset])
 
     @torch.no_grad()
     def target_value(self, cond: Cond, action: Tensor) -> Tensor:
         """(N,) of the slow copies."""
-        return self._one(self.target(cond["pooled"], action))
+        values = self.target(cond["pooled"], action)
+        return self._one(values) if self.settings.subset is None else values.index_select(0, self.chosen).amin(0)
 
     def _one(self, values: Tensor) -> Tensor:
         return values.amin(0) if self.settings.pessimism == "min" else values.mean(0)
