@@ -109,6 +109,7 @@ TABLE: dict[str, dict[str, str]] = {
     "algorithm": {
         "policy_gradient": "rlflow.rl.learners.policy_gradient:PolicyGradient",
         "sac": "rlflow.rl.off_policy.sac:SAC",
+        "ogpo": "rlflow.rl.off_policy.ogpo:OGPO",
         "reward_gradient": "rlflow.rl.learners.reward_gradient:RewardGradient",
     },
     "env": {

@@ -50,16 +50,8 @@ def _check_sac(config: Config, trust_code: bool) -> None:
     _check_unread(config, "it has no ratio", "it has critics")
     if registry.split_spec("steps", config.steps)[0] != "all":
         raise ValueError("steps: algorithm=sac differentiates through every denoising step; set steps=all")
-    if config.env.name == "prompt":
-        raise ValueError("env.name: algorithm=sac learns in simulators, and env.name is prompt")
-    if config.reward.normalize == "advantage":
-        raise ValueError("reward.normalize: algorithm=sac has no advantages; set it to none or reward")
+    _check_replay(config)
     c: Any = config.algorithm
-    if config.reward.scale:
-        raise ValueError(
-            "reward.scale: the replay of algorithm=sac would keep quotients of a std that still moves, early ones many "
-            "times too large; leave it out, and weigh rewards against entropy by algorithm.alpha"
-        )
     if c.offline is not None and config.reward.weights:
         raise ValueError("algorithm.offline: its rewards are the simulator's own; leave reward.weights out")
     if c.offline is not None and config.env.frozen is not None:
@@ -67,6 +59,40 @@ def _check_sac(config: Config, trust_code: bool) -> None:
             "algorithm.offline: demonstrations hold actions, and around env.frozen the learner does something else; "
             "leave one of the two out"
         )
+
+
+def _check_replay(config: Config) -> None:
+    """ValueError for what a learner with a replay does not do."""
+    name = f"algorithm={config.algorithm.name}"
+    if config.env.name == "prompt":
+        raise ValueError(f"env.name: {name} learns in simulators, and env.name is prompt")
+    if config.reward.normalize == "advantage":
+        raise ValueError(
+            f"reward.normalize: {name} has no advantages of the environment's rewards; set it to none or reward"
+        )
+    if config.reward.scale:
+        raise ValueError(
+            f"reward.scale: the replay of {name} would keep quotients of a std that still moves, early ones many "
+            "times too large; leave it out, and weigh rewards against entropy by algorithm.alpha"
+        )
+
+
+def _check_ogpo(config: Config, trust_code: bool) -> None:
+    """ValueError for settings that chains paid by a critic do not read, or that exclude each other."""
+    _check_replay(config)
+    c: Any = config.algorithm
+    if registry.split_spec("advantage", config.advantage)[0] != "group":
+        raise ValueError("advantage: algorithm=ogpo compares the chains of one state with each other; set it to group")
+    if c.chain.num_minibatches > c.states:
+        raise ValueError(
+            f"algorithm.chain.num_minibatches: {c.chain.num_minibatches} is more than algorithm.states = {c.states}, "
+            "and a minibatch takes whole states"
+        )
+    likelihood = registry.build("likelihood", "likelihood", config.likelihood, trust_code=trust_code)
+    objective = registry.build(
+        "objective", "algorithm.chain.objective", c.chain.objective, {"likelihood": likelihood}, trust_code
+    )
+    _check_objective_steps(config, objective, trust_code)
 
 
 def _check_policy_gradient(config: Config, trust_code: bool) -> None:
@@ -99,6 +125,7 @@ def _check_policy_gradient(config: Config, trust_code: bool) -> None:
 OF_LEARNERS = {
     "policy_gradient": _check_policy_gradient,
     "sac": _check_sac,
+    "ogpo": _check_ogpo,
     "reward_gradient": _check_reward_gradient,
 }
 

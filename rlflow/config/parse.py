@@ -152,6 +152,7 @@ COMPONENTS = {
     "likelihood": "likelihood",
     "advantage": "advantage",
     "algorithm.objective": "objective",
+    "algorithm.chain.objective": "objective",
     "algorithm.through": "through",
     "eval.solver": "solver",
 }

@@ -24,6 +24,7 @@ from rlflow.ranges import (
     Natural,
     NotNegative,
     Positive,
+    Range,
     Seconds,
     Seed,
     Share,
@@ -151,6 +152,31 @@ class SACConfig:
 
 
 @dataclass
+class OGPOConfig:
+    """The policy gradient of chains that an off-policy critic pays, at states of the replay."""
+
+    __pydantic_config__ = STRICT
+    sizes: ClassVar = ("algorithm.batch_size", "algorithm.capacity", "algorithm.chain.micro_batch")
+    name: Literal["ogpo"]
+    chain: AlgorithmConfig = field(default_factory=AlgorithmConfig)  # objective, epochs, optimizer, ...
+    states: Count = 64  # of the replay, in an update of the chain
+    copies: Annotated[int, Range("must be at least 2", 2, 65_536)] = 8  # chains of each, compared among themselves
+    rounds: Count = 1  # updates of the chain an iteration
+    batch_size: Count = 256  # of the critics
+    capacity: Count = 1_000_000
+    start: Natural = 1000  # decisions seen before the first optimiser step
+    updates_per_step: Positive = 1.0  # optimiser steps of the critics per decision after that
+    num_critics: Size = 2
+    critic_lr: LearningRate = 3e-4
+    critic_width: Size = 256
+    critic_depth: Size = 2
+    critic_norm: bool = True
+    pessimism: Literal["min", "mean"] = "min"
+    critic_subset: Size | None = None
+    tau: Share = 0.005
+
+
+@dataclass
 class RewardGradientConfig:
     """Ascent of differentiable rewards through the sampler."""
 
@@ -173,14 +199,16 @@ def algorithm_name(values: Any) -> str:
 AnyAlgorithm = Annotated[
     Annotated[AlgorithmConfig, Tag("policy_gradient")]
     | Annotated[SACConfig, Tag("sac")]
+    | Annotated[OGPOConfig, Tag("ogpo")]
     | Annotated[RewardGradientConfig, Tag("reward_gradient")],
     Discriminator(algorithm_name),
 ]
 
 
-LEARNERS: dict[str, Callable[[], AlgorithmConfig | SACConfig | RewardGradientConfig]] = {
+LEARNERS: dict[str, Callable[[], AlgorithmConfig | SACConfig | OGPOConfig | RewardGradientConfig]] = {
     "policy_gradient": AlgorithmConfig,
     "sac": lambda: SACConfig("sac"),
+    "ogpo": lambda: OGPOConfig("ogpo"),
     "reward_gradient": lambda: RewardGradientConfig("reward_gradient"),
 }
 """Default settings by the learner's name."""

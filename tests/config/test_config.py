@@ -412,6 +412,8 @@ def test_every_key_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     few += ["env.name=toy_reach", "env.settings={}", "env.horizon=1"]
     frozen = [f"env.frozen={{policy: {base}, num_steps: 2}}", "algorithm.updates_per_step=0.25"]
     Trainer(recipes.load("robot_dsrl", [*few, *frozen]), tmp_path / "frozen", quiet=True).fit()
+    paid = [f"policy.field={base}", "algorithm.states=4", "algorithm.copies=2"]
+    Trainer(recipes.load("robot_ogpo", [*few, *paid]), tmp_path / "paid", quiet=True).fit()
     few = ["train.iterations=1", "train.minutes=", "eval.num=2", "env.num_groups=2", "reward.weights={brightness: 1}"]
     Trainer(recipes.load("t2i_draft", few), tmp_path / "gradient", quiet=True).fit()
     keys = {(cls.__name__, f.name) for cls in sections() for f in dataclasses.fields(cls)}
