@@ -29,7 +29,7 @@ ROOMS = (
     *("flow", "models", "models.pretrained", "models.pretrained.families"),
     *("envs.captions", "rewards", "rewards.networks", "rewards.remote", "envs", "envs.demos", "envs.simulators"),
     *("rl.likelihoods", "rl", "rl.objectives", "rl.learners", "rl.off_policy"),
-    *("config", "pretrain", "report", "datasets", "train", "deploy", "cost", "doctor", "bench"),
+    *("config", "pretrain", "report", "suites", "datasets", "train", "deploy", "cost", "doctor", "bench"),
     *("commands", "cli", "__main__"),
 )
 
