@@ -130,7 +130,6 @@ class SAC:
         return max(0, int(self.updates_per_step * (self.seen + rows - self.start)) - self.updates + first)
 
     def _learn(self) -> dict[str, Tensor]:
-        self.twin.redraw(generator("sac/critics", self.seed, self.updates))
         batch = self._batch()
         cond = self.policy.encode(batch.obs)
         target = self._target(batch)
@@ -142,6 +141,7 @@ class SAC:
         return out
 
     def _batch(self) -> Transitions:
+        self.twin.redraw(generator("sac/critics", self.seed, self.updates))  # this step's critics with this step's rows
         rng = generator("sac/replay", self.seed, self.updates)
         batch = self._draw(rng)
         if not self.permute:

@@ -91,22 +91,24 @@ class Twin:
 
     def value(self, cond: Cond, action: Tensor) -> Tensor:
         """(N,) what the actor is judged by; gradients flow to the action."""
-        values = self.net(cond["pooled"], action)
-        return self._one(values) if self.settings.subset is None else values.mean(0)
+        return self._one(self.net(cond["pooled"], action))
+
+    @torch.no_grad()
+    def target_value(self, cond: Cond, action: Tensor) -> Tensor:
+        """(N,) of the slow copies."""
+        return self._least(self.target(cond["pooled"], action))
+
+    def _one(self, values: Tensor) -> Tensor:
+        c = self.settings
+        return values.amin(0) if c.pessimism == "min" and c.subset is None else values.mean(0)
+
+    def _least(self, values: Tensor) -> Tensor:
+        return self._one(values) if self.settings.subset is None else values.index_select(0, self.chosen).amin(0)
 
     def redraw(self, rng: torch.Generator) -> None:
         """Choose the critics of the next target, in place: nothing that was made of `chosen` has to be made anew."""
         if self.settings.subset is not None:
             self.chosen.copy_(torch.randperm(self.settings.num, generator=rng)[: self.settings.subset])
-
-    @torch.no_grad()
-    def target_value(self, cond: Cond, action: Tensor) -> Tensor:
-        """(N,) of the slow copies."""
-        values = self.target(cond["pooled"], action)
-        return self._one(values) if self.settings.subset is None else values.index_select(0, self.chosen).amin(0)
-
-    def _one(self, values: Tensor) -> Tensor:
-        return values.amin(0) if self.settings.pessimism == "min" else values.mean(0)
 
     def loss(self, cond: Cond, action: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         """1/2 sum_e of the mean squared error over rows of weight (N,)."""
