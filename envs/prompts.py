@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from rlflow.envs.captions import geneval, scenes, signs, words
-from rlflow.envs.prompt_files import READERS, read_rows
-from rlflow.envs.prompt_rows import FileRows, Row, check_row
+from rlflow.envs.captions.files import READERS, read_rows
+from rlflow.envs.captions.rows import FileRows, Row, check_row
 from rlflow.flow.noise import generator
 
 log = logging.getLogger(__name__)

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 from rlflow import moved
 
 if TYPE_CHECKING:
+    from rlflow.comparison.report import compare_report
     from rlflow.deploy.predict import Predictor, export
     from rlflow.deploy.runs import evaluate, load, save
     from rlflow.deploy.sampling import sample
     from rlflow.envs.demos.dataset import write_demos
     from rlflow.envs.prompts import Prompts, load_prompts
     from rlflow.flow.policy import FlowPolicy
-    from rlflow.report.comparison import compare_report
     from rlflow.rewards.base import Reward, RewardSet
     from rlflow.train.callbacks import Callback
     from rlflow.train.trainer import Trainer
@@ -63,7 +63,7 @@ _HOMES: dict[str, str] = {  # the imports above, for when the program runs
     "Prompts": "rlflow.envs.prompts",
     "load_prompts": "rlflow.envs.prompts",
     "write_demos": "rlflow.envs.demos.dataset",
-    "compare_report": "rlflow.report.comparison",
+    "compare_report": "rlflow.comparison.report",
 }
 
 moved.install()

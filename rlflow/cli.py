@@ -12,7 +12,7 @@ from importlib import import_module
 from rlflow.console import say_error
 from rlflow.failures import one_line
 
-COMMANDS: tuple[str, ...] = ("train", "sweep", "compare", "pretrain", "eval", "sample", "export", "list")
+COMMANDS: tuple[str, ...] = ("train", "sweep", "suite", "compare", "pretrain", "eval", "sample", "export", "list")
 COMMANDS += ("serve_reward", "demos", "plan", "doctor", "report", "bench")
 """In the order of `rlflow --help`; each is a file of rlflow.commands."""
 

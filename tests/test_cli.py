@@ -266,7 +266,7 @@ def test_json_holds_null_for_what_is_not_finite(
     said = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert said == {"samples": 2, "eval/heldout/strict": None, "eval/heldout/soft": 0.5}
     monkeypatch.setattr(
-        "rlflow.report.comparison.comparison_values", lambda runs: {"runs": [{"interval": (1.0, math.inf)}]}
+        "rlflow.comparison.report.comparison_values", lambda runs: {"runs": [{"interval": (1.0, math.inf)}]}
     )
     cli.main(["compare", "a", "--json"])
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"runs": [{"interval": [1.0, None]}]}

@@ -25,11 +25,23 @@ MAX_FILES, MAX_PACKAGE_LINES = 16, 3000
 
 # Rooms from the ground up: a module may import its own room and those before it, and no others.
 ROOMS = (
-    *("moved", "rlflow", "types", "ranges", "files", "trust", "registry", "failures", "console", "parallel"),
+    *(
+        "moved",
+        "rlflow",
+        "types",
+        "ranges",
+        "files",
+        "trust",
+        "components",
+        "registry",
+        "failures",
+        "console",
+        "parallel",
+    ),
     *("flow", "models", "models.goals", "models.pretrained", "models.pretrained.families", "models.lerobot"),
     *("envs.captions", "rewards", "rewards.networks", "rewards.remote", "envs", "envs.demos", "envs.simulators"),
     *("rl.likelihoods", "rl", "rl.objectives", "rl.learners", "rl.off_policy", "rl.imitation"),
-    *("config", "pretrain", "report", "datasets", "train", "deploy", "cost", "doctor", "bench"),
+    *("config", "pretrain", "report", "comparison", "datasets", "train", "deploy", "cost", "doctor", "bench"),
     *("commands", "cli", "__main__"),
 )
 

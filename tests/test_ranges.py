@@ -76,6 +76,7 @@ def test_every_number_of_every_component_refuses_nan_and_the_absurd(kind: str, n
 def sections() -> list[tuple[str, type]]:
     """Path and class of every section."""
     algorithm = {"policy_gradient": config_module.AlgorithmConfig, "sac": config_module.SACConfig}
+    algorithm["ogpo"] = config_module.OGPOConfig
     algorithm["reward_gradient"] = config_module.RewardGradientConfig
     return [*((f"algorithm.{name}", cls) for name, cls in algorithm.items()), ("", config_module.Config)]
 
@@ -92,8 +93,13 @@ def numbers(cls: type) -> list[tuple[str, Any]]:
     return listed
 
 
-BASES = {"policy_gradient": "t2i_flow_grpo", "sac": "robot_reach_sac", "reward_gradient": "t2i_draft"}
-NEEDED = {"stop_when": {"metric": "kl/ref"}}
+BASES = {
+    "policy_gradient": "t2i_flow_grpo",
+    "sac": "robot_reach_sac",
+    "ogpo": "robot_ogpo",
+    "reward_gradient": "t2i_draft",
+}
+NEEDED = {"stop_when": {"metric": "kl/ref"}, "frozen": {"policy": "hopper"}}
 """What a section has no default for."""
 
 
@@ -102,6 +108,7 @@ NEEDED = {"stop_when": {"metric": "kl/ref"}}
     [("policy_gradient", path, a) for path, a in numbers(config_module.Config)]
     + [("policy_gradient", f"algorithm.{path}", a) for path, a in numbers(config_module.AlgorithmConfig)]
     + [("sac", f"algorithm.{path}", a) for path, a in numbers(config_module.SACConfig)]
+    + [("ogpo", f"algorithm.{path}", a) for path, a in numbers(config_module.OGPOConfig)]
     + [("reward_gradient", f"algorithm.{path}", a) for path, a in numbers(config_module.RewardGradientConfig)],
 )
 def test_every_number_of_every_section_refuses_nan_and_the_absurd(learner: str, path: str, annotation: Any) -> None:

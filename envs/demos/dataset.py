@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rlflow import registry
+from rlflow.envs.captions.files import read_text
 from rlflow.envs.demos.columns import check_like, column, numbers
 from rlflow.envs.demos.identity import check_env
-from rlflow.envs.prompt_files import read_text
 from rlflow.files import save_tensors
 from rlflow.parallel.moments import merge, no_moments
 from rlflow.types import Tree, tree_map

@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from rlflow.report.comparison import compare_report, comparison_tables, comparison_values, figure
+    from rlflow.comparison.report import compare_report, comparison_tables, comparison_values, figure
 
     if args.json and args.latex:
         raise ValueError("--json and --latex both print to the terminal: choose one")

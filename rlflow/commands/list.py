@@ -20,6 +20,7 @@ KINDS = {
     "guidance": "guidance",
     "selections": "select",
     "scorers": "scorer",
+    "steerings": "steering",
     "likelihoods": "likelihood",
     "advantages": "advantage",
     "objectives": "objective",

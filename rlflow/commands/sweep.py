@@ -12,7 +12,12 @@ from rlflow.ranges import filled
 
 def add(commands: Any) -> None:
     """Enter the command."""
-    p = command(commands, "sweep", _run, "Run a table of recipes and seeds; prints the plan and its cost first.")
+    p = command(commands, "sweep", run, "Run a table of recipes and seeds; prints the plan and its cost first.")
+    arguments(p)
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    """What a sweep is told."""
     p.add_argument("table", type=filled, metavar="TABLE", help="a .yaml file, or a name of `rlflow list tables`")
     p.add_argument(
         "--run", type=filled, metavar="DIR", required=True, help="folder of all runs; finished ones are skipped"
@@ -22,7 +27,8 @@ def add(commands: Any) -> None:
     trust_flag(p)
 
 
-def _run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Run it."""
     from rlflow.train.sweep import run_sweep
 
     run_sweep(args.table, Path(args.run), dry=args.dry, jobs=args.jobs, trust_code=args.trust_code)

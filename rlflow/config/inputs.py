@@ -13,14 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlflow.envs.prompt_files import READERS
+from rlflow.envs.captions.files import READERS
 from rlflow.files import digest, write_text
 from rlflow.registry import TABLE
 
 PROMPTS = ("env.prompts", "eval.prompts")
 FOLDERS = ("algorithm.offline.demos", "imitation.demos", "policy.select.scorer.run")
 """Settings that are a folder whatever they say."""
-SECTIONS = ("policy.field", "env.settings", "reward.settings")
+NETWORKS = ("policy.field", "env.frozen.policy")
+SECTIONS = (*NETWORKS, "env.settings", "reward.settings")
 """Of components, in whose settings a text is a file or folder if there is one of that name."""
 MARKS = ("config.json", "model_index.json", "adapter_config.json", "dataset.json")
 """What a folder of weights or data holds."""
@@ -143,7 +144,7 @@ def _path(setting: str, text: str) -> str | None:
         return text
     if not setting.startswith(SECTIONS) or setting.endswith(".name"):
         return None
-    if setting == "policy.field" and (text in TABLE["policy"] or text in TABLE["model"]):
+    if setting in NETWORKS and (text in TABLE["policy"] or text in TABLE["model"]):
         return None
     return text if _exists(text) else None
 

@@ -51,18 +51,49 @@ def _check_sac(config: Config, trust_code: bool) -> None:
     _check_unread(config, "it has no ratio", "it has critics")
     if registry.split_spec("steps", config.steps)[0] != "all":
         raise ValueError("steps: algorithm=sac differentiates through every denoising step; set steps=all")
-    if config.env.name == "prompt":
-        raise ValueError("env.name: algorithm=sac learns in simulators, and env.name is prompt")
-    if config.reward.normalize == "advantage":
-        raise ValueError("reward.normalize: algorithm=sac has no advantages; set it to none or reward")
+    _check_replay(config)
     c: Any = config.algorithm
-    if config.reward.scale:
-        raise ValueError(
-            "reward.scale: the replay of algorithm=sac would keep quotients of a std that still moves, early ones many "
-            "times too large; leave it out, and weigh rewards against entropy by algorithm.alpha"
-        )
     if c.offline is not None and config.reward.weights:
         raise ValueError("algorithm.offline: its rewards are the simulator's own; leave reward.weights out")
+    if c.offline is not None and config.env.frozen is not None:
+        raise ValueError(
+            "algorithm.offline: demonstrations hold actions, and around env.frozen the learner does something else; "
+            "leave one of the two out"
+        )
+
+
+def _check_replay(config: Config) -> None:
+    """ValueError for what a learner with a replay does not do."""
+    name = f"algorithm={config.algorithm.name}"
+    if config.env.name == "prompt":
+        raise ValueError(f"env.name: {name} learns in simulators, and env.name is prompt")
+    if config.reward.normalize == "advantage":
+        raise ValueError(
+            f"reward.normalize: {name} has no advantages of the environment's rewards; set it to none or reward"
+        )
+    if config.reward.scale:
+        raise ValueError(
+            f"reward.scale: the replay of {name} would keep quotients of a std that still moves, early ones many "
+            "times too large; leave it out, and weigh rewards against entropy by algorithm.alpha"
+        )
+
+
+def _check_ogpo(config: Config, trust_code: bool) -> None:
+    """ValueError for settings that chains paid by a critic do not read, or that exclude each other."""
+    _check_replay(config)
+    c: Any = config.algorithm
+    if registry.split_spec("advantage", config.advantage)[0] != "group":
+        raise ValueError("advantage: algorithm=ogpo compares the chains of one state with each other; set it to group")
+    if c.chain.num_minibatches > c.states:
+        raise ValueError(
+            f"algorithm.chain.num_minibatches: {c.chain.num_minibatches} is more than algorithm.states = {c.states}, "
+            "and a minibatch takes whole states"
+        )
+    likelihood = registry.build("likelihood", "likelihood", config.likelihood, trust_code=trust_code)
+    objective = registry.build(
+        "objective", "algorithm.chain.objective", c.chain.objective, {"likelihood": likelihood}, trust_code
+    )
+    _check_objective_steps(config, objective, trust_code)
 
 
 def _check_policy_gradient(config: Config, trust_code: bool) -> None:
@@ -95,6 +126,7 @@ def _check_policy_gradient(config: Config, trust_code: bool) -> None:
 OF_LEARNERS = {
     "policy_gradient": _check_policy_gradient,
     "sac": _check_sac,
+    "ogpo": _check_ogpo,
     "reward_gradient": _check_reward_gradient,
 }
 
@@ -132,6 +164,7 @@ def _check_kind(config: Config) -> None:
             ("env.mode", config.env.mode, "episodes"),
             ("env.frame_stack", config.env.frame_stack, 1),
             ("env.targets", config.env.targets, None),
+            ("env.frozen", config.env.frozen, None),
             ("reward.scale", config.reward.scale, False),
             ("eval.train_mode", config.eval.train_mode, False),
         ):
@@ -172,6 +205,8 @@ def check(config: Config, trust_code: bool = False) -> None:
     if config.env.name != "prompt":
         spec = {**config.env.settings, "name": config.env.name}
         registry.validate("env", "env.settings", spec, ("num_envs", "gamma"), trust_code)
+    if config.env.frozen is not None:
+        registry.validate("steering", "env.frozen.steering", config.env.frozen.steering, ("flow",), trust_code)
     steps = make_steps(config, trust_code)
     with registry.located("steps"):
         steps.possible(config.policy.num_steps)

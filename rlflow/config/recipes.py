@@ -13,7 +13,7 @@ from rlflow.config.parse import parse
 from rlflow.config.plain import yaml_errors
 from rlflow.config.schema import Config
 from rlflow.config.values import merge, read_yaml, set_value
-from rlflow.envs.prompt_files import read_text
+from rlflow.envs.captions.files import read_text
 from rlflow.registry import located, nearest
 
 

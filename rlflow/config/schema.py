@@ -24,6 +24,7 @@ from rlflow.ranges import (
     Natural,
     NotNegative,
     Positive,
+    Range,
     Seconds,
     Seed,
     Share,
@@ -143,10 +144,36 @@ class SACConfig:
     critic_depth: Size = 2
     critic_norm: bool = True  # LayerNorm
     pessimism: Literal["min", "mean"] = "min"  # over the critics
+    critic_subset: Size | None = None  # targets: the least of that many, drawn anew; the actor: the mean of all
     tau: Share = 0.005
     lr: LearningRate = 3e-4
     max_grad_norm: LimitOrZero = 0.0  # 0: no limit
     ema_decay: BelowOne = 0.9
+
+
+@dataclass
+class OGPOConfig:
+    """The policy gradient of chains that an off-policy critic pays, at states of the replay."""
+
+    __pydantic_config__ = STRICT
+    sizes: ClassVar = ("algorithm.batch_size", "algorithm.capacity", "algorithm.chain.micro_batch")
+    name: Literal["ogpo"]
+    chain: AlgorithmConfig = field(default_factory=AlgorithmConfig)  # objective, epochs, optimizer, ...
+    states: Count = 64  # of the replay, in an update of the chain
+    copies: Annotated[int, Range("must be at least 2", 2, 65_536)] = 8  # chains of each, compared among themselves
+    rounds: Count = 1  # updates of the chain an iteration
+    batch_size: Count = 256  # of the critics
+    capacity: Count = 1_000_000
+    start: Natural = 1000  # decisions seen before the first optimiser step
+    updates_per_step: Positive = 1.0  # optimiser steps of the critics per decision after that
+    num_critics: Size = 2
+    critic_lr: LearningRate = 3e-4
+    critic_width: Size = 256
+    critic_depth: Size = 2
+    critic_norm: bool = True
+    pessimism: Literal["min", "mean"] = "min"
+    critic_subset: Size | None = None
+    tau: Share = 0.005
 
 
 @dataclass
@@ -172,17 +199,29 @@ def algorithm_name(values: Any) -> str:
 AnyAlgorithm = Annotated[
     Annotated[AlgorithmConfig, Tag("policy_gradient")]
     | Annotated[SACConfig, Tag("sac")]
+    | Annotated[OGPOConfig, Tag("ogpo")]
     | Annotated[RewardGradientConfig, Tag("reward_gradient")],
     Discriminator(algorithm_name),
 ]
 
 
-LEARNERS: dict[str, Callable[[], AlgorithmConfig | SACConfig | RewardGradientConfig]] = {
+LEARNERS: dict[str, Callable[[], AlgorithmConfig | SACConfig | OGPOConfig | RewardGradientConfig]] = {
     "policy_gradient": AlgorithmConfig,
     "sac": lambda: SACConfig("sac"),
+    "ogpo": lambda: OGPOConfig("ogpo"),
     "reward_gradient": lambda: RewardGradientConfig("reward_gradient"),
 }
 """Default settings by the learner's name."""
+
+
+@dataclass
+class FrozenConfig:
+    """A policy inside the environment whose weights never move, and what the learner does to it."""
+
+    __pydantic_config__ = STRICT
+    policy: Spec  # an embedded checkpoint, a folder (RUN/model), or a model with a checkpoint
+    steering: Spec = "start_noise"  # start_noise (DSRL), or residual
+    num_steps: Size | None = None  # default: those the checkpoint is evaluated at
 
 
 @dataclass
@@ -202,6 +241,7 @@ class EnvConfig:
     mode: Literal["episodes", "steps"] = "episodes"  # steps: episodes run on from one iteration to the next
     frame_stack: Size = 1
     targets: list[float] | None = None  # returns that rows are asked for in turn, of policies that are told one
+    frozen: FrozenConfig | None = None
 
 
 @dataclass

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlflow.envs.prompt_files import read_text
+from rlflow.envs.captions.files import read_text
 
 Array = NDArray[Any]
 Wanted = Mapping[str, tuple[int, int] | None]

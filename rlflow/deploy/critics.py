@@ -1,4 +1,4 @@
-"""The critic of a finished or running SAC run as the scorer of a choice among actions."""
+"""The critic of a finished or running run of SAC or OGPO as the scorer of a choice among actions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlflow.config.schema import SACConfig
+from rlflow.config.schema import OGPOConfig, SACConfig
 from rlflow.deploy.runs import is_run, read_run_config, restored
 from rlflow.registry import SettingError
 from rlflow.rl.off_policy.twin import Twin
@@ -23,8 +23,10 @@ class SavedCritic:
         if not is_run(run):
             raise SettingError("run", f"{run} is no run folder: name one of a recipe of algorithm=sac")
         config = read_run_config(run, trust_code)
-        if not isinstance(config.algorithm, SACConfig):
+        if not isinstance(config.algorithm, SACConfig | OGPOConfig):
             raise SettingError("run", f"{run} has no critic of actions: name a run of algorithm=sac")
+        if config.env.frozen is not None:
+            raise SettingError("run", f"{run} has a critic of what is done to its env.frozen: name a run without")
         self.policy = restored(config, run, checkpoint, "live", trust_code).requires_grad_(False)
         shape = self.policy.event_shape
         if shape != event_shape:

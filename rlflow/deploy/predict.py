@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from rlflow.deploy.steered import Steered
 from rlflow.envs.bounds import Bounds
 from rlflow.envs.simulators.gym import bounds_of, convert, spec_of
 from rlflow.flow.noise import Key
@@ -112,7 +113,7 @@ class Predictor:
             plan = All()(0, plan.t, rows)
         with policy.using(self.weights):
             asked = tree_map(lambda v: v[rows], obs)
-            chunk = policy.select(policy, policy.encode(asked), asked, plan, key, rows)
+            chunk = policy.select.act(policy, asked, plan, key, rows)
         return self.bounds(chunk.float().cpu()).numpy()
 
 
@@ -145,6 +146,8 @@ def export(policy: FlowPolicy, obs_spec: Tree, path: str | Path, weights: str = 
         raise ValueError(
             f"{policy.select.about} needs its scorer, which is not exported: load the policy without select"
         )
+    if isinstance(policy.select, Steered):
+        raise ValueError(f"the policy {policy.select.about}, which is not exported: use a Predictor")
     obs = tree_map(lambda v: torch.zeros(2, *v.shape, dtype=v.dtype, device=policy.device), obs_spec)
     x_0 = torch.zeros(2, *policy.event_shape, dtype=policy.dtype, device=policy.device)
     rows = torch.export.Dim("rows", min=1)

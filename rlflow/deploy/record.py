@@ -36,7 +36,7 @@ class InTurn:
         if not self.waiting:
             policy, key = self.policy, Key(self.seed, "record", self.made)
             seen = tree_map(lambda v: v.to(policy.device), obs)
-            chunk = policy.select(policy, policy.encode(seen), seen, policy.plan(), key, torch.arange(ROWS))
+            chunk = policy.select.act(policy, seen, policy.plan(), key, torch.arange(ROWS))
             self.waiting, self.made = list(chunk.float().to(tree_leaves(obs)[0].device).split(1, 1)), self.made + 1
         action = self.waiting.pop(0)
         return action if self.bounds is None else self.bounds.inverse(self.bounds(action))

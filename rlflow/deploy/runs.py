@@ -15,6 +15,7 @@ from rlflow.config.limits import check_select
 from rlflow.config.parse import parse, saved
 from rlflow.config.schema import Config, PolicyConfig, Spec
 from rlflow.config.values import merge
+from rlflow.deploy.steered import Steered
 from rlflow.flow.field import VelocityField
 from rlflow.flow.grid import FromScheduler
 from rlflow.flow.kernels import FlowSDE
@@ -24,7 +25,7 @@ from rlflow.models.io import load_field, read_config, save_field
 from rlflow.models.pretrained.opening import is_pipeline
 from rlflow.models.pretrained.pipeline import PretrainedField, pretrained
 from rlflow.parallel.dist import device
-from rlflow.train.build import heldout_prompts, judged_by, make_evaluator, make_policy, make_select
+from rlflow.train.build import heldout_prompts, judged_by, make_evaluator, make_policy, make_select, make_steering
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.episodes import EpisodeEvaluator
 from rlflow.train.evaluate import Evaluator
@@ -159,6 +160,8 @@ def _as_evaluated(policy: FlowPolicy, config: Config, trust_code: bool) -> FlowP
     if c.resolution is not None:
         policy.field.unguided.resize(c.resolution)
     policy.select = make_select(config, policy, trust_code)
+    if (steering := make_steering(config, trust_code)) is not None:
+        policy.select = Steered(policy.select, steering)
     return policy.requires_grad_(False)
 
 

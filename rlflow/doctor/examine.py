@@ -48,6 +48,8 @@ def of_the_learner(config: Config, parts: Parts, probe: Probe, trust_code: bool)
 
 def few_updates(config: Config, group_size: int, trust_code: bool) -> tuple[int, Any]:
     """(number of groups, `algorithm` section) of an iteration on a few rows."""
+    if type(config.algorithm) not in FEW:
+        raise ValueError(f"algorithm: doctor has no checks of {config.algorithm.name}")
     return FEW[type(config.algorithm)](config, group_size, trust_code)
 
 

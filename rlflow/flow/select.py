@@ -53,6 +53,10 @@ class Select:
         chain = policy.sample(cond, plan, key=key, row_ids=row_ids, x_0=x_0)
         return policy.field.act(policy.squash(chain.final), cond)
 
+    def act(self, policy: FlowPolicy, obs: Any, plan: Plan, key: Key, row_ids: Tensor) -> Tensor:
+        """(N, *D) as an environment receives it, at raw observations (N, ...) on the policy's device."""
+        return self(policy, policy.encode(obs), obs, plan, key, row_ids)
+
 
 class BestOf(Select):
     """Of `num` samples of each row the one that `scorer` likes best, the first of equals; `num` times the network rows.

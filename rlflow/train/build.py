@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ import torch
 from rlflow import registry
 from rlflow.config.limits import select_rewards
 from rlflow.config.processes import check_updates, share
-from rlflow.config.schema import Config, RewardConfig
+from rlflow.config.schema import Config, PolicyConfig, RewardConfig
 from rlflow.config.steps import make_steps
 from rlflow.envs.base import VecEnv
 from rlflow.envs.checked import Checked
+from rlflow.envs.frozen import Frozen, Sampler, Steering
 from rlflow.envs.prompt import PromptEnv
 from rlflow.envs.prompts import Prompts, load_prompts
 from rlflow.envs.targets import Targeted
@@ -26,7 +27,7 @@ from rlflow.flow.select import Select
 from rlflow.flow.squash import SQUASHES
 from rlflow.models.freeze import freeze
 from rlflow.models.hub import is_hub_id
-from rlflow.models.io import embedded, load_field
+from rlflow.models.io import embedded, load_field, read_config
 from rlflow.models.pretrained.opening import is_pipeline
 from rlflow.models.pretrained.pipeline import pretrained
 from rlflow.models.scratch import make_field
@@ -222,6 +223,7 @@ def judged_by(config: Config) -> dict[str, Any]:
     judged = {"prompts": c.prompts, "metrics": c.metrics, "num": c.num, "noise": c.noise, "resolution": c.resolution}
     policy = {name: getattr(config.policy, name) for name in ("guidance", "precision", "squash", "grid", "select")}
     env = {name: getattr(config.env, name) for name in (*WORLD, "prompts", "gamma", "frame_stack")}
+    env |= {} if config.env.frozen is None else {"frozen": asdict(config.env.frozen)}
     asked = (*c.metrics.values(), *select_rewards(config))
     settings = {name: value for name, value in config.reward.settings.items() if name in asked}
     reward = ({"settings": settings} if settings else {}) | _unusual(config)
@@ -286,6 +288,10 @@ def acted_in(env: VecEnv, policy: FlowPolicy) -> VecEnv:
 
 def make_simulator(config: Config, num_envs: int, trust_code: bool = False) -> VecEnv:
     """`num_envs` rows of the config's simulator, as the policy sees it."""
+    return _around_frozen(_simulator(config, num_envs, trust_code), config, trust_code)
+
+
+def _simulator(config: Config, num_envs: int, trust_code: bool) -> VecEnv:
     c = config.env
     supplied = {"num_envs": num_envs, "gamma": c.gamma}
     env: VecEnv = registry.build("env", "env.settings", {**c.settings, "name": c.name}, supplied, trust_code)
@@ -298,11 +304,56 @@ def make_simulator(config: Config, num_envs: int, trust_code: bool = False) -> V
 
 def _make_task(config: Config, policy: FlowPolicy, groups: Groups, trust_code: bool) -> VecEnv:
     """The simulator to train in: with rewards of the config, or a learned one, scaled."""
-    env = make_simulator(config, groups.num_rows, trust_code)
+    env = _simulator(config, groups.num_rows, trust_code)
     env = imitated(config, env, policy.device, trust_code)
     if any(config.reward.weights.values()):
         env = RewardWrapper(env, make_rewards(config, trust_code))
-    return RewardScaling(env, config.env.gamma) if config.reward.scale else env
+    env = RewardScaling(env, config.env.gamma) if config.reward.scale else env
+    return _around_frozen(env, config, trust_code)
+
+
+def _around_frozen(env: VecEnv, config: Config, trust_code: bool) -> VecEnv:
+    """With the policy of `env.frozen` inside; rewards see what it does, not what the learner does."""
+    steering = make_steering(config, trust_code)
+    if steering is None:
+        return env
+    with registry.located("env.frozen.policy"):
+        return Frozen(env, steering)
+
+
+def make_steering(config: Config, trust_code: bool = False) -> Steering | None:
+    """What `env.frozen` says: a frozen policy, sampled as it is evaluated, and what the learner does to it."""
+    c = config.env.frozen
+    if c is None:
+        return None
+    with registry.located("env.frozen.policy"):
+        flow = Sampler(_frozen_policy(config, trust_code))
+    made: Steering = registry.build("steering", "env.frozen.steering", c.steering, {"flow": flow}, trust_code)
+    return made
+
+
+DEPLOYED = ("guidance", "precision", "squash", "grid", "num_steps", "solver")
+"""What a checkpoint says of the sampler that evaluates it."""
+
+
+def _frozen_policy(config: Config, trust_code: bool) -> FlowPolicy:
+    """The network of `env.frozen.policy` with its own sampler; ValueError where there is none."""
+    c = config.env.frozen
+    assert c is not None
+    checkpoint = isinstance(c.policy, str) and c.policy not in registry.TABLE["model"]
+    judged = (read_config(str(c.policy)).get("judged_by") or {}) if checkpoint else {}
+    if judged.get("env", {}).get("frozen"):
+        raise ValueError(f"{c.policy} acts on a frozen policy of its own: name a policy of the environment")
+    name, _ = registry.split_spec("env.frozen.policy", c.policy)
+    if not checkpoint and "checkpoint" not in registry.settings(registry.find("model", name, trust_code)):
+        raise ValueError(f"{name} is a network from scratch, of which nothing is learnt: name a checkpoint")
+    said = {k: v for part in ("policy", "eval") for k, v in judged.get(part, {}).items() if k in DEPLOYED}
+    said |= {} if c.num_steps is None else {"num_steps": c.num_steps}
+    if "num_steps" not in said:
+        raise ValueError(f"{c.policy} does not say at how many steps it is evaluated: set env.frozen.num_steps")
+    said = {"precision": "float32", "kernel": "ancestral"} | said  # the kernel is never asked
+    frozen = replace(config, policy=PolicyConfig(field=c.policy, **said), env=replace(config.env, frozen=None))
+    return policy_around(_make_field(frozen, trust_code), frozen, trust_code)
 
 
 def _make_prompts(config: Config, policy: FlowPolicy, groups: Groups, trust_code: bool) -> VecEnv:

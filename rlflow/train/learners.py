@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlflow import registry
-from rlflow.config.schema import AlgorithmConfig, Config, OfflineConfig, RewardGradientConfig, SACConfig
+from rlflow.config.schema import AlgorithmConfig, Config, OfflineConfig, OGPOConfig, RewardGradientConfig, SACConfig
 from rlflow.config.steps import make_steps
 from rlflow.envs.base import VecEnv
 from rlflow.envs.demos.dataset import Demos
@@ -25,6 +25,7 @@ from rlflow.rl.learners.regularizers import KL
 from rlflow.rl.learners.reward_gradient import RewardGradient
 from rlflow.rl.likelihoods.base import Likelihood
 from rlflow.rl.off_policy.offline import Offline, offline_data
+from rlflow.rl.off_policy.ogpo import OGPO, Imagined
 from rlflow.rl.off_policy.replay import Replay
 from rlflow.rl.off_policy.sac import SAC
 from rlflow.rl.off_policy.twin import TwinSettings
@@ -58,14 +59,25 @@ def _policy_gradient(
     c = config.algorithm
     assert isinstance(c, AlgorithmConfig)
     assert likelihood is not None
+    return _chain(c, "algorithm", config, policy, likelihood, groups, trust_code)
+
+
+def _chain(
+    c: AlgorithmConfig,
+    path: str,
+    config: Config,
+    policy: FlowPolicy,
+    likelihood: Likelihood,
+    groups: Groups,
+    trust_code: bool,
+) -> PolicyGradient:
+    """The learner of the section `c`, which stands at `path`."""
     return PolicyGradient(
         policy,
         likelihood,
         registry.build("advantage", "advantage", config.advantage, {"gamma": config.env.gamma}, trust_code),
         groups,
-        objective=registry.build(
-            "objective", "algorithm.objective", c.objective, {"likelihood": likelihood}, trust_code
-        ),
+        objective=registry.build("objective", f"{path}.objective", c.objective, {"likelihood": likelihood}, trust_code),
         optimizer=AdamW(**dataclasses.asdict(c.optimizer)),
         epochs=c.epochs,
         num_minibatches=c.num_minibatches,
@@ -108,6 +120,28 @@ def _sac(
             seed=config.train.seed,
             permute=config.train.permute_rewards,
             relabel=env.learned.relabel if isinstance(env, Imitated) else None,
+        )
+
+
+def _ogpo(
+    config: Config, policy: FlowPolicy, likelihood: Likelihood | None, groups: Groups, env: VecEnv, trust_code: bool
+) -> OGPO:
+    c = config.algorithm
+    assert isinstance(c, OGPOConfig)
+    of_chains = registry.build("likelihood", "likelihood", config.likelihood, trust_code=trust_code)
+    chain = _chain(c.chain, "algorithm.chain", config, policy, of_chains, Groups(c.states, c.copies), trust_code)
+    with registry.located("algorithm"):
+        return OGPO(
+            chain,
+            make_steps(config, trust_code),
+            Replay(c.capacity, config.env.gamma),
+            imagined=Imagined(c.states, c.copies, c.rounds),
+            twin=twin_settings(c),
+            batch_size=c.batch_size,
+            start=c.start,
+            updates_per_step=c.updates_per_step,
+            seed=config.train.seed,
+            permute=config.train.permute_rewards,
         )
 
 
@@ -157,9 +191,11 @@ def imitated(config: Config, env: VecEnv, place: torch.device, trust_code: bool 
     return Imitated(env, learned, c.every or config.env.horizon or env.horizon)
 
 
-def twin_settings(c: SACConfig) -> TwinSettings:
+def twin_settings(c: SACConfig | OGPOConfig) -> TwinSettings:
     """The critics of a config."""
-    return TwinSettings(c.num_critics, c.critic_width, c.critic_depth, c.critic_norm, c.tau, c.critic_lr, c.pessimism)
+    return TwinSettings(
+        c.num_critics, c.critic_width, c.critic_depth, c.critic_norm, c.tau, c.critic_lr, c.pessimism, c.critic_subset
+    )
 
 
 def _offline(config: Config, c: OfflineConfig, policy: FlowPolicy) -> Offline:
@@ -175,5 +211,6 @@ def _offline(config: Config, c: OfflineConfig, policy: FlowPolicy) -> Offline:
 MAKERS: dict[type, Callable[..., Any]] = {
     AlgorithmConfig: _policy_gradient,
     SACConfig: _sac,
+    OGPOConfig: _ogpo,
     RewardGradientConfig: _reward_gradient,
 }

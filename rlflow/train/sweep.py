@@ -8,6 +8,13 @@
     jobs: 2                     # processes side by side, one thread each
     at: {minutes: [2.5], network_rows: [50000]}   # budgets to compare at; default: what every run reached
 
+In place of `runs` a suite has tasks and methods, each with each; a run is then called method@task:
+
+    tasks:                      # metric: of the last evaluation; low and high: what counts as 0 and as 1
+      - {name: hopper, overrides: [env.name=hopper], metric: return, low: 20, high: 3200}
+    methods:                    # as runs; a task's overrides come before a method's
+      - {name: flow_g, recipe: robot_sac_flow_g}
+
 Runs lie in FOLDER/name/seed-N. Finished ones are skipped, interrupted ones go on from their last checkpoint.
 """
 
@@ -16,7 +23,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,14 +31,15 @@ from typing import Any, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rlflow import ranges
+from rlflow.comparison.aggregate import aggregate
+from rlflow.comparison.suite import Scale, across, scores_of
 from rlflow.config import plain, recipes
 from rlflow.config.plain import yaml_errors
 from rlflow.config.schema import Config
-from rlflow.envs.prompt_files import read_text
+from rlflow.envs.captions.files import read_text
 from rlflow.parallel.workers import Workers
 from rlflow.ranges import Positive, Seed, Size
 from rlflow.registry import located, nearest
-from rlflow.report.aggregate import aggregate
 from rlflow.report.glossary import duration
 from rlflow.report.metrics_file import read_metrics
 from rlflow.train.checkpoint import Checkpoints
@@ -52,6 +60,18 @@ class RunSpec:
 
 
 @dataclass
+class TaskSpec:
+    """One task of a suite."""
+
+    __pydantic_config__ = STRICT
+    name: str
+    overrides: list[str] = field(default_factory=list)
+    metric: str = "success"  # of eval/heldout/
+    low: float = 0.0
+    high: float = 1.0
+
+
+@dataclass
 class At:
     """Budgets at which runs are compared."""
 
@@ -66,11 +86,23 @@ class Table:
     """TABLE.yaml."""
 
     __pydantic_config__ = STRICT
-    runs: list[RunSpec]
+    runs: list[RunSpec] = field(default_factory=list)
+    tasks: list[TaskSpec] = field(default_factory=list)
+    methods: list[RunSpec] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     seeds: list[Seed] = field(default_factory=lambda: [0])
     jobs: Size = 1
     at: At = field(default_factory=At)
+
+    def crossed(self) -> dict[tuple[str, str], RunSpec]:
+        """Every method on every task, by both names; {} of a table of runs."""
+        return {
+            (method.name, task.name): RunSpec(
+                f"{method.name}@{task.name}", method.recipe, [*task.overrides, *method.overrides]
+            )
+            for task in self.tasks
+            for method in self.methods
+        }
 
 
 @dataclass(frozen=True)
@@ -125,6 +157,15 @@ def parse_table(values: dict[str, Any]) -> Table:
     except ValidationError as error:
         raise ValueError("\n".join(_problem(item) for item in error.errors())) from None
     ranges.check("", Table, table)
+    if bool(table.tasks) != bool(table.methods) or (table.tasks and table.runs):
+        raise ValueError("a table has runs, or else tasks and methods")
+    for kind, listed in (("tasks", table.tasks), ("methods", table.methods)):
+        named = [one.name for one in listed]
+        if bad := sorted({n for n in named if named.count(n) > 1 or "@" in n}):
+            raise ValueError(f"{kind}: the names {bad} occur twice, or hold an @")
+    if flat := [task.name for task in table.tasks if task.low == task.high]:
+        raise ValueError(f"tasks: {flat} count the same number as 0 and as 1: set low and high apart")
+    table.runs = table.runs or list(table.crossed().values())
     names = [run.name for run in table.runs]
     if not names or not table.seeds:
         raise ValueError("a table needs at least one run and one seed")
@@ -140,7 +181,8 @@ def parse_table(values: dict[str, Any]) -> Table:
 def _problem(item: Any) -> str:
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        section: type = {1: Table, 2: At, 3: RunSpec}.get(len(item["loc"]), Table)
+        of_lists = TaskSpec if item["loc"][0] == "tasks" else RunSpec
+        section: type = {1: Table, 2: At, 3: of_lists}.get(len(item["loc"]), Table)
         return f"{path}: no such setting{nearest(str(item['loc'][-1]), [f.name for f in fields(section)])}"
     return f"{path}: {item['msg']}"
 
@@ -251,6 +293,10 @@ def run_sweep(
     failed = Workers(commands, done, root / "logs", side_by_side).run()
     runs = {name: _folders(todo, name, root) for name in dict.fromkeys(job.name for job in todo)}
     result = aggregate(runs, table.at.minutes, table.at.network_rows, table.at.samples)
+    if crossed := table.crossed():
+        scales = {task.name: Scale(task.metric, task.low, task.high) for task in table.tasks}
+        said, tables = across(scores_of({both: runs[run.name] for both, run in crossed.items()}, scales))
+        result = replace(result, values=result.values | {"across": said}, tables=[*tables, *result.tables])
     for name, text in (("table.json", json.dumps(result.values, indent=1) + "\n"), ("table.md", result.markdown)):
         (root / name).write_text(text, encoding="utf-8")
     print(result.markdown)

@@ -337,6 +337,7 @@ def test_every_key_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from rlflow.envs.captions import scenes
     from rlflow.models.dit import DiT
     from rlflow.models.io import save_field
+    from rlflow.models.mlp import MLPField
     from rlflow.train.trainer import Trainer
 
     field = save_field(DiT(scenes.VOCAB, size=8, width=16, depth=1, heads=2), tmp_path / "field")
@@ -406,6 +407,14 @@ def test_every_key_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     few += [f"algorithm.offline={{demos: {tmp_path / 'demos'}, clone: 1, updates: 1}}"]
     few += [f"imitation={{demos: {tmp_path / 'demos'}, fits: 1, batch_size: 4}}"]
     Trainer(recipes.load("robot_reach_sac", few), tmp_path / "off_policy", quiet=True).fit()
+    torch.manual_seed(0)
+    base = save_field(MLPField(4, (2, 2), 8), tmp_path / "base")
+    few = ["train.iterations=1", "train.minutes=", "eval.num=2", "algorithm.start=0", "algorithm.batch_size=4"]
+    few += ["env.name=toy_reach", "env.settings={}", "env.horizon=1"]
+    frozen = [f"env.frozen={{policy: {base}, num_steps: 2}}", "algorithm.updates_per_step=0.25"]
+    Trainer(recipes.load("robot_dsrl", [*few, *frozen]), tmp_path / "frozen", quiet=True).fit()
+    paid = [f"policy.field={base}", "algorithm.states=4", "algorithm.copies=2"]
+    Trainer(recipes.load("robot_ogpo", [*few, *paid]), tmp_path / "paid", quiet=True).fit()
     few = ["train.iterations=1", "train.minutes=", "eval.num=2", "env.num_groups=2", "reward.weights={brightness: 1}"]
     Trainer(recipes.load("t2i_draft", few), tmp_path / "gradient", quiet=True).fit()
     keys = {(cls.__name__, f.name) for cls in sections() for f in dataclasses.fields(cls)}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlflow.envs.conformance import CHECKS, Subject, check
+from rlflow.envs.frozen import Frozen, Residual, Sampler, StartNoise
 from rlflow.envs.prompt import PromptEnv
 from rlflow.envs.prompts import Prompts
 from rlflow.envs.sim import SimEnv
@@ -17,6 +18,9 @@ from rlflow.envs.simulators import gym as gymnasium_envs
 from rlflow.envs.simulators import gym_vector as gymnasium_vectors
 from rlflow.envs.targets import Targeted
 from rlflow.envs.wrappers import FrameStack, RewardScaling, RewardWrapper
+from rlflow.flow.kernels import Ancestral
+from rlflow.flow.policy import FlowPolicy
+from rlflow.models.mlp import MLPField
 from rlflow.rewards.base import Reward, RewardSet
 from rlflow.types import Step, Tree
 
@@ -75,6 +79,12 @@ def wrapped(wrapper: Any, *args: Any) -> Subject:
     return Subject(lambda n: wrapper(reach()(n), *args), lambda n: wrapper(reach(20)(n), *args))
 
 
+def frozen() -> Sampler:
+    """An untrained flow for ToyReach."""
+    torch.manual_seed(0)
+    return Sampler(FlowPolicy(MLPField(4, (2, 2), 16), Ancestral(), num_steps=2))
+
+
 SUBJECTS = {
     "toy_image": Subject(toy.ToyImage, bounded=False),
     "toy_bandit": Subject(toy.ToyBandit, varied=False),
@@ -111,6 +121,8 @@ SUBJECTS = {
     "vector_disabled": vector("Disabled"),
     "reward_scaling": replace(wrapped(RewardScaling), make=lambda n: RewardScaling(toy.ToyReach(n), clip=1e9)),
     "frame_stack": wrapped(FrameStack, 3),
+    "start_noise": wrapped(Frozen, StartNoise(frozen())),
+    "residual": wrapped(Frozen, Residual(frozen(), 0.5)),
     "reward_wrapper": Subject(
         lambda n: RewardWrapper(toy.ToyRoutes(n), RewardSet([Reward("squared", squared)])), bounded=False
     ),

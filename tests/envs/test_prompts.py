@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 
 from rlflow.envs.captions import scenes, words
-from rlflow.envs.prompt_files import read_rows
+from rlflow.envs.captions.files import read_rows
 from rlflow.envs.prompts import Prompts, load_prompts
 from rlflow.rl.groups import Groups
 
@@ -204,7 +204,7 @@ class TestRows:
     @pytest.mark.parametrize("last", ["", "\n", " "])
     @pytest.mark.parametrize("chunk", [7, 2**22])
     def test_lines_are_those_of_text_read_at_once(self, tmp_path, monkeypatch, end, last, chunk):
-        monkeypatch.setattr("rlflow.envs.prompt_files.CHUNK", chunk)
+        monkeypatch.setattr("rlflow.envs.captions.files.CHUNK", chunk)
         path, text = tmp_path / "p.txt", "\n".join(self.LINES) + last
         path.write_bytes(text.replace("\n", end).encode())
         expected = {f"{path}:{i}": line.strip() for i, line in enumerate(io.StringIO(text), 1) if line.strip()}

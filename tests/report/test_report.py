@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from rlflow.report.comparison import compare_report, figure
+from rlflow.comparison.report import compare_report, figure
 from rlflow.report.curves import Panel, curves
 from rlflow.report.figures import image_grid
 from rlflow.report.glossary import MISSING
@@ -403,7 +403,7 @@ def test_time_has_the_unit_that_fits_and_no_milli(end, label, ticks):
 def test_samples_are_called_what_they_are(tmp_path, monkeypatch):
     """Images, or environment steps; a figure holds every held-out metric and nothing else."""
     drawn = []
-    monkeypatch.setattr("rlflow.report.comparison.curves", lambda rows, panels, path: drawn.extend(panels))
+    monkeypatch.setattr("rlflow.comparison.report.curves", lambda rows, panels, path: drawn.extend(panels))
     images, robot = finished(tmp_path / "i"), finished(tmp_path / "r")
     (robot / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"env": {"name": "hopper"}}))
     for runs, label in (([images], "images"), ([robot], "environment steps"), ([images, robot], "")):

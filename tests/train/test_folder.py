@@ -14,10 +14,10 @@ import yaml
 
 import rlflow as rf
 from rlflow.cli import main
+from rlflow.comparison.compare import compare
 from rlflow.deploy.runs import evaluate
 from rlflow.files import read_tensors, save_tensors
 from rlflow.models.io import load_field, save_field
-from rlflow.report.compare import compare
 from rlflow.report.metrics_file import read_metrics
 from rlflow.report.record import RunRecord
 from rlflow.rl.optim import NonFiniteError

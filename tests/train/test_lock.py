@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from rlflow.comparison.compare import compare
 from rlflow.deploy.runs import evaluate
-from rlflow.report.compare import compare
 from rlflow.report.metrics_file import read_metrics
 from rlflow.report.report import write_report
 from rlflow.train import lock as lock_module

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlflow.comparison.aggregate import Spread, aggregate, eval_at
 from rlflow.config import recipes
 from rlflow.parallel.workers import Workers
-from rlflow.report.aggregate import Spread, aggregate, eval_at
 from rlflow.report.curves import NETWORK_ROWS, SECONDS
 from rlflow.report.metrics_file import read_metrics
 from rlflow.report.record import RunRecord

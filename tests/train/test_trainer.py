@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from rlflow.config import recipes
 from rlflow.config.parse import parse
-from rlflow.config.schema import AlgorithmConfig, SACConfig
+from rlflow.config.schema import AlgorithmConfig, OGPOConfig, SACConfig
 from rlflow.envs.demos.dataset import Episode, write_demos
 from rlflow.envs.sim import SimEnv
 from rlflow.envs.simulators.toy import ToyReach
@@ -530,7 +530,9 @@ def test_every_recipe_runs_two_iterations(
     learner = recipes.load(name).algorithm
     ratios = isinstance(learner, AlgorithmConfig)
     few += ["algorithm.num_minibatches=2"] if ratios else []
-    few += ["algorithm.start=0", "algorithm.batch_size=16"] if isinstance(learner, SACConfig) else []
+    few += ["algorithm.start=0", "algorithm.batch_size=16"] if isinstance(learner, SACConfig | OGPOConfig) else []
+    if isinstance(learner, OGPOConfig):
+        few += ["algorithm.states=4", "algorithm.copies=3", "algorithm.chain.num_minibatches=2"]
     if name.startswith("t2i_"):
         field = {"shapes": scenes_field, "words": words_field}[recipes.load(name).policy.field]
         few += [f"policy.field={field}", "reward.weights.brightness=1"]
@@ -554,7 +556,7 @@ def test_every_recipe_runs_two_iterations(
     before = {k: v.clone() for k, v in made.policy.state_dict().items()}
     made.fit()
     rows = train_rows(tmp_path / "run")
-    if ratios:
+    if ratios or isinstance(learner, OGPOConfig):
         iterations = (
             2 if made.algorithm.sample_with == "live" else 1
         )  # of which the samples are of the very weights that learn

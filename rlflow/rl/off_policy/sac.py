@@ -161,6 +161,7 @@ class SAC:
         return torch.randn(shape, generator=rng, dtype=self.policy.dtype, device=self.policy.device)
 
     def _batch(self) -> Transitions:
+        self.twin.redraw(generator("sac/critics", self.seed, self.updates))  # this step's critics with this step's rows
         rng = generator("sac/replay", self.seed, self.updates)
         batch = self._draw(rng)
         if not self.permute:

@@ -27,7 +27,11 @@ from rlflow.types import Cond
 
 @dataclass(frozen=True)
 class TwinSettings:
-    """`pessimism` says which of the critics' values counts, in targets and for the actor."""
+    """`pessimism` says which of the critics' values counts, in targets and for the actor.
+
+    With `subset` a target is the least of that many critics, drawn anew for each step, and the actor is judged by the
+    mean of all (REDQ, Chen et al. 2021; RLPD, Ball et al. 2023).
+    """
 
     num: int = 2
     width: int = 256
@@ -36,6 +40,11 @@ class TwinSettings:
     tau: float = 0.005
     lr: float = 3e-4
     pessimism: Literal["min", "mean"] = "min"
+    subset: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.subset is not None and not 1 <= self.subset <= self.num:
+            raise ValueError(f"critic_subset: {self.subset} of {self.num} critics: give at most num_critics")
 
 
 class Ensemble(nn.Module):
@@ -85,6 +94,7 @@ class Twin:
         self.autocast = autocast
         self.net = Ensemble(num_inputs, c.num, c.width, c.depth, c.norm).to(device, dtype)
         self.target = copy.deepcopy(self.net).requires_grad_(False)
+        self.chosen = torch.arange(c.num if c.subset is None else c.subset, device=device)  # whose least is a target
         self._slow: list[Tensor] = list(self.target.parameters())
         self._live: list[Tensor] = list(self.net.parameters())
         self.optimizer = Deferred(
@@ -98,7 +108,7 @@ class Twin:
     @torch.no_grad()
     def target_value(self, cond: Cond, action: Tensor) -> Tensor:
         """(N,) of the slow copies."""
-        return self._one(self._values(self.target, cond, action))
+        return self._least(self._values(self.target, cond, action))
 
     def _values(self, net: Ensemble, cond: Cond, action: Tensor) -> Tensor:
         """(E, N)."""
@@ -106,7 +116,16 @@ class Twin:
             return net(cond["pooled"], action)
 
     def _one(self, values: Tensor) -> Tensor:
-        return values.amin(0) if self.settings.pessimism == "min" else values.mean(0)
+        c = self.settings
+        return values.amin(0) if c.pessimism == "min" and c.subset is None else values.mean(0)
+
+    def _least(self, values: Tensor) -> Tensor:
+        return self._one(values) if self.settings.subset is None else values.index_select(0, self.chosen).amin(0)
+
+    def redraw(self, rng: torch.Generator) -> None:
+        """Choose the critics of the next target, in place: nothing that was made of `chosen` has to be made anew."""
+        if self.settings.subset is not None:
+            self.chosen.copy_(torch.randperm(self.settings.num, generator=rng)[: self.settings.subset])
 
     def loss(self, cond: Cond, action: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         """1/2 sum_e of the mean squared error over rows of weight (N,)."""
@@ -115,8 +134,8 @@ class Twin:
 
     @property
     def moving(self) -> list[Tensor]:
-        """The weights and their slow copies."""
-        return [*self._live, *self._slow]
+        """What changes from step to step: the weights, their slow copies, and which of these are asked."""
+        return [*self._live, *self._slow, self.chosen]
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> None:

@@ -12,9 +12,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from rlflow.comparison.aggregate import Aggregate, Line, heldout, ordered, summarise
+from rlflow.comparison.compare import compare, run_tables
 from rlflow.report import page
-from rlflow.report.aggregate import Aggregate, Line, heldout, ordered, summarise
-from rlflow.report.compare import compare, run_tables
 from rlflow.report.curves import AXES, SAMPLES, Panel, curves, heldout_panels, trade_off
 from rlflow.report.glossary import HELDOUT, MISSING, describe, headline
 from rlflow.report.metrics_file import Metrics

@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from rlflow.envs.prompt_rows import FileRows, Row, Store, TableStore, TextStore, packed
+from rlflow.envs.captions.rows import FileRows, Row, Store, TableStore, TextStore, packed
 
 CHUNK = 2**22
 """Bytes that are looked at in one go."""

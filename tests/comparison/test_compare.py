@@ -10,8 +10,8 @@ import yaml
 from safetensors.torch import save_file
 
 from rlflow.cli import main
-from rlflow.report.compare import compare, run_tables
-from rlflow.report.comparison import figure
+from rlflow.comparison.compare import compare, run_tables
+from rlflow.comparison.report import figure
 from rlflow.report.curves import NETWORK_ROWS, SECONDS
 from rlflow.report.stats import paired_bootstrap
 from rlflow.train.logger import RunLogger

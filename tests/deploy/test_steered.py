@@ -1,0 +1,120 @@
+"""A run whose learner acts on a frozen policy: trained, opened again and deployed, the two make the robot's actions."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rlflow as rf
+from rlflow.config import recipes
+from rlflow.deploy.predict import export
+from rlflow.flow.noise import Key, noise
+from rlflow.models.io import save_field
+from rlflow.models.mlp import MLPField
+from rlflow.train.build import make_steering
+from rlflow.train.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An untrained policy of toy_routes, evaluated at three steps."""
+    torch.manual_seed(0)
+    judged = {"policy": {"num_steps": 3}, "env": {"name": "toy_routes"}}
+    return str(save_field(MLPField(2, (2, 2), 16), tmp_path_factory.mktemp("base") / "model", judged_by=judged))
+
+
+STEERINGS = {"start_noise": {"name": "start_noise", "bound": 2.0}, "residual": {"name": "residual", "scale": 0.3}}
+
+
+def config(base: str, steering: str) -> dict[str, Any]:
+    return {
+        "base": "robot_dsrl",
+        "policy": {"field": {"name": "gaussian", "width": 8}},
+        "algorithm": {"start": 0, "batch_size": 8, "updates_per_step": 0.25, "critic_width": 8},
+        "env": {"name": "toy_routes", "settings": {"chunk": 2}, "num_groups": 4, "horizon": 4}
+        | {"frozen": {"policy": base, "steering": STEERINGS[steering]}},
+        "train": {"iterations": 2, "tensorboard": False, "report": False},
+        "eval": {"num": 6, "every": 0},
+    }
+
+
+@pytest.fixture(scope="module", params=STEERINGS)
+def run(request: pytest.FixtureRequest, base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("runs") / request.param
+    Trainer(config(base, request.param), folder, quiet=True).fit()
+    return folder, request.param
+
+
+def test_what_is_deployed_is_the_frozen_policy_under_the_learners_hand(run: tuple[Path, str]) -> None:
+    folder, kind = run
+    policy, obs, key, ids = rf.load(folder), torch.randn(5, 2), Key(0, "test"), torch.arange(5)
+    flow = policy.select.steering.flow
+    with torch.no_grad():
+        action = policy.select.act(policy, obs, policy.plan(), key, ids)
+        base = flow(obs, noise(Key(0, "test/frozen"), ids, (2, 2)))
+        seen = obs if kind == "start_noise" else {"obs": obs, "base": base}
+        u = policy.squash(policy.sample(policy.encode(seen), key=key, row_ids=ids).final)
+        expected = flow(obs, 2.0 * u) if kind == "start_noise" else base + 0.3 * u
+    assert torch.equal(action, expected)
+    assert float(u.abs().max()) > 0
+
+
+def test_the_model_of_the_run_is_evaluated_as_the_run(run: tuple[Path, str]) -> None:
+    """What lies inside its environment is told by its config.json, from wherever the folder is."""
+    folder, _ = run
+    assert rf.evaluate(folder / "model") == rf.evaluate(folder)
+
+
+def test_a_predictor_gives_actions_of_the_robot(run: tuple[Path, str]) -> None:
+    folder, _ = run
+    predictor = rf.Predictor(rf.load(folder), torch.empty(2, device="meta"))
+    action, state = predictor.predict(torch.zeros(3, 2).numpy())
+    assert action.shape == (3, 2)
+    assert state["queue"].shape == (3, 2, 2)
+
+
+def test_an_export_would_leave_the_frozen_policy_behind(run: tuple[Path, str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="acts on a frozen policy, which is not exported: use a Predictor"):
+        export(rf.load(run[0]), torch.empty(2, device="meta"), tmp_path / "x.pt2")
+
+
+def test_best_of_n_by_a_critic_of_start_noises_is_refused(run: tuple[Path, str]) -> None:
+    with pytest.raises(ValueError, match="a critic of what is done to its env.frozen"):
+        rf.load(run[0], select={"name": "best_of", "num": 2, "scorer": "critic"})
+
+
+def test_the_frozen_policy_samples_as_it_is_evaluated(base: str) -> None:
+    steering = make_steering(recipes.load(config(base, "start_noise")))
+    assert steering is not None
+    assert steering.flow.policy.num_steps == 3  # type: ignore[attr-defined]
+    assert not any(p.requires_grad for p in steering.flow.policy.parameters())  # type: ignore[attr-defined]
+    more = recipes.load(config(base, "start_noise"), ["env.frozen.num_steps=5"])
+    assert make_steering(more).flow.policy.num_steps == 5  # type: ignore[union-attr, attr-defined]
+
+
+class TestRefused:
+    """Before anything is played, with the path of the setting."""
+
+    def refused(self, base: str, message: str, *overrides: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            make_steering(recipes.load(config(base, "start_noise"), list(overrides)))
+
+    def test_a_network_from_scratch(self, base: str) -> None:
+        self.refused(base, r"env\.frozen\.policy: mlp is a network from scratch", "env.frozen.policy=mlp")
+
+    def test_a_run_that_acts_on_a_frozen_policy_itself(self, base: str, run: tuple[Path, str]) -> None:
+        self.refused(base, "acts on a frozen policy of its own", f"env.frozen.policy={run[0] / 'model'}")
+
+    def test_no_checkpoint(self, base: str) -> None:
+        self.refused(base, r"env\.frozen\.policy: no checkpoint 'nothing'", "env.frozen.policy=nothing")
+
+    def test_a_setting_that_there_is_not(self, base: str) -> None:
+        self.refused(base, r"env\.frozen\.steering\.bnd: .*did you mean 'bound'", "env.frozen.steering.bnd=1")
+
+    def test_demonstrations(self, base: str) -> None:
+        self.refused(base, "demonstrations hold actions", "algorithm.offline={demos: demos/x}")
+
+    def test_images(self) -> None:
+        with pytest.raises(ValueError, match=r"env\.frozen: is of simulators"):
+            recipes.load("t2i_nft", ["env.frozen={policy: shapes}"])
