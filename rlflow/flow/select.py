@@ -28,6 +28,15 @@ APART = 2**32
 """Between the row numbers of two samples of one row: no evaluation has as many rows."""
 
 
+def handed(policy: FlowPolicy, final: Tensor) -> Tensor:
+    """What leaves the policy for chains that end in `final` (N, *D): pictures decoded, actions as they are sent.
+
+    Those of a network with units of its own its environment decodes.
+    """
+    sample = policy.squash(final)
+    return sample if policy.field.unguided.decodes_actions else policy.field.decode(sample)
+
+
 class Select:
     """The plain deployment sampler: one sample of each row."""
 
@@ -51,7 +60,7 @@ class Select:
     ) -> Tensor:
         """(N, *D) as an environment receives it, of the rows of `cond`; `x_0` (N, *D) in place of drawn starts."""
         chain = policy.sample(cond, plan, key=key, row_ids=row_ids, x_0=x_0)
-        return policy.field.decode(policy.squash(chain.final))
+        return handed(policy, chain.final)
 
 
 class BestOf(Select):
@@ -85,7 +94,7 @@ class BestOf(Select):
         apart = torch.arange(self.num) * APART
         ids = (row_ids.cpu().unsqueeze(1) + apart).flatten()
         chain = policy.sample(cond, plan, key=key, row_ids=ids, copies=self.num)
-        made = policy.field.decode(policy.squash(chain.final)).unflatten(0, (-1, self.num))
+        made = handed(policy, chain.final).unflatten(0, (-1, self.num))
         scores = self.scorer(made, asked).to(made.device)
         if scores.shape != made.shape[:2]:
             raise ValueError(f"the scorer gave {tuple(scores.shape)} scores for {tuple(made.shape[:2])} samples")
