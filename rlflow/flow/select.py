@@ -28,6 +28,15 @@ APART = 2**32
 """Between the row numbers of two samples of one row: no evaluation has as many rows."""
 
 
+def handed(policy: FlowPolicy, final: Tensor, cond: Cond) -> Tensor:
+    """What leaves the policy for chains at `cond` that end in `final` (N, *D): pictures decoded, actions as sent.
+
+    Those of a network with units of its own its environment decodes.
+    """
+    sample = policy.squash(final)
+    return sample if policy.field.unguided.decodes_actions else policy.field.act(sample, cond)
+
+
 class Select:
     """The plain deployment sampler: one sample of each row."""
 
@@ -51,7 +60,7 @@ class Select:
     ) -> Tensor:
         """(N, *D) as an environment receives it, of the rows of `cond`; `x_0` (N, *D) in place of drawn starts."""
         chain = policy.sample(cond, plan, key=key, row_ids=row_ids, x_0=x_0)
-        return policy.field.act(policy.squash(chain.final), cond)
+        return handed(policy, chain.final, cond)
 
     def act(self, policy: FlowPolicy, obs: Any, plan: Plan, key: Key, row_ids: Tensor) -> Tensor:
         """(N, *D) as an environment receives it, at raw observations (N, ...) on the policy's device."""
@@ -89,7 +98,7 @@ class BestOf(Select):
         apart = torch.arange(self.num) * APART
         ids = (row_ids.cpu().unsqueeze(1) + apart).flatten()
         chain = policy.sample(cond, plan, key=key, row_ids=ids, copies=self.num)
-        made = policy.field.act(policy.squash(chain.final), cond.repeat(self.num)).unflatten(0, (-1, self.num))
+        made = handed(policy, chain.final, cond.repeat(self.num)).unflatten(0, (-1, self.num))
         scores = self.scorer(made, asked).to(made.device)
         if scores.shape != made.shape[:2]:
             raise ValueError(f"the scorer gave {tuple(scores.shape)} scores for {tuple(made.shape[:2])} samples")

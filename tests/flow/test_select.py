@@ -116,3 +116,15 @@ def test_a_scorer_of_another_shape_and_a_given_start_are_refused(policy: FlowPol
         chosen(policy, BestOf(3, lambda made, asked: made.flatten(0, 1).flatten(1).sum(1)))
     with pytest.raises(ValueError, match="leave x_0 out"):
         BestOf(2, Seen())(policy, policy.encode(OBS), OBS, policy.plan(), KEY, ROWS, torch.zeros(5, 3, 2))
+
+
+@pytest.mark.parametrize(
+    "select", [Select(), BestOf(2, lambda made, asked: made.flatten(2).sum(2))], ids=["one", "best"]
+)
+def test_actions_in_units_of_the_networks_own_are_decoded_once_by_the_environment(policy: FlowPolicy, select) -> None:
+    plain = chosen(policy, select)
+    policy.field.decode = lambda x: 100 + 3 * x
+    pictures = chosen(policy, select)
+    policy.field.decodes_actions = True
+    assert torch.equal(chosen(policy, select), plain)
+    torch.testing.assert_close(pictures, 100 + 3 * plain)
