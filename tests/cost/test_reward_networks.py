@@ -13,7 +13,7 @@ from rlflow.config import recipes
 from rlflow.config.schema import Config
 from rlflow.cost.estimate import Planner, _staying, not_counted
 from rlflow.cost.reward_networks import PARAMETERS, reward_networks
-from rlflow.models.pretrained.known import KNOWN
+from rlflow.models.pretrained.known import KNOWN, UMT5_XXL
 from rlflow.models.pretrained.pipeline import pretrained
 
 L, H = PARAMETERS["openai/clip-vit-large-patch14"], PARAMETERS["yuvalkirstain/PickScore_v1"]
@@ -122,6 +122,7 @@ def test_the_numbers_are_those_of_the_published_architectures() -> None:
     wide = clip((1280, 32, 20), (1280, 32, 20), 1280).text_config
     gated = {"d_ff": 10240, "feed_forward_proj": "gated-gelu"}
     t5 = transformers.T5Config(vocab_size=32128, d_model=4096, d_kv=64, num_layers=24, num_heads=64, **gated)
+    umt5 = transformers.UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, num_layers=24, num_heads=64, **gated)
     swin = transformers.SwinConfig(
         image_size=384, depths=[2, 2, 18, 2], window_size=7, out_features=["stage1", "stage2", "stage3", "stage4"]
     )
@@ -138,6 +139,7 @@ def test_the_numbers_are_those_of_the_published_architectures() -> None:
             (SD3["text_encoder"], transformers.CLIPTextModelWithProjection(small.text_config)),
             (SD3["text_encoder_2"], transformers.CLIPTextModelWithProjection(wide)),
             (SD3["text_encoder_3"], transformers.T5EncoderModel(t5)),
+            (UMT5_XXL, transformers.UMT5EncoderModel(umt5)),
             (FLUX["text_encoder"], transformers.CLIPTextModel(small.text_config)),
         ]
     for number, network in made:
