@@ -117,7 +117,8 @@ class GymSim(Sim):
             reward[row] = self._number(paid)
             success[row] = self.success.of_row(info)
         self._over |= ends.any(0)
-        return Outcome(convert(self._obs, self.obs_spec), reward, *ends, info={"success": success})
+        told = {"success": success}
+        return Outcome(convert(self._obs, self.obs_spec), reward, ends[0], ends[1], info=told)
 
     def _number(self, reward: Any) -> float:
         """A reward, also one in an array of its own; nan for None, as of a reward that has no score."""

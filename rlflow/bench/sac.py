@@ -51,7 +51,8 @@ def ours(name: str, batch_size: int = 256, width: int = 256) -> Callable[[int], 
     more = [f"policy.field.width={width}", f"algorithm.critic_width={width}", f"algorithm.batch_size={batch_size}"]
     parts = make_parts(recipes.load(recipe, [*OURS[name], *more]))
     parts.algorithm.update(parts.collector.collect(0))
-    step = parts.algorithm._learn
+    learner: Any = parts.algorithm
+    step = learner._learn
 
     def steps(num: int) -> None:
         for _ in range(num):
