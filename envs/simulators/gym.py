@@ -120,7 +120,7 @@ class GymRows(Sim):
             reward[row] = self._number(paid)
             success[row] = self.success.of_row(info)
         self._over |= ends.any(0)
-        return Outcome(self.observed(), reward, *ends, info={"success": success})
+        return Outcome(self.observed(), reward, ends[0], ends[1], info={"success": success})
 
     def _number(self, reward: Any) -> float:
         """A reward, also one in an array of its own; nan for None, as of a reward that has no score."""

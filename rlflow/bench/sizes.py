@@ -200,7 +200,7 @@ def point(kind: str, num: int) -> dict[str, float]:
     run = KINDS[kind](num)
     if once:
         before = peak_mib()
-    spent = []
+    spent, units = [], 0.0
     for _ in range(1 if once else 4):
         begin = time.process_time()
         units = run()

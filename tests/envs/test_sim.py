@@ -114,6 +114,11 @@ class TestActions:
         torch.testing.assert_close(env.sim.seen[0][0], torch.tensor([-0.4, 0.2]))
         torch.testing.assert_close(env.sim.seen[1][0], torch.tensor([0.8, 0.8]))
 
+    def test_are_clipped_where_the_bounds_are_the_policys(self):
+        env = made(1)
+        env.step(torch.tensor([[[-3.0, 0.5]], [[3.0, -0.5]], [[torch.nan, 1.0]]]))
+        assert env.sim.seen[0].nan_to_num(9).tolist() == [[-1, 0.5], [1, -0.5], [9, 1]]
+
     def test_are_unchanged_to_the_bit_between_minus_1_and_1(self):
         env, action = made(1), torch.rand(3, 1, 2) * 2 - 1
         env.step(action)
@@ -179,15 +184,16 @@ class TestArrays:
             out = super().advance(torch.from_numpy(action))
             return Outcome(out.obs.numpy(), out.reward.numpy(), out.terminated.numpy(), None, None, out.info)
 
-    def test_change_nothing(self):
-        for step, same in zip(self.played(Counter), self.played(self.InArrays), strict=True):
+    @pytest.mark.parametrize("chunk", [1, 4])
+    def test_change_nothing(self, chunk):
+        for step, same in zip(self.played(Counter, chunk), self.played(self.InArrays, chunk), strict=True):
             for one, two in zip(*map(tree_leaves, map(vars, (step, same))), strict=True):
                 assert torch.equal(one.nan_to_num(-1), two.nan_to_num(-1))
 
-    def played(self, kind: type[Counter]) -> list[Any]:
-        env = SimEnv(kind(), 4, 0.5)
+    def played(self, kind: type[Counter], chunk: int) -> list[Any]:
+        env = SimEnv(kind(), chunk, 0.5)
         env.reset(torch.arange(3))
-        return [env.step(torch.full((3, 4, 2), 0.1 * k)) for k in range(5)]
+        return [env.step(torch.full((3, chunk, 2), 0.1 * k)) for k in range(5)]
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
     def test_actions_of_another_dtype_or_with_a_graph_are_taken(self, dtype):
