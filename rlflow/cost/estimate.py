@@ -214,7 +214,6 @@ def _moments(config: Config, bare: Skeleton, traced: Trace, shape: Shape, gpus: 
     """Bytes that come on top, at each of the moments that can be the worst."""
     shares = _shares(config, gpus)
     trained = parameter_bytes(bare.policy, trained=True) / shares
-    largest = max(parameter_bytes(nn.ParameterList([p]), trained=True) for p in bare.policy.parameters()) / shares
     gathered = _gathered(bare) if shares > 1 else 0.0
     rows, call, u = shape.rows, shape.rows_per_call, shape.update
     event = torch.Size(bare.policy.event_shape).numel() * FLOAT
@@ -229,7 +228,7 @@ def _moments(config: Config, bare: Skeleton, traced: Trace, shape: Shape, gpus: 
         "decoding": {**kept, f"decoding {call} rows": traced.bytes(traced.decoding, call)},
         "scoring": {**update, f"activations of {u.at_once} pairs": u.in_hand + traced.bytes(u.graph, u.at_once)},
         "the critic's step": {**update, f"critic of {minibatch} rows": traced.bytes(traced.value, minibatch)},
-        "the optimiser's step": {**update, "temporaries": 3 * trained if gpus > shares else max(trained, 2 * largest)},
+        "the optimiser's step": {**update, "temporaries": 3 * trained if gpus > shares else 0.0},
     }
     if u.through_reward:
         back = u.in_hand + traced.bytes(traced.grading, u.at_once)

@@ -46,6 +46,8 @@ METHODS = frozenset([*PLAIN, *PRODUCTS, *SHAPES, *(f"{name}_" for name in PLAIN)
 """Operations that Python reaches faster under another name, with the same arguments."""
 SMALL = 10_000_000
 """Numbers of a small network."""
+ACTIONS = 2
+"""Axes of a sample at most: the chunk's and the action's."""
 AGREE = 1e-3
 """Of the norm, by which two ways of one call may differ: a CPU gives the same bits, a GPU may add in any order."""
 
@@ -60,10 +62,10 @@ def unrecorded() -> Iterator[None]:
         Recorded.on = before
 
 
-def small(parameters: Sequence[Tensor]) -> bool:
-    """True where operations are so short that recording them is worth its while."""
+def small(policy: FlowPolicy, parameters: Sequence[Tensor]) -> bool:
+    """True where operations are so short that recording them is worth its while: of actions, not of pictures."""
     whole = not any(shards.is_sharded(p) for p in parameters)
-    return whole and sum(p.numel() for p in parameters) <= SMALL
+    return whole and len(policy.event_shape) <= ACTIONS and sum(p.numel() for p in parameters) <= SMALL
 
 
 class CannotRecordError(RuntimeError):

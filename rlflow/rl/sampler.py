@@ -19,7 +19,7 @@ class Sampler:
         self.policy = policy
         self.plan: Plan | None = None
         self._recorded = Recorded(self.fields, policy, list(policy.parameters()))
-        self._small = small(self._recorded.moving) and not policy.solver.needs_spread
+        self._small = small(policy, self._recorded.moving) and not policy.solver.needs_spread
 
     def renew(self) -> None:
         """Before an iteration, under the weights that sample."""

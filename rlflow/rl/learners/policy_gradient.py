@@ -77,7 +77,7 @@ class PolicyGradient:
         self.critic_warmup, self.ema_decay, self.seed = critic_warmup, ema_decay, seed
         self.optimizer = Optimizer([p for p in policy.parameters() if p.requires_grad], optimizer or AdamW())
         self._recorded: Recorded | None = None
-        if self.objective.fixed and not policy.encoder_trains and small(self.optimizer.parameters):
+        if self.objective.fixed and not policy.encoder_trains and small(policy, self.optimizer.parameters):
             owners = self.objective, self.regularizers, likelihood
             self._recorded = Recorded(self.gradients, policy, self.optimizer.parameters, owners)
         self.critic: CriticLearner | None = None

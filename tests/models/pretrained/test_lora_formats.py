@@ -176,7 +176,7 @@ STARTS: dict[str, dict[str, Any]] = {
 
 
 def test_the_command_offers_every_format():
-    assert set(OFFERED) == set(FORMATS)
+    assert set(OFFERED) == {*FORMATS, "lerobot"}
 
 
 @pytest.mark.parametrize("form", FORMATS)
