@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from rlflow import ranges
-from rlflow.components import MAKES, TABLE
+from rlflow.components import MAKES
+from rlflow.components import TABLE as TABLE
 from rlflow.trust import IMPORTS_NAMES, UntrustedCodeError, check_texts, check_trusted
 
 FOREIGN: dict[tuple[str, str], str] = {}

@@ -263,7 +263,8 @@ def bench_flow_grpo(
         captions, obs = scenes.train_captions()[:2], field.tokenize(scenes.train_captions()[:1])
         bare = ours.bare(0)
         peer_bare = Bare(field, None, listen(field, lambda: peer.iterate(captions)), obs)
-        runs = {"ours": ours, "peer": lambda _: peer.iterate(captions), "bare": bare, "peer_bare": peer_bare}
+        runs: dict[str, Callable[[int], None]] = {"ours": ours, "bare": bare, "peer_bare": peer_bare}
+        runs["peer"] = lambda _: peer.iterate(captions)
         for _ in range(repeats):
             for name, fn in runs.items():
                 times.run(name, fn, 1)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlflow.config.schema import Config, SACConfig
+from rlflow.config.schema import AlgorithmConfig, Config, RewardGradientConfig
 from rlflow.cost.estimate import Estimate, Planner
 from rlflow.cost.gpus import GPU
 
@@ -40,7 +40,7 @@ def make_fit(planner: Planner, gpu: GPU, gpus: int = 1) -> Fit:
 
 def _next_change(planner: Planner, config: Config, found: Estimate) -> dict[str, Any] | None:
     """One setting that lowers the worst moment; none of them changes what is learnt."""
-    assert not isinstance(config.algorithm, SACConfig)
+    assert isinstance(config.algorithm, AlgorithmConfig | RewardGradientConfig)
     worst, rows, pairs = found.memory.worst, config.env.rows_per_call, config.algorithm.micro_batch
     smallest = config.env.group_size if config.env.mode == "episodes" else 1
     if worst in ("sampling", "decoding") and rows > smallest:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlflow import registry
-from rlflow.config.schema import AlgorithmConfig, Config, RewardGradientConfig, SACConfig
+from rlflow.config.schema import AlgorithmConfig, Config, RewardGradientConfig
 from rlflow.cost.trace import fake_mode
 from rlflow.envs.prompts import load_prompts
 from rlflow.flow.field import VelocityField
@@ -50,8 +50,8 @@ class Skeleton:
 def skeleton(config: Config, trust_code: bool = False) -> Skeleton:
     """Of a recipe; ValueError where the network cannot be known without its weights."""
     algorithm = config.algorithm
-    if isinstance(algorithm, SACConfig):
-        raise ValueError("algorithm: plan knows policy_gradient and reward_gradient, and not sac")
+    if not isinstance(algorithm, AlgorithmConfig | RewardGradientConfig):
+        raise ValueError(f"algorithm: plan knows policy_gradient and reward_gradient, and not {algorithm.name}")
     with registry.located("policy.field"):
         field, obs_spec, horizon = _field(config, trust_code)
     policy, mode, critic = policy_around(field, config, trust_code, META), fake_mode(), None

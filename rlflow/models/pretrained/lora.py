@@ -165,13 +165,9 @@ def merge(network: nn.Module) -> None:
     """
     from peft.tuners.lora.layer import Linear
 
-    for module in network.modules():
-        if (
-            type(module) is not Linear
-            or list(module.lora_A) != [ADAPTER]
-            or module.lora_variant
-            or module.fan_in_fan_out
-        ):
+    found: list[Any] = [module for module in network.modules() if type(module) is Linear]
+    for module in found:
+        if list(module.lora_A) != [ADAPTER] or module.lora_variant or module.fan_in_fan_out:
             continue
         plain = isinstance(module.get_base_layer(), nn.Linear) and module.lora_B[ADAPTER].bias is None
         if plain and isinstance(module.lora_dropout[ADAPTER], nn.Identity):
@@ -183,7 +179,7 @@ def without_idle(network: nn.Module) -> Iterator[None]:
     """Inside, a LoRA that adds nothing, as one at its beginning, is not computed; one of sharded weights is."""
     ups = [p for name, p in parameters(network).items() if "lora_B" in name]
     idle = bool(ups) and not any(is_sharded(p) for p in ups) and not any(bool(p.any()) for p in ups)
-    layers = [m for m in network.modules() if hasattr(m, "_disable_adapters")] if idle else []
+    layers: list[Any] = [m for m in network.modules() if hasattr(m, "_disable_adapters")] if idle else []
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
