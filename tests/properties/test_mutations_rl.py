@@ -355,6 +355,7 @@ def one_order_for_all(patch: Patch) -> None:
     from rlflow.envs import prompts
 
     generator = prompts.generator
+    patch.setattr(prompts, "_order", prompts._order.__wrapped__)  # the last orders are kept
     patch.setattr(prompts, "generator", lambda name, seed, epoch: generator(name, seed, 0))
 
 
