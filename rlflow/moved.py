@@ -16,6 +16,7 @@ MOVED = {
     "rlflow.models.tiny": "rlflow.models.pretrained.tiny",
     "rlflow.train.cloning": "rlflow.pretrain.cloning",
     "rlflow.train.video": "rlflow.report.video",
+    "rlflow.report.comparison": "rlflow.comparison.report",
     "rlflow.envs.gym": "rlflow.envs.simulators.gym",
     "rlflow.envs.mujoco": "rlflow.envs.simulators.mujoco",
     "rlflow.envs.ogbench": "rlflow.envs.simulators.ogbench",

@@ -82,7 +82,7 @@ def test_the_peak_holds_the_rewards(tiny: list[str], scenes_field: str) -> None:
     assert peaks[0] - peaks[1] == 4 * H
 
 
-@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 2), ("float32", 4)])
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 2), pytest.param("float32", 4, marks=pytest.mark.slow)])
 def test_text_encoders_stay_until_they_are_released(dtype: str, width: int) -> None:
     changes = [f"policy.field.weights={dtype}", "reward.settings.pickscore.offload=true"]
     parts, said = {}, {}

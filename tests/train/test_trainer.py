@@ -511,8 +511,8 @@ def on_a_tiny_policy(folder: Path) -> list[str]:
     ]
 
 
-SLOW = ("sdxl_nft_24gb", "sd15_nft_12gb", "sd15_draft", "sd15_scenes", "wan_24gb")
-"""Recipes that are others with another size or network: sdxl_nft, sd15_nft, sd35_draft and wan_mixgrpo run here."""
+SLOW = ("sdxl_nft_24gb", "sd15_nft_12gb", "sd15_draft", "sd15_scenes", "wan_24gb", "klein_24gb", "zimage_24gb")
+"""Recipes that are others with another size or network, which run here."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in recipes.names()])
