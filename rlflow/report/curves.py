@@ -155,18 +155,21 @@ def trade_off(groups: Mapping[str, Sequence[Run]], names: Sequence[str], x: str,
 
 
 def _draw_path(ax: Axes, runs: Sequence[Run], x: str, name: str, color: str, marker: str) -> None:
-    """One group: as many evaluations as all its seeds have."""
-    tables = [Metrics.of(run) for run in runs]
-    points = [np.stack([table.column(x), table.column(name)]) for table in tables]
-    known = [p[:, np.isfinite(p).all(0)] for p in points]
-    length = min((p.shape[1] for p in known), default=0)
-    if not length:
+    """One group: the iterations after which all its seeds were evaluated."""
+    points = [_evaluated(Metrics.of(run), x, name) for run in runs]
+    iterations = sorted(set.intersection(*(set(found) for found in points))) if points else []
+    if not iterations:
         return
-    values = np.stack([p[:, :length] for p in known])  # (seeds, 2, evaluations)
+    values = np.array([[found[i] for i in iterations] for found in points]).transpose(0, 2, 1)
     xs, ys = values.mean(0)
     ax.plot(xs, ys, color=color, linewidth=1.0, alpha=0.6, marker=marker, markersize=2.5)
     x_sd, y_sd = values[..., -1].std(0, ddof=1) if len(values) > 1 else (0.0, 0.0)
     ax.errorbar(xs[-1], ys[-1], y_sd or None, x_sd or None, color=color, marker=marker, markersize=6, capsize=2)
+
+
+def _evaluated(table: Metrics, x: str, name: str) -> dict[float, tuple[float, float]]:
+    columns = np.stack([table.column("iteration"), table.column(x), table.column(name)])
+    return {i: (at, value) for i, at, value in columns[:, np.isfinite(columns).all(0)].T.tolist()}
 
 
 def _places(columns: int, height: int, under: float) -> dict[str, float]:

@@ -134,12 +134,10 @@ def test_pictures_are_reproducible(tmp_path):
 
 
 def test_a_trade_off_joins_evaluations_in_their_order_and_ends_at_the_mean_of_the_seeds():
-    """Two seeds of three and two evaluations, the distance going back: as many points as both have, none sorted."""
-    seeds = [
-        [{"d": 0.0, "y": 1.0}, {"d": 4.0, "y": 2.0}, {"d": 9.0, "y": 9.0}],
-        [{"d": 0.0, "y": 3.0}, {"d": -2.0, "y": 6.0}],
-    ]
-    figure = trade_off({"a": seeds, "none": [[{"y": 1.0}]]}, ["y"], "d", io.BytesIO())
+    """Of the iterations that both seeds have, 0 and 4, the distance going back: none sorted, none beside another."""
+    rows = [[(0, 0.0, 1.0), (4, 4.0, 2.0), (9, 9.0, 9.0)], [(0, 0.0, 3.0), (2, 5.0, 5.0), (4, -2.0, 6.0)]]
+    seeds = [[{"iteration": i, "d": d, "y": y} for i, d, y in seed] for seed in rows]
+    figure = trade_off({"a": seeds, "none": [[{"iteration": 0, "y": 1.0}]]}, ["y"], "d", io.BytesIO())
     path, end = figure.axes[0].lines[:2]
     assert path.get_xydata().tolist() == [[0.0, 2.0], [1.0, 4.0]]
     assert end.get_xydata().tolist() == [[1.0, 4.0]]
