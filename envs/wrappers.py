@@ -223,7 +223,24 @@ class Decoded(Wrapper):
         self.env.send(made if self.bounds is None else self.bounds.inverse(made), rows)
 
 
-class RewardWrapper(Wrapper):
+class Watched(Wrapper):
+    """Base of wrappers that pay anew: what was observed (B, ...) and sent (B, *A), kept until the step is told."""
+
+    def __init__(self, env: VecEnv):
+        super().__init__(env)
+        self.obs: Tree = None
+        self.action = torch.zeros(env.num_envs, *env.action_shape, device=env.device)
+
+    def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
+        self.obs = self.env.reset(seeds, mask)
+        return self.obs
+
+    def send(self, action: Tensor, rows: slice) -> None:
+        self.action[rows] = action.detach().to(self.action)
+        self.env.send(action, rows)
+
+
+class RewardWrapper(Watched):
     """Rewards by functions and models in place of the environment's own, as for images.
 
     Their columns: obs, action (as sent), next_obs (truly reached), reward (the environment's own) and every entry
@@ -235,16 +252,6 @@ class RewardWrapper(Wrapper):
     def __init__(self, env: VecEnv, rewards: RewardSet):
         super().__init__(env)
         self.rewards = rewards
-        self.obs: Tree = None
-        self.action = torch.zeros(env.num_envs, *env.action_shape, device=env.device)
-
-    def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
-        self.obs = self.env.reset(seeds, mask)
-        return self.obs
-
-    def send(self, action: Tensor, rows: slice) -> None:
-        self.action[rows] = action.detach().to(self.action)
-        self.env.send(action, rows)
 
     def recv(self) -> Step:
         """The step with its reward replaced; `reward_parts` holds each function's score."""

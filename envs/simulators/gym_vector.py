@@ -189,10 +189,18 @@ class HeldSim(OnDemandSim):
 
 
 def in_processes(makers: Sequence[Callable[[], Any]], max_steps: int | None, success: str | None) -> HeldSim:
-    """A process for each environment."""
+    """A process for each environment. Texts come by pipe: Gymnasium's shared memory spells them anew."""
     held = [_held(make) for make in makers]
-    env = gymnasium.vector.AsyncVectorEnv(held, context="forkserver", autoreset_mode=AutoresetMode.DISABLED)
-    return HeldSim(env, max_steps, success)
+    one = makers[0]()
+    shared = not _has_text(one.observation_space)
+    one.close()
+    settings: dict[str, Any] = {"context": "forkserver", "autoreset_mode": AutoresetMode.DISABLED}
+    return HeldSim(gymnasium.vector.AsyncVectorEnv(held, shared_memory=shared, **settings), max_steps, success)
+
+
+def _has_text(space: Any) -> bool:
+    inside = space.values() if isinstance(space, gymnasium.spaces.Dict) else ()
+    return isinstance(space, gymnasium.spaces.Text) or any(map(_has_text, inside))
 
 
 def _held(make: Callable[[], Any]) -> Callable[[], Held]:
@@ -258,7 +266,7 @@ def _sim(
         return registered(env_id, num_envs, max_steps, options, success)
     limit = time_limit(max_steps, spec, env_id)
     settings = {"max_episode_steps": limit, "disable_env_checker": True} | options
-    return in_processes([Make(env_id, settings)] * num_envs, limit, success)
+    return in_processes([Make(spec, settings)] * num_envs, limit, success)
 
 
 def _spec(env_id: str) -> Any:
@@ -270,14 +278,14 @@ def _spec(env_id: str) -> Any:
 
 
 class Make:
-    """gymnasium.make of an id, as another process can be told it."""
+    """gymnasium.make of what is registered here, which another process need not know."""
 
-    def __init__(self, env_id: str, settings: dict[str, Any]):
-        self.env_id, self.settings = env_id, settings
+    def __init__(self, spec: Any, settings: dict[str, Any]):
+        self.spec, self.settings = spec, settings
 
     def __call__(self) -> Any:
         """A new environment."""
-        return gymnasium.make(self.env_id, **self.settings)
+        return gymnasium.make(self.spec, **self.settings)
 
 
 def _asking(sim: Any, attribute: str) -> Callable[[], Sequence[str]]:

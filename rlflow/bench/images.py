@@ -13,8 +13,7 @@ import importlib.util
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rlflow.bench.stopwatch import Times
+from rlflow.bench.stopwatch import Times, num_threads
 from rlflow.config.parse import parse
 from rlflow.config.schema import Config
 from rlflow.envs.captions import scenes
@@ -285,16 +284,6 @@ def make_peers_size(folder: str) -> str:
     return folder
 
 
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _even(total: int, wanted: int) -> list[int]:
     """`wanted` of 0 .. total - 1, evenly spread and symmetric about the middle."""
     if wanted == 1:
@@ -320,7 +309,7 @@ def bench_t2i(
     if rows % group_size:
         raise ValueError(f"rows={rows} must be a multiple of group_size={group_size}")
     field = "shapes"
-    with tempfile.TemporaryDirectory() as folder, _threads(threads):
+    with tempfile.TemporaryDirectory() as folder, num_threads(threads):
         if field not in embedded():
             field = str(save_field(DiT(scenes.VOCAB), Path(folder) / "random"))
         setting = Setting(field, rows, group_size, num_steps, micro_batch or rows)

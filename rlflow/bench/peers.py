@@ -6,6 +6,7 @@ faster, or smaller. The machine may be shared; its load is told. A peer that is 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -13,13 +14,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
+from rlflow.bench.stopwatch import num_threads
 
 MISSING = "not installed: pip install 'rlflow-torch[bench]'"
 PACKAGES = ("torch", "mujoco", "gymnasium", "stable-baselines3", "sbx-rl", "envpool", "numpy")
@@ -41,6 +41,17 @@ class Line:
 
 Contender = Callable[[], float]
 """Does its work once; how many units it did."""
+
+
+def iterations(run: Callable[[int], None]) -> Contender:
+    """One iteration of `run` at a time, by its number."""
+    count = itertools.count()
+
+    def once() -> float:
+        run(next(count))
+        return 1.0
+
+    return once
 
 
 def in_turns(contenders: dict[str, Contender], repeats: int) -> dict[str, list[float]]:
@@ -139,16 +150,7 @@ def reinflow(repeats: int) -> list[Line]:
 
     size = Size(num_chunks=25)
     mine, peer = ReinFlow(size, 1), PlainLoop(size)
-    count = iter(range(10**6))
-
-    def turn(run: Callable[[int], None]) -> Contender:
-        def once() -> float:
-            run(next(count))
-            return 1.0
-
-        return once
-
-    rates = in_turns({"ours": turn(mine), "plain loop": turn(peer)}, repeats)
+    rates = in_turns({"ours": iterations(mine), "plain loop": iterations(peer)}, repeats)
     peer.close()
     return lines(
         "reinflow", f"{size.num_envs} x {size.num_chunks} chunks, {size.width} x {size.depth}", "iter/s", rates
@@ -161,18 +163,9 @@ def images(repeats: int) -> list[Line]:
 
     setting = Setting("shapes", rows=12, group_size=12, num_steps=6, micro_batch=12)
     real = Real(setting, methods(window=2)[0])
-    count = iter(range(10**6))
-
-    def turn(run: Callable[[int], None]) -> Contender:
-        def once() -> float:
-            run(next(count))
-            return 1.0
-
-        return once
-
-    contenders = {"ours": turn(real), "network passes run bare": turn(real.bare(0))}
+    contenders = {"ours": iterations(real), "network passes run bare": iterations(real.bare(0))}
     if SCRIPT.is_file():
-        contenders["single-file loop"] = turn(SingleFile(real, setting))
+        contenders["single-file loop"] = iterations(SingleFile(real, setting))
     return lines("images", "Flow-GRPO, 12 images, K 6, plain", "iter/s", in_turns(contenders, repeats))
 
 
@@ -201,17 +194,6 @@ ROWS: dict[str, Callable[[int], list[Line]]] = {
 }
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Of PyTorch's."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def setting() -> dict[str, Any]:
     """The machine, how busy it is, and what was installed."""
     packages = {}
@@ -227,7 +209,7 @@ def setting() -> dict[str, Any]:
 def bench_peers(rows: tuple[str, ...] = tuple(ROWS), repeats: int = 5) -> dict[str, Any]:
     """All lines; about four CPU minutes."""
     before = setting()
-    with one_thread():
+    with num_threads(1):
         found = [asdict(line) for row in rows for line in ROWS[row](repeats)]
     return {"lines": found, "setting": before, "load_after": [round(x, 2) for x in os.getloadavg()]}
 

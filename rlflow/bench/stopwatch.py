@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Seconds:
@@ -74,3 +76,14 @@ class Phases:
     def shares(self, total: float) -> dict[str, float]:
         """Of `total` seconds, with the rest as "other"."""
         return {n: s / total for n, s in self.seconds.items()} | {"other": 1 - sum(self.seconds.values()) / total}
+
+
+@contextmanager
+def num_threads(number: int | None) -> Iterator[None]:
+    """Inside, PyTorch has so many; None leaves what there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

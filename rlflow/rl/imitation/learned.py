@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlflow.envs.base import VecEnv
-from rlflow.envs.wrappers import Wrapper
+from rlflow.envs.wrappers import Watched
 from rlflow.flow.noise import generator
 from rlflow.models.mlp import side_by_side
 from rlflow.parallel import dist
@@ -153,7 +153,7 @@ def check_numbers(obs: Tree) -> None:
         raise ValueError("imitation: densities are of numbers, and the demonstrations show pictures")
 
 
-class Imitated(Wrapper):
+class Imitated(Watched):
     """Pays a learned reward in place of the environment's own, and fits it after every `every` steps.
 
     Rewards of the steps between two fits are of one ratio. The environment's own stay in `info`, as episode_return.
@@ -162,17 +162,7 @@ class Imitated(Wrapper):
     def __init__(self, env: VecEnv, learned: LearnedReward, every: int):
         super().__init__(env)
         self.learned, self.every, self.steps = learned, every, 0
-        self.obs: Tree = None
-        self.action = torch.zeros(env.num_envs, *env.action_shape, device=env.device)
         self.told: dict[str, float] = {}
-
-    def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
-        self.obs = self.env.reset(seeds, mask)
-        return self.obs
-
-    def send(self, action: Tensor, rows: slice) -> None:
-        self.action[rows] = action.detach().to(self.action)
-        self.env.send(action, rows)
 
     def recv(self) -> Step:
         """The step with its reward replaced; a row that was masked stays so."""
