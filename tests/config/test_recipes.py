@@ -157,6 +157,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     | NFT
     | {"policy.field.checkpoint": "Qwen/Qwen-Image-2512", "reward.weights": {"ocr": 1.0}},
     "wan_mixgrpo": FLOW_GRPO | MIX_GRPO | WAN,
+    "flux_draft": DRAFT | {"policy.field.embedded_guidance": 3.5, "reward.weights": {"pickscore": 1.0}},
     "flux_mixgrpo": FLUX,
     "flux_mixgrpo_flash": FLUX | FLASH,
     "flux_dance_grpo": FLUX | DANCE,
