@@ -8,6 +8,13 @@ exp(n beta A): the collapse is built in, the anchor bounds it,
 
     v* = (E[w u | x_t] + alpha v_ref) / (E[w | x_t] + alpha)
 
+With `control_variate`, which is ours, |v - u|^2 keeps the weight w - 1 and v is drawn to the velocity that sampled,
+
+    L = (w - 1) |v - u|^2 + |v - v_old|^2
+
+whose gradient has the same expectation, since v_old = E[u | x_t] under the policy's own samples, less their noise:
+equal rewards move nothing, where plain matching retrains the policy on itself.
+
 The equations of AC-Flow's paper could not be read, those of its weight are ours: A less V(x_t, t, cond) stands in the
 exponent. A baseline of x_t cancels from E[w u | x_t] / E[w | x_t], so without the anchor it changes no optimum; with
 the soft value V = log E[exp(beta A) | x_t] / beta the mean of w is 1 at every x_t, and the anchor equally strong.
@@ -25,7 +32,9 @@ from rlflow.parallel import dist
 from rlflow.ranges import LearningRate, Positive, Size
 from rlflow.rl.batch import Batch, Pairs
 from rlflow.rl.likelihoods.base import Likelihood, Score
+from rlflow.rl.likelihoods.cfm import CFMLikelihood
 from rlflow.rl.masked import weighted_sum
+from rlflow.rl.objectives.awm import velocity_distance
 from rlflow.rl.objectives.base import Losses, Objective
 from rlflow.rl.path_critic import PathCriticLearner
 from rlflow.types import Evidence
@@ -34,13 +43,20 @@ from rlflow.types import Evidence
 class ORW(Objective):
     """`beta` is the inverse temperature of the weights, of advantages clipped at +-`clip`."""
 
-    def __init__(self, likelihood: Likelihood, beta: Positive = 1.0, clip: Positive = 5.0):
+    def __init__(
+        self, likelihood: Likelihood, beta: Positive = 1.0, clip: Positive = 5.0, control_variate: bool = False
+    ):
         super().__init__(likelihood)
         if likelihood.scores_steps or likelihood.joint:
             raise ValueError(
                 f"{type(self).__name__} weighs single matching draws: set likelihood={{name: cfm, joint: false}}"
             )
-        self.beta, self.clip = beta, clip
+        if control_variate and not _plain(likelihood):
+            raise ValueError(
+                "control_variate sets |v - u|^2 against |v - v_old|^2, a mean over numbers: set likelihood.supervise="
+                "velocity, reduce=mean and normalize=false with it"
+            )
+        self.beta, self.clip, self.control_variate = beta, clip, control_variate
 
     def prepare(self, batch: Batch) -> None:
         """Weights of mean 1 over all ranks, so that the learning rate means the same for every beta."""
@@ -57,7 +73,15 @@ class ORW(Objective):
 
     def loss(self, score: Score, evidence: Evidence, advantage: Tensor) -> Losses:
         """The matching loss of each draw, weighed by what `prepare` has made of the advantages."""
-        return Losses(-advantage * score.log_prob, {})
+        if not self.control_variate:
+            return Losses(-advantage * score.log_prob, {})
+        return Losses((1 - advantage) * score.log_prob + velocity_distance(score, evidence), {})
+
+
+def _plain(likelihood: Likelihood) -> bool:
+    """Whether a score is minus the mean squared error of the velocity."""
+    assert isinstance(likelihood, CFMLikelihood)
+    return likelihood.supervise == "velocity" and likelihood.reduce == "mean" and not likelihood.normalize
 
 
 class ACFlow(ORW):
@@ -71,11 +95,12 @@ class ACFlow(ORW):
         likelihood: Likelihood,
         beta: Positive = 1.0,
         clip: Positive = 5.0,
+        control_variate: bool = False,
         value: Literal["soft", "mean"] = "soft",
         critic_lr: LearningRate = 1e-3,
         critic_width: Size = 128,
     ):
-        super().__init__(likelihood, beta, clip)
+        super().__init__(likelihood, beta, clip, control_variate)
         self.value, self.critic_lr, self.critic_width = value, critic_lr, critic_width
 
     def attach(self, policy: FlowPolicy) -> None:

@@ -76,22 +76,32 @@ def test_a_weight_meets_its_own_sample() -> None:
     assert not torch.allclose(losses(order, w), losses(torch.arange(5), w)[order])
 
 
+@pytest.mark.parametrize("control_variate", [False, True])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 2.0])
-def test_the_best_velocity_is_the_tilted_one_drawn_to_the_reference(alpha: float) -> None:
+def test_the_best_velocity_is_the_tilted_one_drawn_to_the_reference(alpha: float, control_variate: bool) -> None:
     """v* = (E[w u] + alpha v_ref) / (E[w] + alpha) for one x_t that many samples share; also where E[w] is not 1."""
     num, v_ref = 4000, 0.7
     u = torch.randn(num, 1, 1, dtype=torch.float64)
     t, zero = torch.full((num, 1), 0.3, dtype=torch.float64), torch.zeros(num, 1, 1, dtype=torch.float64)
     std, valid = torch.full_like(zero, 0.5**0.5), t.bool()
-    e = Evidence(zero, u, t, t, t, zero, std, valid, torch.full_like(zero, v_ref), std)
+    e = Evidence(zero, u, t, t, t, u.mean().expand_as(zero), std, valid, torch.full_like(zero, v_ref), std)
     w = (0.8 * u[:, 0]).exp() * 1.7
     best = float(((w * u[:, 0]).mean() + alpha * v_ref) / (w.mean() + alpha))
     v = torch.tensor(best, dtype=torch.float64, requires_grad=True)
     dist = Gaussian(v.expand(num, 1, 1), std)
-    loss = ORW(DRAWS).loss(Score(DRAWS._minus_loss(dist.mean, e), dist), e, w).pairs
+    objective = ORW(DRAWS, control_variate=control_variate)
+    loss = objective.loss(Score(DRAWS._minus_loss(dist.mean, e), dist), e, w).pairs
     anchored = loss + alpha * reference_kl("exact", dist, e, "mean", None)
     (slope,) = torch.autograd.grad(anchored.mean(), v)
     assert abs(float(slope)) < 1e-12
+
+
+def test_with_the_control_variate_equal_rewards_move_nothing(make, gradient) -> None:
+    parts = make(steps=NoSteps(), likelihood=DRAWS, objective=partial(ORW, control_variate=True), micro_batch=5)
+    parts.algorithm.advantage = lambda r, v, n: Advantages(0 * r.reward, r.weight)
+    assert gradient(parts, parts.collect())[0].abs().max() == 0
+    with pytest.raises(ValueError, match="likelihood.supervise=velocity"):
+        ORW(CFMLikelihood(3, joint=False, supervise="sample"), control_variate=True)
 
 
 class TestCritic:
