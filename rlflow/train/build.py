@@ -16,7 +16,7 @@ from rlflow.config.schema import Config, PolicyConfig, RewardConfig
 from rlflow.config.steps import make_steps
 from rlflow.envs.base import VecEnv
 from rlflow.envs.checked import Checked
-from rlflow.envs.frozen import Frozen, Sampler, Steering
+from rlflow.envs.frozen import BasePolicy, Frozen, Steering
 from rlflow.envs.prompt import PromptEnv
 from rlflow.envs.prompts import Prompts, load_prompts
 from rlflow.envs.targets import Targeted
@@ -327,7 +327,7 @@ def make_steering(config: Config, trust_code: bool = False) -> Steering | None:
     if c is None:
         return None
     with registry.located("env.frozen.policy"):
-        flow = Sampler(_frozen_policy(config, trust_code))
+        flow = BasePolicy(_frozen_policy(config, trust_code))
     made: Steering = registry.build("steering", "env.frozen.steering", c.steering, {"flow": flow}, trust_code)
     return made
 
