@@ -41,7 +41,19 @@ ROOMS = (
     *("flow", "models", "models.goals", "models.pretrained", "models.pretrained.families", "models.lerobot"),
     *("envs.captions", "rewards", "rewards.networks", "rewards.remote", "envs", "envs.demos", "envs.simulators"),
     *("rl.likelihoods", "rl", "rl.objectives", "rl.learners", "rl.off_policy", "rl.imitation"),
-    *("config", "pretrain", "report", "comparison", "datasets", "train", "deploy", "cost", "doctor", "bench"),
+    *(
+        "config",
+        "pretrain",
+        "report",
+        "comparison",
+        "datasets",
+        "evaluation",
+        "train",
+        "deploy",
+        "cost",
+        "doctor",
+        "bench",
+    ),
     *("commands", "cli", "__main__"),
 )
 

@@ -16,6 +16,8 @@ from rlflow.config.parse import parse, saved
 from rlflow.config.schema import Config, PolicyConfig, Spec
 from rlflow.config.values import merge
 from rlflow.deploy.steered import Steered
+from rlflow.evaluation.episodes import EpisodeEvaluator
+from rlflow.evaluation.images import Evaluator
 from rlflow.flow.field import VelocityField
 from rlflow.flow.grid import FromScheduler
 from rlflow.flow.kernels import FlowSDE
@@ -27,8 +29,6 @@ from rlflow.models.pretrained.pipeline import PretrainedField, pretrained
 from rlflow.parallel.dist import device
 from rlflow.train.build import heldout_prompts, judged_by, make_evaluator, make_policy, make_select, make_steering
 from rlflow.train.checkpoint import Checkpoints
-from rlflow.train.episodes import EpisodeEvaluator
-from rlflow.train.evaluate import Evaluator
 from rlflow.train.seal import taken_up
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from rlflow.config.schema import Spec
 from rlflow.deploy.runs import evaluator_of
+from rlflow.evaluation.episodes import EpisodeEvaluator, Episodes
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.report.video import write_video
-from rlflow.train.episodes import EpisodeEvaluator, Episodes
 
 
 def sample(policy: FlowPolicy, prompts: str | Sequence[str], *, seed: int = 0, num_steps: int | None = None) -> Tensor:

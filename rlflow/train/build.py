@@ -21,6 +21,8 @@ from rlflow.envs.prompt import PromptEnv
 from rlflow.envs.prompts import Prompts, load_prompts
 from rlflow.envs.targets import Targeted
 from rlflow.envs.wrappers import Decoded, FrameStack, RewardScaling, RewardWrapper
+from rlflow.evaluation.episodes import EpisodeEvaluator
+from rlflow.evaluation.images import Evaluator
 from rlflow.flow.field import VelocityField
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.select import Select
@@ -40,8 +42,6 @@ from rlflow.rewards.scorer import RewardScorer
 from rlflow.rl.algorithm import Algorithm
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
-from rlflow.train.episodes import EpisodeEvaluator
-from rlflow.train.evaluate import Evaluator
 from rlflow.train.learners import imitated, make_algorithm, make_likelihood
 
 NOT_THE_WORLD = ("chunk", "threads")

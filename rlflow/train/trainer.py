@@ -15,6 +15,8 @@ import torch
 from rlflow.config import recipes
 from rlflow.config.schema import Config
 from rlflow.config.stopping import StopRules
+from rlflow.evaluation.episodes import Episodes
+from rlflow.evaluation.images import Evaluation
 from rlflow.failures import sized_by
 from rlflow.flow.noise import generator
 from rlflow.models.io import save_field
@@ -25,8 +27,6 @@ from rlflow.rl.optim import NonFiniteError
 from rlflow.train.build import judged_by, make_evaluator, make_parts, whole_field
 from rlflow.train.callbacks import AfterIteration, Callback, Each
 from rlflow.train.checkpoint import Checkpoints, deal, pack, rng_state, set_rng_state, unpack
-from rlflow.train.episodes import Episodes
-from rlflow.train.evaluate import Evaluation
 from rlflow.train.folder import RunFolder
 from rlflow.train.logger import RunLogger, import_wandb
 from rlflow.train.rollout_metrics import rollout_metrics

@@ -15,13 +15,13 @@ from rlflow.deploy.critics import SavedCritic
 from rlflow.deploy.predict import Predictor, export
 from rlflow.deploy.runs import evaluator_of, read_run_config
 from rlflow.envs.simulators.toy import ToyBandit
+from rlflow.evaluation.episodes import EpisodeEvaluator
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.select import BestOf, Select
 from rlflow.models.mlp import MLPField
 from rlflow.rl.off_policy.sac import SAC
 from rlflow.train.build import make_parts
-from rlflow.train.episodes import EpisodeEvaluator
 from rlflow.train.trainer import Trainer
 
 BRIGHTEST = {"name": "best_of", "num": 4, "scorer": "brightness"}

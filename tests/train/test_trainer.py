@@ -20,12 +20,12 @@ from rlflow.config.schema import AlgorithmConfig, OGPOConfig, SACConfig
 from rlflow.envs.demos.dataset import Episode, write_demos
 from rlflow.envs.sim import SimEnv
 from rlflow.envs.simulators.toy import ToyReach
+from rlflow.evaluation.images import Evaluation
 from rlflow.models.io import load_field
 from rlflow.report.metrics_file import read_metrics
 from rlflow.rl.optim import NonFiniteError
 from rlflow.train.callbacks import Callback
 from rlflow.train.checkpoint import Checkpoints
-from rlflow.train.evaluate import Evaluation
 from rlflow.train.trainer import Trainer
 from rlflow.types import Rollout
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlflow.config import recipes
 from rlflow.envs.prompts import Prompts, load_prompts
+from rlflow.evaluation.images import Evaluation, Evaluator, evenly
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.select import BestOf
 from rlflow.flow.solvers import Heun
@@ -18,7 +19,6 @@ from rlflow.rewards.judges import base_distance
 from rlflow.rewards.scorer import RewardScorer
 from rlflow.train.build import heldout_prompts, make_parts, make_policy
 from rlflow.train.checkpoint import Checkpoints
-from rlflow.train.evaluate import Evaluation, Evaluator, evenly
 from rlflow.train.trainer import Trainer
 
 
