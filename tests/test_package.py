@@ -25,36 +25,13 @@ MAX_FILES, MAX_PACKAGE_LINES = 16, 3000
 
 # Rooms from the ground up: a module may import its own room and those before it, and no others.
 ROOMS = (
-    *(
-        "moved",
-        "rlflow",
-        "types",
-        "ranges",
-        "files",
-        "trust",
-        "components",
-        "registry",
-        "failures",
-        "console",
-        "parallel",
-    ),
-    *("flow", "models", "models.goals", "models.pretrained", "models.pretrained.families", "models.lerobot"),
+    *("moved", "rlflow", "types", "ranges", "files", "trust", "components", "registry", "failures", "console"),
+    *("parallel", "flow"),
+    *("models", "models.goals", "models.pretrained", "models.pretrained.families", "models.lerobot"),
     *("envs.captions", "rewards", "rewards.networks", "rewards.remote", "envs", "envs.demos", "envs.simulators"),
     *("rl.likelihoods", "rl", "rl.objectives", "rl.learners", "rl.off_policy", "rl.imitation"),
-    *(
-        "config",
-        "pretrain",
-        "report",
-        "comparison",
-        "datasets",
-        "evaluation",
-        "train",
-        "deploy",
-        "cost",
-        "doctor",
-        "bench",
-    ),
-    *("commands", "cli", "__main__"),
+    *("config", "pretrain", "report", "comparison", "datasets", "evaluation", "assembly", "train"),
+    *("deploy", "cost", "doctor", "bench", "commands", "cli", "__main__"),
 )
 
 # Slow to import and not needed to print help, list names or reject a misspelt key.

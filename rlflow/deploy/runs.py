@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from rlflow import registry
+from rlflow.assembly.environment import heldout_prompts, make_steering
+from rlflow.assembly.evaluator import judged_by, make_evaluator, make_select
+from rlflow.assembly.policy import make_policy
 from rlflow.config import inputs, recipes
 from rlflow.config.limits import check_select
 from rlflow.config.parse import parse, saved
@@ -27,7 +30,6 @@ from rlflow.models.io import load_field, read_config, save_field
 from rlflow.models.pretrained.opening import is_pipeline
 from rlflow.models.pretrained.pipeline import PretrainedField, pretrained
 from rlflow.parallel.dist import device
-from rlflow.train.build import heldout_prompts, judged_by, make_evaluator, make_policy, make_select, make_steering
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.seal import taken_up
 

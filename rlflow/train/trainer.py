@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+from rlflow.assembly.evaluator import judged_by, make_evaluator
+from rlflow.assembly.parts import make_parts
+from rlflow.assembly.policy import whole_field
 from rlflow.config import recipes
 from rlflow.config.schema import Config
 from rlflow.config.stopping import StopRules
@@ -24,7 +27,6 @@ from rlflow.parallel import dist, shards
 from rlflow.report.glossary import HELDOUT, headline
 from rlflow.rl.collector import permute_rewards
 from rlflow.rl.optim import NonFiniteError
-from rlflow.train.build import judged_by, make_evaluator, make_parts, whole_field
 from rlflow.train.callbacks import AfterIteration, Callback, Each
 from rlflow.train.checkpoint import Checkpoints, deal, pack, rng_state, set_rng_state, unpack
 from rlflow.train.folder import RunFolder

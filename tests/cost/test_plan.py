@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from rlflow.assembly.parts import make_parts
 from rlflow.cli import main
 from rlflow.config import recipes
 from rlflow.config.schema import Config
@@ -21,7 +22,6 @@ from rlflow.cost.gpus import GPU, find_gpu
 from rlflow.cost.skeleton import skeleton
 from rlflow.cost.trace import LiveBytes, Trace, parameter_bytes
 from rlflow.doctor.probe import Probe
-from rlflow.train.build import make_parts
 
 SMALL = ("train.minutes=", "train.iterations=2", "env.num_groups=4", "env.group_size=8", "env.rows_per_call=16")
 KINDS = {

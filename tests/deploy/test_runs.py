@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import rlflow as rf
+from rlflow.assembly.evaluator import judged_by
 from rlflow.deploy.runs import evaluator_of, judging_config
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.noise import Key
 from rlflow.models.io import read_config, save_field
 from rlflow.pretrain.images import IMAGES
 from rlflow.report.metrics_file import read_metrics
-from rlflow.train.build import judged_by
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.trainer import Trainer
 from tests.conftest import TINY

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import rlflow as rf
+from rlflow.assembly.parts import make_parts
 from rlflow.cli import main
 from rlflow.config import recipes
 from rlflow.deploy.critics import SavedCritic
@@ -21,7 +22,6 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.select import BestOf, Select
 from rlflow.models.mlp import MLPField
 from rlflow.rl.off_policy.sac import SAC
-from rlflow.train.build import make_parts
 from rlflow.train.trainer import Trainer
 
 BRIGHTEST = {"name": "best_of", "num": 4, "scorer": "brightness"}

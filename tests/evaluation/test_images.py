@@ -8,6 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rlflow.assembly.environment import heldout_prompts
+from rlflow.assembly.parts import make_parts
+from rlflow.assembly.policy import make_policy
 from rlflow.config import recipes
 from rlflow.envs.prompts import Prompts, load_prompts
 from rlflow.evaluation.images import Evaluation, Evaluator, evenly
@@ -17,7 +20,6 @@ from rlflow.flow.solvers import Heun
 from rlflow.rewards.base import Reward, RewardSet
 from rlflow.rewards.judges import base_distance
 from rlflow.rewards.scorer import RewardScorer
-from rlflow.train.build import heldout_prompts, make_parts, make_policy
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.trainer import Trainer
 
