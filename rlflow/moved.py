@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
+    "rlflow.flow.density": "rlflow.doctor.density",
     "rlflow.predict": "rlflow.deploy.predict",
     "rlflow.models.pretrained.lerobot": "rlflow.models.lerobot.field",
     "rlflow.models.tiny": "rlflow.models.pretrained.tiny",

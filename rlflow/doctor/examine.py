@@ -17,7 +17,7 @@ from rlflow.config.schema import AlgorithmConfig, Config, RewardGradientConfig, 
 from rlflow.config.steps import make_steps
 from rlflow.doctor.check import Check
 from rlflow.doctor.probe import Probe
-from rlflow.flow.density import euler_log_prob
+from rlflow.doctor.density import euler_log_prob
 from rlflow.flow.solvers import Euler
 from rlflow.ranges import LARGEST
 from rlflow.rl.batch import Batch
