@@ -16,8 +16,8 @@ from rlflow.assembly.policy import make_policy
 from rlflow.config.schema import AlgorithmConfig, Config, RewardGradientConfig, SACConfig
 from rlflow.config.steps import make_steps
 from rlflow.doctor.check import Check
-from rlflow.doctor.probe import Probe
 from rlflow.doctor.density import euler_log_prob
+from rlflow.doctor.probe import Probe
 from rlflow.flow.solvers import Euler
 from rlflow.ranges import LARGEST
 from rlflow.rl.batch import Batch
