@@ -223,32 +223,36 @@ def save(policy: FlowPolicy, folder: str | Path, *, push: str | None = None) -> 
     return folder
 
 
-def evaluator_of(
-    name: str | Path,
-    *,
-    num: int | None = None,
-    num_steps: int | None = None,
-    solver: str | None = None,
-    seed: int | None = None,
-    checkpoint: str = "last",
-    weights: str | None = None,
-    select: Spec | None = None,
-    trust_code: bool = False,
-) -> Evaluator | EpisodeEvaluator:
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """How a run or a checkpoint is evaluated, filmed or recorded; None is as it says itself."""
+
+    num: int | None = None
+    num_steps: int | None = None
+    solver: str | None = None
+    seed: int | None = None
+    checkpoint: str = "last"
+    weights: str | None = None
+    select: Spec | None = None
+    trust_code: bool = False
+
+
+def evaluator_of(name: str | Path, asked: Asked = Asked()) -> Evaluator | EpisodeEvaluator:
     """What evaluates a run (by its own settings unless given) or a checkpoint (by what it is judged by).
 
     The base images come from the policy before training, so the distance to it is meaningful.
     """
+    trust_code = asked.trust_code
     if not is_run(name):
-        _check_of_runs(name, checkpoint, weights)
-    config = _selecting(judging_config(name, trust_code), name, select, trust_code)
+        _check_of_runs(name, asked.checkpoint, asked.weights)
+    config = _selecting(judging_config(name, trust_code), name, asked.select, trust_code)
     c = config.eval
     judged = dataclasses.replace(
         c,
-        num=num or c.num,
-        num_steps=num_steps or c.num_steps,
-        solver=solver or c.solver,
-        seed=c.seed if seed is None else seed,
+        num=asked.num or c.num,
+        num_steps=asked.num_steps or c.num_steps,
+        solver=asked.solver or c.solver,
+        seed=c.seed if asked.seed is None else asked.seed,
     )
     config = dataclasses.replace(config, eval=judged)
     untrained = make_policy(config, trust_code)
@@ -257,8 +261,8 @@ def evaluator_of(
             heldout_prompts(config).check(untrained.field.unguided.tokenize)
     if not is_run(name):
         return make_evaluator(config, untrained, trust_code)
-    policy = restored(config, name, checkpoint, weights or config.eval.weights, trust_code).requires_grad_(False)
-    evaluator = make_evaluator(config, policy, trust_code)
+    policy = restored(config, name, asked.checkpoint, asked.weights or config.eval.weights, trust_code)
+    evaluator = make_evaluator(config, policy.requires_grad_(False), trust_code)
     evaluator.compare_with(untrained)
     return evaluator
 
@@ -275,16 +279,5 @@ def evaluate(
     select: Spec | None = None,
     trust_code: bool = False,
 ) -> dict[str, float]:
-    """Held-out metrics of a run folder or a checkpoint; exactly `num` samples. Settings as of `evaluator_of`."""
-    evaluator = evaluator_of(
-        name,
-        num=num,
-        num_steps=num_steps,
-        solver=solver,
-        seed=seed,
-        checkpoint=checkpoint,
-        weights=weights,
-        select=select,
-        trust_code=trust_code,
-    )
-    return evaluator().means()
+    """Held-out metrics of a run folder or a checkpoint; exactly `num` samples. Settings as of `Asked`."""
+    return evaluator_of(name, Asked(num, num_steps, solver, seed, checkpoint, weights, select, trust_code))().means()
