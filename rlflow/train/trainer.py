@@ -135,7 +135,7 @@ class Trainer:
                 self.run if dist.rank() == 0 else None,
                 total_iterations=train.iterations,
                 minutes=train.minutes,
-                config=self.config.to_yaml(),
+                config=self.config.to_yaml() if train.tensorboard or train.wandb is not None else "",
                 tensorboard=train.tensorboard,
                 wandb=train.wandb,
                 quiet=self.quiet or dist.rank() > 0,
