@@ -38,8 +38,11 @@ class Flow(Protocol):
         """Actions (N, *A) at raw observations (N, ...) from start noises (N, *D)."""
 
 
-class Sampler:
-    """The deployment sampler of a FlowPolicy as a Flow: no noise but the start's, no graph, no choice among samples."""
+class BasePolicy:
+    """The policy that is acted on: a FlowPolicy by its deployment sampler.
+
+    There is no noise but the start's, no graph, and no choice among samples.
+    """
 
     def __init__(self, policy: FlowPolicy):
         self.policy, self.noise_shape = policy.requires_grad_(False), tuple(policy.event_shape)

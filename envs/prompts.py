@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -100,6 +100,7 @@ def _equal_shares(pools: Sequence[Sequence[T]]) -> list[T]:
     return [item for pool in pools for item in list(pool) * max(1, round(longest / len(pool)))]
 
 
+@cache
 def _scenes(kinds: str, split: Split) -> Prompts:
     chosen = kinds.split(",") if kinds else list(scenes.KINDS)
     if unknown := [k for k in chosen if k not in scenes.KINDS]:
@@ -108,6 +109,7 @@ def _scenes(kinds: str, split: Split) -> Prompts:
     return Prompts(tuple({"prompt": text} for text in _equal_shares(pools)))
 
 
+@cache
 def _words(kinds: str, split: Split) -> Prompts:
     texts = words.heldout_texts() if split == "heldout" else words.train_texts()
     return Prompts(tuple({"prompt": words.caption(t), "text": t} for t in texts))
@@ -123,6 +125,7 @@ def _geneval(kinds: str, split: Split) -> Prompts:
     return Prompts(tuple(_equal_shares(pools)))
 
 
+@cache
 def _signs(kinds: str, split: Split) -> Prompts:
     return Prompts(tuple(signs.rows(split == "heldout")))
 

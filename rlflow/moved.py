@@ -11,10 +11,13 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
+    "rlflow.flow.density": "rlflow.doctor.density",
     "rlflow.predict": "rlflow.deploy.predict",
     "rlflow.models.pretrained.lerobot": "rlflow.models.lerobot.field",
     "rlflow.models.tiny": "rlflow.models.pretrained.tiny",
     "rlflow.train.cloning": "rlflow.pretrain.cloning",
+    "rlflow.train.episodes": "rlflow.evaluation.episodes",
+    "rlflow.train.evaluate": "rlflow.evaluation.images",
     "rlflow.train.video": "rlflow.report.video",
     "rlflow.report.comparison": "rlflow.comparison.report",
     "rlflow.envs.gym": "rlflow.envs.simulators.gym",

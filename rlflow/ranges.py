@@ -90,7 +90,7 @@ WHOLE = Range(low=-(2**63), high=2**63 - 1)
 def check(path: str, annotation: Any, value: Any) -> None:
     """ValueError with the path of a number out of its range, or of an empty name; sections are looked into."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = typing.get_type_hints(type(value), include_extras=True)
+        hints = _hints(type(value))
         for name in (f.name for f in dataclasses.fields(value)):
             check(f"{path}.{name}" if path else name, hints[name], getattr(value, name))
         return
@@ -100,6 +100,11 @@ def check(path: str, annotation: Any, value: Any) -> None:
     for place, item in _items(path, value, inside=Any not in said):
         if (problem := _problem(said, item)) is not None:
             raise ValueError(f"{place}: {problem}")
+
+
+@cache
+def _hints(section: type) -> dict[str, Any]:
+    return typing.get_type_hints(section, include_extras=True)
 
 
 def argument(annotation: Any) -> Callable[[str], Any]:

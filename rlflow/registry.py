@@ -8,6 +8,7 @@ dotted path, "my_package.rewards:sharpness".
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import json
@@ -137,6 +138,12 @@ def split_spec(kind: str, spec: Any) -> tuple[str, dict[str, Any]]:
 
 def settings(component: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Parameters of a component, with annotations resolved to types."""
+    known = inspect.isclass(component) or inspect.isfunction(component)  # what else can be called may have no hash
+    return dict(_settings(component) if known else _settings.__wrapped__(component))
+
+
+@functools.lru_cache(512)
+def _settings(component: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     target = component.__init__ if inspect.isclass(component) else component
     hints = typing.get_type_hints(target, include_extras=True)
     found = inspect.signature(component).parameters

@@ -29,6 +29,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from rlflow.assembly.network import PRECISION
+from rlflow.assembly.parts import make_parts
 from rlflow.bench.images import Bare, listen
 from rlflow.config import recipes
 from rlflow.config.schema import Config
@@ -41,7 +43,6 @@ from rlflow.models.pretrained.pipeline import PretrainedField
 from rlflow.models.pretrained.shapes_of import NoText, shape_of
 from rlflow.parallel.dist import device
 from rlflow.rl.likelihoods.chain import ChainLikelihood
-from rlflow.train.build import PRECISION, make_parts
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 TINY = {"sample_size": 16, "num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128}

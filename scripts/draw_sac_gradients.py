@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlflow.assembly.parts import make_parts
+from rlflow.assembly.policy import make_policy
 from rlflow.config import recipes
 from rlflow.report.metrics_file import read_metrics
 from rlflow.rl.algorithm import Algorithm
 from rlflow.rl.off_policy.sac import SAC
-from rlflow.train.build import make_parts, make_policy
 from rlflow.train.trainer import Trainer
 
 FIELDS = {

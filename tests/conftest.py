@@ -48,11 +48,13 @@ OF_EXTRAS = {"cube_": "ogbench", "pusht": "gym_pusht", "warp_": "mujoco_warp", "
 OF_EXTRAS |= {"lerobot": "lerobot"}  # of Python 3.12, in an environment of its own
 """Beginnings of the names of environments that need more than the extra [robots], and the package they need."""
 
+RECIPES = set(recipes.names())
+
 
 @functools.cache
 def missing_package(name: str) -> str | None:
     """The package that an environment, or the environment of a recipe, needs and that is not installed."""
-    env = recipes.read(name).get("env", {}).get("name", "") if name in recipes.names() else name
+    env = recipes.read(name).get("env", {}).get("name", "") if name in RECIPES else name
     needed = next((package for start, package in OF_EXTRAS.items() if env.startswith(start)), None)
     return None if needed is None or importlib.util.find_spec(needed) else needed
 

@@ -20,8 +20,8 @@ from rlflow.train.checkpoint import Checkpoints, pack
 from rlflow.train.trainer import Trainer
 
 WALL_CLOCK = ("time/", "perf/samples_per_s", "perf/env_steps_per_s", "cost/train_seconds_total")
-IMPORTED = ["pytest", "rlflow.train.trainer", "rlflow.report.report", "rlflow.report.figures", "torch._dynamo"]
-"""By the process that runs are forked from, for each would take seconds; an optimiser imports the last."""
+IMPORTED = ["pytest", "rlflow.train.trainer", "rlflow.report.report", "rlflow.report.figures"]
+"""By the process that runs are forked from, for each would take seconds."""
 HANGS = 400
 """Seconds: what is not done by then hangs, on a machine with other work too."""
 

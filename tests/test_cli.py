@@ -12,7 +12,7 @@ import torch
 
 from rlflow import cli, console
 from rlflow.config import recipes
-from rlflow.train.evaluate import Evaluation
+from rlflow.evaluation.images import Evaluation
 from rlflow.train.trainer import Trainer
 
 Fails = Callable[..., str]

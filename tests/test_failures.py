@@ -64,7 +64,7 @@ GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. G
     [
         ("rlflow.rl.collector.Collector.collect", "env.rows_per_call=32, env.num_groups=2, env.group_size="),
         ("rlflow.rl.learners.policy_gradient.PolicyGradient.update", "algorithm.micro_batch="),
-        ("rlflow.train.episodes.EpisodeEvaluator.__call__", "eval.rows_per_call="),
+        ("rlflow.evaluation.episodes.EpisodeEvaluator.__call__", "eval.rows_per_call="),
     ],
 )
 def test_memory_that_runs_out_names_the_settings_that_size_it(

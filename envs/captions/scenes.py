@@ -124,7 +124,12 @@ def is_heldout(scene: Scene) -> bool:
 
 def split(heldout: bool, kinds: Sequence[str] = KINDS) -> list[str]:
     """Captions of `kinds` on one side of the split, in a fixed order."""
-    return [text for text, scene in _all().items() if scene.kind in kinds and is_heldout(scene) == heldout]
+    return list(_split(heldout, tuple(kinds)))
+
+
+@functools.cache
+def _split(heldout: bool, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(text for text, scene in _all().items() if scene.kind in kinds and is_heldout(scene) == heldout)
 
 
 def train_captions(kinds: Sequence[str] = KINDS) -> list[str]:

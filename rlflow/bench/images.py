@@ -21,6 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from rlflow.assembly.network import PRECISION
+from rlflow.assembly.parts import make_parts
 from rlflow.bench.stopwatch import Times, num_threads
 from rlflow.config.parse import parse
 from rlflow.config.schema import Config
@@ -33,7 +35,6 @@ from rlflow.models.pretrained.pipeline import pretrained
 from rlflow.models.pretrained.tiny import POOLED, TEXT_WIDTH, make_tiny
 from rlflow.models.pretrained.tiny_parts import moved
 from rlflow.registry import build
-from rlflow.train.build import PRECISION, make_parts
 from rlflow.types import Tree, tree_map
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "single_file_flow_grpo.py"

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from rlflow import registry
+from rlflow.assembly.parts import make_parts
 from rlflow.config import recipes
 from rlflow.envs.sb3 import Vectorised
 from rlflow.rl.off_policy.sac import SAC
-from rlflow.train.build import make_parts
 
 NUM_ENVS, HORIZON, UPDATES, START = 16, 16, 64, 4096
 """Of the recipes: 64 optimiser steps after 256 environment steps, the first 4,096 without any."""

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlflow.ranges import filled
+
+if TYPE_CHECKING:
+    from rlflow.config.schema import Spec
+    from rlflow.deploy.runs import Asked
 
 
 def command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
@@ -58,3 +63,11 @@ def chosen(args: argparse.Namespace) -> dict[str, Any] | None:
     if (args.best_of is None) != (args.scorer is None):
         raise ValueError("--best-of N and --scorer NAME go together: give both or none")
     return None if args.best_of is None else {"name": "best_of", "num": args.best_of, "scorer": args.scorer}
+
+
+def asked(args: argparse.Namespace, select: Spec | None = None) -> Asked:
+    """What the flags of a command say of how a run or a checkpoint is evaluated."""
+    from rlflow.deploy.runs import Asked
+
+    names = {field.name for field in dataclasses.fields(Asked)}
+    return Asked(**{name: value for name, value in vars(args).items() if name in names}, select=select)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rlflow.commands.arguments import command, json_flag, positive, trust_flag, which_weights
+from rlflow.commands.arguments import asked, command, json_flag, positive, trust_flag, which_weights
 from rlflow.ranges import Natural, Seed, argument, filled
 
 
@@ -108,16 +108,7 @@ def _show(args: argparse.Namespace) -> None:
 def _record(args: argparse.Namespace) -> None:
     from rlflow.deploy.record import record
 
-    demos = record(
-        args.source,
-        args.out,
-        num=args.num,
-        seed=args.seed,
-        checkpoint=args.checkpoint,
-        weights=args.weights,
-        trust_code=args.trust_code,
-        command="rlflow " + " ".join(args.words),
-    )
+    demos = record(args.source, args.out, asked(args), "rlflow " + " ".join(args.words))
     print(f"{args.out}: {demos.summary}; rlflow demos export gives them to others")
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rlflow.commands.arguments import best_of_flags, chosen, command, json_flag, positive, trust_flag, which_weights
+from rlflow.commands.arguments import (
+    asked,
+    best_of_flags,
+    chosen,
+    command,
+    json_flag,
+    positive,
+    trust_flag,
+    which_weights,
+)
 from rlflow.console import print_json
 from rlflow.ranges import Seed, argument, filled
 
@@ -14,7 +23,7 @@ def add(commands: Any) -> None:
     """Enter the command."""
     p = command(commands, "eval", _run, "Evaluate a run or a checkpoint on held-out prompts, noise off.")
     p.add_argument("source", type=filled, metavar="RUN|CHECKPOINT", help="a folder of either, or shapes / words")
-    p.add_argument("--steps", type=positive, metavar="K", help="denoising steps")
+    p.add_argument("--steps", dest="num_steps", type=positive, metavar="K", help="denoising steps")
     p.add_argument("--solver", type=filled, metavar="NAME")
     p.add_argument("--seed", type=argument(Seed), default=None, help="of the initial noise")
     p.add_argument("--num", type=positive, help="number of samples")
@@ -27,17 +36,7 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> None:
     from rlflow.deploy.runs import evaluator_of
 
-    evaluator = evaluator_of(
-        args.source,
-        num=args.num,
-        num_steps=args.steps,
-        solver=args.solver,
-        seed=args.seed,
-        checkpoint=args.checkpoint,
-        weights=args.weights,
-        select=chosen(args),
-        trust_code=args.trust_code,
-    )
+    evaluator = evaluator_of(args.source, asked(args, chosen(args)))
     result = evaluator()
     means = {f"eval/heldout/{name}": value for name, value in result.means().items()}
     means |= {f"eval/task/{name}": value for name, value in result.by_task().items()}

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rlflow.commands.arguments import best_of_flags, chosen, command, positive, trust_flag, which_weights
+from rlflow.commands.arguments import asked, best_of_flags, chosen, command, positive, trust_flag, which_weights
 from rlflow.ranges import Seed, argument, filled
 
 
@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
     p.add_argument("--prompt", action="append", default=[], help="of images; may be repeated")
     p.add_argument("--out", type=filled, required=True, metavar="x.png|x.mp4|x.gif", help="png: of videos a strip each")
     p.add_argument("--num", type=positive, default=4, help="images per prompt, or episodes")
-    p.add_argument("--steps", type=positive, metavar="K", help="denoising steps")
+    p.add_argument("--steps", dest="num_steps", type=positive, metavar="K", help="denoising steps")
     p.add_argument("--seed", type=argument(Seed), default=0)
     best_of_flags(p)
     which_weights(p)
@@ -51,7 +51,7 @@ def _run(args: argparse.Namespace) -> None:
     if policy.field.frames is None and out.suffix != ".png":
         raise ValueError(name_a)
     prompts = [text for text in args.prompt for _ in range(args.num)]
-    images = sample(policy, prompts, seed=args.seed, num_steps=args.steps)
+    images = sample(policy, prompts, seed=args.seed, num_steps=args.num_steps)
     if out.suffix != ".png":
         write_film([frame for video in images for frame in frames_of(video)], out, FPS)
     else:
@@ -62,17 +62,7 @@ def _run(args: argparse.Namespace) -> None:
 def _film(args: argparse.Namespace) -> None:
     from rlflow.deploy.sampling import film
 
-    episodes = film(
-        args.source,
-        args.out,
-        num=args.num,
-        num_steps=args.steps,
-        seed=args.seed,
-        checkpoint=args.checkpoint,
-        weights=args.weights,
-        select=chosen(args),
-        trust_code=args.trust_code,
-    )
+    episodes = film(args.source, args.out, asked(args, chosen(args)))
     for row in range(len(episodes)):
         print(f"episode {row}: " + ", ".join(f"{name} {float(v[row]):,.4g}" for name, v in episodes.scores.items()))
     print(f"{len(episodes)} episodes in {args.out}")

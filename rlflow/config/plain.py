@@ -6,6 +6,8 @@ that are no text, dates (they stay text), sets, bytes, tags, aliases that hold t
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,13 +108,20 @@ def _shown(key: yaml.Node) -> str:
 
 
 def load(text: str) -> Any:
-    """The plain value of a YAML text; yaml.YAMLError with its place."""
+    """The plain value of a YAML text, a new one each time; yaml.YAMLError with its place."""
+    try:
+        return copy.deepcopy(_read(text))
+    except RecursionError:
+        raise NotPlainError(problem="nested too deeply") from None
+
+
+@functools.lru_cache(512)
+def _read(text: str) -> Any:
+    """Once: recipes share their bases, and runs their overrides."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         return None if node is None else loader.plain(node)
-    except RecursionError:
-        raise NotPlainError(problem="nested too deeply") from None
     finally:
         loader.dispose()
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rlflow.assembly.parts import Parts
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Solver
 from rlflow.flow.steps import Plan
@@ -24,7 +25,6 @@ from rlflow.rl.learners.policy_gradient import PolicyGradient
 from rlflow.rl.learners.reward_gradient import RewardGradient, Through
 from rlflow.rl.likelihoods.base import Likelihood
 from rlflow.rl.off_policy.sac import SAC
-from rlflow.train.build import Parts
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlflow import registry
+from rlflow.assembly.environment import make_simulator
+from rlflow.assembly.network import policy_around
 from rlflow.config.schema import AlgorithmConfig, Config, RewardGradientConfig
 from rlflow.cost.trace import fake_mode
 from rlflow.envs.prompts import load_prompts
@@ -26,7 +28,6 @@ from rlflow.rl.critic import Critic
 from rlflow.rl.learners.reward_gradient import Through
 from rlflow.rl.likelihoods.base import Likelihood
 from rlflow.rl.objectives.base import Objective
-from rlflow.train.build import make_simulator, policy_around
 from rlflow.types import Tree
 
 META = torch.device("meta")

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rlflow.assembly.learner import twin_settings
 from rlflow.config.schema import OGPOConfig, SACConfig
 from rlflow.deploy.runs import is_run, read_run_config, restored
 from rlflow.registry import SettingError
 from rlflow.rl.off_policy.twin import Twin
 from rlflow.train.checkpoint import Checkpoints
-from rlflow.train.learners import twin_settings
 from rlflow.types import Tree
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlflow.datasets.actions import bounds_of, step_env
 from rlflow.deploy.predict import check_units
-from rlflow.deploy.runs import judging_config, load
+from rlflow.deploy.runs import Asked, judging_config, load
 from rlflow.envs.bounds import Bounds
 from rlflow.envs.demos.dataset import Demos, Episode, write_demos
 from rlflow.envs.demos.experts import play
@@ -42,18 +42,9 @@ class InTurn:
         return action if self.bounds is None else self.bounds.inverse(self.bounds(action))
 
 
-def record(
-    name: str | Path,
-    out: Path,
-    *,
-    num: int = ROWS,
-    seed: int = 0,
-    checkpoint: str = "last",
-    weights: str | None = None,
-    trust_code: bool = False,
-    command: str = "",
-) -> Demos:
+def record(name: str | Path, out: Path, asked: Asked, command: str = "") -> Demos:
     """Play one episode from each of the seeds `seed` to `seed + num - 1` and write them into the folder `out`."""
+    num, seed, trust_code = asked.num or ROWS, asked.seed or 0, asked.trust_code
     config = judging_config(name, trust_code)
     if config.env.name == "prompt":
         raise ValueError(f"{name} makes images, demonstrations are of robots: rlflow sample draws them")
@@ -67,7 +58,7 @@ def record(
         raise ValueError(
             f"{name}: {config.env.name} takes chunks of {env.action_shape[0]} actions only, not one by one"
         )
-    policy = load(name, checkpoint=checkpoint, weights=weights, trust_code=trust_code)
+    policy = load(name, checkpoint=asked.checkpoint, weights=asked.weights, trust_code=trust_code)
     check_units(policy)
     bounds = bounds_of(env)
 

@@ -10,12 +10,17 @@ from typing import Any
 import torch
 
 from rlflow import registry
+from rlflow.assembly.environment import heldout_prompts, make_steering
+from rlflow.assembly.evaluator import judged_by, make_evaluator, make_select
+from rlflow.assembly.policy import make_policy
 from rlflow.config import inputs, recipes
 from rlflow.config.limits import check_select
 from rlflow.config.parse import parse, saved
 from rlflow.config.schema import Config, PolicyConfig, Spec
 from rlflow.config.values import merge
 from rlflow.deploy.steered import Steered
+from rlflow.evaluation.episodes import EpisodeEvaluator
+from rlflow.evaluation.images import Evaluator
 from rlflow.flow.field import VelocityField
 from rlflow.flow.grid import FromScheduler
 from rlflow.flow.kernels import FlowSDE
@@ -25,10 +30,7 @@ from rlflow.models.io import load_field, read_config, save_field
 from rlflow.models.pretrained.opening import is_pipeline
 from rlflow.models.pretrained.pipeline import PretrainedField, pretrained
 from rlflow.parallel.dist import device
-from rlflow.train.build import heldout_prompts, judged_by, make_evaluator, make_policy, make_select, make_steering
 from rlflow.train.checkpoint import Checkpoints
-from rlflow.train.episodes import EpisodeEvaluator
-from rlflow.train.evaluate import Evaluator
 from rlflow.train.seal import taken_up
 
 
@@ -221,32 +223,36 @@ def save(policy: FlowPolicy, folder: str | Path, *, push: str | None = None) -> 
     return folder
 
 
-def evaluator_of(
-    name: str | Path,
-    *,
-    num: int | None = None,
-    num_steps: int | None = None,
-    solver: str | None = None,
-    seed: int | None = None,
-    checkpoint: str = "last",
-    weights: str | None = None,
-    select: Spec | None = None,
-    trust_code: bool = False,
-) -> Evaluator | EpisodeEvaluator:
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """How a run or a checkpoint is evaluated, filmed or recorded; None is as it says itself."""
+
+    num: int | None = None
+    num_steps: int | None = None
+    solver: str | None = None
+    seed: int | None = None
+    checkpoint: str = "last"
+    weights: str | None = None
+    select: Spec | None = None
+    trust_code: bool = False
+
+
+def evaluator_of(name: str | Path, asked: Asked = Asked()) -> Evaluator | EpisodeEvaluator:
     """What evaluates a run (by its own settings unless given) or a checkpoint (by what it is judged by).
 
     The base images come from the policy before training, so the distance to it is meaningful.
     """
+    trust_code = asked.trust_code
     if not is_run(name):
-        _check_of_runs(name, checkpoint, weights)
-    config = _selecting(judging_config(name, trust_code), name, select, trust_code)
+        _check_of_runs(name, asked.checkpoint, asked.weights)
+    config = _selecting(judging_config(name, trust_code), name, asked.select, trust_code)
     c = config.eval
     judged = dataclasses.replace(
         c,
-        num=num or c.num,
-        num_steps=num_steps or c.num_steps,
-        solver=solver or c.solver,
-        seed=c.seed if seed is None else seed,
+        num=asked.num or c.num,
+        num_steps=asked.num_steps or c.num_steps,
+        solver=asked.solver or c.solver,
+        seed=c.seed if asked.seed is None else asked.seed,
     )
     config = dataclasses.replace(config, eval=judged)
     untrained = make_policy(config, trust_code)
@@ -255,8 +261,8 @@ def evaluator_of(
             heldout_prompts(config).check(untrained.field.unguided.tokenize)
     if not is_run(name):
         return make_evaluator(config, untrained, trust_code)
-    policy = restored(config, name, checkpoint, weights or config.eval.weights, trust_code).requires_grad_(False)
-    evaluator = make_evaluator(config, policy, trust_code)
+    policy = restored(config, name, asked.checkpoint, asked.weights or config.eval.weights, trust_code)
+    evaluator = make_evaluator(config, policy.requires_grad_(False), trust_code)
     evaluator.compare_with(untrained)
     return evaluator
 
@@ -273,16 +279,5 @@ def evaluate(
     select: Spec | None = None,
     trust_code: bool = False,
 ) -> dict[str, float]:
-    """Held-out metrics of a run folder or a checkpoint; exactly `num` samples. Settings as of `evaluator_of`."""
-    evaluator = evaluator_of(
-        name,
-        num=num,
-        num_steps=num_steps,
-        solver=solver,
-        seed=seed,
-        checkpoint=checkpoint,
-        weights=weights,
-        select=select,
-        trust_code=trust_code,
-    )
-    return evaluator().means()
+    """Held-out metrics of a run folder or a checkpoint; exactly `num` samples. Settings as of `Asked`."""
+    return evaluator_of(name, Asked(num, num_steps, solver, seed, checkpoint, weights, select, trust_code))().means()

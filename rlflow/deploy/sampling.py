@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlflow.config.schema import Spec
-from rlflow.deploy.runs import evaluator_of
+from rlflow.deploy.runs import Asked, evaluator_of
+from rlflow.evaluation.episodes import EpisodeEvaluator, Episodes
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.report.video import write_video
-from rlflow.train.episodes import EpisodeEvaluator, Episodes
 
 
 def sample(policy: FlowPolicy, prompts: str | Sequence[str], *, seed: int = 0, num_steps: int | None = None) -> Tensor:
@@ -33,33 +32,13 @@ def sample(policy: FlowPolicy, prompts: str | Sequence[str], *, seed: int = 0, n
         return policy.select(policy, cond, {"prompt": list(texts)}, plan, Key(seed, "sample"), ids).float().cpu()
 
 
-def film(
-    name: str | Path,
-    out: str | Path,
-    *,
-    num: int = 4,
-    num_steps: int | None = None,
-    seed: int = 0,
-    checkpoint: str = "last",
-    weights: str | None = None,
-    select: Spec | None = None,
-    trust_code: bool = False,
-) -> Episodes:
-    """Play `num` episodes of a robot's run or checkpoint and write them to `out`, an mp4, one after the other."""
+def film(name: str | Path, out: str | Path, asked: Asked) -> Episodes:
+    """Play episodes of a robot's run or checkpoint and write them to `out`, an mp4, one after the other."""
     if Path(out).suffix != ".mp4":
         raise ValueError(f"{out}: {name} is filmed, name a file that ends in .mp4")
-    evaluator = evaluator_of(
-        name,
-        num=num,
-        num_steps=num_steps,
-        seed=seed,
-        checkpoint=checkpoint,
-        weights=weights,
-        select=select,
-        trust_code=trust_code,
-    )
+    evaluator = evaluator_of(name, asked)
     assert isinstance(evaluator, EpisodeEvaluator)
-    evaluator.video = num
+    evaluator.video = evaluator.num
     episodes = evaluator()
     frames = list(itertools.chain(*episodes.film.frames))
     if not frames:

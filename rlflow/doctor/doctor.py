@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlflow.assembly.parts import Parts, make_parts
 from rlflow.config.schema import Config
 from rlflow.console import finite, terminal
 from rlflow.cost.formula import iteration_cost
@@ -28,7 +29,6 @@ from rlflow.doctor.probe import GradientWatch, Probe, bare_seconds, two_passes
 from rlflow.flow.marginal import STD, end_error
 from rlflow.flow.steps import Plan
 from rlflow.report.metrics_file import read_metrics
-from rlflow.train.build import Parts, make_parts
 from rlflow.train.checkpoint import Checkpoints, pack
 from rlflow.train.trainer import Trainer
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from rlflow import registry
+from rlflow.assembly.parts import Parts
+from rlflow.assembly.policy import make_policy
 from rlflow.config.schema import AlgorithmConfig, Config, RewardGradientConfig, SACConfig
 from rlflow.config.steps import make_steps
 from rlflow.doctor.check import Check
+from rlflow.doctor.density import euler_log_prob
 from rlflow.doctor.probe import Probe
-from rlflow.flow.density import euler_log_prob
 from rlflow.flow.solvers import Euler
 from rlflow.ranges import LARGEST
 from rlflow.rl.batch import Batch
@@ -24,7 +26,6 @@ from rlflow.rl.learners.reward_gradient import RewardGradient
 from rlflow.rl.likelihoods.cfm import calibration
 from rlflow.rl.off_policy.path_entropy import highest_entropy
 from rlflow.rl.off_policy.sac import SAC
-from rlflow.train.build import Parts, make_policy
 
 ROUNDED_LOG_RATIO = 1e-2
 """Largest first log-ratio that passes where a row rounds differently beside others: a GPU's kernels go by the size of a

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rlflow.assembly.parts import Parts
 from rlflow.cost.formula import Cost
 from rlflow.flow.noise import generator
 from rlflow.flow.policy import FlowPolicy
 from rlflow.rl.batch import cond_of
 from rlflow.rl.learners.policy_gradient import PolicyGradient
-from rlflow.train.build import Parts
 from rlflow.types import Rollout
 
 

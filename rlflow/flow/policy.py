@@ -1,7 +1,7 @@
 """FlowPolicy: a velocity field made into a Markov chain with a Gaussian step.
 
 `transition` is the only function that turns a velocity, noise and time into a distribution; sampling
-iterates it and scoring calls it again on the stored pairs, so at unchanged weights the log-ratio is 0.
+iterates it (chain.py) and scoring calls it again on the stored pairs, so at unchanged weights the log-ratio is 0.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from rlflow.flow.chain import Sampling
 from rlflow.flow.field import FEW_ROWS, VelocityField
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.grid import NEAR, TimeGrid, Uniform
 from rlflow.flow.kernels import Kernel
-from rlflow.flow.noise import Key, noise
-from rlflow.flow.path import at_start, expand
+from rlflow.flow.noise import Key
+from rlflow.flow.path import at_start
 from rlflow.flow.select import Select
 from rlflow.flow.solvers import Euler, Solver, Velocity
 from rlflow.flow.squash import Squash
@@ -165,21 +166,22 @@ class FlowPolicy(nn.Module):
             v = asked(x, t, dt, cond).to(dtype)
         return v if fill is None else v[:num]
 
-    def _step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, cond: Cond) -> Gaussian:
-        """The kernel's answer; it may hold a network too."""
+    def kernel_step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, cond: Cond) -> Gaussian:
+        """The kernel's answer to a velocity (N, *D); it may hold a network too."""
         num = len(x)
         if (fill := _filled_up(x, self.multiple)) is not None:
             x, v, t, t_next, cond = x[fill], v[fill], t[fill], t_next[fill], cond.index(fill)
         dist = self.kernel(x, v, t, t_next, cond["pooled"])
         return dist if fill is None else Gaussian(dist.mean[:num], dist.std[:num])
 
-    def _kernel_dt(self, t: Tensor, t_next: Tensor) -> Tensor:
+    def kernel_dt(self, t: Tensor, t_next: Tensor) -> Tensor:
+        """The dt (N,) for which the kernel asks the velocity."""
         return t_next - t if self.kernel.velocity == "step" else torch.zeros_like(t)
 
     def transition(self, x: Tensor, t: Tensor, t_next: Tensor, cond: Cond) -> Gaussian:
         """p(x_next | x, cond) for x (N, *D), t, t_next (N,)."""
-        v = self.velocity(x, t, self._kernel_dt(t, t_next), cond)
-        return self._step(x, v, t, t_next, cond)
+        v = self.velocity(x, t, self.kernel_dt(t, t_next), cond)
+        return self.kernel_step(x, v, t, t_next, cond)
 
     def plan(self, num_steps: int | None = None) -> Plan:
         """The deployment plan: no noise."""
@@ -218,7 +220,7 @@ class FlowPolicy(nn.Module):
         num = len(cond) * copies
         row_ids = torch.arange(num) if row_ids is None else row_ids.cpu()
         self._check_rows(plan, num, row_ids)
-        run = _Run(self, plan, key, row_ids, keep_path, step_noise)
+        run = Sampling(self, plan, key, row_ids, keep_path, step_noise)
         if x_0 is None:
             x_0 = run.noise("x_0", 0, row_ids[::copies] if shared_noise else row_ids)
         if self.field.first_time:
@@ -279,102 +281,3 @@ class FlowPolicy(nn.Module):
                 f"{steep}, above {max_kappa}: network rounding would swamp the ratio; exclude them "
                 "(steps.skip_last) or raise policy.max_kappa"
             )
-
-
-class _Run:
-    """The state of one `sample` call: x, solver memory, and the pairs recorded so far."""
-
-    def __init__(
-        self, policy: FlowPolicy, plan: Plan, key: Key, row_ids: Tensor, keep_path: bool, step_noise: Tensor | None
-    ):
-        self.policy, self.plan, self.key, self.row_ids, self.given = policy, plan, key, row_ids, step_noise
-        self.device, self.dtype = policy.device, policy.dtype  # each asks the first parameter: once per chain
-        self.times = plan.t.to(self.dtype).to(self.device, non_blocking=True)  # a copy that waits for no GPU
-        self.noisy = plan.noisy.to(self.device, non_blocking=True)
-        self.velocity: Velocity = policy.with_spread if policy.solver.needs_spread else policy.velocity
-        self.memory: object = None
-        self.pairs: list[tuple[Tensor, ...]] = []
-        self.path: list[tuple[Tensor, Tensor]] | None = [] if keep_path else None
-
-    def noise(self, purpose: str, k: int, row_ids: Tensor) -> Tensor:
-        if self.given is not None and purpose == "step":
-            return self.given[k]
-        key = self.key._replace(purpose=f"{self.key.purpose}/{purpose}", k=k)
-        return noise(key, row_ids, self.policy.event_shape, self.dtype, self.device)
-
-    def time(self, k: int, num: int) -> Tensor:
-        return self.times[k].expand(num) if self.times.ndim == 1 else self.times[:, k]
-
-    def advance(self, x: Tensor, cond: Cond, ks: range) -> None:
-        """Run the steps `ks` from x."""
-        self.x = x
-        for k in ks:
-            t, t_next = self.time(k, len(self.x)), self.time(k + 1, len(self.x))
-            if self.plan.noisy[..., k].any():
-                self.x = self._stored(self.x)  # both ends of a pair are kept
-            self._remember(t)
-            if self.plan.noisy.ndim == 2:
-                self._mixed(k, t, t_next, cond)
-            elif self.plan.noisy[k]:
-                self._stochastic(k, t, t_next, cond)
-            else:
-                self.x, self.memory = self.policy.solver(self.velocity, self.x, t, t_next, cond, self.memory)
-        self.end = self.time(self.plan.num_steps, len(self.x))
-
-    def _remember(self, t: Tensor) -> None:
-        if self.path is not None:
-            self.path.append((self.x, t))
-
-    def _stored(self, x: Tensor) -> Tensor:
-        """Rounded to the storage dtype: the chain continues from the value that will be scored."""
-        storage = self.policy.storage_dtype
-        return x if storage is None else x.to(storage).to(x.dtype)
-
-    def _stochastic(self, k: int, t: Tensor, t_next: Tensor, cond: Cond) -> None:
-        dist = self.policy.transition(self.x, t, t_next, cond)
-        x_next = self._stored(dist.sample(self.noise("step", k, self.row_ids)))
-        self.pairs.append((self.x, x_next, t, t_next, dist.mean, dist.std))
-        self.x, self.memory = x_next, None
-
-    def _mixed(self, k: int, t: Tensor, t_next: Tensor, cond: Cond) -> None:
-        """Noisy for some rows, Euler for the others, with one network call."""
-        policy, noisy = self.policy, self.noisy[:, k]
-        dt = torch.where(noisy, policy._kernel_dt(t, t_next), t_next - t)
-        v = policy.velocity(self.x, t, dt, cond)
-        dist = policy._step(self.x, v, t, t_next, cond)
-        x_next = self._stored(dist.sample(self.noise("step", k, self.row_ids)))
-        self.pairs.append((self.x, x_next, t, t_next, dist.mean, dist.std))
-        self.x = torch.where(expand(noisy, v), x_next, self.x + expand(t_next - t, v) * v)
-
-    def repeat(self, copies: int) -> None:
-        """One row becomes `copies` rows."""
-
-        def again(v: Tensor) -> Tensor:
-            return v.repeat_interleave(copies, 0)
-
-        self.x, self.memory = again(self.x), tree_map(again, self.memory)
-        if self.path is not None:
-            self.path = [(again(x), again(t)) for x, t in self.path]
-
-    def chain(self) -> Chain:
-        """Everything recorded, with the scored columns only."""
-        path = path_t = None
-        if self.path is not None:
-            self._remember(self.end)
-            path, path_t = (torch.stack(z, 1) for z in zip(*self.path, strict=True))
-        x, x_next, t, t_next, mean, std = self._columns()
-        return Chain(self.x, x, x_next, t, t_next, mean, std, path, path_t)
-
-    def _columns(self) -> list[Tensor]:
-        if not self.pairs or self.plan.num_scored == 0:
-            empty = self.x.new_empty((len(self.x), 0, *self.x.shape[1:]))
-            return [empty, empty, empty.flatten(2)[:, :, 0], empty.flatten(2)[:, :, 0], empty, empty]
-        stacked = [torch.stack(z, 1) for z in zip(*self.pairs, strict=True)]
-        ran = self.plan.noisy if self.plan.noisy.ndim == 1 else torch.ones(self.plan.num_steps, dtype=torch.bool)
-        if self.plan.scored.ndim == 1:
-            if bool(self.plan.scored[ran].all()):
-                return stacked
-            return [z[:, self.plan.scored[ran].nonzero()[:, 0]] for z in stacked]
-        columns = self.plan.scored[:, ran].nonzero()[:, 1].reshape(len(self.x), -1).to(self.x.device)
-        rows = torch.arange(len(self.x), device=self.x.device).unsqueeze(-1)
-        return [z[rows, columns] for z in stacked]

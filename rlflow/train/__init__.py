@@ -1,1 +1,1 @@
-"""The loop and its edges: trainer, checkpoints, logging, evaluation, report, devices, sweeps."""
+"""The loop and its edges: trainer, checkpoints, logging, signals, sweeps."""

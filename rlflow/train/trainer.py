@@ -12,9 +12,14 @@ from typing import Any
 
 import torch
 
+from rlflow.assembly.evaluator import judged_by, make_evaluator
+from rlflow.assembly.parts import make_parts
+from rlflow.assembly.policy import whole_field
 from rlflow.config import recipes
 from rlflow.config.schema import Config
 from rlflow.config.stopping import StopRules
+from rlflow.evaluation.episodes import Episodes
+from rlflow.evaluation.images import Evaluation
 from rlflow.failures import sized_by
 from rlflow.flow.noise import generator
 from rlflow.models.io import save_field
@@ -22,16 +27,13 @@ from rlflow.parallel import dist, shards
 from rlflow.report.glossary import HELDOUT, headline
 from rlflow.rl.collector import permute_rewards
 from rlflow.rl.optim import NonFiniteError
-from rlflow.train.build import judged_by, make_evaluator, make_parts, whole_field
 from rlflow.train.callbacks import AfterIteration, Callback, Each
-from rlflow.train.checkpoint import Checkpoints, deal, pack, rng_state, set_rng_state, unpack
-from rlflow.train.episodes import Episodes
-from rlflow.train.evaluate import Evaluation
+from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.folder import RunFolder
 from rlflow.train.logger import RunLogger, import_wandb
 from rlflow.train.rollout_metrics import rollout_metrics
-from rlflow.train.seal import taken_up
 from rlflow.train.signals import Signals
+from rlflow.train.state import state_of, take_up
 from rlflow.types import Rollout
 
 
@@ -105,7 +107,9 @@ class Trainer:
         self.stops = StopRules(self.config.train.stop_when if dist.rank() == 0 else ())
         """`stops.reason`, of rank 0, says which rule of `train.stop_when` ended the run, if one did."""
         self._stop_asked = self._warned = False
-        self._evaluated, self._headline, self._last_good = -1, "", 0
+        self.evaluated, self.headline = -1, ""
+        """Which iteration's weights `last_eval` is of, and the metric of it by which `best` goes."""
+        self._last_good = 0
         if resume is not None:
             self._load(resume)
 
@@ -131,16 +135,16 @@ class Trainer:
                 self.run if dist.rank() == 0 else None,
                 total_iterations=train.iterations,
                 minutes=train.minutes,
-                config=self.config.to_yaml(),
+                config=self.config.to_yaml() if train.tensorboard or train.wandb is not None else "",
                 tensorboard=train.tensorboard,
                 wandb=train.wandb,
                 quiet=self.quiet or dist.rank() > 0,
             ) as self.logger,
             Signals(self.stop),
         ):
-            self.logger.cut(self.iteration, self._evaluated)
+            self.logger.cut(self.iteration, self.evaluated)
             self._tell(lambda c: c.on_start(self))
-            if self.iteration == 0 and self._evaluated < 0:
+            if self.iteration == 0 and self.evaluated < 0:
                 self.algorithm.begin()
                 self._evaluate()
             try:
@@ -148,7 +152,7 @@ class Trainer:
             except NonFiniteError as error:
                 self._report()
                 raise NonFiniteError(f"{error}. {self.checkpoints.ways_on(self._last_good)}") from None
-            if self._evaluated != self.iteration and not self.interrupted:
+            if self.evaluated != self.iteration and not self.interrupted:
                 self._evaluate()
             self._save()
             self.folder.end(self.stops.reason)
@@ -260,8 +264,8 @@ class Trainer:
         with sized_by("evaluation", self.config, "eval.rows_per_call"):
             result = self.evaluator(self.config.eval.weights)
         self.last_eval = {f"{HELDOUT}{n}": v for n, v in result.means().items()}
-        self._evaluated = self.iteration
-        self._headline = (headline(self.last_eval) or "").removeprefix(HELDOUT)
+        self.evaluated = self.iteration
+        self.headline = (headline(self.last_eval) or "").removeprefix(HELDOUT)
         told = self.last_eval | {f"eval/task/{name}": share for name, share in result.by_task().items()}
         self.logger.log(self.iteration, "eval", told | self._cost() | {"time/eval": time.perf_counter() - start})
         self.stops.see(self.iteration, told)
@@ -279,8 +283,8 @@ class Trainer:
 
     def _score(self) -> float | None:
         """What `best` goes by; None unless these very weights were evaluated."""
-        score = self.last_eval.get(f"{HELDOUT}{self._headline}", math.nan)
-        return score if self._evaluated == self.iteration and math.isfinite(score) else None
+        score = self.last_eval.get(f"{HELDOUT}{self.headline}", math.nan)
+        return score if self.evaluated == self.iteration and math.isfinite(score) else None
 
     def _keep(self, result: Evaluation | Episodes) -> None:
         folder = self.run / "samples"
@@ -292,25 +296,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything an exact resume needs; complete on rank 0, and every process has to ask for it at once."""
-        episodes = dist.gather(pack(self.collector.state_dict()))  # packed, it is on the CPU
-        return {
-            "policy": shards.whole_state(self.policy),
-            "weight_sets": self.policy.weights.state_dict(),
-            "algorithm": self.algorithm.state_dict(),
-            "collector": [unpack(*share) for share in episodes],
-            "rng": rng_state(),
-            "trainer": {
-                "iteration": self.iteration,
-                "seconds": self.seconds,
-                "network_rows": self.network_rows,
-                "samples": self.samples,
-                "last_eval": {k: v for k, v in self.last_eval.items() if math.isfinite(v)},
-                "evaluated": self._evaluated,
-                "headline": self._headline,
-                "stops": self.stops.state_dict(),
-            },
-            "evaluator": self.evaluator.state_dict(),
-        }
+        return state_of(self)
 
     def _save(self) -> None:
         self._check_weights()
@@ -338,37 +324,10 @@ class Trainer:
         if which == "last" and not self.checkpoints.all():
             return  # killed before its first checkpoint: the run begins again
         path, (iteration, state) = self.checkpoints.path(which), self.checkpoints.load(which)
-        with taken_up(path, "policy"):
-            shards.load_whole_state(self.policy, state["policy"])
-        with taken_up(path, "weight_sets"):
-            self.policy.weights.load_state_dict(state["weight_sets"])
-        with taken_up(path, "algorithm"):
-            self.algorithm.load_state_dict(state["algorithm"])
-        with taken_up(path, "collector"):
-            self._take_up(state["collector"])
-        with taken_up(path, "rng"):
-            set_rng_state(state["rng"])
-        with taken_up(path, "trainer"):
-            mine = state["trainer"]
-            self.iteration, self.seconds = iteration, mine["seconds"]
-            self.network_rows, self.samples = mine["network_rows"], mine["samples"]
-            self.last_eval, self._evaluated, self._headline = mine["last_eval"], mine["evaluated"], mine["headline"]
-            self.stops.load_state_dict(mine.get("stops", {}))
-        with taken_up(path, "evaluator"):
-            self.evaluator.load_state_dict(state["evaluator"])
-        self._last_good = iteration
+        take_up(self, path, state)
+        self.iteration = self._last_good = iteration
         if dist.rank() == 0:
             self.checkpoints.cut(iteration)
-
-    def _take_up(self, episodes: list[Any]) -> None:
-        """Go on with the episodes under way, of which every process has saved its own."""
-        try:
-            mine = deal(episodes, self.groups)
-        except ValueError as error:
-            if dist.rank() == 0:
-                warnings.warn(f"new episodes are begun: {error}", stacklevel=2)
-            return
-        self.collector.load_state_dict(mine)
 
     def _finish(self) -> None:
         """The tuned network as a checkpoint folder, and the report."""

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from rlflow import registry
+from rlflow.assembly.environment import heldout_prompts
 from rlflow.config import recipes
 from rlflow.envs.prompts import load_prompts
 from rlflow.rewards.component import column_names
-from rlflow.train.build import heldout_prompts
 from rlflow.train.sweep import read_table
 
 # -- published numbers ----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from rlflow.assembly.parts import make_parts
 from rlflow.cli import main
 from rlflow.config import recipes
 from rlflow.config.schema import Config
@@ -21,7 +22,6 @@ from rlflow.cost.gpus import GPU, find_gpu
 from rlflow.cost.skeleton import skeleton
 from rlflow.cost.trace import LiveBytes, Trace, parameter_bytes
 from rlflow.doctor.probe import Probe
-from rlflow.train.build import make_parts
 
 SMALL = ("train.minutes=", "train.iterations=2", "env.num_groups=4", "env.group_size=8", "env.rows_per_call=16")
 KINDS = {
@@ -43,12 +43,27 @@ KINDS = {
     "robot": ("robot_reach_reinflow", ("env.group_size=1", "env.num_groups=512", "algorithm.micro_batch=2048")),
 }
 
+Plan = Callable[[Config], Planner]
+
 
 def load(kind: str, tiny: list[str], field: str) -> Config:
     recipe, overrides = KINDS[kind]
     robot = recipe.startswith("robot")
     base = ["train.minutes=", "train.iterations=2"] if robot else [*tiny, *SMALL, f"policy.field={field}"]
     return recipes.load(recipe, [*base, *overrides])
+
+
+@pytest.fixture(scope="module")
+def planner() -> Plan:
+    """planner(config) of one network, traced once: what differs between these recipes are rows, steps and terms."""
+    traces: dict = {}
+
+    def make(config: Config) -> Planner:
+        made = Planner(config)
+        made._traced = traces
+        return made
+
+    return make
 
 
 def measured_peak(fn: Callable[[], object]) -> float:
@@ -94,26 +109,25 @@ def test_network_rows_are_those_counted(kind: str, tiny: list[str], scenes_field
     assert Planner(config).estimate(config).cost.total == iteration(config).network_rows
 
 
-def test_rows_of_changing_plans_are_their_mean(tiny: list[str], scenes_field: str) -> None:
+def test_rows_of_changing_plans_are_their_mean(tiny: list[str], scenes_field: str, planner: Plan) -> None:
     """A random window begins at step 0, 1 or 2 of 6: with shared noise the steps before it run once per group."""
     more = ["steps={name: random_window, size: 3, stop: 5}", "env.shared_noise=true"]
     config = recipes.load("t2i_flow_grpo_fast", [*tiny, f"policy.field={scenes_field}", *more])
     rows = config.env.num_groups * config.env.group_size
-    found = Planner(config).estimate(config).cost
+    found = planner(config).estimate(config).cost
     saved = rows - config.env.num_groups  # by each step before the window
     assert found.rollout == pytest.approx(rows * 6 - saved, rel=0.05)
     assert found.update == rows * 3 * 3
 
 
-def test_memory_falls_with_devices_and_settings(tiny: list[str], scenes_field: str) -> None:
+def test_memory_falls_with_devices_and_settings(tiny: list[str], scenes_field: str, planner: Plan) -> None:
     config = load("images", tiny, scenes_field)
-    planner = Planner(config)
-    whole, half = planner.estimate(config), planner.estimate(config, gpus=2)
+    whole, half = planner(config).estimate(config), planner(config).estimate(config, gpus=2)
     assert half.rows * 2 == whole.rows
     assert half.flops * 2 == pytest.approx(whole.flops, rel=0.01)
     assert half.memory.parts["chains"] * 2 == whole.memory.parts["chains"]
     with pytest.raises(ValueError, match="whole groups"):
-        planner.estimate(config, gpus=3)
+        planner(config).estimate(config, gpus=3)
 
 
 @pytest.mark.parametrize(
@@ -126,13 +140,18 @@ def test_memory_falls_with_devices_and_settings(tiny: list[str], scenes_field: s
     ],
 )
 def test_plan_refuses_the_processes_that_training_refuses(
-    change: tuple[str, ...], refused: str, tiny: list[str], scenes_field: str, monkeypatch: pytest.MonkeyPatch
+    change: tuple[str, ...],
+    refused: str,
+    tiny: list[str],
+    scenes_field: str,
+    planner: Plan,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the same words, and on one GPU it says whether the recipe fits."""
     config = recipes.load("t2i_flow_grpo_fast", [*tiny, f"policy.field={scenes_field}", *change])
-    assert make_fit(Planner(config), GPU("test", 24, 1, 1)).fits
+    assert make_fit(planner(config), GPU("test", 24, 1, 1)).fits
     with pytest.raises(ValueError, match=refused):
-        make_fit(Planner(config), GPU("test", 24, 1, 1), gpus=2)
+        make_fit(planner(config), GPU("test", 24, 1, 1), gpus=2)
     monkeypatch.setattr("rlflow.parallel.dist.world", lambda: 2)
     with pytest.raises(ValueError, match=refused):
         make_parts(config)
@@ -267,7 +286,7 @@ def test_the_command(tiny: list[str], scenes_field: str, capsys: pytest.CaptureF
     assert found["fits"]
     assert sum(found["memory_bytes"].values()) == found["peak_bytes"]
     assert found["network_rows_per_iteration"]["total"] * 2 == found["network_rows_per_sample"]["total"] * 16
-    main([*words, "--gpu", "0.0001GB"])
+    main([*words, "algorithm.micro_batch=4", "--gpu", "0.0001GB"])
     said = capsys.readouterr().out
     assert "Does not fit" in said
     assert "policy.grad_checkpointing=true" in said
@@ -323,7 +342,9 @@ def test_what_a_card_of_24_gb_takes(words: list[str], fits: bool, capsys: pytest
     assert "text encoders" in said
 
 
-def test_the_guard_of_the_norm_asks_the_reference_as_the_kl_does(tiny: list[str], scenes_field: str) -> None:
+def test_the_guard_of_the_norm_asks_the_reference_as_the_kl_does(
+    tiny: list[str], scenes_field: str, planner: Plan
+) -> None:
     """As many network rows as a real iteration evaluates, and as much memory as with the KL."""
     base = [*tiny, *SMALL, f"policy.field={scenes_field}"]
     guard, kl, neither = (
@@ -333,5 +354,5 @@ def test_the_guard_of_the_norm_asks_the_reference_as_the_kl_does(tiny: list[str]
     parts = make_parts(guard)
     parts.algorithm.update(parts.collector.collect(0))
     assert iteration_cost(parts).total == parts.policy.network_cost
-    peaks = [Planner(config).estimate(config).memory.peak for config in (guard, kl, neither)]
+    peaks = [planner(config).estimate(config).memory.peak for config in (guard, kl, neither)]
     assert peaks[0] == peaks[1] > peaks[2]

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from rlflow.assembly.parts import make_parts
 from rlflow.config import recipes
 from rlflow.config.schema import AlgorithmConfig
 from rlflow.cost.estimate import Planner
 from rlflow.cost.formula import iteration_cost
 from rlflow.doctor.doctor import NO_LIMIT
-from rlflow.train.build import make_parts
 
 PAGE = (Path(__file__).parents[2] / "docs" / "pretrained.md").read_text()
 STATED = {name: int(rows) for name, rows in re.findall(r"^\| `(\w+)` \| (\d+) \|", PAGE, re.M)}

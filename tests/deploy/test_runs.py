@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import rlflow as rf
-from rlflow.deploy.runs import evaluator_of, judging_config
+from rlflow.assembly.evaluator import judged_by
+from rlflow.deploy.runs import Asked, evaluator_of, judging_config
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.noise import Key
 from rlflow.models.io import read_config, save_field
 from rlflow.pretrain.images import IMAGES
 from rlflow.report.metrics_file import read_metrics
-from rlflow.train.build import judged_by
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.trainer import Trainer
 from tests.conftest import TINY
@@ -30,7 +30,7 @@ def test_an_embedded_checkpoint_is_judged_by_its_own_world(name: str) -> None:
     config = judging_config(name)
     assert read_config(name)["judged_by"] == IMAGES[name].judged_by, "what pre-training would write"
     assert (config.env.prompts, config.eval.metrics) == (IMAGES[name].prompts, IMAGES[name].metrics)
-    evaluator = evaluator_of(name, num=3)
+    evaluator = evaluator_of(name, Asked(num=3))
     evaluator.policy.field.unguided.tokenize(evaluator.columns["prompt"])
 
 

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 import rlflow as rf
+from rlflow.assembly.parts import make_parts
 from rlflow.cli import main
 from rlflow.config import recipes
 from rlflow.deploy.critics import SavedCritic
 from rlflow.deploy.predict import Predictor, export
-from rlflow.deploy.runs import evaluator_of, read_run_config
+from rlflow.deploy.runs import Asked, evaluator_of, read_run_config
 from rlflow.envs.simulators.toy import ToyBandit
+from rlflow.evaluation.episodes import EpisodeEvaluator
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.select import BestOf, Select
 from rlflow.models.mlp import MLPField
 from rlflow.rl.off_policy.sac import SAC
-from rlflow.train.build import make_parts
-from rlflow.train.episodes import EpisodeEvaluator
 from rlflow.train.trainer import Trainer
 
 BRIGHTEST = {"name": "best_of", "num": 4, "scorer": "brightness"}
@@ -132,7 +132,7 @@ def test_a_saved_critic_is_the_critic(sac_run: Path) -> None:
 
 def test_a_run_of_sac_is_evaluated_by_its_own_critic(sac_run: Path) -> None:
     plain = evaluator_of(sac_run)
-    best = evaluator_of(sac_run, select={"name": "best_of", "num": 5, "scorer": "critic"})
+    best = evaluator_of(sac_run, Asked(select={"name": "best_of", "num": 5, "scorer": "critic"}))
     assert isinstance(best.select.scorer, SavedCritic)
     before = [e.policy.network_rows for e in (plain, best)]
     scores = [e("live").scores["return"] for e in (plain, best)]
@@ -148,7 +148,9 @@ def test_a_critic_of_something_else_is_refused(sac_run: Path, tmp_path: Path, tr
         (tmp_path / "absent", "is no run folder"),
     ):
         with pytest.raises(ValueError, match=rf"^policy\.select\.scorer\.run: .*{said}"):
-            evaluator_of(sac_run, select={"name": "best_of", "num": 2, "scorer": {"name": "critic", "run": str(run)}})
+            evaluator_of(
+                sac_run, Asked(select={"name": "best_of", "num": 2, "scorer": {"name": "critic", "run": str(run)}})
+            )
     with pytest.raises(ValueError, match=r"critic of actions \(2, 2\), the policy makes \(7, 2\)"):
         SavedCritic(str(sac_run), (7, 2))
     config = read_run_config(sac_run)

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import rlflow as rf
+from rlflow.assembly.environment import make_steering
 from rlflow.config import recipes
 from rlflow.deploy.predict import export
 from rlflow.flow.noise import Key, noise
 from rlflow.models.io import save_field
 from rlflow.models.mlp import MLPField
-from rlflow.train.build import make_steering
 from rlflow.train.trainer import Trainer
 
 

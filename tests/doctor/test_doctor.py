@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rlflow.assembly.parts import make_parts
 from rlflow.config import recipes
 from rlflow.cost.formula import iteration_cost, solver_calls
 from rlflow.doctor import doctor as doctor_module
@@ -25,7 +26,6 @@ from rlflow.flow.solvers import DPMSolver2M, Euler, FireFlow, Heun, Midpoint, So
 from rlflow.flow.steps import AllButLast, Fraction, OneRandom, Plan, Window, deterministic
 from rlflow.rl.likelihoods.base import Score
 from rlflow.rl.likelihoods.chain import ChainLikelihood
-from rlflow.train.build import make_parts
 
 
 def load(tiny: list[str], field: str, *overrides: str, recipe: str = "t2i_flow_grpo"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlflow.envs.conformance import CHECKS, Subject, check
-from rlflow.envs.frozen import Frozen, Residual, Sampler, StartNoise
+from rlflow.envs.frozen import BasePolicy, Frozen, Residual, StartNoise
 from rlflow.envs.prompt import PromptEnv
 from rlflow.envs.prompts import Prompts
 from rlflow.envs.sim import SimEnv
@@ -79,10 +79,10 @@ def wrapped(wrapper: Any, *args: Any) -> Subject:
     return Subject(lambda n: wrapper(reach()(n), *args), lambda n: wrapper(reach(20)(n), *args))
 
 
-def frozen() -> Sampler:
+def frozen() -> BasePolicy:
     """An untrained flow for ToyReach."""
     torch.manual_seed(0)
-    return Sampler(FlowPolicy(MLPField(4, (2, 2), 16), Ancestral(), num_steps=2))
+    return BasePolicy(FlowPolicy(MLPField(4, (2, 2), 16), Ancestral(), num_steps=2))
 
 
 SUBJECTS = {

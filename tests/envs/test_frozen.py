@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlflow.envs.base import VecEnv
-from rlflow.envs.frozen import Frozen, Residual, Sampler, StartNoise
+from rlflow.envs.frozen import BasePolicy, Frozen, Residual, StartNoise
 from rlflow.envs.sim import SimEnv
 from rlflow.envs.simulators.mujoco import HOPPER, MujocoSim
 from rlflow.envs.simulators.toy import ToyBandit, ToyReach, ToyRoutes
@@ -67,7 +67,7 @@ def test_start_noise_drawn_from_the_normal_law_is_the_plain_policy_to_the_bit(wo
     """Twelve decisions of each row, with ends in between: the learner is a flow that stands still."""
     env, policy, obs_dim = world
     plain = collected(env(6), policy())
-    flow = Sampler(policy())
+    flow = BasePolicy(policy())
     steered = collected(
         Frozen(env(6), StartNoise(flow, bound=math.inf)), FlowPolicy(Still(obs_dim, flow.noise_shape), Ancestral())
     )
@@ -81,7 +81,7 @@ def test_start_noise_drawn_from_the_normal_law_is_the_plain_policy_to_the_bit(wo
 def test_a_correction_of_nothing_is_the_frozen_policy_to_the_bit(world) -> None:
     """And what the learner was shown as "base" is what was carried out."""
     make, policy = world
-    flow = Sampler(policy())
+    flow = BasePolicy(policy())
     env, bare = Frozen(make(6), Residual(flow, scale=0.3)), make(6)
     seen, obs = env.reset(torch.arange(6)), bare.reset(torch.arange(6))
     ends = 0
@@ -97,7 +97,7 @@ def test_a_correction_of_nothing_is_the_frozen_policy_to_the_bit(world) -> None:
 
 
 def test_a_correction_is_bounded_and_added() -> None:
-    env, bare = Frozen(ToyRoutes(5), Residual(Sampler(routes_policy()), scale=0.25)), ToyRoutes(5)
+    env, bare = Frozen(ToyRoutes(5), Residual(BasePolicy(routes_policy()), scale=0.25)), ToyRoutes(5)
     seen, _ = env.reset(torch.arange(5)), bare.reset(torch.arange(5))
     u = torch.linspace(-3, 3, 20).view(5, 2, 2)
     step, raw = env.step(u), bare.step(seen["base"] + 0.25 * u.clamp(-1, 1))
@@ -122,7 +122,7 @@ def test_start_noises_stay_within_the_bound() -> None:
 
 def test_the_frozen_policys_own_noise_is_normal_fresh_at_each_decision_and_the_rows_own() -> None:
     """What a row draws is a function of its seed and of the number of decisions: the other rows have no say."""
-    env, alone = (Frozen(ToyRoutes(n), Residual(Sampler(routes_policy()))) for n in (400, 1))
+    env, alone = (Frozen(ToyRoutes(n), Residual(BasePolicy(routes_policy()))) for n in (400, 1))
     env.reset(torch.arange(400)), alone.reset(torch.tensor([7]))
     draws = []
     for _ in range(10):
@@ -139,7 +139,7 @@ def test_what_is_seen_survives_a_save(tmp_path) -> None:
     """The observation in hand is part of the state: without it the next action would be made of nothing."""
 
     def make() -> Frozen:
-        return Frozen(ToyRoutes(4), Residual(Sampler(routes_policy())))
+        return Frozen(ToyRoutes(4), Residual(BasePolicy(routes_policy())))
 
     one, two = make(), make()
     one.reset(torch.arange(4))
@@ -152,7 +152,7 @@ def test_what_is_seen_survives_a_save(tmp_path) -> None:
 
 def test_nothing_of_the_frozen_policy_trains() -> None:
     policy = routes_policy()
-    env = Frozen(ToyRoutes(4), StartNoise(Sampler(policy)))
+    env = Frozen(ToyRoutes(4), StartNoise(BasePolicy(policy)))
     env.reset(torch.arange(4))
     action = torch.zeros(4, 2, 2, requires_grad=True)
     env.step(action)
@@ -166,13 +166,13 @@ class TestMisfits:
         with pytest.raises(
             ValueError, match=r"makes actions \(3, 2\), the environment takes \(2, 2\): set env.settings"
         ):
-            Frozen(ToyRoutes(2), StartNoise(Sampler(routes_policy((3, 2)))))
+            Frozen(ToyRoutes(2), StartNoise(BasePolicy(routes_policy((3, 2)))))
 
     def test_other_observations(self) -> None:
         with pytest.raises(ValueError, match=r"does not read what is observed here, \[\(2,\), \(2,\)\]"):
-            Frozen(ToyReach(2), StartNoise(Sampler(routes_policy())))
+            Frozen(ToyReach(2), StartNoise(BasePolicy(routes_policy())))
 
     def test_an_entry_of_that_name(self) -> None:
-        flow = Sampler(routes_policy())
+        flow = BasePolicy(routes_policy())
         with pytest.raises(ValueError, match="an entry 'base' of its own"):
             Residual(flow).see({"base": torch.zeros(1, 2)}, torch.zeros(1, 2, 2))

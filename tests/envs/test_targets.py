@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlflow.assembly.environment import make_simulator
 from rlflow.config import recipes
 from rlflow.envs.simulators.toy import ToyMDP, ToyReach
 from rlflow.envs.targets import Targeted, rank_correlation
 from rlflow.envs.wrappers import Wrapper
-from rlflow.train.build import make_simulator
-from rlflow.train.episodes import Episodes
+from rlflow.evaluation.episodes import Episodes
 from rlflow.types import Step
 
 

@@ -451,7 +451,7 @@ class TestPrecision:
         assert not torch.equal(chain.x_next, chain.x_next.bfloat16().float())
         dist = policy.transition(chain.x[:, 2], chain.t[:, 2], chain.t_next[:, 2], cond)
         assert torch.equal(dist.mean, chain.mean[:, 2])
-        dt = policy._kernel_dt(chain.t[:, 2], chain.t_next[:, 2])
+        dt = policy.kernel_dt(chain.t[:, 2], chain.t_next[:, 2])
         v = policy.velocity(chain.x[:, 2], chain.t[:, 2], dt, cond)
         assert v.dtype == torch.float32
         wide = [z[:, 2].double() for z in (chain.x, chain.t, chain.t_next)]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rlflow.envs.simulators.toy import ToyRoutes, routes_command, routes_episodes
+from rlflow.evaluation.episodes import EpisodeEvaluator
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Adaptive
@@ -15,7 +16,6 @@ from rlflow.models.io import load_field, save_field
 from rlflow.models.mlp import MLPField
 from rlflow.pretrain.adaptive import ADAPTIVE, fit_head, played, with_head
 from rlflow.pretrain.worlds import main
-from rlflow.train.episodes import EpisodeEvaluator
 
 
 class ToPoint(MLPField):

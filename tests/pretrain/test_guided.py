@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlflow.deploy.runs import evaluator_of
+from rlflow.deploy.runs import Asked, evaluator_of
 from rlflow.envs.demos.dataset import Demos, Episode, write_demos
 from rlflow.envs.demos.demonstrators import demonstrator
 from rlflow.pretrain.guided import GUIDED
@@ -71,6 +71,6 @@ def test_the_command_and_its_evaluation(tmp_path: Path, monkeypatch, capsys) -> 
     said = capsys.readouterr().out
     assert '"rank_correlation"' in said
     assert "--permute" in said
-    result = evaluator_of("made", num=10)()
+    result = evaluator_of("made", Asked(num=10))()
     assert [*result.by_task()] == [f"return {t:g}" for t in result.targets]
     assert -1 <= result.means()["rank_correlation"] <= 1

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from rlflow import registry
+from rlflow.assembly.evaluator import judged_by
+from rlflow.assembly.rewards import make_judges, make_rewards
 from rlflow.config.parse import difference, parse
 from rlflow.config.values import merge
 from rlflow.rewards.base import Reward, RewardSet, column_names
 from rlflow.rewards.component import make_reward, reads
-from rlflow.train.build import judged_by, make_judges, make_rewards
 
 BASE = {"train": {"iterations": 1}}
 

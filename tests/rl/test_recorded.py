@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from rlflow.assembly.parts import make_parts
 from rlflow.config import recipes
 from rlflow.flow.kernels import LearnedNoise
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.mlp import MLPField
 from rlflow.rl.recorded import Recorded
-from rlflow.train.build import make_parts
 
 
 @pytest.fixture

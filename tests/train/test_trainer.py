@@ -20,12 +20,12 @@ from rlflow.config.schema import AlgorithmConfig, OGPOConfig, SACConfig
 from rlflow.envs.demos.dataset import Episode, write_demos
 from rlflow.envs.sim import SimEnv
 from rlflow.envs.simulators.toy import ToyReach
+from rlflow.evaluation.images import Evaluation
 from rlflow.models.io import load_field
 from rlflow.report.metrics_file import read_metrics
 from rlflow.rl.optim import NonFiniteError
 from rlflow.train.callbacks import Callback
 from rlflow.train.checkpoint import Checkpoints
-from rlflow.train.evaluate import Evaluation
 from rlflow.train.trainer import Trainer
 from rlflow.types import Rollout
 
@@ -527,28 +527,30 @@ def test_every_recipe_runs_two_iterations(
         "train.tensorboard=false",
         "train.report=false",
     ]
-    learner = recipes.load(name).algorithm
+    recipe = recipes.load(name)
+    learner = recipe.algorithm
     ratios = isinstance(learner, AlgorithmConfig)
-    few += ["algorithm.num_minibatches=2"] if ratios else []
-    few += ["algorithm.start=0", "algorithm.batch_size=16"] if isinstance(learner, SACConfig | OGPOConfig) else []
+    few += ["algorithm.num_minibatches=2", f"algorithm.epochs={min(learner.epochs, 2)}"] if ratios else []
+    if isinstance(learner, SACConfig | OGPOConfig):
+        few += ["algorithm.start=0", "algorithm.batch_size=16", "algorithm.critic_width=32"]
     if isinstance(learner, OGPOConfig):
         few += ["algorithm.states=4", "algorithm.copies=3", "algorithm.chain.num_minibatches=2"]
     if name.startswith("t2i_"):
-        field = {"shapes": scenes_field, "words": words_field}[recipes.load(name).policy.field]
+        field = {"shapes": scenes_field, "words": words_field}[recipe.policy.field]
         few += [f"policy.field={field}", "reward.weights.brightness=1"]
-    elif recipes.load(name).env.name == "prompt":
+    elif recipe.env.name == "prompt":
         few += [*on_a_tiny_checkpoint(tiny_of(name), tmp_path / "prompts.txt"), "env.group_size=2", "eval.num=2"]
         few += ["algorithm.micro_batch=16"] if ratios else []  # as few passes as the rows allow
     else:
-        few += ["env.horizon=6", "eval.video=0"]
-    if recipes.load(name).env.name == "lerobot":
+        few += [f"env.horizon={3 if isinstance(learner, SACConfig) else 6}", "eval.video=0"]
+    if recipe.env.name == "lerobot":
         few += on_a_tiny_policy(tmp_path)
-    offline, imitation = isinstance(learner, SACConfig) and learner.offline is not None, recipes.load(name).imitation
+    offline, imitation = isinstance(learner, SACConfig) and learner.offline is not None, recipe.imitation
     if offline or imitation is not None:
-        demos = some_demos(tmp_path, recipes.load(name).env.name)
+        demos = some_demos(tmp_path, recipe.env.name)
         few += [f"algorithm.offline.{key}" for key in (f"demos={demos}", "clone=2", "updates=2")] if offline else []
         few += [f"imitation.demos={demos}", "imitation.fits=2"] if imitation is not None else []
-    if getattr(recipes.load(name).algorithm, "critic_warmup", 0):
+    if getattr(learner, "critic_warmup", 0):
         few += ["algorithm.critic_warmup=0"]  # else neither iteration moves the policy
     made = Trainer(name, tmp_path / "run", overrides=[*few, "train.minutes=", "train.iterations=2"], quiet=True)
     if name.startswith("robot_"):

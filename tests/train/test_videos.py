@@ -10,7 +10,7 @@ from torch import Tensor
 
 import rlflow as rf
 from rlflow import cli
-from rlflow.deploy.runs import evaluator_of
+from rlflow.deploy.runs import Asked, evaluator_of
 from rlflow.doctor.doctor import doctor
 from rlflow.train.trainer import Trainer
 
@@ -68,7 +68,7 @@ def test_the_report_plays_them_before_and_after(run):
 
 def test_the_frames_that_judge_are_those_of_the_run(run):
     """Of its model too: the first and the last, whose mean the metric is."""
-    videos = evaluator_of(run / "model", trust_code=True)()
+    videos = evaluator_of(run / "model", Asked(trust_code=True))()
     assert videos.images.shape == (3, 5, 3, 32, 48)
     bright = videos.images[:, [0, -1]].mean((1, 2, 3, 4))
     torch.testing.assert_close(videos.scores["bright"], bright, rtol=1e-4, atol=1e-5)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlflow.assembly.parts import make_parts
 from rlflow.config import recipes
 from rlflow.envs.demos.dataset import Demos, Episode, write_demos
 from rlflow.envs.simulators.toy import ToyReach
@@ -17,7 +18,6 @@ from rlflow.rl.imitation.learned import Fitting, Imitated, LearnedReward
 from rlflow.rl.imitation.ratios import Constant, CoupledFlows
 from rlflow.rl.off_policy.offline import offline_data
 from rlflow.rl.off_policy.sac import SAC
-from rlflow.train.build import make_parts
 from rlflow.train.checkpoint import pack, unpack
 from rlflow.train.trainer import Trainer
 from tests.interrupted import assert_equal_runs

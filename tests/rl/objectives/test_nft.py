@@ -151,7 +151,7 @@ class TestLearner:
         ],
     )
     def test_a_recipe_that_cannot_be_is_refused(self, override, said):
-        from rlflow.train.build import make_parts
+        from rlflow.assembly.parts import make_parts
 
         with pytest.raises(ValueError, match=said):
             make_parts(recipes.load("t2i_nft", [override]))

@@ -9,6 +9,7 @@ import torch
 from rlflow.envs.seeds import evaluation_seeds
 from rlflow.envs.simulators.tabletop import TASKS, Tabletop
 from rlflow.envs.simulators.toy import ToyBandit, ToyReach
+from rlflow.evaluation.episodes import EpisodeEvaluator
 from rlflow.flow.field import VelocityField
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
@@ -16,7 +17,6 @@ from rlflow.flow.steps import NoSteps, OneRandom
 from rlflow.models.io import load_field
 from rlflow.models.mlp import MLPField
 from rlflow.report.glossary import HELDOUT, headline
-from rlflow.train.episodes import EpisodeEvaluator
 from rlflow.types import Cond
 
 

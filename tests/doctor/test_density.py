@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlflow.flow.density import euler_log_prob
+from rlflow.doctor.density import euler_log_prob
 from rlflow.flow.field import VelocityField
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy

@@ -18,6 +18,8 @@ from torch import Tensor
 from rlflow.envs.base import VecEnv, told_scores
 from rlflow.envs.seeds import evaluation_seeds
 from rlflow.envs.targets import rank_correlation
+from rlflow.evaluation.film import Film
+from rlflow.evaluation.images import deployed
 from rlflow.files import save_tensors
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
@@ -27,8 +29,6 @@ from rlflow.flow.steps import Steps
 from rlflow.parallel import dist
 from rlflow.registry import located
 from rlflow.report.pairing import kept, sample_keys
-from rlflow.train.evaluate import deployed
-from rlflow.train.film import Film
 from rlflow.types import Step, Tree, tree_map
 
 Act = Callable[[Tree, Tensor, int], Tensor]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rlflow.envs.base import VecEnv
+from rlflow.evaluation.film import Film
 from rlflow.report.video import SECONDS
-from rlflow.train.film import Film
 
 NEVER = NotImplementedError("Blind draws no pictures")
 NOT_HERE = RuntimeError("no picture can be drawn without a screen: `apt-get install libosmesa6`")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlflow.assembly.parts import make_parts
 from rlflow.config import recipes
 from rlflow.envs.prompts import Prompts, load_prompts
 from rlflow.rl.off_policy.sac import SAC
-from rlflow.train.build import make_parts
 from rlflow.train.trainer import Trainer
 
 

@@ -1,0 +1,1 @@
+"""From a config to live objects, a file for each; the only room that knows both."""
