@@ -92,7 +92,7 @@ def test_other_weights_are_refused(run: Path, weights: str) -> None:
 
 @pytest.mark.parametrize("choice", [{"weights": "ema"}, {"checkpoint": "best"}])
 def test_a_choice_that_only_runs_have_is_refused_elsewhere(scenes_field: str, choice: dict[str, str]) -> None:
-    for ask in (rf.load, evaluator_of):
+    for ask in (rf.load, rf.evaluate):
         with pytest.raises(ValueError, match="is no run folder: checkpoint and weights are of those"):
             ask(scenes_field, **choice)
 
