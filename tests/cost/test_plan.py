@@ -286,7 +286,7 @@ def test_the_command(tiny: list[str], scenes_field: str, capsys: pytest.CaptureF
     assert found["fits"]
     assert sum(found["memory_bytes"].values()) == found["peak_bytes"]
     assert found["network_rows_per_iteration"]["total"] * 2 == found["network_rows_per_sample"]["total"] * 16
-    main([*words, "algorithm.micro_batch=4", "--gpu", "0.0001GB"])
+    main([*words, "--gpu", "0.0001GB"])
     said = capsys.readouterr().out
     assert "Does not fit" in said
     assert "policy.grad_checkpointing=true" in said
