@@ -205,7 +205,7 @@ def test_every_room_is_in_the_order():
         ("rlflow.envs.prompt", "from rlflow.rl.collector import Collector", True),
         ("rlflow.envs.captions.scenes", "from rlflow.envs.base import VecEnv", True),
         ("rlflow.rewards.base", "import rlflow.train.trainer as t", True),
-        ("rlflow.rl.objectives.clip", "from rlflow.rl.learners.joint import Later", True),
+        ("rlflow.rl.objectives.clip", "from rlflow.rl.learners.pieces import Later", True),
         ("rlflow.rl.batch", "from rlflow.parallel import dist", False),
         ("rlflow.report.report", "from rlflow.train.trainer import Trainer", True),
         ("rlflow.train.trainer", "from rlflow.cli import main", True),

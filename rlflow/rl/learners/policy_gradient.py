@@ -24,7 +24,7 @@ from rlflow.rl.anchor import Anchor
 from rlflow.rl.batch import EVERY, Batch, Meter, Pairs, Rows
 from rlflow.rl.critic import CriticLearner, explained_variance
 from rlflow.rl.groups import Groups
-from rlflow.rl.learners.joint import Later, differentiate
+from rlflow.rl.learners.pieces import Later, pieces
 from rlflow.rl.learners.regularizers import KL, Regularizers, velocity_norm
 from rlflow.rl.likelihoods.base import Likelihood, Score
 from rlflow.rl.masked import weighted_sum
@@ -161,7 +161,7 @@ class PolicyGradient:
 
     def _policy_step(self, batch: Batch, rows: Tensor, log: Meter) -> float:
         self.optimizer.zero_grad()
-        for part, coefficients in self._micro_batches(batch, rows, log):
+        for part, coefficients in self._pieces(batch, rows, log):
             self._backward(batch, part, coefficients, log)
         if batch.anchor is not None:
             for part in rows.split(max(1, self.micro_batch // self.policy.num_steps)):
@@ -171,32 +171,18 @@ class PolicyGradient:
         self.policy.weights.blend("ema", blend)
         return norm
 
-    def _micro_batches(self, batch: Batch, rows: Tensor, log: Meter) -> Iterator[tuple[Pairs, Later | None]]:
-        """Pieces of (row, column) pairs of one network pass each.
-
-        Whole rows where R fits. Rows of one joint loss that do not fit are scored first without gradient; the
-        derivative by each score then stands in for the loss, which gives the one-graph gradient exactly.
-        """
-        r = batch.num_columns
-        if r <= self.micro_batch:
-            for part in rows.split(max(1, self.micro_batch // r)):
-                yield Pairs(part, None), None
-            return
-        if self.objective.whole_rows:
+    def _pieces(self, batch: Batch, rows: Tensor, log: Meter) -> Iterator[tuple[Pairs, Later | None]]:
+        """Of one network pass each."""
+        r, whole = batch.num_columns, Pairs(rows, None)
+        if r > self.micro_batch and self.objective.whole_rows:
             raise ValueError(
                 f"algorithm.micro_batch: {type(self.objective).__name__} needs the {r} columns of a sample in one pass"
             )
-        grid = torch.cartesian_prod(rows, torch.arange(r, device=rows.device))
-        pairs = [Pairs(p[:, 0], p[:, 1]) for p in grid.split(self.micro_batch)]
-        if not self.likelihood.joint:
-            yield from ((p, None) for p in pairs)
-            return
-        with torch.no_grad():
-            scores = [self._score(batch, p)[0] for p in pairs]
-        whole = Pairs(rows, None)
-        evidence = batch.evidence_of(whole)
-        later = differentiate(scores, len(rows), lambda score: self._objective_loss(score, evidence, batch, whole, log))
-        yield from zip(pairs, later, strict=True)
+
+        def loss(score: Score) -> Tensor:
+            return self._objective_loss(score, batch.evidence_of(whole), batch, whole, log)
+
+        return pieces(rows, r, self.micro_batch, self.likelihood.joint, lambda p: self._score(batch, p)[0], loss)
 
     def _score(self, batch: Batch, pairs: Pairs) -> tuple[Score, Evidence]:
         evidence = batch.evidence_of(pairs)

@@ -1,14 +1,18 @@
-"""The gradient of a loss of whole rows whose columns do not fit in one graph: exact, at the price of a second pass."""
+"""The (row, column) pairs of a minibatch in pieces of one network pass each.
+
+A loss of whole rows whose columns do not fit in one graph has its exact gradient too, at the price of a second pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rlflow.flow.gaussian import Gaussian
+from rlflow.rl.batch import Pairs
 from rlflow.rl.likelihoods.base import Score
 
 
@@ -35,3 +39,29 @@ def differentiate(scores: list[Score], num_rows: int, loss: Callable[[Score], Te
     sizes = [len(s.log_prob) for s in scores]
     split = [[None] * len(scores) if c is None else c.split(sizes) for c in found]
     return [Later(*of_piece) for of_piece in zip(*split, strict=True)]
+
+
+def pieces(
+    rows: Tensor,
+    num_columns: int,
+    micro_batch: int,
+    joint: bool,
+    score: Callable[[Pairs], Score],
+    loss: Callable[[Score], Tensor],
+) -> Iterator[tuple[Pairs, Later | None]]:
+    """Of rows (M,) x R columns, `micro_batch` pairs each: whole rows where R fits.
+
+    Rows of one `joint` loss that do not fit are scored first without gradient; the derivative of `loss`, of all of
+    them, by each score then stands in for the loss.
+    """
+    if num_columns <= micro_batch:
+        yield from ((Pairs(part, None), None) for part in rows.split(micro_batch // num_columns))
+        return
+    grid = torch.cartesian_prod(rows, torch.arange(num_columns, device=rows.device))
+    pairs = [Pairs(p[:, 0], p[:, 1]) for p in grid.split(micro_batch)]
+    if not joint:
+        yield from ((p, None) for p in pairs)
+        return
+    with torch.no_grad():
+        scores = [score(p) for p in pairs]
+    yield from zip(pairs, differentiate(scores, len(rows), loss), strict=True)
