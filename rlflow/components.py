@@ -92,6 +92,10 @@ TABLE: dict[str, dict[str, str]] = {
         "refl": "rlflow.rl.learners.reward_gradient:ReFL",
         "adjoint": "rlflow.rl.learners.adjoint:Adjoint",
     },
+    "extraction": {
+        "fql": "rlflow.rl.off_policy.extraction:FQL",
+        "qam": "rlflow.rl.off_policy.extraction:QAM",
+    },
     "ratio": {
         "cfil": "rlflow.rl.imitation.ratios:CoupledFlows",
         "logistic": "rlflow.rl.imitation.ratios:Logistic",
@@ -100,6 +104,7 @@ TABLE: dict[str, dict[str, str]] = {
     "algorithm": {
         "policy_gradient": "rlflow.rl.learners.policy_gradient:PolicyGradient",
         "sac": "rlflow.rl.off_policy.sac:SAC",
+        "flow_q": "rlflow.rl.off_policy.flow_q:FlowQ",
         "ogpo": "rlflow.rl.off_policy.ogpo:OGPO",
         "reward_gradient": "rlflow.rl.learners.reward_gradient:RewardGradient",
     },

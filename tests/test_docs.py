@@ -18,7 +18,7 @@ from rlflow import registry
 from rlflow.cli import main, parse
 from rlflow.config import recipes
 from rlflow.config.parse import parse as parse_config
-from rlflow.config.schema import Config, RewardGradientConfig, SACConfig
+from rlflow.config.schema import Config, FlowQConfig, RewardGradientConfig, SACConfig
 from rlflow.config.values import merge, read_yaml
 from rlflow.report.glossary import describe
 from rlflow.train.sweep import plan
@@ -254,7 +254,7 @@ def test_every_setting_is_documented():
         if dataclasses.is_dataclass(value):
             for f in dataclasses.fields(value):
                 assert f"`{f.name}" in text, f"{section.name}.{f.name} is not in docs/cli.md"
-    for learner in (SACConfig, RewardGradientConfig):
+    for learner in (SACConfig, FlowQConfig, RewardGradientConfig):
         for f in dataclasses.fields(learner):
             assert f"`{f.name}`" in text, f"algorithm.{f.name} of {learner.__name__} is not in docs/cli.md"
 

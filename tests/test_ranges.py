@@ -76,7 +76,7 @@ def test_every_number_of_every_component_refuses_nan_and_the_absurd(kind: str, n
 def sections() -> list[tuple[str, type]]:
     """Path and class of every section."""
     algorithm = {"policy_gradient": config_module.AlgorithmConfig, "sac": config_module.SACConfig}
-    algorithm["ogpo"] = config_module.OGPOConfig
+    algorithm |= {"flow_q": config_module.FlowQConfig, "ogpo": config_module.OGPOConfig}
     algorithm["reward_gradient"] = config_module.RewardGradientConfig
     return [*((f"algorithm.{name}", cls) for name, cls in algorithm.items()), ("", config_module.Config)]
 
@@ -96,6 +96,7 @@ def numbers(cls: type) -> list[tuple[str, Any]]:
 BASES = {
     "policy_gradient": "t2i_flow_grpo",
     "sac": "robot_reach_sac",
+    "flow_q": "robot_fql",
     "ogpo": "robot_ogpo",
     "reward_gradient": "t2i_draft",
 }
@@ -108,6 +109,7 @@ NEEDED = {"stop_when": {"metric": "kl/ref"}, "frozen": {"policy": "hopper"}}
     [("policy_gradient", path, a) for path, a in numbers(config_module.Config)]
     + [("policy_gradient", f"algorithm.{path}", a) for path, a in numbers(config_module.AlgorithmConfig)]
     + [("sac", f"algorithm.{path}", a) for path, a in numbers(config_module.SACConfig)]
+    + [("flow_q", f"algorithm.{path}", a) for path, a in numbers(config_module.FlowQConfig)]
     + [("ogpo", f"algorithm.{path}", a) for path, a in numbers(config_module.OGPOConfig)]
     + [("reward_gradient", f"algorithm.{path}", a) for path, a in numbers(config_module.RewardGradientConfig)],
 )

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 
 from rlflow import registry
-from rlflow.config.schema import AlgorithmConfig, Config, OfflineConfig, OGPOConfig, RewardGradientConfig, SACConfig
+from rlflow.config.schema import (
+    AlgorithmConfig,
+    Config,
+    FlowQConfig,
+    OfflineConfig,
+    OffPolicyConfig,
+    OGPOConfig,
+    RewardGradientConfig,
+    SACConfig,
+)
 from rlflow.config.steps import make_steps
 from rlflow.envs.base import VecEnv
 from rlflow.envs.demos.dataset import Demos
@@ -24,6 +33,7 @@ from rlflow.rl.learners.policy_gradient import PolicyGradient
 from rlflow.rl.learners.regularizers import KL
 from rlflow.rl.learners.reward_gradient import RewardGradient
 from rlflow.rl.likelihoods.base import Likelihood
+from rlflow.rl.off_policy.flow_q import FlowQ
 from rlflow.rl.off_policy.offline import Offline, offline_data
 from rlflow.rl.off_policy.ogpo import OGPO, Imagined
 from rlflow.rl.off_policy.replay import Replay
@@ -123,6 +133,31 @@ def _sac(
         )
 
 
+def _flow_q(
+    config: Config, policy: FlowPolicy, likelihood: Likelihood | None, groups: Groups, env: VecEnv, trust_code: bool
+) -> FlowQ:
+    c = config.algorithm
+    assert isinstance(c, FlowQConfig)
+    extraction = registry.build("extraction", "algorithm.extraction", c.extraction, trust_code=trust_code)
+    with registry.located("algorithm"):
+        return FlowQ(
+            policy,
+            make_steps(config, trust_code),
+            Replay(c.capacity, config.env.gamma),
+            extraction,
+            optimizer=AdamW(lr=c.lr, betas=(0.9, 0.999), max_grad_norm=c.max_grad_norm),
+            twin=twin_settings(c),
+            batch_size=c.batch_size,
+            start=c.start,
+            updates_per_step=c.updates_per_step,
+            actor_every=c.actor_every,
+            offline=None if c.offline is None else _offline(config, c.offline, policy),
+            ema_decay=c.ema_decay,
+            seed=config.train.seed,
+            permute=config.train.permute_rewards,
+        )
+
+
 def _ogpo(
     config: Config, policy: FlowPolicy, likelihood: Likelihood | None, groups: Groups, env: VecEnv, trust_code: bool
 ) -> OGPO:
@@ -191,7 +226,7 @@ def imitated(config: Config, env: VecEnv, place: torch.device, trust_code: bool 
     return Imitated(env, learned, c.every or config.env.horizon or env.horizon)
 
 
-def twin_settings(c: SACConfig | OGPOConfig) -> TwinSettings:
+def twin_settings(c: OffPolicyConfig) -> TwinSettings:
     """The critics of a config."""
     return TwinSettings(
         c.num_critics, c.critic_width, c.critic_depth, c.critic_norm, c.tau, c.critic_lr, c.pessimism, c.critic_subset
@@ -211,6 +246,7 @@ def _offline(config: Config, c: OfflineConfig, policy: FlowPolicy) -> Offline:
 MAKERS: dict[type, Callable[..., Any]] = {
     AlgorithmConfig: _policy_gradient,
     SACConfig: _sac,
+    FlowQConfig: _flow_q,
     OGPOConfig: _ogpo,
     RewardGradientConfig: _reward_gradient,
 }

@@ -25,6 +25,7 @@ KINDS = {
     "advantages": "advantage",
     "objectives": "objective",
     "through": "through",
+    "extractions": "extraction",
     "ratios": "ratio",
     "algorithms": "algorithm",
     "models": "model",

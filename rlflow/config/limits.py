@@ -48,9 +48,23 @@ def _check_reward_gradient(config: Config, trust_code: bool) -> None:
 
 def _check_sac(config: Config, trust_code: bool) -> None:
     """ValueError for settings that off-policy learning does not read."""
-    _check_unread(config, "it has no ratio", "it has critics")
     if registry.split_spec("steps", config.steps)[0] != "all":
         raise ValueError("steps: algorithm=sac differentiates through every denoising step; set steps=all")
+    _check_critics(config)
+
+
+def _check_flow_q(config: Config, trust_code: bool) -> None:
+    """ValueError for settings that a policy extracted from critics does not read."""
+    c: Any = config.algorithm
+    _check_critics(config)
+    if config.imitation is not None:
+        raise ValueError("imitation: algorithm=flow_q keeps the rewards it stored: use sac, which pays anew")
+    registry.build("extraction", "algorithm.extraction", c.extraction, trust_code=trust_code)
+
+
+def _check_critics(config: Config) -> None:
+    """ValueError for settings that a learner with critics of the data's actions does not read."""
+    _check_unread(config, "it has no ratio", "it has critics")
     _check_replay(config)
     c: Any = config.algorithm
     if c.offline is not None and config.reward.weights:
@@ -126,6 +140,7 @@ def _check_policy_gradient(config: Config, trust_code: bool) -> None:
 OF_LEARNERS = {
     "policy_gradient": _check_policy_gradient,
     "sac": _check_sac,
+    "flow_q": _check_flow_q,
     "ogpo": _check_ogpo,
     "reward_gradient": _check_reward_gradient,
 }

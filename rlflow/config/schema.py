@@ -122,22 +122,16 @@ class OfflineConfig:
 
 
 @dataclass
-class SACConfig:
-    """Off-policy, with gradients through the whole chain; a replay of its own."""
+class OffPolicyConfig:
+    """What every learner with a replay and critics has."""
 
     __pydantic_config__ = STRICT
-    sizes: ClassVar = ("algorithm.batch_size", "algorithm.capacity")
-    name: Literal["sac"]
+    sizes: ClassVar[tuple[str, ...]] = ("algorithm.batch_size", "algorithm.capacity")
+    name: str = ""
     batch_size: Count = 256
     capacity: Count = 1_000_000  # decisions kept
     start: Natural = 5000  # decisions seen before the first optimiser step
-    updates_per_step: Positive = 1.0  # optimiser steps per decision after that
-    actor_every: Count = 1  # optimiser steps of the critic per one of the actor
-    alpha: Positive = 0.2  # first temperature
-    alpha_lr: NotNegative = 1e-3  # 0 keeps the temperature
-    target_entropy: float | None = None  # of a path, nats per number; default: that of the noise's middle less 1/2
-    anchor: NotNegative = 0.0  # weight of the squared distance to the action in the replay
-    offline: OfflineConfig | None = None
+    updates_per_step: Positive = 1.0  # optimiser steps of the critics per decision after that
     num_critics: Size = 2
     critic_lr: LearningRate = 3e-4
     critic_width: Size = 256
@@ -146,34 +140,48 @@ class SACConfig:
     pessimism: Literal["min", "mean"] = "min"  # over the critics
     critic_subset: Size | None = None  # targets: the least of that many, drawn anew; the actor: the mean of all
     tau: Share = 0.005
+
+
+@dataclass
+class SACConfig(OffPolicyConfig):
+    """With gradients through the whole chain."""
+
+    name: Literal["sac"] = "sac"
+    actor_every: Count = 1  # optimiser steps of the critic per one of the actor
+    alpha: Positive = 0.2  # first temperature
+    alpha_lr: NotNegative = 1e-3  # 0 keeps the temperature
+    target_entropy: float | None = None  # of a path, nats per number; default: that of the noise's middle less 1/2
+    anchor: NotNegative = 0.0  # weight of the squared distance to the action in the replay
+    offline: OfflineConfig | None = None
     lr: LearningRate = 3e-4
     max_grad_norm: LimitOrZero = 0.0  # 0: no limit
     ema_decay: BelowOne = 0.9
 
 
 @dataclass
-class OGPOConfig:
+class FlowQConfig(OffPolicyConfig):
+    """With a flow that is cloned beside the policy, and a way from the critics to the policy that stays near it."""
+
+    name: Literal["flow_q"] = "flow_q"
+    extraction: Spec = "fql"
+    actor_every: Count = 1
+    offline: OfflineConfig | None = None
+    lr: LearningRate = 3e-4  # of the policy, and of the cloned flow
+    max_grad_norm: LimitOrZero = 0.0
+    ema_decay: BelowOne = 0.9
+
+
+@dataclass
+class OGPOConfig(OffPolicyConfig):
     """The policy gradient of chains that an off-policy critic pays, at states of the replay."""
 
-    __pydantic_config__ = STRICT
-    sizes: ClassVar = ("algorithm.batch_size", "algorithm.capacity", "algorithm.chain.micro_batch")
-    name: Literal["ogpo"]
+    sizes: ClassVar[tuple[str, ...]] = (*OffPolicyConfig.sizes, "algorithm.chain.micro_batch")
+    name: Literal["ogpo"] = "ogpo"
     chain: AlgorithmConfig = field(default_factory=AlgorithmConfig)  # objective, epochs, optimizer, ...
     states: Count = 64  # of the replay, in an update of the chain
     copies: Annotated[int, Range("must be at least 2", 2, 65_536)] = 8  # chains of each, compared among themselves
     rounds: Count = 1  # updates of the chain an iteration
-    batch_size: Count = 256  # of the critics
-    capacity: Count = 1_000_000
-    start: Natural = 1000  # decisions seen before the first optimiser step
-    updates_per_step: Positive = 1.0  # optimiser steps of the critics per decision after that
-    num_critics: Size = 2
-    critic_lr: LearningRate = 3e-4
-    critic_width: Size = 256
-    critic_depth: Size = 2
-    critic_norm: bool = True
-    pessimism: Literal["min", "mean"] = "min"
-    critic_subset: Size | None = None
-    tau: Share = 0.005
+    start: Natural = 1000
 
 
 @dataclass
@@ -199,16 +207,18 @@ def algorithm_name(values: Any) -> str:
 AnyAlgorithm = Annotated[
     Annotated[AlgorithmConfig, Tag("policy_gradient")]
     | Annotated[SACConfig, Tag("sac")]
+    | Annotated[FlowQConfig, Tag("flow_q")]
     | Annotated[OGPOConfig, Tag("ogpo")]
     | Annotated[RewardGradientConfig, Tag("reward_gradient")],
     Discriminator(algorithm_name),
 ]
 
 
-LEARNERS: dict[str, Callable[[], AlgorithmConfig | SACConfig | OGPOConfig | RewardGradientConfig]] = {
+LEARNERS: dict[str, Callable[[], AlgorithmConfig | OffPolicyConfig | RewardGradientConfig]] = {
     "policy_gradient": AlgorithmConfig,
-    "sac": lambda: SACConfig("sac"),
-    "ogpo": lambda: OGPOConfig("ogpo"),
+    "sac": SACConfig,
+    "flow_q": FlowQConfig,
+    "ogpo": OGPOConfig,
     "reward_gradient": lambda: RewardGradientConfig("reward_gradient"),
 }
 """Default settings by the learner's name."""

@@ -1,4 +1,4 @@
-"""The critic of a finished or running run of SAC or OGPO as the scorer of a choice among actions."""
+"""The critic of a finished or running run with critics as the scorer of a choice among actions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlflow.assembly.learner import twin_settings
-from rlflow.config.schema import OGPOConfig, SACConfig
+from rlflow.config.schema import OffPolicyConfig
 from rlflow.deploy.runs import is_run, read_run_config, restored
 from rlflow.registry import SettingError
 from rlflow.rl.off_policy.twin import Twin
@@ -23,7 +23,7 @@ class SavedCritic:
         if not is_run(run):
             raise SettingError("run", f"{run} is no run folder: name one of a recipe of algorithm=sac")
         config = read_run_config(run, trust_code)
-        if not isinstance(config.algorithm, SACConfig | OGPOConfig):
+        if not isinstance(config.algorithm, OffPolicyConfig):
             raise SettingError("run", f"{run} has no critic of actions: name a run of algorithm=sac")
         if config.env.frozen is not None:
             raise SettingError("run", f"{run} has a critic of what is done to its env.frozen: name a run without")

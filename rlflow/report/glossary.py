@@ -151,6 +151,16 @@ _FIXED: dict[str, Metric] = {
         0,
         "Mean squared difference of the deployed action and the un-tuned policy's, from the same start noise.",
     ),
+    "policy/distance": Metric(
+        "distance to the cloned flow",
+        "action^2",
+        0,
+        "Mean squared difference of FQL's one-step action and the cloned flow's, from the same start noise.",
+    ),
+    "policy/cloning": Metric("cloning loss", "", 0, "Flow-matching loss of the flow cloned beside the policy."),
+    "policy/pull": Metric(
+        "slope of Q", "", 0, "Norm of what Adjoint Matching goes back with: scale dQ/da at the chain's end."
+    ),
     "policy/early_stop": Metric(
         "stopped early",
         "",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from rlflow.config import recipes
 from rlflow.config.parse import parse
-from rlflow.config.schema import AlgorithmConfig, OGPOConfig, SACConfig
+from rlflow.config.schema import AlgorithmConfig, FlowQConfig, OffPolicyConfig, OGPOConfig, SACConfig
 from rlflow.envs.demos.dataset import Episode, write_demos
 from rlflow.envs.sim import SimEnv
 from rlflow.envs.simulators.toy import ToyReach
@@ -496,7 +496,7 @@ def end_early(env: Any) -> None:
         env.sim.horizon = min(env.sim.horizon, 12)
 
 
-def on_a_tiny_policy(folder: Path) -> list[str]:
+def on_a_tiny_policy(folder: Path, place: str) -> list[str]:
     """Overrides with which a recipe of LeRobot's policies runs a random SmolVLA in PushT, in float32: a CPU's bfloat16
     rounds differently for another number of rows."""
     from rlflow.models.lerobot import tiny
@@ -505,7 +505,7 @@ def on_a_tiny_policy(folder: Path) -> list[str]:
     looks = "{name: lerobot, checkpoint: %s, rename: {observation.image: observation.images.top}}"
     sizes = "{observation_height: 64, observation_width: 64}"
     return [
-        f"policy.field={looks % (folder / 'policy')}",
+        f"{place}={looks % (folder / 'policy')}",
         "policy.precision=float32",
         f"env.settings={{type: pusht, chunk: 4, max_steps: 24, options: {sizes}}}",
     ]
@@ -531,7 +531,7 @@ def test_every_recipe_runs_two_iterations(
     learner = recipe.algorithm
     ratios = isinstance(learner, AlgorithmConfig)
     few += ["algorithm.num_minibatches=2", f"algorithm.epochs={min(learner.epochs, 2)}"] if ratios else []
-    if isinstance(learner, SACConfig | OGPOConfig):
+    if isinstance(learner, OffPolicyConfig):
         few += ["algorithm.start=0", "algorithm.batch_size=16", "algorithm.critic_width=32"]
     if isinstance(learner, OGPOConfig):
         few += ["algorithm.states=4", "algorithm.copies=3", "algorithm.chain.num_minibatches=2"]
@@ -542,10 +542,10 @@ def test_every_recipe_runs_two_iterations(
         few += [*on_a_tiny_checkpoint(tiny_of(name), tmp_path / "prompts.txt"), "env.group_size=2", "eval.num=2"]
         few += ["algorithm.micro_batch=16"] if ratios else []  # as few passes as the rows allow
     else:
-        few += [f"env.horizon={3 if isinstance(learner, SACConfig) else 6}", "eval.video=0"]
+        few += [f"env.horizon={3 if isinstance(learner, SACConfig | FlowQConfig) else 6}", "eval.video=0"]
     if recipe.env.name == "lerobot":
-        few += on_a_tiny_policy(tmp_path)
-    offline, imitation = isinstance(learner, SACConfig) and learner.offline is not None, recipe.imitation
+        few += on_a_tiny_policy(tmp_path, "env.frozen.policy" if recipe.env.frozen else "policy.field")
+    offline, imitation = getattr(learner, "offline", None) is not None, recipe.imitation
     if offline or imitation is not None:
         demos = some_demos(tmp_path, recipe.env.name)
         few += [f"algorithm.offline.{key}" for key in (f"demos={demos}", "clone=2", "updates=2")] if offline else []

@@ -60,7 +60,8 @@ class Adjoint(Through):
 
     def backward(self, samples: Samples) -> Tensor:
         """The loss is a mean over the event's numbers, a sum over steps."""
-        means, pulls = self._lean(samples)
+        with samples.policy.using("ref"):
+            means, pulls = lean(samples, self.scale)
         total = samples.share.new_zeros(())
         for k, noisy in enumerate(samples.noisy):
             if noisy:
@@ -71,18 +72,18 @@ class Adjoint(Through):
                 total = total + loss.detach()
         return total
 
-    def _lean(self, samples: Samples) -> tuple[list[Tensor], list[Tensor]]:
-        """mu_ref(x_k) and a_{k+1} of every step, (M, *D) each."""
-        means, pulls = [], []
-        with samples.policy.using("ref"):
-            _, pull = samples.pull(samples.path[:, -1], torch.full_like(samples.share, self.scale))
-            for k in reversed(range(len(samples.noisy))):
-                x = samples.path[:, k].detach().requires_grad_()
-                mean = samples.mean(k, x)
-                means.append(mean.detach())
-                pulls.append(pull)
-                (pull,) = torch.autograd.grad(mean, x, pull)
-        return means[::-1], pulls[::-1]
+
+def lean(samples: Samples, scale: float) -> tuple[list[Tensor], list[Tensor]]:
+    """mu(x_k) and a_{k+1} of every step, (M, *D) each, of the policy in place: the reference."""
+    means, pulls = [], []
+    _, pull = samples.pull(samples.path[:, -1], torch.full_like(samples.share, scale))
+    for k in reversed(range(len(samples.noisy))):
+        x = samples.path[:, k].detach().requires_grad_()
+        mean = samples.mean(k, x)
+        means.append(mean.detach())
+        pulls.append(pull)
+        (pull,) = torch.autograd.grad(mean, x, pull)
+    return means[::-1], pulls[::-1]
 
 
 def matching(found: Gaussian, ref_mean: Tensor, pull: Tensor) -> Tensor:
