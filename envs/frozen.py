@@ -37,11 +37,15 @@ class Flow(Protocol):
     def __call__(self, obs: Tree, x_0: Tensor) -> Tensor:
         """Actions (N, *A) at raw observations (N, ...) from start noises (N, *D)."""
 
+    def features(self, obs: Tree) -> Tensor:
+        """What it makes of raw observations (N, ...) itself, (N, F)."""
+
 
 class BasePolicy:
     """The policy that is acted on: a FlowPolicy by its deployment sampler.
 
     There is no noise but the start's, no graph, and no choice among samples.
+    Samples of a network with units of its own stay in these; around its environment is `Decoded`.
     """
 
     def __init__(self, policy: FlowPolicy):
@@ -53,6 +57,11 @@ class BasePolicy:
         policy = self.policy
         x_0 = x_0.to(policy.device, policy.dtype)
         return policy.squash(policy.sample(policy.encode(obs), x_0=x_0).final)
+
+    @torch.no_grad()
+    def features(self, obs: Tree) -> Tensor:
+        """The pooled ones, by which critics judge."""
+        return self.policy.encode(obs)["pooled"].float()
 
 
 class Steering:
@@ -72,8 +81,8 @@ class Steering:
         """What the learner sees at observations (N, ...), given start noises (N, *D)."""
         return obs
 
-    def act(self, seen: Tree, u: Tensor) -> Tensor:
-        """(N, *A) for the environment, where the learner sees `seen` (N, ...) and does u (N, *U)."""
+    def act(self, obs: Tree, seen: Tree, u: Tensor) -> Tensor:
+        """(N, *A) for the environment, where the learner sees `seen` of obs (N, ...) and does u (N, *U)."""
         raise NotImplementedError
 
 
@@ -81,20 +90,26 @@ class StartNoise(Steering):
     """DSRL: the learner's action is the start noise x_0 of a frozen flow, within +-bound in every number.
 
     Bounded, x_0 stays where the flow was trained, as N(0, 1) is within 1.5 in .87 and within 3 in .997 of draws. With
-    bound=inf nothing is scaled or clipped: then x_0 ~ N(0, I) is the frozen policy itself.
+    bound=inf nothing is scaled or clipped: then x_0 ~ N(0, I) is the frozen policy itself. With `features` the learner
+    sees what the frozen policy made of the observation, in its place: of pictures and words, numbers that a small
+    network can read. They are made once more where the learner acts.
     """
 
-    def __init__(self, flow: Flow, bound: Limit = 1.5):
+    def __init__(self, flow: Flow, bound: Limit = 1.5, features: bool = False):
         super().__init__(flow)
-        self.bound = bound
+        self.bound, self.features = bound, features
 
     def learner_shape(self, action_shape: tuple[int, ...]) -> tuple[int, ...]:
         """That of the noise."""
         return self.flow.noise_shape
 
-    def act(self, seen: Tree, u: Tensor) -> Tensor:
+    def see(self, obs: Tree, x_0: Tensor) -> Tree:
+        """The observation, or the frozen policy's features (N, F) of it."""
+        return self.flow.features(obs).to(tree_leaves(obs)[0].device) if self.features else obs
+
+    def act(self, obs: Tree, seen: Tree, u: Tensor) -> Tensor:
         """What the flow makes of the noise."""
-        return self.flow(seen, u if self.bound == float("inf") else self.bound * u.clamp(-1, 1))
+        return self.flow(obs, u if self.bound == float("inf") else self.bound * u.clamp(-1, 1))
 
 
 class Residual(Steering):
@@ -121,7 +136,7 @@ class Residual(Steering):
             raise ValueError(f"the environment shows an entry {BASE!r} of its own: rename it, a residual adds one")
         return {**seen, BASE: self.flow(obs, x_0).to(tree_leaves(obs)[0].device, torch.float32)}
 
-    def act(self, seen: Tree, u: Tensor) -> Tensor:
+    def act(self, obs: Tree, seen: Tree, u: Tensor) -> Tensor:
         """The sum; the environment clips it to its bounds."""
         base = seen[BASE]
         return base + self.scale * u.to(base).clamp(-1, 1)
@@ -139,6 +154,7 @@ class Frozen(Wrapper):
         self.steering = steering
         self.action_shape = tuple(steering.learner_shape(tuple(env.action_shape)))
         self.first, self.count = torch.zeros(2, self.num_envs, dtype=torch.long, device=self.device)
+        self.obs: Tree = None
         self.seen: Tree = None
         self._check()
 
@@ -149,7 +165,7 @@ class Frozen(Wrapper):
         obs = tree_map(lambda v: torch.zeros(1, *v.shape, dtype=v.dtype, device=self.device), self.env.obs_spec)
         try:
             seen = self.steering.see(obs, self._starts()[:1])
-            made = self.steering.act(seen, torch.zeros(1, *self.action_shape, device=self.device))
+            made = self.steering.act(obs, seen, torch.zeros(1, *self.action_shape, device=self.device))
         except (RuntimeError, LookupError, TypeError) as error:
             shapes = [tuple(v.shape[1:]) for v in tree_leaves(obs)]
             raise ValueError(f"the frozen policy does not read what is observed here, {shapes}: {error}") from error
@@ -167,34 +183,36 @@ class Frozen(Wrapper):
         return normal(seeds, torch.Size(shape).numel()).float().view(self.num_envs, *shape)
 
     def _see(self, obs: Tree) -> Tree:
-        return self.steering.see(obs, self._starts()) if self.steering.draws else obs
+        return self.steering.see(obs, self._starts() if self.steering.draws else torch.empty(0))
 
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
         """First observations, as the learner sees them, in the rows of `mask`; the other rows keep theirs."""
         seeds = seeds.to(self.device)
         every = torch.ones_like(seeds, dtype=torch.bool) if mask is None else mask.to(self.device)
         self.first, self.count = torch.where(every, seeds, self.first), torch.where(every, 0, self.count)
-        self.seen = self._see(self.env.reset(seeds, mask))
+        self.obs = self.env.reset(seeds, mask)
+        self.seen = self._see(self.obs)
         return self.seen
 
     def send(self, action: Tensor, rows: slice) -> None:
         """Hand over what the frozen policy makes of the learner's actions (rows, *U)."""
-        seen = tree_map(lambda v: v[rows], self.seen)
-        self.env.send(self.steering.act(seen, action.detach()), rows)
+        obs, seen = (tree_map(lambda v: v[rows], tree) for tree in (self.obs, self.seen))
+        self.env.send(self.steering.act(obs, seen, action.detach()), rows)
 
     def recv(self) -> Step:
         """The step with both its observations as the learner sees them."""
         step = self.env.recv()
         self.count = self.count + 1
-        self.seen = self._see(step.obs)
+        self.obs, self.seen = step.obs, self._see(step.obs)
         final = step.final_obs
         if final is not None:
             final = self.seen if final is step.obs else self._see(final)
         return replace(step, obs=self.seen, final_obs=final)
 
     def own_state(self) -> dict[str, Any]:
-        seen = {} if self.seen is None else {"seen": self.seen}
+        seen = {} if self.obs is None else {"obs": self.obs, "seen": self.seen}
         return {"first": self.first, "count": self.count} | seen
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         self.first, self.count, self.seen = state["first"], state["count"], state.get("seen")
+        self.obs = state.get("obs")

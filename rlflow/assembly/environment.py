@@ -37,10 +37,10 @@ def _simulator(config: Config, num_envs: int, trust_code: bool) -> VecEnv:
     return FrameStack(env, c.frame_stack) if c.frame_stack > 1 else env
 
 
-def acted_in(env: VecEnv, policy: FlowPolicy) -> VecEnv:
-    """`env` as the policy's samples reach it: of a network with units of its own they are decoded first."""
+def acted_in(env: VecEnv, policy: FlowPolicy, path: str = "policy.field") -> VecEnv:
+    """`env` as samples of the policy at `path` reach it: of a network with units of its own they are decoded first."""
     field = policy.field.unguided
-    with registry.located("policy.field"):
+    with registry.located(path):
         return Decoded(env, field.decode, policy.event_shape) if field.decodes_actions else env
 
 
@@ -65,6 +65,8 @@ def _around_frozen(env: VecEnv, config: Config, trust_code: bool) -> VecEnv:
     steering = make_steering(config, trust_code)
     if steering is None:
         return env
+    assert isinstance(steering.flow, BasePolicy)
+    env = acted_in(env, steering.flow.policy, "env.frozen.policy")
     with registry.located("env.frozen.policy"):
         return Frozen(env, steering)
 

@@ -32,4 +32,4 @@ class Steered(Select):
         """Start noises that the frozen policy draws by itself follow from (key, row_ids), too."""
         start = key._replace(purpose=f"{key.purpose}/frozen")
         seen = self.steering.see(obs, noise(start, row_ids, self.steering.flow.noise_shape))
-        return self.steering.act(seen, self.select.act(policy, seen, plan, key, row_ids))
+        return self.steering.act(obs, seen, self.select.act(policy, seen, plan, key, row_ids))

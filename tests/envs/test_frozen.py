@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlflow.assembly.environment import acted_in
 from rlflow.envs.base import VecEnv
 from rlflow.envs.frozen import BasePolicy, Frozen, Residual, StartNoise
 from rlflow.envs.sim import SimEnv
@@ -104,6 +105,46 @@ def test_a_correction_is_bounded_and_added() -> None:
     assert torch.equal(step.obs["obs"], raw.obs)
 
 
+def test_a_learner_that_sees_features_steers_what_the_frozen_policy_sees() -> None:
+    """Its observations, ended ones too, are the policy's own features; the flow still acts on raw ones, as without."""
+    flow = BasePolicy(hopper_policy())
+    env, bare = Frozen(hopper(), StartNoise(flow, features=True)), Frozen(hopper(), StartNoise(flow))
+    assert env.obs_spec.shape == (flow.policy.field.num_features,)
+    seen, obs = env.reset(torch.arange(6)), bare.reset(torch.arange(6))
+    ends = 0
+    for k in range(8):
+        assert torch.equal(seen, flow.policy.encode(obs)["pooled"])
+        u = torch.full((6, *env.action_shape), 0.1 * k)
+        step, raw = env.step(u), bare.step(u)
+        assert torch.equal(step.reward, raw.reward)
+        assert torch.equal(step.final_obs, flow.features(raw.final_obs))
+        seen, obs, ends = step.obs, raw.obs, ends + int(raw.ended.sum())
+        again = Frozen(hopper(), StartNoise(flow, features=True))
+        again.load_state_dict(env.state_dict())
+        env = again
+    assert ends > 0
+
+
+class Padded(Still):
+    """A network with units and padding of its own: of samples (3, 4) the first two numbers count, in tenths."""
+
+    decodes_actions = True
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x[..., :2] / 10
+
+
+def test_samples_of_a_network_with_units_of_its_own_are_decoded_inside() -> None:
+    """As LeRobot's are: the learner's noise has the padded shape, the environment is sent what it takes."""
+    policy = FlowPolicy(Padded(2, (3, 4)), Ancestral(), num_steps=2)
+    env, bare = Frozen(acted_in(ToyRoutes(5), policy), StartNoise(BasePolicy(policy))), ToyRoutes(5)
+    assert env.action_shape == (3, 4)
+    env.reset(torch.arange(5)), bare.reset(torch.arange(5))
+    u = torch.rand(5, 3, 4) - 0.5
+    step, raw = env.step(u), bare.step(1.5 * u[:, :2, :2] / 10)
+    assert torch.equal(step.obs, raw.obs)
+
+
 def test_start_noises_stay_within_the_bound() -> None:
     seen: list[Tensor] = []
 
@@ -113,6 +154,9 @@ def test_start_noises_stay_within_the_bound() -> None:
         def __call__(self, obs: Tree, x_0: Tensor) -> Tensor:
             seen.append(x_0)
             return x_0
+
+        def features(self, obs: Tree) -> Tensor:
+            raise NotImplementedError
 
     env = Frozen(ToyBandit(3), StartNoise(Spy(), bound=1.5))
     env.reset(torch.arange(3))
