@@ -51,6 +51,18 @@ def profile(scores: Sequence[ArrayLike], above: ArrayLike) -> Floats:
     return mean
 
 
+def profile_band(
+    scores: Sequence[ArrayLike], above: ArrayLike, num: int = 2000, seed: int = 0, level: float = 0.95
+) -> tuple[Floats, Floats] | None:
+    """Pointwise bounds (T,) of `profile` by the stratified bootstrap; None where no task has two seeds."""
+    tasks, limits, rng = [_floats("scores", s) for s in scores], _floats("above", above), np.random.default_rng(seed)
+    if max(map(len, tasks)) < 2:
+        return None
+    shares = np.mean([(_drawn(s, num, rng)[:, :, None] > limits).mean(1) for s in tasks], 0)
+    low, high = np.quantile(shares, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return low, high
+
+
 def iqm_interval(scores: Sequence[ArrayLike], num: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:
     """`iqm` with its interval by the stratified bootstrap."""
     tasks = [_floats("scores", s) for s in scores]

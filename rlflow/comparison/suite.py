@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlflow.comparison.stats import improvement_interval, iqm_interval, profile
+from rlflow.comparison.stats import improvement_interval, iqm_interval, profile, profile_band
 from rlflow.report.glossary import HELDOUT, share
 from rlflow.report.record import RunRecord
 from rlflow.report.stats import Interval
@@ -65,11 +65,12 @@ def across(scores: Scores) -> tuple[dict[str, Any], list[Table]]:
     }
     rows = []
     for method, mine in whole.items():
-        middle, shares = iqm_interval(mine), profile(mine, THRESHOLDS)
+        middle, shares, band = iqm_interval(mine), profile(mine, THRESHOLDS), profile_band(mine, THRESHOLDS)
         better = {other: improvement_interval(mine, theirs) for other, theirs in whole.items() if other != method}
         values["methods"][method] = {
             "iqm": _json(middle),
             "profile": shares.tolist(),
+            "band": None if band is None else [bound.tolist() for bound in band],
             "improvement": {other: _json(found) for other, found in better.items()},
         }
         counted = str(sum(map(len, mine)))

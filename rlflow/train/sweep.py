@@ -33,6 +33,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from rlflow import ranges
 from rlflow.comparison.aggregate import aggregate
 from rlflow.comparison.suite import Scale, across, scores_of
+from rlflow.comparison.suite_page import suite_page
 from rlflow.config import plain, recipes
 from rlflow.config.plain import yaml_errors
 from rlflow.config.schema import Config
@@ -279,7 +280,10 @@ def _seconds(job: Job, jobs: Sequence[Job], root: Path) -> float | None:
 def run_sweep(
     path: Path | str, folder: Path | str, *, dry: bool = False, jobs: int | None = None, trust_code: bool = False
 ) -> dict[str, Any]:
-    """Run what is not finished, `jobs` at a time (default: the table's), then write table.json and table.md."""
+    """Run what is not finished, `jobs` at a time (default: the table's), then write table.json and table.md.
+
+    Of a suite also suite.html.
+    """
     root = Path(folder)
     values = read_table(path)
     table, todo = parse_table(values), plan(values, trust_code)
@@ -297,6 +301,7 @@ def run_sweep(
         scales = {task.name: Scale(task.metric, task.low, task.high) for task in table.tasks}
         said, tables = across(scores_of({both: runs[run.name] for both, run in crossed.items()}, scales))
         result = replace(result, values=result.values | {"across": said}, tables=[*tables, *result.tables])
+        suite_page(said, tables, [folder for name in runs for folder in runs[name]], root / "suite.html")
     for name, text in (("table.json", json.dumps(result.values, indent=1) + "\n"), ("table.md", result.markdown)):
         (root / name).write_text(text, encoding="utf-8")
     print(result.markdown)

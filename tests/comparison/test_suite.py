@@ -11,6 +11,7 @@ from rlflow.cli import parse
 from rlflow.commands import suite
 from rlflow.comparison.stats import improvement, iqm
 from rlflow.comparison.suite import Scale, across, scores_of
+from rlflow.comparison.suite_page import suite_figure, suite_page
 from rlflow.train.logger import RunLogger
 from rlflow.train.sweep import describe_plan, parse_table, plan
 
@@ -82,6 +83,30 @@ def test_scores_are_of_the_last_evaluation_on_the_scale_of_their_task(tmp_path: 
     assert list(values["methods"]) == ["a"]
     assert values["methods"]["a"]["profile"][0] == pytest.approx((2 / 3 + 1) / 2), "tasks count alike"
     assert len(tables) == 1
+
+
+def test_the_page_draws_what_the_tables_say(tmp_path: Path) -> None:
+    """Profiles with bands around them, a point for every pair, a link to every run; one seed has no band."""
+    rng = np.random.default_rng(0)
+    scores = {m: {t: rng.random(4) for t in ("x", "y")} for m in ("a<b", "b", "c")}
+    values, tables = across(scores | {"late": {"x": rng.random(2)}})
+    profiles, better = suite_figure(values).axes
+    drawn = {line.get_label(): line.get_ydata() for line in profiles.lines}
+    assert list(drawn) == ["a<b", "b", "c"]
+    for name, ys in drawn.items():
+        (low, high), middle = values["methods"][name]["band"], values["methods"][name]["profile"]
+        assert list(ys) == middle
+        assert all(a <= b + 1e-12 and b <= c + 1e-12 for a, b, c in zip(low, middle, high, strict=True))
+    points = [line.get_xdata()[0] for line in better.lines if line.get_marker() == "o"]
+    wanted = [values["methods"][a]["improvement"][b][0] for a, b in (("a<b", "b"), ("a<b", "c"), ("b", "c"))]
+    assert points == pytest.approx(wanted)
+    text = suite_page(values, tables, [tmp_path / "b@x" / "seed-0"], tmp_path / "suite.html").read_text()
+    assert 'href="b@x/seed-0/report.html"' in text
+    assert "late" in text
+    assert "<b above" not in text
+    alone, tables = across({"a": {"x": np.array([0.3])}})
+    assert alone["methods"]["a"]["band"] is None
+    assert len(suite_figure(alone).axes) == 1
 
 
 def test_the_tables_say_what_the_statistics_say() -> None:
