@@ -18,7 +18,7 @@ from rlflow.datasets.source import inside
 from rlflow.report.video import write_video
 
 LENGTHS = [7, 3, 12, 5]
-SIZE = (32, 48)
+SIZE, BOUND, ENV_ID = (32, 48), 1.0, "Reacher-v5"
 
 
 def episodes() -> list[dict]:
@@ -39,7 +39,7 @@ def episodes() -> list[dict]:
 def flat(trailing: bool = False) -> dict[str, np.ndarray]:
     """All episodes as one table; `trailing` keeps where they ended, with an action that is not carried out."""
     told = episodes()
-    extra = [np.zeros((1, 2), np.float32)] if trailing else []
+    extra = [np.zeros_like(told[0]["action"][:1])] if trailing else []
     ends = [np.eye(1, n + trailing, n + trailing - 1)[0] for n in LENGTHS]
     return {
         "observations": np.concatenate([e["obs"] if trailing else e["obs"][:-1] for e in told]),
@@ -74,7 +74,7 @@ def parquet(folder: Path) -> Path:
     """Two files; lists of variable type; a number for each episode."""
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
-    table, numbers = flat(), np.repeat(np.arange(4), LENGTHS)
+    table, numbers = flat(), np.repeat(np.arange(len(LENGTHS)), LENGTHS)
     for i, rows in enumerate((slice(0, 15), slice(15, None))):
         columns = {name: pa.array(list(table[name][rows])) for name in ("observations", "actions", "rewards")}
         pq.write_table(pa.table(columns | {"episode_id": numbers[rows]}), folder / f"{i}.parquet")
@@ -117,8 +117,9 @@ def minari_layout(folder: Path) -> Path:
             group["observations"], group["actions"], group["rewards"] = e["obs"], e["action"], e["reward"]
             group["terminations"], group["truncations"] = last & (i % 2 == 1), last & (i % 2 == 0)
             group["infos/success"] = last & (i % 2 == 1)
-    box = {"type": "Box", "dtype": "float32", "shape": [2], "low": [-1, -1], "high": [1, 1]}
-    about = {"action_space": json.dumps(box), "env_spec": json.dumps({"id": "Reacher-v5"}), "data_format": "hdf5"}
+    size = episodes()[0]["action"].shape[1]
+    box = {"type": "Box", "dtype": "float32", "shape": [size], "low": [-BOUND] * size, "high": [BOUND] * size}
+    about = {"action_space": json.dumps(box), "env_spec": json.dumps({"id": ENV_ID}), "data_format": "hdf5"}
     (folder / "data" / "metadata.json").write_text(json.dumps(about))
     return folder
 
@@ -130,9 +131,9 @@ def minari_by_itself(folder: Path) -> Path:
     from minari.data_collector import EpisodeBuffer
     from minari.dataset.minari_storage import MinariStorage
 
-    storage = MinariStorage.new(
-        folder / "data", Box(-np.inf, np.inf, (3,), np.float32), Box(-1, 1, (2,), np.float32), data_format="hdf5"
-    )
+    seen, done = (episodes()[0][name].shape[1:] for name in ("obs", "action"))
+    spaces = Box(-np.inf, np.inf, seen, np.float32), Box(-BOUND, BOUND, done, np.float32)
+    storage = MinariStorage.new(folder / "data", *spaces, data_format="hdf5")
     storage.update_metadata({"dataset_id": "test/d-v0", "minari_version": minari.__version__})
     buffers = []
     for i, e in enumerate(episodes()):
