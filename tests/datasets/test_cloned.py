@@ -108,5 +108,5 @@ def test_and_the_clone_of_it_acts(told: Any, tmp_path: Path) -> None:
     made = str(tmp_path / "policy")
     command = ["--demos", str(tmp_path / "imported"), "--chunk", "1", "--steps", "1200", "--judged", "8", "--out", made]
     cli.main(["pretrain", "robot_bc", *command])
-    assert read_config(made)["made_by"]["return"] > -700
-    assert rf.evaluate(made, num=8)["return"] > -700
+    assert read_config(made)["made_by"]["return"] > -900
+    assert rf.evaluate(made, num=8)["return"] > -900
