@@ -214,7 +214,7 @@ AnyAlgorithm = Annotated[
 ]
 
 
-LEARNERS: dict[str, Callable[[], AlgorithmConfig | OffPolicyConfig | RewardGradientConfig]] = {
+LEARNERS: dict[str, Callable[[], AlgorithmConfig | SACConfig | FlowQConfig | OGPOConfig | RewardGradientConfig]] = {
     "policy_gradient": AlgorithmConfig,
     "sac": SACConfig,
     "flow_q": FlowQConfig,
