@@ -78,7 +78,9 @@ class Ensemble(nn.Module):
         x = x.expand(len(w), *x.shape)
         for weight, bias, gain, shift in self._hidden:
             x = torch.baddbmm(bias, x, weight)
-            x = relu(x if gain is None else torch.addcmul(shift, layer_norm(x, x.shape[-1:], self.one, self.zero), gain))
+            x = relu(
+                x if gain is None else torch.addcmul(shift, layer_norm(x, x.shape[-1:], self.one, self.zero), gain)
+            )
         return (x * w.mT).sum(-1) + b.squeeze(-1)  # a product with one column is slow as a matrix product
 
 

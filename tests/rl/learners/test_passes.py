@@ -11,7 +11,7 @@ import torch
 from rlflow.config import recipes
 from rlflow.report.metrics_file import read_metrics
 from rlflow.rl.learners import passes
-from rlflow.train.build import make_parts
+from rlflow.assembly.parts import make_parts
 from rlflow.train.trainer import Trainer
 from tests.interrupted import assert_equal_runs
 
