@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 
+from rlflow.assembly.parts import make_parts
 from rlflow.config import recipes
 from rlflow.cost.formula import iteration_cost
 from rlflow.flow.guidance import CFG, CFGNorm, CFGZero
 from rlflow.models.mlp import MLPField
 from rlflow.rl.learners.regularizers import KL
-from rlflow.assembly.parts import make_parts
 
 SPLIT = {"epochs": 2, "num_minibatches": 2, "micro_batch": 3}
 

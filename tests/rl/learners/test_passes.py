@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from rlflow.assembly.parts import make_parts
 from rlflow.config import recipes
 from rlflow.report.metrics_file import read_metrics
 from rlflow.rl.learners import passes
-from rlflow.assembly.parts import make_parts
 from rlflow.train.trainer import Trainer
 from tests.interrupted import assert_equal_runs
 
