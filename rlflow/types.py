@@ -120,6 +120,7 @@ class Chain:
     std: Tensor  # (N, R, ...) broadcastable to mean
     path: Tensor | None = None  # (N, K+1, *D) only when asked for
     path_t: Tensor | None = None  # (N, K+1)
+    constant: Tensor | None = None  # (N, R, *D) of a field that has `constant_calls`
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class Evidence:
     ref_mean: Tensor | None = None
     ref_std: Tensor | None = None
     counts: Tensor | None = None  # bool, broadcastable to x: entries of x_next whose density counts; None = all
+    constant: Tensor | None = None  # as a chain's; given while the weights are those that sampled
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Evidence:
         """Apply `fn` to every tensor."""
@@ -201,6 +203,7 @@ class Rollout:
     reward_parts: dict[str, Tensor] = field(default_factory=dict)  # (T, B) per reward, nan = no score
     reward_weights: dict[str, float] = field(default_factory=dict)  # set when they combine as advantages
     evidence: Evidence | None = None  # (T * B, R, ...)
+    constant: Tensor | None = None  # (T * B, R, *D), as a chain's
     path: Tensor | None = None  # (T * B, n + 1, *D) states before the last n denoising steps, and the sample
     cond: Cond | None = None  # (T * B, ...) kept when the encoder is frozen
     num_steps: Tensor | None = None  # (T, B) long, primitive steps of each action; None = 1

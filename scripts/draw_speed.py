@@ -24,11 +24,10 @@ def draw(found: dict, path: Path) -> None:
         points = found[kind]["points"]
         sizes = [point["size"] for point in points]
         for axis, name, label in zip(axes[:, column], ("rate", "mib"), (found[kind]["unit"], "MiB"), strict=True):
-            axis.plot(sizes, [point[name] for point in points], "o-", markersize=3, linewidth=1.2)
-            axis.set_xscale("log"), axis.set_yscale("log" if name == "rate" else "linear"), axis.set_ylim(bottom=None)
+            values = [point[name] for point in points]
+            axis.plot(sizes, values, "o-", markersize=3, linewidth=1.2)
+            axis.set_xscale("log"), axis.set_ylim(0, 1.12 * max(*values, 1e-9))
             axis.set_title(label, fontsize=8, loc="left"), axis.grid(alpha=0.3), axis.tick_params(labelsize=7)
-            if name == "mib":
-                axis.set_ylim(0, None)
         axes[1, column].set_xlabel(found[kind]["about"], fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

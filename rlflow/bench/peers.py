@@ -169,6 +169,25 @@ def images(repeats: int) -> list[Line]:
     return lines("images", "Flow-GRPO, 12 images, K 6, plain", "iter/s", in_turns(contenders, repeats))
 
 
+def flow_grpo(repeats: int) -> list[Line]:
+    """Guidance, KL and a LoRA on a small Stable Diffusion 3 beside the single file's loop, and the passes run bare."""
+    from rlflow.bench.images import SCRIPT, bench_flow_grpo
+
+    what = "Flow-GRPO, SD3 of peers' size, 4 images, K 5, CFG + KL + LoRA"
+    if not SCRIPT.is_file():
+        return [Line("flow_grpo", what, "single-file loop", "iter/s", note="needs a checkout")]
+    told = bench_flow_grpo(repeats=max(1, repeats // 2), images=4, num_steps=5)
+    ours = 1 / told["ours_cpu_s"]
+    return [
+        Line("flow_grpo", what, peer, "iter/s", ours, 1 / told[f"{name}_cpu_s"], told[ratio])
+        for peer, name, ratio in (
+            ("single-file loop", "peer", "speed_ratio"),
+            ("its passes run bare", "bare", "bare_ratio"),
+            ("the loop's passes run bare", "peer_bare", "peer_bare_ratio"),
+        )
+    ]
+
+
 def files(repeats: int) -> list[Line]:
     """A prompt file of 10^6 lines and metrics of 10^5 rows, in processes of their own, beside lists of dicts."""
     found = []
@@ -190,6 +209,7 @@ ROWS: dict[str, Callable[[int], list[Line]]] = {
     "sac": sac,
     "reinflow": reinflow,
     "images": images,
+    "flow_grpo": flow_grpo,
     "files": files,
 }
 
@@ -207,7 +227,7 @@ def setting() -> dict[str, Any]:
 
 
 def bench_peers(rows: tuple[str, ...] = tuple(ROWS), repeats: int = 5) -> dict[str, Any]:
-    """All lines; about four CPU minutes."""
+    """All lines; about six CPU minutes."""
     before = setting()
     with num_threads(1):
         found = [asdict(line) for row in rows for line in ROWS[row](repeats)]

@@ -8,7 +8,7 @@ from typing import Any
 from rlflow.commands.arguments import command, json_flag
 from rlflow.console import print_json
 
-PEERS = ("environments", "sac", "reinflow", "images", "files")
+PEERS = ("environments", "sac", "reinflow", "images", "flow_grpo", "files")
 """The keys of rlflow.bench.peers.ROWS, which loads PyTorch."""
 
 

@@ -19,6 +19,7 @@ def check_together(config: Config, trust_code: bool = False) -> None:
     _check_kind(config)
     _check_imitation(config, trust_code)
     check_sharding(config)
+    _check_passes(config)
     judges = list(config.eval.metrics) if config.env.name == "prompt" else None
     for i, rule in enumerate(config.train.stop_when):
         check_rule(f"train.stop_when.{i}", rule, judges)
@@ -153,6 +154,22 @@ def check_sharding(config: Config) -> None:
             "train.sharding: processes that hold parts of one network must call it equally often, as with images "
             "and policy_gradient; set it to replicated"
         )
+
+
+def _check_passes(config: Config) -> None:
+    """ValueError where passes cannot be sized by what a run of them costs."""
+    c = config.train
+    if c.passes == "given":
+        if c.passes_gib is not None:
+            raise ValueError("train.passes_gib: is of train.passes=auto; set that, or leave it out")
+        return
+    if config.algorithm.name != "policy_gradient":
+        raise ValueError(
+            f"train.passes: auto sizes sampling and scoring, and algorithm={config.algorithm.name} scores nothing "
+            "apart; set it to given"
+        )
+    if c.sharding == "full":
+        raise ValueError("train.passes: a pass alone waits for the other processes of sharding=full; set it to given")
 
 
 def _check_imitation(config: Config, trust_code: bool) -> None:

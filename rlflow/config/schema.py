@@ -318,6 +318,8 @@ class TrainConfig:
     stop_when: list[StopRule] = field(default_factory=list)  # one rule may stand without the list
     seed: Seed = 0
     threads: Size | None = None
+    passes: Literal["given", "auto"] = "given"  # auto: env.rows_per_call and algorithm.micro_batch by throughput
+    passes_gib: Limit | None = None  # of auto: what a pass may keep; default: half of what is free
     permute_rewards: bool = False  # the control: rewards shuffled across the batch, of SAC across the replay
     sharding: Literal["replicated", "full"] = "replicated"  # full: processes hold parts of the network (FSDP2)
     checkpoint_every: Count = 50

@@ -84,6 +84,8 @@ class Ratios:
     micro_batch: int
     reference: bool
     anchor: bool
+    reused: int = 0
+    """Minibatches of an epoch where the first of all is scored with constants of its samples; 0: it is not."""
 
     def cost(self, rows: int, plan: Plan) -> tuple[int, int]:
         """(reference, update) of an iteration of `rows` samples whose chains follow `plan`."""
@@ -93,6 +95,8 @@ class Ratios:
         pairs = rows * columns
         twice = likelihood.joint and columns > self.micro_batch
         update = self.epochs * pairs * (scored_by.calls * (2 if twice else 1) + 2 * scored_by.graph_calls)
+        if self.reused:
+            update -= rows // self.reused * columns * field.constant_calls * (2 if twice else 1)
         reference = pairs * scored_by.calls if self.reference else 0
         if self.anchor:
             deployed = rows * solver_calls(policy.plan(), policy.solver)
@@ -130,7 +134,8 @@ def _with_ratios(parts: Parts, rows: int, plan: Plan) -> tuple[int, int]:
     a = parts.algorithm
     assert isinstance(a, PolicyGradient)
     reference, anchor = a.needs_reference, bool(a.anchor)
-    return Ratios(parts.policy, a.likelihood, a.epochs, a.micro_batch, reference, anchor).cost(rows, plan)
+    reused = a.num_minibatches if a.reuses else 0
+    return Ratios(parts.policy, a.likelihood, a.epochs, a.micro_batch, reference, anchor, reused).cost(rows, plan)
 
 
 def _off_policy(parts: Parts, rows: int, plan: Plan) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from rlflow.cost.formula import Gradients, Ratios
 from rlflow.cost.skeleton import Skeleton
 from rlflow.cost.trace import Pass, Trace
 from rlflow.flow.steps import Plan
+from rlflow.rl.learners.policy_gradient import reuses
 
 FLOAT = 4
 
@@ -51,12 +52,13 @@ def _of_ratios(c: AlgorithmConfig, bare: Skeleton, traced: Trace, rows: int, pla
     scored = c.needs_reference or bare.objective.needs_reference
     r = max(1, max(bare.likelihood.num_columns(plan) for plan in plans))
     whole = max(1, c.micro_batch // r) * r if r <= c.micro_batch else c.micro_batch
+    reused = c.num_minibatches if reuses(bare.policy, bare.likelihood, bare.objective.sample_with) else 0
     return Update(
-        Ratios(bare.policy, bare.likelihood, c.epochs, c.micro_batch, scored, bool(c.anchor)).cost,
+        Ratios(bare.policy, bare.likelihood, c.epochs, c.micro_batch, scored, bool(c.anchor), reused).cost,
         num_minibatches=c.num_minibatches,
         reference=scored,
         weight_sets=len(bare.objective.weight_sets),
-        kept=lambda: r * traced.pair_bytes(),
+        kept=lambda: r * (traced.pair_bytes() + _event_bytes(bare) * (reused > 0)),
         reference_kept=r * scored * _event_bytes(bare),
         at_once=min(whole, -(-rows // c.num_minibatches) * r),
         in_hand=0.0,

@@ -71,7 +71,7 @@ class Sampling:
     def _stochastic(self, k: int, t: Tensor, t_next: Tensor, cond: Cond) -> None:
         dist = self.policy.transition(self.x, t, t_next, cond)
         x_next = self._stored(dist.sample(self.noise("step", k, self.row_ids)))
-        self.pairs.append((self.x, x_next, t, t_next, dist.mean, dist.std))
+        self.pairs.append((self.x, x_next, t, t_next, dist.mean, dist.std, *self._constant()))
         self.x, self.memory = x_next, None
 
     def _mixed(self, k: int, t: Tensor, t_next: Tensor, cond: Cond) -> None:
@@ -81,8 +81,13 @@ class Sampling:
         v = policy.velocity(self.x, t, dt, cond)
         dist = policy.kernel_step(self.x, v, t, t_next, cond)
         x_next = self._stored(dist.sample(self.noise("step", k, self.row_ids)))
-        self.pairs.append((self.x, x_next, t, t_next, dist.mean, dist.std))
+        self.pairs.append((self.x, x_next, t, t_next, dist.mean, dist.std, *self._constant()))
         self.x = torch.where(expand(noisy, v), x_next, self.x + expand(t_next - t, v) * v)
+
+    def _constant(self) -> list[Tensor]:
+        """What the field gave that gradients leave out, if anything; passes may have been filled up."""
+        given = self.policy.field.constant
+        return [] if given is None or torch.is_grad_enabled() else [given[: len(self.x)]]
 
     def repeat(self, copies: int) -> None:
         """One row becomes `copies` rows."""
@@ -100,8 +105,8 @@ class Sampling:
         if self.path is not None:
             self._remember(self.end)
             path, path_t = (torch.stack(z, 1) for z in zip(*self.path, strict=True))
-        x, x_next, t, t_next, mean, std = self._columns()
-        return Chain(self.x, x, x_next, t, t_next, mean, std, path, path_t)
+        x, x_next, t, t_next, mean, std, *constant = self._columns()
+        return Chain(self.x, x, x_next, t, t_next, mean, std, path, path_t, *constant)
 
     def _columns(self) -> list[Tensor]:
         if not self.pairs or self.plan.num_scored == 0:

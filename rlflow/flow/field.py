@@ -63,6 +63,10 @@ class VelocityField(nn.Module):
     """Of the videos that `decode` makes; None of pictures and actions."""
     graph_calls: int = 1
     """Those of them that keep a graph where gradients are on."""
+    constant_calls: int = 0
+    """Those of them that gradients leave out: what they gave while sampling stands in for them at the same weights."""
+    constant: Tensor | None = None
+    """What they gave (N, *D) in the last call without a graph."""
     ragged: bool = False
     """True where a row's text is padded to the longest beside it: its velocity then depends on them by a rounding."""
     distilled: str | None = None
@@ -154,7 +158,7 @@ class Around(VelocityField):
         super().__init__()
         self.field, self.num_features = field, field.num_features
         self.uses_dt, self.has_instantaneous = field.uses_dt, field.has_instantaneous
-        self.calls, self.graph_calls = field.calls, field.graph_calls
+        self.calls, self.graph_calls, self.constant_calls = field.calls, field.graph_calls, field.constant_calls
         self.ragged, self.distilled, self.row_multiple = field.ragged, field.distilled, field.row_multiple
         self.first_time, self.frames = field.first_time, field.frames
 

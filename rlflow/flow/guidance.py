@@ -13,6 +13,9 @@ from rlflow.flow.path import at_least_float, expand
 from rlflow.ranges import Positive, Scale, Unit
 from rlflow.types import Cond
 
+CONSTANT = "constant"
+"""Of a condition: the unconditional velocities of its rows, from sampling at the same weights."""
+
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     """Per-row inner product (N, 1, ..., 1)."""
@@ -23,7 +26,8 @@ class CFG(Around):
     """Classifier-free guidance v_u + w (v_c - v_u) (Ho & Salimans 2022), both branches in one network call.
 
     `detach` takes the unconditional branch as a constant, without a graph: no backward pass, and so a call of its own
-    (as the first Flow-GRPO release; the gradient is another one than with both).
+    (as the first Flow-GRPO release; the gradient is another one than with both). A condition may hold that constant,
+    as `constant` (N, *D): it is not computed then.
     """
 
     def __init__(self, field: VelocityField, scale: Scale, detach: bool = False):
@@ -31,6 +35,7 @@ class CFG(Around):
         self.scale, self.detach = scale, detach
         self.calls = 2 * field.calls
         self.graph_calls = field.graph_calls * (1 if detach else 2)
+        self.constant_calls = field.calls if detach else 0
 
     @property
     def unguided(self) -> VelocityField:
@@ -39,15 +44,20 @@ class CFG(Around):
 
     def forward(self, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
         """Guided velocity (N, *D)."""
+        if self.detach and CONSTANT in cond.data:
+            v_null, own = cond[CONSTANT], Cond({n: v for n, v in cond.data.items() if n != CONSTANT}, cond.rows)
+            return self.combine(at_least_float(self.field(x, t, dt, own)), v_null, t)
         # on a CPU a row is the same in any company, and costs less in more of it; padded text would not be the same
         together = not torch.is_grad_enabled() and x.device.type == "cpu" and not self.ragged
         if self.detach and not together:
             with torch.no_grad():
                 v_null = at_least_float(self.field(x, t, dt, self.field.null(cond)))
+            self.constant = None if torch.is_grad_enabled() else v_null
             return self.combine(at_least_float(self.field(x, t, dt, cond)), v_null, t)
         both = Cond.cat([cond, self.field.null(cond)])
         twice = [torch.cat([z, z]) for z in (x, t, dt)]
         v_cond, v_null = at_least_float(self.field(*twice, both)).chunk(2)  # w amplifies half-precision rounding
+        self.constant = v_null if self.detach else None
         return self.combine(v_cond, v_null, t)
 
     def combine(self, v_cond: Tensor, v_null: Tensor, t: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from rlflow.flow.chain import Sampling
 from rlflow.flow.field import FEW_ROWS, VelocityField
 from rlflow.flow.gaussian import Gaussian
 from rlflow.flow.grid import NEAR, TimeGrid, Uniform
+from rlflow.flow.guidance import CONSTANT
 from rlflow.flow.kernels import Kernel
 from rlflow.flow.noise import Key
 from rlflow.flow.path import at_start
@@ -157,7 +158,7 @@ class FlowPolicy(nn.Module):
         return self._passed(self.field, self.field.with_spread, x, t, dt, cond)
 
     def _passed(self, field: VelocityField, asked: Velocity, x: Tensor, t: Tensor, dt: Tensor, cond: Cond) -> Tensor:
-        self.network_rows += len(x) * field.calls
+        self.network_rows += len(x) * (field.graph_calls if CONSTANT in cond.data else field.calls)
         self.graph_rows += len(x) * field.graph_calls * torch.is_grad_enabled()
         num, dtype = len(x), x.dtype
         if (fill := _filled_up(x, min(self.multiple, field.row_multiple))) is not None:

@@ -146,6 +146,7 @@ class Collector:
             "obs": obs,
             "action": torch.cat([c.final for c in chains]),
             "path": [c.path for c in chains if c.path is not None],
+            "constant": [c.constant for c in chains if c.constant is not None],
             "reward": step.reward,
             "terminated": step.terminated,
             "truncated": step.truncated,
@@ -179,6 +180,7 @@ class Collector:
             reward_parts=stack("parts"),
             reward_weights=self.env.reward_weights,
             evidence=Evidence.cat(evidence) if evidence else None,
+            constant=torch.cat(constant) if (constant := [c for o in outs for c in o["constant"]]) else None,
             path=torch.cat([p for o in outs for p in o["path"]]) if self.keep_path else None,
             cond=Cond.cat([c for o in outs for c in o["cond"]]) if keep else None,
             num_steps=None if outs[0]["num_steps"] is None else stack("num_steps"),
@@ -230,7 +232,9 @@ def mask_broken_samples(rollout: Rollout) -> None:
     if rollout.evidence is not None and bool(sound.any()):
         flat = sound.flatten()
         own = torch.arange(len(flat), device=flat.device)
-        rollout.evidence = rollout.evidence.index(torch.where(flat, own, flat.long().argmax()))
+        own = torch.where(flat, own, flat.long().argmax())
+        rollout.evidence = rollout.evidence.index(own)
+        rollout.constant = None if rollout.constant is None else rollout.constant[own]
 
 
 def permute_rewards(rollout: Rollout, generator: torch.Generator) -> None:

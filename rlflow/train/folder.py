@@ -63,6 +63,10 @@ class RunFolder:
             path = self.path / "run.json"
             write_text(path, json.dumps(_read(path) | {"stopped": stopped}, indent=1) + "\n")
 
+    def noted(self, name: str) -> Any:
+        """What run.json says of how the run started; None where it says nothing."""
+        return _read(self.path / "run.json").get(name)
+
     def leave(self) -> None:
         """Let others write."""
         self.lock.release()

@@ -26,6 +26,7 @@ from rlflow.models.io import save_field
 from rlflow.parallel import dist, shards
 from rlflow.report.glossary import HELDOUT, headline
 from rlflow.rl.collector import permute_rewards
+from rlflow.rl.learners.passes import size_passes
 from rlflow.rl.optim import NonFiniteError
 from rlflow.train.callbacks import AfterIteration, Callback, Each
 from rlflow.train.checkpoint import Checkpoints
@@ -122,7 +123,10 @@ class Trainer:
         """
         self._stop_asked = False
         try:
-            facts = {"device": str(self.policy.device), "weights": self.config.eval.weights}
+            facts: dict[str, Any] = {"device": str(self.policy.device), "weights": self.config.eval.weights}
+            if self.config.train.passes == "auto":
+                noted = self.folder.noted("passes") if self._resumed else None
+                facts["passes"] = size_passes(self.collector, self.algorithm, noted, self.config.train.passes_gib)
             self.folder.begin(facts, self.iteration)
             return self._fit()
         finally:

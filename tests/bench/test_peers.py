@@ -65,3 +65,21 @@ def test_the_picture_is_drawn_from_the_json(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / "sizes.json"), str(tmp_path / "x.png")])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_without_a_checkout_the_guided_loop_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("rlflow.bench.images.SCRIPT", tmp_path / "gone.py")
+    (line,) = peers.flow_grpo(1)
+    assert line.note == "needs a checkout"
+
+
+def test_the_guided_row_tells_how_many_times_as_fast(monkeypatch):
+    told = {"ours_cpu_s": 2.0, "peer_cpu_s": 3.0, "bare_cpu_s": 1.0, "peer_bare_cpu_s": 2.5}
+    told |= {"speed_ratio": 1.5, "bare_ratio": 0.5, "peer_bare_ratio": 1.25}
+    monkeypatch.setattr("rlflow.bench.images.bench_flow_grpo", lambda **_: told)
+    found = peers.flow_grpo(4)
+    assert [(line.peer, line.ours, line.theirs, line.ratio) for line in found] == [
+        ("single-file loop", 0.5, 1 / 3, 1.5),
+        ("its passes run bare", 0.5, 1.0, 0.5),
+        ("the loop's passes run bare", 0.5, 0.4, 1.25),
+    ]

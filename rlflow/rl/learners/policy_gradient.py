@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,7 +78,10 @@ class PolicyGradient:
         self.critic_warmup, self.ema_decay, self.seed = critic_warmup, ema_decay, seed
         self.optimizer = Optimizer([p for p in policy.parameters() if p.requires_grad], optimizer or AdamW())
         self._recorded: Recorded | None = None
-        if self.objective.fixed and not policy.encoder_trains and small(policy, self.optimizer.parameters):
+        self.reuses = reuses(policy, likelihood, self.sample_with)
+        self._unchanged = False  # since the samples: what was constant in them is so in their scores
+        fixed = self.objective.fixed and not self.reuses
+        if fixed and not policy.encoder_trains and small(policy, self.optimizer.parameters):
             owners = self.objective, self.regularizers, likelihood
             self._recorded = Recorded(self.gradients, policy, self.optimizer.parameters, owners)
         self.critic: CriticLearner | None = None
@@ -97,7 +101,7 @@ class PolicyGradient:
         batch = self._prepare(rollout)
         if self._recorded is not None:
             self._recorded.renew()
-        log, stop = Meter(), False
+        log, stop, self._unchanged = Meter(), False, self.reuses
         for epoch in range(self.epochs):
             for index, rows in enumerate(self._minibatches(rollout, epoch)):
                 self._minibatch(batch, rows.to(self.policy.device), log, first=epoch == 0 and index == 0)
@@ -166,7 +170,7 @@ class PolicyGradient:
         if batch.anchor is not None:
             for part in rows.split(max(1, self.micro_batch // self.policy.num_steps)):
                 self._anchor_backward(batch, batch.anchor, part, log)
-        norm = self.optimizer.step()
+        norm, self._unchanged = self.optimizer.step(), False
         blend = min(self.ema_decay, (1 + self.optimizer.steps) / (10 + self.optimizer.steps))
         self.policy.weights.blend("ema", blend)
         return norm
@@ -185,8 +189,12 @@ class PolicyGradient:
         return pieces(rows, r, self.micro_batch, self.likelihood.joint, lambda p: self._score(batch, p)[0], loss)
 
     def _score(self, batch: Batch, pairs: Pairs) -> tuple[Score, Evidence]:
-        evidence = batch.evidence_of(pairs)
-        return self.likelihood.score(self.policy, batch.cond(pairs.rows), evidence), evidence
+        evidence, constant = batch.evidence_of(pairs), batch.rollout.constant
+        scored = evidence
+        if self._unchanged and constant is not None:
+            own = constant[pairs.rows] if pairs.columns is None else constant[pairs.rows, pairs.columns].unsqueeze(1)
+            scored = replace(evidence, constant=own)
+        return self.likelihood.score(self.policy, batch.cond(pairs.rows), scored), evidence
 
     def _backward(self, batch: Batch, pairs: Pairs, later: Later | None, log: Meter) -> None:
         if self._recorded is not None and later is None and pairs.columns is None:
@@ -267,6 +275,11 @@ class PolicyGradient:
         self.objective.load_state_dict(state.get("objective", {}))
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
+
+
+def reuses(policy: FlowPolicy, likelihood: Likelihood, sample_with: str) -> bool:
+    """True where the first minibatch is scored with the unconditional velocities that its samples were made by."""
+    return likelihood.scores_steps and sample_with == "live" and policy.field.constant_calls > 0
 
 
 def _apart(score: Score, evidence: Evidence) -> Tensor:

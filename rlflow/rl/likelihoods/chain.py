@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlflow.flow.gaussian import Gaussian, Reduce
+from rlflow.flow.guidance import CONSTANT
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import Plan, Steps
@@ -69,7 +70,10 @@ class ChainLikelihood(Likelihood):
         n, r = evidence.t.shape
         rows = torch.arange(n, device=evidence.t.device).repeat_interleave(r)
         x, t, t_next = (v.flatten(0, 1) for v in (evidence.x, evidence.t, evidence.t_next))
-        dist = policy.transition(x, t, t_next, cond.index(rows))
+        cond = cond.index(rows)
+        if evidence.constant is not None:
+            cond = Cond({n: cond[n] for n in cond.data} | {CONSTANT: evidence.constant.flatten(0, 1)})
+        dist = policy.transition(x, t, t_next, cond)
         dist = Gaussian(dist.mean.unflatten(0, (n, r)), dist.std.unflatten(0, (n, r)))
         return Score(self._log_prob(dist, evidence.x_next, evidence.counts), dist)
 

@@ -50,6 +50,9 @@ class TwinSettings:
 class Ensemble(nn.Module):
     """Q_e(features, action) of E critics: ReLU layers of one width, with LayerNorm if asked for."""
 
+    one: Tensor
+    zero: Tensor
+
     def __init__(self, num_inputs: int, num: int = 2, width: int = 256, depth: int = 2, norm: bool = True):
         super().__init__()
         sizes = [num_inputs, *[width] * depth, 1]
@@ -64,6 +67,9 @@ class Ensemble(nn.Module):
         # a ParameterList is slow to read, and this is read thousands of times a minute
         self._hidden = list(zip_longest(self.weights, self.biases, self.gains, self.shifts))[:-1]
         self._last = self.weights[-1], self.biases[-1]
+        # without them a CPU's layer_norm takes twice as long for the same bits
+        self.register_buffer("one", torch.ones(width), persistent=False)
+        self.register_buffer("zero", torch.zeros(width), persistent=False)
 
     def forward(self, features: Tensor, action: Tensor) -> Tensor:
         """(E, N) from features (N, F), which get no gradient, and actions (N, *D)."""
@@ -72,7 +78,9 @@ class Ensemble(nn.Module):
         x = x.expand(len(w), *x.shape)
         for weight, bias, gain, shift in self._hidden:
             x = torch.baddbmm(bias, x, weight)
-            x = relu(x if gain is None else torch.addcmul(shift, layer_norm(x, x.shape[-1:]), gain))
+            x = relu(
+                x if gain is None else torch.addcmul(shift, layer_norm(x, x.shape[-1:], self.one, self.zero), gain)
+            )
         return (x * w.mT).sum(-1) + b.squeeze(-1)  # a product with one column is slow as a matrix product
 
 
