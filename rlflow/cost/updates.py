@@ -12,7 +12,7 @@ from rlflow.cost.formula import Gradients, Ratios
 from rlflow.cost.skeleton import Skeleton
 from rlflow.cost.trace import Pass, Trace
 from rlflow.flow.steps import Plan
-from rlflow.rl.learners.policy_gradient import reuses
+from rlflow.rl.learners.loss import reuses
 
 FLOAT = 4
 

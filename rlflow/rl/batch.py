@@ -81,6 +81,13 @@ class Batch(Rows):
         self.policy, self.rollout = policy, rollout
         self.num_columns = self.evidence.t.shape[1]
 
+    def constant_of(self, pairs: Pairs) -> Tensor | None:
+        """(M, R or 1, *D) of what sampling kept of guidance's constant half, if it kept it."""
+        kept = self.rollout.constant
+        if kept is None or pairs.columns is None:
+            return None if kept is None else kept[pairs.rows]
+        return kept[pairs.rows, pairs.columns].unsqueeze(1)
+
     def set_advantages(self, out: Advantages, joint: bool) -> None:
         """Flatten advantages (T, B) or (T, B, R), of rows or of each column, and weights (T, B) to rows."""
         self.advantage = out.advantage.reshape(len(self.row_alive), -1)

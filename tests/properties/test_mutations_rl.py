@@ -28,6 +28,7 @@ from rlflow.rl.advantages import GAE, GroupAdvantage
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
 from rlflow.rl.learners import policy_gradient
+from rlflow.rl.learners.loss import Loss
 from rlflow.rl.learners.policy_gradient import PolicyGradient
 from rlflow.rl.learners.regularizers import KL
 from rlflow.rl.likelihoods.base import Score
@@ -288,13 +289,13 @@ def optimistic_bound(patch: Patch) -> None:
 
 def mean_of_micro_batch_means(patch: Patch) -> None:
     """Each micro-batch is divided by the number of its own rows that count, not of the minibatch's."""
-    loss = PolicyGradient._objective_loss
+    loss = Loss.of_objective
 
     def mutant(self: Any, score: Any, evidence: Any, of: Any, pairs: Any, log: Any) -> Tensor:
         own = of.pair_weight(pairs, joint=False).sum().clamp(min=1)
         return loss(self, score, evidence, of, pairs, log) * log.denominator(False) / own
 
-    patch.setattr(PolicyGradient, "_objective_loss", mutant)
+    patch.setattr(Loss, "of_objective", mutant)
 
 
 def average_overwrites_live(patch: Patch) -> None:

@@ -11,7 +11,7 @@ summed over micro-batches and ranks first, so neither changes the gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,9 +22,10 @@ from rlflow.flow.noise import Key, generator
 from rlflow.flow.policy import FlowPolicy
 from rlflow.rl.advantages import Advantage, moments
 from rlflow.rl.anchor import Anchor
-from rlflow.rl.batch import EVERY, Batch, Meter, Pairs, Rows
+from rlflow.rl.batch import Batch, Meter, Pairs
 from rlflow.rl.critic import CriticLearner, explained_variance
 from rlflow.rl.groups import Groups
+from rlflow.rl.learners.loss import Loss, RowGradients, apart, reuses, row_tensors
 from rlflow.rl.learners.pieces import Later, pieces
 from rlflow.rl.learners.regularizers import KL, Regularizers, velocity_norm
 from rlflow.rl.likelihoods.base import Likelihood, Score
@@ -33,7 +34,7 @@ from rlflow.rl.objectives.base import Objective
 from rlflow.rl.objectives.clip import Clip
 from rlflow.rl.optim import AdamW, Optimizer
 from rlflow.rl.recorded import Recorded, small
-from rlflow.types import Cond, Evidence, Rollout
+from rlflow.types import Evidence, Rollout
 
 
 class PolicyGradient:
@@ -71,10 +72,11 @@ class PolicyGradient:
         self.sample_with = self.objective.sample_with
         if critic_warmup and not (advantage.needs_critic or self.objective.has_critic):
             raise ValueError(f"{type(advantage).__name__} has no critic to warm up: use critic_warmup=0")
-        self.regularizers = Regularizers(policy, likelihood, kl or KL(), norm_guard, entropy)
+        regularizers = Regularizers(policy, likelihood, kl or KL(), norm_guard, entropy)
+        self.loss = Loss(likelihood, self.objective, regularizers)
         self.epochs, self.num_minibatches, self.micro_batch = epochs, num_minibatches, micro_batch
         self.anchor = anchor
-        self.needs_reference = self.regularizers.needs_reference or self.objective.needs_reference
+        self.needs_reference = regularizers.needs_reference or self.objective.needs_reference
         self.critic_warmup, self.ema_decay, self.seed = critic_warmup, ema_decay, seed
         self.optimizer = Optimizer([p for p in policy.parameters() if p.requires_grad], optimizer or AdamW())
         self._recorded: Recorded | None = None
@@ -82,8 +84,9 @@ class PolicyGradient:
         self._unchanged = False  # since the samples: what was constant in them is so in their scores
         fixed = self.objective.fixed and not self.reuses
         if fixed and not policy.encoder_trains and small(policy, self.optimizer.parameters):
-            owners = self.objective, self.regularizers, likelihood
-            self._recorded = Recorded(self.gradients, policy, self.optimizer.parameters, owners)
+            of_rows = RowGradients(policy, self.loss, self.optimizer.parameters)
+            owners = self.objective, regularizers, likelihood
+            self._recorded = Recorded(of_rows, policy, self.optimizer.parameters, owners)
         self.critic: CriticLearner | None = None
         if advantage.needs_critic:
             self.critic = CriticLearner(policy, lr=critic_lr, steps=critic_steps, width=critic_width)
@@ -184,16 +187,13 @@ class PolicyGradient:
             )
 
         def loss(score: Score) -> Tensor:
-            return self._objective_loss(score, batch.evidence_of(whole), batch, whole, log)
+            return self.loss.of_objective(score, batch.evidence_of(whole), batch, whole, log)
 
         return pieces(rows, r, self.micro_batch, self.likelihood.joint, lambda p: self._score(batch, p)[0], loss)
 
     def _score(self, batch: Batch, pairs: Pairs) -> tuple[Score, Evidence]:
-        evidence, constant = batch.evidence_of(pairs), batch.rollout.constant
-        scored = evidence
-        if self._unchanged and constant is not None:
-            own = constant[pairs.rows] if pairs.columns is None else constant[pairs.rows, pairs.columns].unsqueeze(1)
-            scored = replace(evidence, constant=own)
+        evidence = batch.evidence_of(pairs)
+        scored = replace(evidence, constant=batch.constant_of(pairs)) if self._unchanged else evidence
         return self.likelihood.score(self.policy, batch.cond(pairs.rows), scored), evidence
 
     def _backward(self, batch: Batch, pairs: Pairs, later: Later | None, log: Meter) -> None:
@@ -201,50 +201,21 @@ class PolicyGradient:
             self._add_gradients(self._recorded, batch, pairs.rows, log)
             return
         score, evidence = self._score(batch, pairs)
-        loss = self._objective_loss(score, evidence, batch, pairs, log) if later is None else later(score)
-        (loss + self.regularizers.loss(score, evidence, batch, pairs, log)).backward()
-        self._first_ratio(_apart(score, evidence), log)
+        loss = self.loss.of_objective(score, evidence, batch, pairs, log) if later is None else later(score)
+        (loss + self.loss.regularizers.loss(score, evidence, batch, pairs, log)).backward()
+        self._first_ratio(apart(score, evidence), log)
 
-    def _first_ratio(self, apart: Tensor, log: Meter) -> None:
+    def _first_ratio(self, log_ratios: Tensor, log: Meter) -> None:
         if self.sample_with == "live" or self.iteration == 0:  # else the samples are of other weights
-            log.first_ratio(apart)
-
-    def gradients(
-        self, evidence: dict[str, Tensor], cond: dict[str, Tensor], weights: dict[str, Tensor], sums: Tensor
-    ) -> tuple[Sequence[Tensor], dict[str, Tensor], Tensor]:
-        """(by the weights, numbers for the log, log-ratios (M, R)) of whole rows (M,); recorded."""
-        rows, log = Rows(Evidence(**evidence), weights["alive"]), Meter()
-        rows.row_weight, rows.advantage = weights["weight"], weights["advantage"]
-        log.begin(sums, first=False)
-        score = self.likelihood.score(self.policy, Cond(cond), rows.evidence)
-        loss = self._objective_loss(score, rows.evidence, rows, EVERY, log)
-        loss = loss + self.regularizers.loss(score, rows.evidence, rows, EVERY, log)
-        found = torch.autograd.grad(loss, self.optimizer.parameters, materialize_grads=True)
-        return found, log.values, _apart(score, rows.evidence)
+            log.first_ratio(log_ratios)
 
     def _add_gradients(self, recorded: Recorded, batch: Batch, rows: Tensor, log: Meter) -> None:
-        evidence = {n: v for n, v in vars(batch.evidence.index(rows)).items() if v is not None}
-        whole, cond = (
-            {"alive": batch.row_alive, "weight": batch.row_weight, "advantage": batch.advantage},
-            batch.cond(rows),
-        )
-        weights = {name: v.index_select(0, rows) for name, v in whole.items()}
-        found, told, apart = recorded(evidence, {name: cond[name] for name in cond.data}, weights, log.sums)
+        found, told, ratios = recorded(*row_tensors(batch, rows), log.sums)
         for p, gradient in zip(self.optimizer.parameters, found, strict=True):
             p.grad = gradient if p.grad is None else p.grad + gradient
         for name, value in told.items():
             log.add(name, value)
-        self._first_ratio(apart, log)
-
-    def _objective_loss(self, score: Score, evidence: Evidence, batch: Rows, pairs: Pairs, log: Meter) -> Tensor:
-        """Mean of the objective's losses over its global denominator; logged."""
-        joint, out = self.likelihood.joint, self.objective.loss(score, evidence, batch.advantage_of(pairs))
-        weight, total = batch.pair_weight(pairs, joint), log.denominator(joint)
-        loss = weighted_sum(out.pairs, weight) / total
-        log.add("policy/loss", loss)
-        for name, value in out.logged.items():
-            log.add(name, weighted_sum(value, weight) / total)
-        return loss
+        self._first_ratio(ratios, log)
 
     def _anchor_backward(self, batch: Batch, anchor: Anchor, rows: Tensor, log: Meter) -> None:
         weight, total = batch.row_alive[rows], log.rows
@@ -275,13 +246,3 @@ class PolicyGradient:
         self.objective.load_state_dict(state.get("objective", {}))
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
-
-
-def reuses(policy: FlowPolicy, likelihood: Likelihood, sample_with: str) -> bool:
-    """True where the first minibatch is scored with the unconditional velocities that its samples were made by."""
-    return likelihood.scores_steps and sample_with == "live" and policy.field.constant_calls > 0
-
-
-def _apart(score: Score, evidence: Evidence) -> Tensor:
-    """Log-ratios (M, R), 0 where they do not count."""
-    return torch.where(evidence.valid, score.log_prob.detach() - evidence.old_log_prob, 0.0)
