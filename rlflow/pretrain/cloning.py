@@ -34,7 +34,7 @@ from rlflow.models.io import save_field
 from rlflow.models.scratch import fit_normalizers, scratch
 from rlflow.models.vla import VLA
 from rlflow.pretrain.matching import pretrain, report
-from rlflow.ranges import filled
+from rlflow.ranges import Size, argument, filled
 
 COUPLINGS: dict[str, Coupling] = {"independent": independent, "ot": minibatch_ot}
 GAMMA = 0.99
@@ -85,6 +85,11 @@ class Cloning:
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Options of this kind of data."""
         parser.add_argument("--demos", type=filled, default=f"demos/{self.demonstrator}", help="folder; made if absent")
+        self.add_common(parser)
+
+    def add_common(self, parser: argparse.ArgumentParser) -> None:
+        """Options of all data."""
+        parser.add_argument("--judged", type=argument(Size), default=self.judged, help="episodes played in the end")
         parser.add_argument("--coupling", choices=COUPLINGS, default="independent")
 
     def make(self, out: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -96,14 +101,14 @@ class Cloning:
     def make_of(self, demos: Demos, out: Path, args: argparse.Namespace, trust_code: bool = False) -> dict[str, Any]:
         """The same of demonstrations in hand; whatever they do not fit is said before anything is learnt."""
         world = self.world(demos, trust_code)
-        env = make_env(world, self.judged, trust_code)
+        env = make_env(world, args.judged, trust_code)
         check_alike(str(demos.folder), demos.obs_spec, demos.action_shape, env.unwrapped)
         begin, begin_cpu = time.perf_counter(), time.process_time()
         field, validation = self.clone(demos, args.steps, args.seed, COUPLINGS[args.coupling])
         seconds = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - begin_cpu}
         made_by = {
             "command": f"rlflow pretrain {self.name} --steps {args.steps} --seed {args.seed}"
-            f" --coupling {args.coupling}{self.options(args)}",
+            f" --judged {args.judged} --coupling {args.coupling}{self.options(args)}",
             "seed": args.seed,
             "steps": args.steps,
             **{name: round(value) for name, value in seconds.items()},
@@ -191,20 +196,19 @@ class OwnCloning(Cloning):
         """The folder, and what follows from no environment."""
         parser.add_argument("--demos", type=Path, required=True, help="folder of write_demos")
         parser.add_argument("--chunk", type=int, default=self.chunk, help="actions made at once")
-        parser.add_argument("--judged", type=int, default=self.judged, help="episodes played in the end")
         parser.add_argument("--trust-code", action="store_true", help="run an environment outside rlflow")
-        parser.add_argument("--coupling", choices=COUPLINGS, default="independent")
+        self.add_common(parser)
 
     def make(self, out: Path, args: argparse.Namespace) -> dict[str, Any]:
         """As of a known environment."""
         demos = Demos.open(args.demos)
         demos.check()
-        mine = replace(self, chunk=args.chunk, judged=args.judged)
+        mine = replace(self, chunk=args.chunk)
         return mine.make_of(demos, out, args, args.trust_code)
 
     def options(self, args: argparse.Namespace) -> str:
         trust = " --trust-code" if args.trust_code else ""
-        return f" --demos {args.demos} --chunk {args.chunk} --judged {args.judged}{trust}"
+        return f" --demos {args.demos} --chunk {args.chunk}{trust}"
 
 
 class TabletopCloning(Cloning):

@@ -121,7 +121,7 @@ def shortcut(env: str, steps: int) -> FewStepCloning:
     return FewStepCloning(f"robot_bc_{env}_shortcut", env, steps=steps, suffix="shortcut", averages=ShortcutLoss(4))
 
 
-FEW: dict[str, Any] = {"steps": 1500, "chunk": 5, "rows": 256, "average": 0.99, "judged": 500}
+FEW: dict[str, Any] = {"steps": 1500, "chunk": 5, "rows": 128, "average": 0.99, "judged": 500}
 FEW |= {"shown_by": "metaworld_few", "hold_out": 11}  # of 110 episodes one of each task
 CLOUDS: dict[str, Any] = {"rows": 256, "suffix": "clouds", "layers": ("head.net.1", "head.net.3", "head.net.5")}
 FEW_STEPS: dict[str, Cloning] = {
