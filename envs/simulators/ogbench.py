@@ -41,8 +41,10 @@ KEPT = ("qpos", "qvel", "ctrl", "mocap_pos", "mocap_quat", "qacc_warmstart", "si
 """What the next step and its observation depend on; the last three are one substep older than the positions."""
 PROPRIO = 19
 """Numbers of the arm itself, before those of the cubes."""
-DEPTH = {"low": (0.2, -0.4, 0.004), "high": (0.7, 0.4, 0.45), "cell": 0.01}
-"""Metres of the arm's space above the table in which a depth camera's points count, and apart from each other."""
+SPACE = ((0.2, -0.4, 0.004), (0.7, 0.4, 0.45))
+"""Corners of the arm's space above the table, in metres: points outside do not count."""
+CELL = 0.01
+"""Metres: of a cube of this side one point is kept."""
 
 
 def begin(env: Any, seed: int) -> NDArray[np.float32]:
@@ -153,7 +155,7 @@ class DepthEye:
 
     def __call__(self, data: Any) -> NDArray[np.float32]:
         """(num, 3) metres."""
-        return cloud(self.camera.points(data), self.num, **DEPTH)
+        return cloud(self.camera.points(data), self.num, *SPACE, CELL)
 
     def beside(self, env: Any, numbers: NDArray[np.float32]) -> Tree:
         """One row's observation of a cloud and the arm's own numbers, instead of all numbers (D,)."""

@@ -87,6 +87,10 @@ class MeanFlowCloning(FewStepCloning):
     def asked(self, args: argparse.Namespace) -> Scheduled:
         """The loss that options ask for."""
         averages = AVERAGES[args.averages]
+        if args.guidance is None and args.released:
+            raise ValueError("--released is a kind of guidance: give --guidance its scale")
+        if args.dispersive is None and args.shuffle:
+            raise ValueError("--shuffle is the control of a dispersive loss: name one by --dispersive")
         if args.guidance is not None:
             averages = replace(averages, guidance=TargetGuidance(args.guidance, released=args.released))
         if args.dispersive is None:

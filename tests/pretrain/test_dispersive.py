@@ -1,7 +1,7 @@
 """Dispersive losses: least at a regular simplex, never mere inflation, and nothing but an addition to what is learnt."""
 
+import argparse
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch.nn.functional import cosine_similarity
 from rlflow.flow.matching import cfm_loss
 from rlflow.models.mlp import MLPField
 from rlflow.pretrain.average import MeanFlow, SplitMeanFlow
+from rlflow.pretrain.cloning import Cloning
 from rlflow.pretrain.dispersive import TAU, VARIANTS, Dispersive, infonce, shuffled
 from rlflow.pretrain.few_steps import FEW_STEPS
 
@@ -161,13 +162,9 @@ def test_layers_that_are_not_there_are_refused():
     ],
 )
 def test_options_choose_the_loss_and_the_command_repeats_them(options, weight, drop, command, monkeypatch, tmp_path):
-    import argparse
-
     cloning, made = FEW_STEPS["robot_bc_hopper_meanflow"], []
     monkeypatch.setattr("rlflow.pretrain.cloning.Cloning.make", lambda self, out, args: made.append(self) or {})
-    parser = argparse.ArgumentParser()
-    cloning.add_options(parser)
-    args = parser.parse_args(options)
+    args = parsed(cloning, options)
     cloning.make(tmp_path, args)
     loss = made[0].loss
     assert (loss.weight if isinstance(loss, Dispersive) else None) == weight
@@ -175,4 +172,16 @@ def test_options_choose_the_loss_and_the_command_repeats_them(options, weight, d
     assert command in cloning.options(args)
     inner = loss.inner if isinstance(loss, Dispersive) else loss
     assert (inner.guidance is not None) == ("--guidance" in options)
-    assert inner == replace(inner)
+
+
+def parsed(cloning: Cloning, options: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    cloning.add_options(parser)
+    return parser.parse_args(options)
+
+
+@pytest.mark.parametrize("option", ["--released", "--shuffle"])
+def test_options_of_what_is_not_asked_for_are_refused(option, tmp_path):
+    cloning = FEW_STEPS["robot_bc_metaworld_meanflow"]
+    with pytest.raises(ValueError, match=f"{option} is"):
+        cloning.make(tmp_path, parsed(cloning, [option]))
