@@ -112,9 +112,8 @@ class Camera:
         above = bottom + span / height * (np.arange(height) + 0.5)
         ray = near * ahead + above[:, None, None] * up + across[:, None] * np.cross(ahead, up)
         away = far / (far - depth.astype(np.float64) * (far - near))  # in distances of the nearest plane
-        away[depth >= 1] = np.inf
-        with np.errstate(invalid="ignore"):
-            found = np.where(np.isfinite(away)[..., None], place + away[..., None] * ray, np.inf)
+        found = place + away[..., None] * ray
+        found[depth >= 1] = np.inf
         return np.flipud(found).copy()
 
     def _draw(self, data: Any, picture: NDArray[np.uint8] | None, depth: NDArray[np.float32] | None) -> None:

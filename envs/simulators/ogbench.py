@@ -241,13 +241,18 @@ class Oracle:
         return self.oracle.select_action(None, info | target | {"privileged/target_block_yaw": np.zeros(1)})
 
 
+def as_numbers(env: Any, numbers: NDArray[np.float32]) -> Tree:
+    """One row's observation of all its numbers (D,)."""
+    return torch.from_numpy(numbers)
+
+
 def episodes(env_id: str, num: int, seed: int, noise: float, clouds: int = 0) -> Iterator[Episode]:
     """`num` demonstrations by the oracle, with the rewards that its actions earned, from `seed` on.
 
     `noise` is the std of what is added to each number of the oracle's action before it is clipped to [-1, 1].
     """
     env = twin(prototype(env_id))
-    see = DepthEye(env.model, clouds).beside if clouds else lambda _, numbers: torch.from_numpy(numbers)
+    see = DepthEye(env.model, clouds).beside if clouds else as_numbers
     for episode in range(num):
         yield demonstration(env, steps_of(env_id), seed + episode, noise, see)
 
@@ -268,7 +273,7 @@ def double_episodes(num: int, seed: int, noise: float) -> Iterator[Episode]:
 
 
 def demonstration(
-    env: Any, horizon: int, seed: int, noise: float, see: Callable[[Any, NDArray[np.float32]], Tree]
+    env: Any, horizon: int, seed: int, noise: float, see: Callable[[Any, NDArray[np.float32]], Tree] = as_numbers
 ) -> Episode:
     """One episode of the noisy oracle; `see` makes an observation of the environment and its numbers."""
     obs, rng = begin(env, seed), np.random.default_rng(seed)
