@@ -74,7 +74,6 @@ class Camera:
         self._gl = context(width, height)
         self._gl.make_current()
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._scene, self._option = mujoco.MjvScene(model, maxgeom=2000), mujoco.MjvOption()
         for flag in OFF:
             self._scene.flags[flag] = 0
@@ -120,6 +119,7 @@ class Camera:
         (height, width), everything = self.size, mujoco.mjtCatBit.mjCAT_ALL
         frame = mujoco.MjrRect(0, 0, width, height)
         self._gl.make_current()
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)  # another camera's may be in place
         mujoco.mjv_updateScene(self._model, data, self._option, None, self._view, everything, self._scene)
         mujoco.mjr_render(frame, self._scene, self._context)
         mujoco.mjr_readPixels(picture, depth, frame, self._context)

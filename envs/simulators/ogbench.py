@@ -148,10 +148,15 @@ class CubeSim(Sim):
 
 
 class DepthEye:
-    """`num` points that the camera in front of the table sees, at most one a cubic centimetre; it tells no colours."""
+    """`num` points that the camera in front of the table sees, at most one a cubic centimetre; it tells no colours.
+
+    What is transparent is not there: the goal, which an environment paints and hides as it goes.
+    """
 
     def __init__(self, model: Any, num: int, size: tuple[int, int] = (84, 84)):
-        self.camera, self.num = Camera(model, size, fixed="front"), num
+        solid = copy.copy(model)
+        solid.geom_rgba[solid.geom_rgba[:, 3] < 1, 3] = 0
+        self.camera, self.num = Camera(solid, size, fixed="front"), num
 
     def __call__(self, data: Any) -> NDArray[np.float32]:
         """(num, 3) metres."""

@@ -140,8 +140,11 @@ def test_points_lie_where_things_are():
         eye = camera.Camera(model, (60, 84), fixed="c")
     except RuntimeError as error:
         pytest.skip(str(error))
-    found = eye.points(data)
+    found, picture = eye.points(data), eye.photo(data)
     assert found.shape == (60, 84, 3)
+    camera.Camera(model, (60, 84), fixed="c")  # another of that size takes nothing away
+    assert np.array_equal(eye.points(data), found)
+    assert np.array_equal(eye.photo(data), picture)
     shown = np.isfinite(found).all(-1)
     assert not shown[0].any()
     assert shown[-1].all()

@@ -57,7 +57,7 @@ def test_clouds_show_where_the_cube_is_and_nothing_else_does():
     for row, cloud in enumerate(obs["cloud"]):
         data = env.sim.envs[row].data
         far = (cloud - torch.from_numpy(data.body("object_0").xpos)).abs().amax(1)
-        assert int((far < 0.022).sum()) >= 8
+        assert int((far < 0.022).sum()) >= 3
         assert float(far.min()) > 0.015
         assert torch.equal(obs["state"][row], torch.from_numpy(env.sim._obs[row, :19]))
     assert obs["cloud"][0].unique(dim=0).shape[0] > 32
