@@ -46,7 +46,8 @@ def bench_actions(
         raise ValueError(f"{checkpoint} does not name the simulator that it acts in")
     policy = FlowPolicy(load_field(checkpoint, trust_code), FlowSDE(), num_steps=about["policy"]["num_steps"])
     obs = played(policy, make_env(about["env"], max(batches), trust_code), chunks)[0]
-    known, times, rows = ways(policy, eta), Times(), {}
+    known, times = ways(policy, eta), Times()
+    rows: dict[str, float] = {}
     with num_threads(1):
         for name, (k, solver) in known.items():
             policy.solver = solver
@@ -54,9 +55,11 @@ def bench_actions(
             policy.sample(policy.encode(obs), policy.plan(k), key=Key(0, "calls"))
             rows[name] = (policy.network_rows - before) / num_rows(obs)
         for call in range(calls):
-            for (name, (k, policy.solver)), batch in ((way, b) for way in known.items() for b in batches):
-                some = drawn(obs, batch, call)
-                times.run(f"{name} {batch}", lambda i: act(policy, some, k, i), call)  # noqa: B023
+            for name, (k, solver) in known.items():
+                policy.solver = solver
+                for batch in batches:
+                    some = drawn(obs, batch, call)
+                    times.run(f"{name} {batch}", lambda i: act(policy, some, k, i), call)  # noqa: B023
     told = {n: {f"batch_{b}": round(1e3 * times.median(f"{n} {b}", "cpu"), 3) for b in batches} for n in known}
     return {"cpu_ms": told, "calls": {name: round(number, 2) for name, number in rows.items()}}
 
