@@ -5,6 +5,7 @@ TABLE: dict[str, dict[str, str]] = {
         "dit": "rlflow.models.dit:DiT",
         "mlp": "rlflow.models.mlp:MLPField",
         "pixel": "rlflow.models.cnn:PixelField",
+        "cloud": "rlflow.models.cnn:CloudField",
         "vla": "rlflow.models.vla:VLA",
         "scratch": "rlflow.models.scratch:scratch",
         "gated": "rlflow.models.gated:GatedField",

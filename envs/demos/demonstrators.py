@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +33,7 @@ class Expert:
     num_episodes: int = 100
     noise: float = 0.0
     packages: ClassVar[tuple[str, ...]] = ("torch", "gymnasium", "mujoco")
+    settings: ClassVar[dict[str, Any]] = {}
 
     def episodes(self, num: int, seed: int) -> tuple[Iterator[Episode], dict[str, Any]]:
         """(one whole episode from each of `num` seeds, what is told of the expert)."""
@@ -69,6 +70,7 @@ class Oracle:
     noise: float
     packages: tuple[str, ...]
     num_episodes: int = 100
+    settings: dict[str, Any] = field(default_factory=dict)  # of the environment
 
     @property
     def options(self) -> str:
@@ -83,17 +85,32 @@ class Oracle:
 
 
 OGBENCH = ("torch", "gymnasium", "mujoco", "ogbench")
+METAWORLD = Oracle("metaworld", "rlflow.envs.simulators.metaworld:episodes", 0.2, ("torch", "envpool", "metaworld"))
 DEMONSTRATORS: dict[str, Expert | Oracle] = {
     **{name: Expert(name) for name in ("hopper", "walker2d", "halfcheetah")},
     **{f"{name}_mixed": Expert(name, None, 200, 1.2) for name in ("hopper", "walker2d", "halfcheetah")},
     "cube_single": Oracle("cube_single", "rlflow.envs.simulators.ogbench:single_episodes", 0.7, OGBENCH),
-    "cube_double": Oracle("cube_double", "rlflow.envs.simulators.ogbench:double_episodes", 0.4, OGBENCH),
-    "metaworld": Oracle(
-        "metaworld", "rlflow.envs.simulators.metaworld:episodes", 0.2, ("torch", "envpool", "metaworld")
+    "cube_clouds": Oracle(
+        "cube_single",
+        "rlflow.envs.simulators.ogbench:cloud_episodes",
+        0.7,
+        OGBENCH,
+        settings={"clouds": 256},
     ),
+    "cube_double": Oracle("cube_double", "rlflow.envs.simulators.ogbench:double_episodes", 0.4, OGBENCH),
+    "metaworld": METAWORLD,
+    "metaworld_few": replace(METAWORLD, num_episodes=110),  # ten a task, and one held out of each
     "toy_routes": Oracle("toy_routes", "rlflow.envs.simulators.toy:routes_episodes", 0.15, ("torch",), 400),
     "toy_drive": Oracle("toy_drive", "rlflow.envs.simulators.drive:episodes", 0.05, ("torch",), 4000),
     "tabletop": Oracle("tabletop", "rlflow.envs.simulators.tabletop:episodes", 0.3, ("torch",)),
+    "tabletop_clouds": Oracle(
+        "tabletop",
+        "rlflow.envs.simulators.tabletop:cloud_episodes",
+        0.3,
+        ("torch",),
+        num_episodes=1000,
+        settings={"clouds": True},
+    ),
 }
 
 
@@ -126,4 +143,5 @@ def make_demos(
     episodes, told = who.episodes(num, seed)
     command = f"python scripts/make_demos.py {name} --episodes {num} --seed {seed}{who.options}"
     made_by = {"command": command, "seed": seed, **told, "versions": versions(*who.packages)}
-    return write_demos(folder, episodes, {"name": who.env}, made_by)
+    env = {"name": who.env} | ({"settings": who.settings} if who.settings else {})
+    return write_demos(folder, episodes, env, made_by)

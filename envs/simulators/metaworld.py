@@ -8,6 +8,7 @@ experts of the package metaworld do all but dial-turn (EnvPool 1.2.5).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -160,7 +161,10 @@ class MetaWorld(SimEnv):
 
 
 def episodes(num: int, seed: int, noise: float) -> Iterator[Episode]:
-    """`num` successful episodes of MT10 by the package's experts, disturbed by Gaussian noise of that std."""
+    """`num` successful episodes of MT10 by the package's experts, disturbed by Gaussian noise of that std.
+
+    Tasks take turns, so each has as many as any other, up to one.
+    """
     try:
         from metaworld.policies import ENV_POLICY_MAP
     except ModuleNotFoundError as error:
@@ -178,4 +182,7 @@ def episodes(num: int, seed: int, noise: float) -> Iterator[Episode]:
         chosen = np.stack([expert.get_action(row) for expert, row in zip(experts, state, strict=True)])
         return (torch.from_numpy(chosen).float() + noise * eps).clamp(-1, 1).unsqueeze(1)
 
-    return successes(play(env, act, seed), num)
+    played, asked = list(play(env, act, seed)), env_seeds.remainder(len(env.sim.tasks))
+    by_task = [[played[i] for i in (asked == task).nonzero()[:, 0]] for task in range(len(env.sim.tasks))]
+    good = [[episode for episode in shown if episode.success] for shown in by_task]
+    return successes((episode for turn in zip_longest(*good) for episode in turn if episode), num)

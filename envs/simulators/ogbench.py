@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -20,12 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlflow.envs.camera import Camera
+from rlflow.envs.camera import Camera, cloud
 from rlflow.envs.demos.dataset import Episode
 from rlflow.envs.sim import Outcome, Sim, SimEnv
 from rlflow.parallel.dist import num_cpus
-from rlflow.ranges import Size, Threads
-from rlflow.types import Tree
+from rlflow.ranges import Natural, Size, Threads
+from rlflow.types import Tree, tree_stack
 
 try:
     import gymnasium
@@ -38,6 +39,12 @@ except ModuleNotFoundError as error:
 SINGLE, DOUBLE = "cube-single-singletask-v0", "cube-double-singletask-v0"
 KEPT = ("qpos", "qvel", "ctrl", "mocap_pos", "mocap_quat", "qacc_warmstart", "site_xpos", "site_xmat", "cfrc_ext")
 """What the next step and its observation depend on; the last three are one substep older than the positions."""
+PROPRIO = 19
+"""Numbers of the arm itself, before those of the cubes."""
+SPACE = ((0.2, -0.4, 0.004), (0.7, 0.4, 0.45))
+"""Corners of the arm's space above the table, in metres: points outside do not count."""
+CELL = 0.01
+"""Metres: of a cube of this side one point is kept."""
 
 
 def begin(env: Any, seed: int) -> NDArray[np.float32]:
@@ -140,6 +147,71 @@ class CubeSim(Sim):
         self._obs[:], self._over[:] = state["obs"].numpy(), False
 
 
+class DepthEye:
+    """`num` points that the camera in front of the table sees, at most one a cubic centimetre; it tells no colours.
+
+    What is transparent is not there: the goal, which an environment paints and hides as it goes.
+    """
+
+    def __init__(self, model: Any, num: int, size: tuple[int, int] = (84, 84)):
+        solid = copy.copy(model)
+        solid.geom_rgba[solid.geom_rgba[:, 3] < 1, 3] = 0
+        self.camera, self.num = Camera(solid, size, fixed="front"), num
+
+    def __call__(self, data: Any) -> NDArray[np.float32]:
+        """(num, 3) metres."""
+        return cloud(self.camera.points(data), self.num, *SPACE, CELL)
+
+    def beside(self, env: Any, numbers: NDArray[np.float32]) -> Tree:
+        """One row's observation of a cloud and the arm's own numbers, instead of all numbers (D,)."""
+        return {"cloud": torch.from_numpy(self(env.data)), "state": torch.from_numpy(numbers[:PROPRIO])}
+
+
+class CubeCloudSim(CubeSim):
+    """A cube task seen as {"cloud": (clouds, 3), "state": the arm's 19 numbers}: where the cubes are has to be seen.
+
+    A row is looked at after every `chunk`-th step and at its end, which is all that SimEnv shows of a chunk.
+    """
+
+    def __init__(self, env_id: str, num_envs: int, sparse: bool, threads: int, clouds: int, chunk: int):
+        super().__init__(env_id, num_envs, sparse, threads)
+        if self.horizon % chunk:
+            raise ValueError(f"clouds are seen after whole chunks: chunk must divide {self.horizon} steps, got {chunk}")
+        self.chunk, self.steps, self._eye = chunk, 0, DepthEye(self.envs[0].model, clouds)
+        self._clouds = np.zeros((num_envs, clouds, 3), np.float32)
+        self.obs_spec = {name: torch.empty(value.shape[1:], device="meta") for name, value in self._seen().items()}
+
+    def reset(self, seeds: Tensor, mask: Tensor) -> Tree:
+        """As without clouds."""
+        super().reset(seeds, mask)
+        self._look(mask.numpy())
+        self.steps = 0
+        return self._seen()
+
+    def advance(self, action: Tensor) -> Outcome:
+        """As without clouds."""
+        resting, out = self._over.copy(), super().advance(action)
+        self.steps += 1
+        self._look(~resting & (self._over | (self.steps % self.chunk == 0)))
+        return replace(out, obs=self._seen())
+
+    def _look(self, mask: NDArray[np.bool_]) -> None:
+        for row in np.flatnonzero(mask):
+            self._clouds[row] = self._eye(self.envs[row].data)
+
+    def _seen(self) -> dict[str, Tensor]:
+        return {"cloud": torch.from_numpy(self._clouds), "state": torch.from_numpy(self._obs[:, :PROPRIO])}
+
+    def state_dict(self) -> dict[str, Any]:
+        """With what was seen last."""
+        return super().state_dict() | {"cloud": torch.from_numpy(self._clouds.copy())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        super().load_state_dict(state)
+        self._clouds[:] = state["cloud"].numpy()
+
+
 # -- demonstrations -------------------------------------------------------------------------------
 
 
@@ -174,14 +246,20 @@ class Oracle:
         return self.oracle.select_action(None, info | target | {"privileged/target_block_yaw": np.zeros(1)})
 
 
-def episodes(env_id: str, num: int, seed: int, noise: float) -> Iterator[Episode]:
+def as_numbers(env: Any, numbers: NDArray[np.float32]) -> Tree:
+    """One row's observation of all its numbers (D,)."""
+    return torch.from_numpy(numbers)
+
+
+def episodes(env_id: str, num: int, seed: int, noise: float, clouds: int = 0) -> Iterator[Episode]:
     """`num` demonstrations by the oracle, with the rewards that its actions earned, from `seed` on.
 
     `noise` is the std of what is added to each number of the oracle's action before it is clipped to [-1, 1].
     """
     env = twin(prototype(env_id))
+    see = DepthEye(env.model, clouds).beside if clouds else as_numbers
     for episode in range(num):
-        yield demonstration(env, steps_of(env_id), seed + episode, noise)
+        yield demonstration(env, steps_of(env_id), seed + episode, noise, see)
 
 
 def single_episodes(num: int, seed: int, noise: float) -> Iterator[Episode]:
@@ -189,37 +267,62 @@ def single_episodes(num: int, seed: int, noise: float) -> Iterator[Episode]:
     return episodes(SINGLE, num, seed, noise)
 
 
+def cloud_episodes(num: int, seed: int, noise: float) -> Iterator[Episode]:
+    """Those of cube_single, seen as clouds of 256 points."""
+    return episodes(SINGLE, num, seed, noise, clouds=256)
+
+
 def double_episodes(num: int, seed: int, noise: float) -> Iterator[Episode]:
     """Those of cube_double."""
     return episodes(DOUBLE, num, seed, noise)
 
 
-def demonstration(env: Any, horizon: int, seed: int, noise: float) -> Episode:
-    """One episode of the noisy oracle."""
+def demonstration(
+    env: Any, horizon: int, seed: int, noise: float, see: Callable[[Any, NDArray[np.float32]], Tree] = as_numbers
+) -> Episode:
+    """One episode of the noisy oracle; `see` makes an observation of the environment and its numbers."""
     obs, rng = begin(env, seed), np.random.default_rng(seed)
     oracle, over, success = Oracle(env, seed), False, False
-    rows: list[tuple[Any, Any, float]] = []
+    rows: list[tuple[Tree, Tensor, float]] = []
     while len(rows) < horizon and not over:
+        seen = see(env, obs)
         action = np.clip(oracle.act() + noise * rng.standard_normal(5), -1, 1).astype(np.float32)
         found, reward, over, _, info = env.step(action)
-        rows.append((obs, action, reward))
+        rows.append((seen, torch.from_numpy(action), reward))
         obs, success = found.astype(np.float32), success or bool(info["success"])
-    seen, done, paid = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
-    return Episode(seen, done, paid, terminated=bool(over), truncated=not over, success=success)
+    shown, done, paid = zip(*rows, strict=True)
+    ends = {"terminated": bool(over), "truncated": not over, "success": success}
+    return Episode(tree_stack(shown), torch.stack(done), torch.tensor(paid), **ends)
 
 
 # -- environments ---------------------------------------------------------------------------------
 
 
 def cube_single(
-    num_envs: int, chunk: Size = 5, gamma: float = 0.99, sparse: bool = False, threads: Threads = 0
+    num_envs: int,
+    chunk: Size = 5,
+    gamma: float = 0.99,
+    sparse: bool = False,
+    threads: Threads = 0,
+    clouds: Natural = 0,
 ) -> SimEnv:
-    """cube-single-singletask-v0: one cube, 28 numbers observed, 200 steps."""
-    return SimEnv(CubeSim(SINGLE, num_envs, sparse, threads), chunk, gamma)
+    """cube-single-singletask-v0: one cube, 28 numbers observed, or a cloud of so many points and 19; 200 steps."""
+    return SimEnv(_sim(SINGLE, num_envs, sparse, threads, clouds, chunk), chunk, gamma)
 
 
 def cube_double(
-    num_envs: int, chunk: Size = 5, gamma: float = 0.99, sparse: bool = False, threads: Threads = 0
+    num_envs: int,
+    chunk: Size = 5,
+    gamma: float = 0.99,
+    sparse: bool = False,
+    threads: Threads = 0,
+    clouds: Natural = 0,
 ) -> SimEnv:
-    """cube-double-singletask-v0: two cubes, 37 numbers observed, 500 steps."""
-    return SimEnv(CubeSim(DOUBLE, num_envs, sparse, threads), chunk, gamma)
+    """cube-double-singletask-v0: two cubes, 37 numbers observed, or a cloud of so many points and 19; 500 steps."""
+    return SimEnv(_sim(DOUBLE, num_envs, sparse, threads, clouds, chunk), chunk, gamma)
+
+
+def _sim(env_id: str, num_envs: int, sparse: bool, threads: int, clouds: int, chunk: int) -> CubeSim:
+    if clouds:
+        return CubeCloudSim(env_id, num_envs, sparse, threads, clouds, chunk)
+    return CubeSim(env_id, num_envs, sparse, threads)

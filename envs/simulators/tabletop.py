@@ -29,6 +29,8 @@ WORDS = ["", *dict.fromkeys(word for task in TASKS for word in task.split())]
 """Vocabulary; 0 fills short sentences up."""
 LENGTH = max(len(task.split()) for task in TASKS)
 PIXELS = 24
+PER_BODY = 16
+"""Points of each disc, and of the finger, in a cloud."""
 TABLE = 0.08
 """Grey of the empty table."""
 DISC, FINGER = 0.13, 0.09
@@ -121,19 +123,52 @@ def draw(finger: Tensor, discs: Tensor, size: int) -> Tensor:
     return picture.add_(255 * TABLE + 0.5).to(torch.uint8)
 
 
+class TabletopCloudSim(TabletopSim):
+    """Seen as {"cloud": coloured points, "state": finger, "words": (11,) 1 for every word of the sentence}."""
+
+    def observe(self) -> Tree:
+        text, finger = self.sentences[self.state["task"]], self.state["finger"]
+        words = torch.zeros(len(text), len(WORDS), device=self.device).scatter_(1, text, 1.0)[:, 1:]
+        return {"cloud": points(finger, self.state["discs"]), "state": finger, "words": words}
+
+
+def points(finger: Tensor, discs: Tensor) -> Tensor:
+    """(B, 64, 6) places and colours of points all over the discs (B, 3, 2), at height 0, and the finger (B, 2), at .1.
+
+    From the state, with nothing hidden behind anything: Vogel's spiral of each body.
+    """
+    i = torch.arange(PER_BODY, device=finger.device)
+    radius, angle = ((i + 0.5) / PER_BODY).sqrt(), i * torch.pi * (3 - 5**0.5)
+    spiral = torch.stack([radius * angle.cos(), radius * angle.sin(), torch.zeros_like(radius)], -1)
+    radii = torch.tensor([DISC] * len(COLOURS) + [FINGER], device=finger.device)
+    flat = torch.cat([discs, finger.unsqueeze(1)], 1)
+    height = torch.tensor([0.0] * len(COLOURS) + [0.1], device=finger.device).expand(len(flat), -1)
+    centres = torch.cat([flat, height.unsqueeze(-1)], -1)
+    places = centres.unsqueeze(2) + radii[:, None, None] * spiral
+    paint = torch.tensor([*COLOURS.values(), (1.0, 1.0, 1.0)], device=finger.device)
+    return torch.cat([places, paint.unsqueeze(1).expand_as(places)], -1).flatten(1, 2)
+
+
 class Tabletop(SimEnv):
     """Fifteen tasks with three coloured discs by sentence: push one to a side (12) or touch one (3); 1 on success.
 
-    Observation: {"pixels": (24, 24, 3) uint8, "text": (5,) word numbers, "state": the finger's place}. Action: a
-    chunk of velocities of at most .1 on each axis. `horizon` primitive steps, then a truncation.
+    Observation: {"pixels": (24, 24, 3) uint8, "text": (5,) word numbers, "state": the finger's place}; with `clouds`
+    {"cloud": (64, 6) coloured points, "state", "words": 0 or 1 for each of 11}. Action: a chunk of velocities of at
+    most .1 on each axis. `horizon` primitive steps, then a truncation.
     """
 
     sim: TabletopSim
 
     def __init__(
-        self, num_envs: int = 64, chunk: Size = 4, horizon: Count = 40, gamma: float = 0.99, device: str = "cpu"
+        self,
+        num_envs: int = 64,
+        chunk: Size = 4,
+        horizon: Count = 40,
+        gamma: float = 0.99,
+        device: str = "cpu",
+        clouds: bool = False,
     ):
-        super().__init__(TabletopSim(num_envs, horizon, device), chunk, gamma)
+        super().__init__((TabletopCloudSim if clouds else TabletopSim)(num_envs, horizon, device), chunk, gamma)
 
 
 # -- the expert -----------------------------------------------------------------------------------
@@ -156,9 +191,9 @@ def expert(sim: TabletopSim) -> Tensor:
     return move / move.abs().amax(-1, keepdim=True).clamp(min=SPEED)
 
 
-def episodes(num: int, seed: int, noise: float) -> Iterator[Episode]:
+def episodes(num: int, seed: int, noise: float, clouds: bool = False) -> Iterator[Episode]:
     """`num` successful episodes of the expert, whose commands are disturbed by Gaussian noise of that std."""
-    env = Tabletop(2 * num, chunk=1)
+    env = Tabletop(2 * num, chunk=1, clouds=clouds)
     env_seeds = seed + torch.arange(env.num_envs)
     calls = iter(range(env.sim.horizon))
 
@@ -167,6 +202,11 @@ def episodes(num: int, seed: int, noise: float) -> Iterator[Episode]:
         return (expert(env.sim) + noise * eps).clamp(-1, 1).unsqueeze(1)
 
     return successes(play(env, act, seed), num)
+
+
+def cloud_episodes(num: int, seed: int, noise: float) -> Iterator[Episode]:
+    """Those episodes, seen as clouds."""
+    return episodes(num, seed, noise, clouds=True)
 
 
 def make_demos(folder: Path | str, num: int = 100, seed: int = 0, noise: float = 0.3) -> Demos:

@@ -15,7 +15,9 @@ PEERS = ("environments", "sac", "reinflow", "images", "flow_grpo", "files")
 def add(commands: Any) -> None:
     """Enter the command."""
     p = command(commands, "bench", _run, "Time training iterations against bare network passes, and all beside peers.")
-    p.add_argument("what", choices=["t2i", "robot", "peers", "sizes"])
+    p.add_argument("what", choices=["t2i", "robot", "actions", "peers", "sizes"])
+    p.add_argument("checkpoint", nargs="?", help="actions: the cloned policy that makes them")
+    p.add_argument("--eta", type=float, default=0.2, help="actions: of the solver adaptive")
     p.add_argument("--paper", action="store_true", help="robot: the published size too, and a plain loop as its peer")
     p.add_argument("--rows", nargs="+", choices=PEERS, default=PEERS, help="peers: these alone")
     p.add_argument("--repeats", type=int, default=5, help="peers: turns of each")
@@ -40,6 +42,12 @@ def _result(args: argparse.Namespace) -> dict[str, Any]:
         from rlflow.bench.peers import bench_peers
 
         return bench_peers(tuple(args.rows), args.repeats)
+    if args.what == "actions":
+        from rlflow.bench.actions import bench_actions
+
+        if args.checkpoint is None:
+            raise ValueError("rlflow bench actions CHECKPOINT: name the policy")
+        return bench_actions(args.checkpoint, args.eta)
     if args.what == "sizes":
         from rlflow.bench.sizes import bench_sizes
 

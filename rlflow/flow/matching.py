@@ -22,6 +22,7 @@ of s does not depend on D (the release sums, and its s^2 is D times this). Where
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,6 +36,20 @@ from rlflow.types import Cond
 
 MatchingLoss = Callable[[VelocityField, Tensor, Cond, Tensor, Tensor], Tensor]
 """(field, x_1 (N, *D), cond, x_0 (N, *D), t (N,)) -> losses (N,)."""
+
+
+class Scheduled(ABC):
+    """A loss that changes in the course of a training, or takes targets from a second network."""
+
+    @abstractmethod
+    def at(self, progress: float, teacher: VelocityField) -> MatchingLoss:
+        """The loss after a share `progress` of the training; `teacher` is the weight average, for what may lag."""
+
+
+def loss_at(loss: MatchingLoss | Scheduled, progress: float, teacher: VelocityField) -> MatchingLoss:
+    """Any loss as it is after a share `progress` of the training."""
+    return loss.at(progress, teacher) if isinstance(loss, Scheduled) else loss
+
 
 Coupling = Callable[[Tensor, Tensor], Tensor]
 """(x_0 (N, *D), x_1 (N, *D)) -> x_0 with its rows reordered to meet the rows of x_1."""

@@ -34,6 +34,14 @@ def merge(moments: Tensor, value: Tensor, counts: Tensor) -> Tensor:
     return torch.stack([count, mean + shift, deviations + squares - count * shift.square()])
 
 
+def pooled(moments: Tensor) -> Tensor:
+    """Moments (3, *D) of P features (3, P, *D) as if they were one."""
+    count, mean, deviations = moments
+    num = count.sum(0)
+    centre = (count * mean).sum(0) / num.clamp(min=1)
+    return torch.stack([num, centre, (deviations + count * (mean - centre).square()).sum(0)])
+
+
 def scale(moments: Tensor) -> Tensor:
     """Biased std (*D); 1 for features that do not vary."""
     count, mean, deviations = moments

@@ -20,7 +20,7 @@ sums of SplitMeanFlow, which amplify nothing, the averaged ones.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,7 +30,7 @@ from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlflow.flow.field import VelocityField
-from rlflow.flow.matching import MatchingLoss
+from rlflow.flow.matching import MatchingLoss, Scheduled
 from rlflow.flow.path import at_least_float, expand, interpolate
 from rlflow.types import Cond
 
@@ -50,12 +50,39 @@ class Span:
 
 
 @dataclass(frozen=True)
-class AverageLoss(ABC):
+class TargetGuidance:
+    """Guidance inside the target: v <- w v + k u(x, t, 0 | c) + (1 - w - k) u(x, t, 0 | null), w = scale, k = mix.
+
+    Where u is right it is v guided by w / (1 - k); rows whose condition was dropped stay as they are. `released` is
+    what MP1's code does: it hides no condition, so null is c, the mean of the target that of v, its variance w^2 times
+    as large, and nothing is guided.
+    """
+
+    scale: float = 2.0
+    mix: float = 0.0
+    released: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scale <= 0 or not 0 <= self.mix < 1:
+            raise ValueError(f"guidance needs scale > 0 and 0 <= mix < 1, got {self.scale} and {self.mix}")
+
+    @torch.no_grad()
+    def velocity(self, teacher: VelocityField, x: Tensor, t: Tensor, v: Tensor, cond: Cond) -> Tensor:
+        """(N, *D) in the place of v (N, *D), at x (N, *D) and t (N,)."""
+        still = torch.zeros_like(t)
+        known = at_least_float(teacher(x, t, still, cond)) if self.mix or self.released else v
+        null = known if self.released else at_least_float(teacher(x, t, still, teacher.null(cond)))
+        return self.scale * v + self.mix * known + (1 - self.scale - self.mix) * null
+
+
+@dataclass(frozen=True)
+class AverageLoss(Scheduled):
     """The first `share` of the rows learn an average over [t, t'] from the times of two rows, the others match v.
 
     `bound`: data lie in [-bound, bound], and a target leads no further than the path from noise of 4 std to there;
     None is no limit. Before the share `warm_up` of the training all rows match. `power` divides a row's loss by
-    (itself + .001)^power, published with .5 to 1: the optimum is then a mean that counts far data less.
+    (itself + .001)^power, published with .5 to 1: the optimum is then a mean that counts far data less. `guidance`
+    is learnt with the averages, so one pass at inference is guided.
     """
 
     lagging: ClassVar[bool] = False
@@ -64,6 +91,7 @@ class AverageLoss(ABC):
     bound: float | None = None
     warm_up: float = 0.1
     power: float = 0.0
+    guidance: TargetGuidance | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -101,6 +129,8 @@ class AverageLoss(ABC):
         num = round(self.share * len(t)) if progress >= self.warm_up else 0
         start, dt = steps(t, num)
         x, v = interpolate(x_0, x_1, start), x_1 - x_0
+        if self.guidance is not None:
+            v = self.guidance.velocity(teacher, x, start, v, cond)
         rows = torch.arange(num, device=t.device)
         target = v
         if num:

@@ -10,7 +10,7 @@ import argparse
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,22 +20,21 @@ from rlflow import registry
 from rlflow.envs.base import VecEnv, told_scores
 from rlflow.envs.checked import Checked
 from rlflow.envs.demos.dataset import Chunks, Demos
+from rlflow.envs.demos.demonstrators import demonstrator, make_demos
 from rlflow.envs.demos.identity import check_alike, differences
 from rlflow.envs.simulators.tabletop import LENGTH, PIXELS, WORDS
 from rlflow.envs.targets import Targeted
 from rlflow.flow.field import VelocityField
 from rlflow.flow.grid import uniform_times
 from rlflow.flow.kernels import FlowSDE
-from rlflow.flow.matching import Coupling, MatchingLoss, cfm_loss, independent, minibatch_ot
+from rlflow.flow.matching import Coupling, MatchingLoss, Scheduled, cfm_loss, independent, minibatch_ot
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.models.io import save_field
-from rlflow.models.normalizer import Normalizer
-from rlflow.models.scratch import scratch
+from rlflow.models.scratch import fit_normalizers, scratch
 from rlflow.models.vla import VLA
-from rlflow.pretrain.average import AverageLoss
 from rlflow.pretrain.matching import pretrain, report
-from rlflow.ranges import filled
+from rlflow.ranges import Size, argument, filled
 
 COUPLINGS: dict[str, Coupling] = {"independent": independent, "ot": minibatch_ot}
 GAMMA = 0.99
@@ -60,6 +59,8 @@ class Cloning:
     judged: int = 64  # episodes
     num_demos: int | None = None  # episodes, where they have to be made; default: the demonstrator's
     drop: float = 0.0  # share of rows whose condition is hidden, for guidance
+    shown_by: str = ""  # demonstrator; default: the environment's own
+    hold_out: int = 10  # every so many-th episode is kept for validation
 
     @property
     def asset(self) -> str:
@@ -67,7 +68,7 @@ class Cloning:
         return self.env
 
     @property
-    def loss(self) -> MatchingLoss | AverageLoss:
+    def loss(self) -> MatchingLoss | Scheduled:
         """What is minimised."""
         return cfm_loss
 
@@ -76,26 +77,38 @@ class Cloning:
         """Numbers of denoising steps that the policy is judged at, by what is behind the names of its scores."""
         return {"": self.num_steps}
 
+    @property
+    def demonstrator(self) -> str:
+        """Name of who shows it."""
+        return self.shown_by or self.env
+
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Options of this kind of data."""
-        parser.add_argument("--demos", type=filled, default=f"demos/{self.env}", help="folder; made if absent")
+        parser.add_argument("--demos", type=filled, default=f"demos/{self.demonstrator}", help="folder; made if absent")
+        self.add_common(parser)
+
+    def add_common(self, parser: argparse.ArgumentParser) -> None:
+        """Options of all data."""
+        parser.add_argument("--judged", type=argument(Size), default=self.judged, help="episodes played in the end")
         parser.add_argument("--coupling", choices=COUPLINGS, default="independent")
 
     def make(self, out: Path, args: argparse.Namespace) -> dict[str, Any]:
         """Clone the demonstrations, judge the policy and save it in `out`; returns config.json's "made_by"."""
-        return self.make_of(demos_of(self.env, Path(args.demos), num=self.num_demos), out, args)
+        settings = demonstrator(self.demonstrator).settings
+        demos = demos_of(self.env, Path(args.demos), settings, num=self.num_demos, by=self.demonstrator)
+        return self.make_of(demos, out, args)
 
     def make_of(self, demos: Demos, out: Path, args: argparse.Namespace, trust_code: bool = False) -> dict[str, Any]:
         """The same of demonstrations in hand; whatever they do not fit is said before anything is learnt."""
         world = self.world(demos, trust_code)
-        env = make_env(world, self.judged, trust_code)
+        env = make_env(world, args.judged, trust_code)
         check_alike(str(demos.folder), demos.obs_spec, demos.action_shape, env.unwrapped)
         begin, begin_cpu = time.perf_counter(), time.process_time()
         field, validation = self.clone(demos, args.steps, args.seed, COUPLINGS[args.coupling])
         seconds = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - begin_cpu}
         made_by = {
             "command": f"rlflow pretrain {self.name} --steps {args.steps} --seed {args.seed}"
-            f" --coupling {args.coupling}{self.options(args)}",
+            f" --judged {args.judged} --coupling {args.coupling}{self.options(args)}",
             "seed": args.seed,
             "steps": args.steps,
             **{name: round(value) for name, value in seconds.items()},
@@ -136,12 +149,12 @@ class Cloning:
         """A multilayer perceptron, behind an encoder where there is a picture; `average` reads dt."""
         shape = (self.chunk, *demos.action_shape)
         field = scratch(shape, demos.obs_spec, width=256, depth=3, average=average, running=False)
-        cast(Normalizer, field.normalizer).moments.copy_(demos.moments)
+        fit_normalizers(field, demos.moments, demos.obs_spec)
         return field
 
     def clone(self, demos: Demos, steps: int, seed: int, coupling: Coupling) -> tuple[VelocityField, float]:
         """(policy, its flow-matching loss on held-out episodes)."""
-        train, held_out = (self.chunks(part) for part in demos.split())
+        train, held_out = (self.chunks(part) for part in demos.split(self.hold_out))
         torch.manual_seed(seed)
         field, hidden = self.network(demos)
         averaged = pretrain(
@@ -183,20 +196,19 @@ class OwnCloning(Cloning):
         """The folder, and what follows from no environment."""
         parser.add_argument("--demos", type=Path, required=True, help="folder of write_demos")
         parser.add_argument("--chunk", type=int, default=self.chunk, help="actions made at once")
-        parser.add_argument("--judged", type=int, default=self.judged, help="episodes played in the end")
         parser.add_argument("--trust-code", action="store_true", help="run an environment outside rlflow")
-        parser.add_argument("--coupling", choices=COUPLINGS, default="independent")
+        self.add_common(parser)
 
     def make(self, out: Path, args: argparse.Namespace) -> dict[str, Any]:
         """As of a known environment."""
         demos = Demos.open(args.demos)
         demos.check()
-        mine = replace(self, chunk=args.chunk, judged=args.judged)
+        mine = replace(self, chunk=args.chunk)
         return mine.make_of(demos, out, args, args.trust_code)
 
     def options(self, args: argparse.Namespace) -> str:
         trust = " --trust-code" if args.trust_code else ""
-        return f" --demos {args.demos} --chunk {args.chunk} --judged {args.judged}{trust}"
+        return f" --demos {args.demos} --chunk {args.chunk}{trust}"
 
 
 class TabletopCloning(Cloning):
@@ -252,11 +264,10 @@ def demos_of(
 
     ValueError where they are of another environment, or of this one under settings that make it another.
     """
-    from rlflow.envs.demos.demonstrators import make_demos
-
     wanted = {"name": env, "settings": settings or {}}
     absent = not folder.exists()
-    if why := differences({"name": env} if absent else Demos.open(folder).env, wanted):
+    would_be = {"name": env, "settings": demonstrator(by).settings if by else {}}
+    if why := differences(would_be if absent else Demos.open(folder).env, wanted):
         raise ValueError(f"{folder}: demonstrations {'would be' if absent else 'are'} of another env: {'; '.join(why)}")
     if absent:
         print(f"{folder} does not exist: demonstrations of {env} are made", flush=True)

@@ -14,11 +14,12 @@ from torch.nn import Parameter
 
 from rlflow.envs.demos.dataset import Demos
 from rlflow.flow.field import VelocityField
-from rlflow.flow.matching import MatchingLoss, ShortcutLoss, cfm_loss
+from rlflow.flow.matching import MatchingLoss, Scheduled, ShortcutLoss, cfm_loss
 from rlflow.models.dit import DiT
 from rlflow.models.io import load_field, save_field
-from rlflow.pretrain.average import AlphaFlow, AverageLoss, MeanFlow, SplitMeanFlow
+from rlflow.pretrain.average import AlphaFlow, AverageLoss, MeanFlow, SplitMeanFlow, TargetGuidance
 from rlflow.pretrain.cloning import STEPS, Cloning
+from rlflow.pretrain.dispersive import VARIANTS, Dispersive
 from rlflow.pretrain.images import IMAGES, World, judge_scenes
 from rlflow.pretrain.matching import pretrain, report
 
@@ -31,7 +32,7 @@ class FewStepCloning(Cloning):
     """Trains `averages` and is judged at one and two denoising steps too; `suffix` ends the name of its folder."""
 
     suffix: str = ""
-    averages: MatchingLoss | AverageLoss = cfm_loss
+    averages: MatchingLoss | Scheduled = cfm_loss
 
     @property
     def asset(self) -> str:
@@ -39,14 +40,14 @@ class FewStepCloning(Cloning):
         return f"{self.env}_{self.suffix}"
 
     @property
-    def loss(self) -> MatchingLoss | AverageLoss:
+    def loss(self) -> MatchingLoss | Scheduled:
         """What is minimised."""
         return self.averages
 
     @property
     def judged_at(self) -> dict[str, int]:
-        """The usual number, one and two."""
-        return {"": self.num_steps, "_k1": 1, "_k2": 2}
+        """The usual number, and one and two where they are fewer."""
+        return {"": self.num_steps} | {f"_k{k}": k for k in (1, 2) if k < self.num_steps}
 
     def network(self, demos: Demos) -> tuple[VelocityField, list[Parameter]]:
         """The usual one, told dt."""
@@ -60,21 +61,63 @@ AVERAGES: dict[str, AverageLoss] = {
 }
 
 
+@dataclass(frozen=True)
 class MeanFlowCloning(FewStepCloning):
     """Averages of every length, by one of three identities; SplitMeanFlow, without a derivative, is the steadiest."""
 
+    layers: tuple[str, ...] = ("net.1", "net.3", "net.5")  # that a dispersive loss looks at
+
     def add_options(self, parser: argparse.ArgumentParser) -> None:
-        """Which identity."""
+        """Which identity, and what is added to it."""
         super().add_options(parser)
         parser.add_argument("--averages", choices=AVERAGES, default="split")
+        parser.add_argument("--dispersive", choices=VARIANTS, help="push features of different rows apart")
+        parser.add_argument("--weight", type=float, default=0.5, help="of the dispersive loss")
+        parser.add_argument("--layers", nargs="+", default=list(self.layers), help="submodules that it looks at")
+        parser.add_argument("--shuffle", action="store_true", help="its control: features of other rows")
+        parser.add_argument("--guidance", type=float, help="scale, learnt inside the target")
+        parser.add_argument("--released", action="store_true", help="guidance as MP1's code has it: of nothing")
 
     def make(self, out: Path, args: argparse.Namespace) -> dict[str, Any]:
-        """As any, with the identity asked for."""
-        mine = replace(self, averages=AVERAGES[args.averages])
+        """As any, with the loss asked for."""
+        hidden = 0.1 if args.guidance is not None and not args.released else 0.0
+        mine = replace(self, averages=self.asked(args), drop=hidden)
         return super(MeanFlowCloning, mine).make(out, args)
 
+    def asked(self, args: argparse.Namespace) -> Scheduled:
+        """The loss that options ask for."""
+        averages = AVERAGES[args.averages]
+        if args.guidance is None and args.released:
+            raise ValueError("--released is a kind of guidance: give --guidance its scale")
+        if args.dispersive is None and args.shuffle:
+            raise ValueError("--shuffle is the control of a dispersive loss: name one by --dispersive")
+        if args.guidance is not None:
+            averages = replace(averages, guidance=TargetGuidance(args.guidance, released=args.released))
+        if args.dispersive is None:
+            return averages
+        return Dispersive(averages, tuple(args.layers), VARIANTS[args.dispersive], args.weight, args.shuffle)
+
     def options(self, args: argparse.Namespace) -> str:
-        return f" --averages {args.averages}"
+        guidance = "" if args.guidance is None else f" --guidance {args.guidance:g}{' --released' * args.released}"
+        chosen = f" --averages {args.averages}{guidance}"
+        if args.dispersive is None:
+            return chosen
+        layers = f"--layers {' '.join(args.layers)}{' --shuffle' * args.shuffle}"
+        return f"{chosen} --dispersive {args.dispersive} --weight {args.weight:g} {layers}"
+
+
+class BesideOneStep(Cloning):
+    """Matching on few demonstrations, judged at its own number of denoising steps and at one."""
+
+    @property
+    def asset(self) -> str:
+        """Its folder."""
+        return self.demonstrator
+
+    @property
+    def judged_at(self) -> dict[str, int]:
+        """The usual number and one."""
+        return {"": self.num_steps, "_k1": 1}
 
 
 def shortcut(env: str, steps: int) -> FewStepCloning:
@@ -82,12 +125,19 @@ def shortcut(env: str, steps: int) -> FewStepCloning:
     return FewStepCloning(f"robot_bc_{env}_shortcut", env, steps=steps, suffix="shortcut", averages=ShortcutLoss(4))
 
 
-FEW_STEPS: dict[str, FewStepCloning] = {
+FEW: dict[str, Any] = {"steps": 1500, "chunk": 5, "rows": 128, "average": 0.99, "judged": 500}
+FEW |= {"shown_by": "metaworld_few", "hold_out": 11}  # of 110 episodes one of each task
+CLOUDS: dict[str, Any] = {"rows": 256, "suffix": "clouds", "layers": ("head.net.1", "head.net.3", "head.net.5")}
+FEW_STEPS: dict[str, Cloning] = {
     c.name: c
     for c in (
         *(shortcut(env, steps) for env, steps in STEPS.items()),
         *(MeanFlowCloning(f"robot_bc_{env}_meanflow", env, steps=n, suffix="meanflow") for env, n in STEPS.items()),
         MeanFlowCloning("robot_bc_cube_meanflow", "cube_single", steps=1000, chunk=5, suffix="meanflow"),
+        MeanFlowCloning("robot_bc_cube_clouds", "cube_single", steps=1000, chunk=5, shown_by="cube_clouds", **CLOUDS),
+        MeanFlowCloning("robot_bc_tabletop_clouds", "tabletop", judged=512, shown_by="tabletop_clouds", **CLOUDS),
+        BesideOneStep("robot_bc_metaworld_few", "metaworld", num_steps=10, **FEW),
+        MeanFlowCloning("robot_bc_metaworld_meanflow", "metaworld", num_steps=1, suffix="meanflow", **FEW),
     )
 }
 

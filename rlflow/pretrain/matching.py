@@ -21,9 +21,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rlflow.flow.field import VelocityField
 from rlflow.flow.grid import logit_normal
-from rlflow.flow.matching import Coupling, MatchingLoss, cfm_loss, independent
+from rlflow.flow.matching import Coupling, MatchingLoss, Scheduled, cfm_loss, independent, loss_at
 from rlflow.flow.path import expand
-from rlflow.pretrain.average import AverageLoss
 from rlflow.types import Cond, Tree
 
 Field = TypeVar("Field", bound=VelocityField)
@@ -46,7 +45,7 @@ def pretrain(
     average: float = 0.99,
     times: Times = BEFORE_THE_MIDDLE,
     coupling: Coupling = independent,
-    loss: MatchingLoss | AverageLoss = cfm_loss,
+    loss: MatchingLoss | Scheduled = cfm_loss,
     seed: int = 0,
     autocast: bool = True,
     progress: Progress | None = None,
@@ -54,8 +53,8 @@ def pretrain(
     """Train `field` in place on `batches` of (data (N, *D), observation); returns its weight average.
 
     `hidden` names the matrices for Muon; `drop` is the share of rows whose condition is hidden from the
-    field; `average` is the decay of the weight average; `loss` and `times` say what is learned and where. An
-    `AverageLoss` takes its targets from the weight average, with the condition as the live weights encode it.
+    field; `average` is the decay of the weight average; `loss` and `times` say what is learned and where. A
+    `Scheduled` loss may take targets from the weight average, with the condition as the live weights encode it.
     """
     optimizers = _optimizers(field, list(hidden), lr, muon_lr)
     schedules = [LambdaLR(o, lambda i: learning_rate_factor(i, steps)) for o in optimizers]
@@ -65,7 +64,7 @@ def pretrain(
         with torch.autocast(x_1.device.type, torch.bfloat16, enabled=autocast):
             cond = drop_condition(field, field.encode(obs), drop, rng)
             x_0 = coupling(torch.randn(x_1.shape, generator=rng).to(x_1), x_1)
-            now = loss.at((step - 1) / steps, averaged) if isinstance(loss, AverageLoss) else loss
+            now = loss_at(loss, (step - 1) / steps, averaged)
             error = now(field, x_1, cond, x_0, times(len(x_1), rng).to(x_1)).mean()
         field.zero_grad(set_to_none=True)
         error.backward()

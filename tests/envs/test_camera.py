@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -121,3 +122,49 @@ def test_nothing_is_complained_of_at_the_end():
         pytest.skip("no OpenGL here")
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+BALL, RADIUS = (0.1, 0.05, 0.3), 0.15
+SCENE = f"""<mujoco><worldbody><camera name="c" pos=".6 -1.2 .8" xyaxes="1 .5 0 -.25 .5 1" fovy="50"/>
+<geom type="plane" size="2 2 .1"/><body pos="{" ".join(map(str, BALL))}"><geom type="sphere" size="{RADIUS}"/></body>
+</worldbody></mujoco>"""
+
+
+def test_points_lie_where_things_are():
+    """On the ball or on the floor, to two millimetres; the sky has none."""
+    mujoco = pytest.importorskip("mujoco")
+    model = mujoco.MjModel.from_xml_string(SCENE)
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    try:
+        eye = camera.Camera(model, (60, 84), fixed="c")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    found, picture = eye.points(data), eye.photo(data)
+    assert found.shape == (60, 84, 3)
+    camera.Camera(model, (60, 84), fixed="c")  # another of that size takes nothing away
+    assert np.array_equal(eye.points(data), found)
+    assert np.array_equal(eye.photo(data), picture)
+    shown = np.isfinite(found).all(-1)
+    assert not shown[0].any()
+    assert shown[-1].all()
+    off = np.abs(np.linalg.norm(found[shown] - BALL, axis=-1) - RADIUS)
+    assert np.minimum(off, np.abs(found[shown][:, 2])).max() < 2e-3
+    on_ball = found[shown][off < 1e-3]
+    assert len(on_ball) > 50
+    assert (((on_ball - BALL) * (np.array([0.6, -1.2, 0.8]) - on_ball)).sum(1) > 0).all()  # the near side
+
+
+def test_clouds_are_thinned_by_cubes_and_filled_by_repetition():
+    points = np.random.default_rng(0).uniform(-1, 1, (40, 50, 3))
+    points[0, 0] = np.inf
+    box = (-0.5, -0.5, 0.0), (0.5, 0.5, 0.5)
+    few, many = camera.cloud(points, 64, *box, cell=0.1), camera.cloud(points, 512, *box, cell=0.1)
+    for cloud in (few, many):
+        assert ((cloud >= box[0]) & (cloud <= box[1])).all()
+        cubes = np.unique(np.floor((cloud - box[0]) / 0.1), axis=0)
+        places = np.unique(cloud, axis=0)
+        assert len(cubes) == len(places)  # one of each cube
+    assert len(np.unique(few, axis=0)) == 64
+    assert set(map(tuple, few)) < set(map(tuple, many))
+    assert camera.cloud(points + 9, 8, *box, cell=0.1).tolist() == [list(box[1])] * 8

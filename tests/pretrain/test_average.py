@@ -8,7 +8,16 @@ from torch import Tensor
 
 from rlflow.flow.field import VelocityField
 from rlflow.flow.matching import ShortcutLoss, cfm_loss
-from rlflow.pretrain.average import AlphaFlow, MeanFlow, Span, SplitMeanFlow, by_derivative, low_digits, steps
+from rlflow.pretrain.average import (
+    AlphaFlow,
+    MeanFlow,
+    Span,
+    SplitMeanFlow,
+    TargetGuidance,
+    by_derivative,
+    low_digits,
+    steps,
+)
 from rlflow.types import Cond
 
 MEANS, STDS, WEIGHTS = torch.tensor([[-1.0, 1.5], [0.3, 0.5], [0.4, 0.6]], dtype=torch.float64)
@@ -135,6 +144,64 @@ class TestIdentities:
         torch.testing.assert_close(SplitMeanFlow.split(Flow(), span, torch.full_like(span.t, 0.5)), halves)
         first = dataclasses.replace(span, v=Flow()(span.x, span.t, span.dt / 2, span.cond))
         torch.testing.assert_close(AlphaFlow.blend(Flow(), first, 0.5), halves)
+
+
+class Told(VelocityField):
+    """Velocities that the condition tells, and those of no condition."""
+
+    event_shape, uses_dt, unknown = (2,), True, 0.5
+
+    def null(self, cond):
+        return Cond({"pooled": torch.full_like(cond["pooled"], self.unknown)})
+
+    def forward(self, x, t, dt, cond):
+        return cond["pooled"].expand_as(x)
+
+
+class TestGuidance:
+    """Of velocities of mean 2 under the condition, .5 without."""
+
+    v = 2 + torch.randn(4000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = t = torch.zeros(4000, 2, dtype=torch.float64)
+
+    def target(self, guidance: TargetGuidance, right: float) -> Tensor:
+        told = Cond({"pooled": torch.full((4000, 1), right, dtype=torch.float64)})
+        return guidance.velocity(Told(), self.x, self.t[:, 0], self.v, told)
+
+    def test_released_guidance_guides_nothing(self):
+        """What is right stays right; only the target's variance grows, fourfold."""
+        found = self.target(TargetGuidance(2.0, released=True), right=2.0)
+        assert float(found.mean()) == pytest.approx(2, abs=0.05)
+        assert float(found.var() / self.v.var()) == pytest.approx(4, rel=1e-6)
+        assert torch.equal(found, 2 * self.v - 2)
+
+    @pytest.mark.parametrize(("scale", "mix"), [(1.0, 0.0), (2.0, 0.0), (1.5, 0.25)])
+    def test_what_is_right_is_the_guided_velocity(self, scale, mix):
+        """w / (1 - k) of the condition, and the rest of none."""
+        w = scale / (1 - mix)
+        guided = w * 2 + (1 - w) * 0.5
+        found = self.target(TargetGuidance(scale, mix), right=guided)
+        assert float(found.mean()) == pytest.approx(guided, abs=0.06)
+
+    def test_rows_without_a_condition_stay(self):
+        found = TargetGuidance(3.0).velocity(Told(), self.x, self.t[:, 0], self.v - 1.5, Told().null(cond(4000)))
+        assert float(found.mean()) == pytest.approx(0.5, abs=0.06)
+
+    def test_a_loss_learns_the_guided_velocity_in_every_row(self):
+        net, (x_1, c, x_0, t) = Line(), drawn()
+        net.null = lambda cond: cond
+        plain, guided = (
+            dataclasses.replace(MeanFlow(warm_up=0.9), guidance=g).at(0.0, net)(net, x_1, c, x_0, t)
+            for g in (None, TargetGuidance(2.0, released=True))
+        )
+        u = Steady(net)(x_0 + t[:, None] * (x_1 - x_0), t, 0 * t, c)
+        torch.testing.assert_close(guided, (2 * (x_1 - x_0 - u)).square().mean(1))
+        torch.testing.assert_close(guided, 4 * plain)
+
+    def test_settings_that_guide_nothing_are_refused(self):
+        for wrong in ({"scale": 0.0}, {"mix": 1.0}):
+            with pytest.raises(ValueError, match="guidance needs scale > 0 and 0 <= mix < 1"):
+                TargetGuidance(**wrong)
 
 
 class Line(VelocityField):

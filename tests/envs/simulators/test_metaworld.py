@@ -109,3 +109,4 @@ def test_experts_show_every_task_and_stop_when_it_is_done():
         assert episode.success
         assert episode.terminated
         assert float(episode.reward[-1]) == float(episode.reward.sum()) == 1
+    assert shown == 2 * [tuple(tokens(task)) for task in MT10]  # in turn, so every eleventh of 110 is one of each

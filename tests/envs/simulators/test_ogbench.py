@@ -30,6 +30,55 @@ def test_conforms(one):
     one(SUBJECT)
 
 
+def seen(limit: int, chunk: int):
+    """Cubes as clouds, or a skip where nothing can be drawn."""
+
+    def make(num_envs: int) -> SimEnv:
+        try:
+            sim = ogbench.CubeCloudSim(ogbench.SINGLE, num_envs, False, 1, clouds=64, chunk=chunk)
+        except RuntimeError as error:
+            pytest.skip(str(error))
+        sim.horizon = limit
+        return SimEnv(sim, chunk, 0.9)
+
+    return make
+
+
+@pytest.mark.parametrize("one", CHECKS, ids=lambda f: f.__name__)
+def test_clouds_conform(one):
+    one(Subject(seen(6, 2), seen(20, 2), seen(6, 1), num_envs=3, num_steps=7, gamma=0.9))
+
+
+def test_clouds_show_where_the_cube_is_and_nothing_else_does():
+    """Many points on its surface, none inside; they follow it. The numbers beside are the arm's."""
+    env = seen(20, 1)(3)
+    obs = env.reset(torch.arange(3))
+    assert {n: tuple(v.shape[1:]) for n, v in obs.items()} == {"cloud": (64, 3), "state": (19,)}
+    for row, cloud in enumerate(obs["cloud"]):
+        data = env.sim.envs[row].data
+        far = (cloud - torch.from_numpy(data.body("object_0").xpos)).abs().amax(1)
+        assert int((far < 0.022).sum()) >= 3
+        assert float(far.min()) > 0.015
+        assert torch.equal(obs["state"][row], torch.from_numpy(env.sim._obs[row, :19]))
+    assert obs["cloud"][0].unique(dim=0).shape[0] > 32
+
+
+def test_chunks_that_end_beyond_the_limit_are_refused():
+    with pytest.raises(ValueError, match="chunk must divide 200 steps, got 3"):
+        ogbench.cube_single(1, chunk=3, threads=1, clouds=16)
+
+
+def test_demonstrations_are_the_same_whoever_looks():
+    try:
+        (cloudy,) = ogbench.episodes(ogbench.SINGLE, 1, 3, 0.7, clouds=32)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    (plain,) = ogbench.episodes(ogbench.SINGLE, 1, 3, 0.7)
+    assert torch.equal(cloudy.action, plain.action)
+    assert torch.equal(cloudy.obs["state"], plain.obs[:, :19])
+    assert cloudy.obs["cloud"].shape == (len(plain.action), 32, 3)
+
+
 def test_steps_rewards_and_success_are_those_of_the_registered_id():
     """Ours is fed what the oracle did; theirs starts from our state."""
     (episode,) = ogbench.episodes(ogbench.SINGLE, 1, seed=5, noise=0.0)

@@ -7,15 +7,19 @@ from rlflow.envs.demos.dataset import Demos
 from rlflow.envs.simulators.tabletop import (
     COLOURS,
     CONTACT,
+    DISC,
     EDGE,
+    FINGER,
     SIDES,
     TASKS,
     WORDS,
     Tabletop,
+    TabletopCloudSim,
     TabletopSim,
     draw,
     expert,
     make_demos,
+    points,
     tokens,
 )
 
@@ -43,6 +47,33 @@ def test_the_expert_does_every_task_and_the_words_name_the_disc_and_the_side():
         if words[0] == "push":
             assert float(ends[row] @ torch.tensor(SIDES[words[-1]])) > EDGE
         assert sim.colours[sim.state["task"][row]] == list(COLOURS).index(words[1])
+
+
+def test_clouds_show_every_disc_in_its_colour_and_words_name_the_task():
+    sim = TabletopCloudSim(6, 40)
+    sim.reset(torch.arange(6), torch.ones(6, dtype=torch.bool))
+    obs = sim.observe()
+    cloud = points(sim.state["finger"], sim.state["discs"])
+    assert torch.equal(obs["cloud"], cloud)
+    for i, colour in enumerate([*COLOURS.values(), (1.0, 1.0, 1.0)]):
+        mine = (cloud[..., 3:] == torch.tensor(colour)).all(-1)
+        assert mine.sum(1).tolist() == [16] * 6
+        places = cloud[mine].view(6, 16, 6)[..., :2]
+        centre, radius = (sim.state["discs"][:, i], DISC) if i < 3 else (sim.state["finger"], FINGER)
+        far = (places - centre.unsqueeze(1)).norm(dim=-1)
+        assert float(far.max()) <= radius
+        assert float((places.mean(1) - centre).abs().max()) < 0.1 * radius
+    told = {tuple(words.tolist()) for words in words_of_all()}
+    assert len(told) == len(TASKS)
+    assert obs["words"].sum(1).tolist() == (sim.sentences[sim.state["task"]] > 0).sum(1).tolist()
+
+
+def words_of_all() -> torch.Tensor:
+    """(15, 11) of every task."""
+    sim, num = TabletopCloudSim(len(TASKS), 40), len(TASKS)
+    sim.reset(torch.arange(num), torch.ones(num, dtype=torch.bool))
+    sim.state["task"] = torch.arange(num)
+    return sim.observe()["words"]
 
 
 def test_a_push_at_the_wrong_disc_or_side_is_not_paid():
