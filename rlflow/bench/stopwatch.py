@@ -26,7 +26,7 @@ class Times:
     def __init__(self) -> None:
         self.samples: dict[str, list[Seconds]] = {}
 
-    def run(self, name: str, fn: Callable[[int], None], iteration: int) -> None:
+    def run(self, name: str, fn: Callable[[int], object], iteration: int) -> None:
         """Time one call."""
         wall, cpu = time.perf_counter(), time.process_time()
         fn(iteration)
