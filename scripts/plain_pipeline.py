@@ -1,6 +1,6 @@
 """A LoRA that rlflow saved, in plain diffusers: strict accuracy on held-out captions with and without it, as JSON.
 
-    python scripts/plain_pipeline.py sd3_scenes runs/sd3/model  # klein_scenes, sd15_scenes
+    python scripts/plain_pipeline.py sd3_scenes runs/sd3/model  # or klein_scenes
 
 Pictures come from the folder's pipeline and its own sampler; of rlflow only the captions and the verifier are used.
 """
@@ -8,7 +8,6 @@ Pictures come from the folder's pipeline and its own sampler; of rlflow only the
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 from typing import Any
 
@@ -22,8 +21,6 @@ from rlflow.rewards.shapes import shapes_strict
 
 def accuracy(pipe: Any, captions: list[str], num_steps: int, seed: int) -> float:
     """Share of the captions whose picture the verifier reads as asked."""
-    reads_length = "max_sequence_length" in inspect.signature(pipe.__call__).parameters
-    length = {"max_sequence_length": LENGTH} if reads_length else {}
     pictures = []
     for start in range(0, len(captions), 64):
         pictures += pipe(
@@ -34,7 +31,7 @@ def accuracy(pipe: Any, captions: list[str], num_steps: int, seed: int) -> float
             num_inference_steps=num_steps,
             generator=torch.Generator().manual_seed(seed + start),
             output_type="pt",
-            **length,
+            max_sequence_length=LENGTH,
         ).images.cpu()
     return shapes_strict(torch.stack(pictures), captions).mean().item()
 

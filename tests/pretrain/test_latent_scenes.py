@@ -64,12 +64,13 @@ def made(name: str, out: Path) -> Path:
     return out
 
 
-@pytest.fixture(scope="module", params=["sd3", "klein", pytest.param("sd15", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module")
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of each format."""
     return made(f"{request.param}_scenes", tmp_path_factory.mktemp("made") / request.param)
 
 
+@pytest.mark.parametrize("folder", ["sd3", "klein", pytest.param("sd15", marks=pytest.mark.slow)], indirect=True)
 def test_plain_diffusers_draws_what_rlflow_draws(folder: Path) -> None:
     """From the same noise, pictures and all; the pipeline is of the format's own class."""
     from diffusers import DiffusionPipeline
@@ -87,6 +88,7 @@ def test_plain_diffusers_draws_what_rlflow_draws(folder: Path) -> None:
     torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("folder", ["sd3", "klein"], indirect=True)
 def test_the_pictures_judged_in_plain_diffusers_are_those_of_the_base_and_of_the_lora(
     folder: Path,
     tmp_path: Path,
@@ -95,8 +97,7 @@ def test_the_pictures_judged_in_plain_diffusers_are_those_of_the_base_and_of_the
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """scripts/plain_pipeline.py judges first the base's and then the LoRA's, each as rlflow draws it from that noise."""
-    length = None if "sd15" in folder.name else scene_pipelines.LENGTH
-    field = pretrained(str(folder), resolution=scene_pipelines.SIDE, max_sequence_length=length, lora=4)
+    field = pretrained(str(folder), resolution=scene_pipelines.SIDE, max_sequence_length=scene_pipelines.LENGTH, lora=4)
     policy = FlowPolicy(field, FlowSDE(), grid=FromScheduler(field), num_steps=3)
     captions = scenes.heldout_captions()[:2]
 
