@@ -1,8 +1,8 @@
 """A LoRA that rlflow saved, in plain diffusers: strict accuracy on held-out captions with and without it, as JSON.
 
-    python scripts/plain_pipeline.py sd3_scenes runs/sd3/model
+    python scripts/plain_pipeline.py sd3_scenes runs/sd3/model  # or klein_scenes
 
-Pictures come from StableDiffusion3Pipeline and its own sampler; of rlflow only the captions and the verifier are used.
+Pictures come from the folder's pipeline and its own sampler; of rlflow only the captions and the verifier are used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from rlflow.envs.captions import scenes
-from rlflow.pretrain.latent_scenes import LENGTH, SIDE
+from rlflow.pretrain.scene_pipelines import LENGTH, SIDE
 from rlflow.rewards.shapes import shapes_strict
 
 
@@ -24,14 +24,14 @@ def accuracy(pipe: Any, captions: list[str], num_steps: int, seed: int) -> float
     pictures = []
     for start in range(0, len(captions), 64):
         pictures += pipe(
-            captions[start : start + 64],
+            prompt=captions[start : start + 64],
             height=SIDE,
             width=SIDE,
             guidance_scale=1.0,
             num_inference_steps=num_steps,
-            max_sequence_length=LENGTH,
             generator=torch.Generator().manual_seed(seed + start),
             output_type="pt",
+            max_sequence_length=LENGTH,
         ).images.cpu()
     return shapes_strict(torch.stack(pictures), captions).mean().item()
 

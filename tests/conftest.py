@@ -100,7 +100,7 @@ def load_script() -> Iterator[Callable[[str], ModuleType]]:
 
     yield load
     for name in loaded:
-        del sys.modules[name]
+        sys.modules.pop(name, None)  # once, though a file may be loaded twice
 
 
 class ThreadWorld:

@@ -21,7 +21,7 @@ from rlflow.pretrain.latent_scenes import LatentScenes
 from rlflow.pretrain.plans import PLANS
 from rlflow.ranges import Count, Seed, Size, argument, filled
 
-LATENT = {world.name: world for world in (LatentScenes(), LatentScenes("sd15_scenes", "sd15_scenes", 3000, old=True))}
+LATENT = {w.name: w for w in (LatentScenes("sd3", 1200), LatentScenes("klein", 1200), LatentScenes("sd15", 3000))}
 Maker = World | LatentScenes | Cloning | FewStepImages | SpreadFit
 ROBOTS: dict[str, Maker] = {**CLONINGS, **FEW_STEPS, **ADAPTIVE, **GUIDED, **PLANS, **GOALS}
 WORLDS: dict[str, Maker] = {**IMAGES, **LATENT, SHAPES.name: SHAPES, **ROBOTS}

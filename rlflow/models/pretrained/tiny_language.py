@@ -1,11 +1,12 @@
 """Tiny pipelines whose text goes through a language model: FLUX.2 klein, Z-Image, Qwen-Image.
 
 Their tokenizer knows every byte, and whole the words of Qwen-Image's template, of which the pipeline drops 34 tokens.
+Builders of a tokenizer and of a language model are for other small pipelines too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,18 @@ CHAT = (
 """Turns of a chat, and an empty thought where none is wanted: what Qwen 3's own template makes of one message."""
 
 
-def tokenizer() -> Any:
-    """Qwen's kind."""
+def tokenizer(first: Iterable[str] = FIRST.split(), inside: Iterable[str] = INSIDE.split(), chat: str = CHAT) -> Any:
+    """Qwen's kind: every byte is a token, and so are words `first`, without a space before them, and `inside`."""
     from transformers import Qwen2Tokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())
-    words = [*FIRST.split(), *(bytes_to_unicode()[ord(" ")] + word for word in INSIDE.split())]
-    merges = _merges(words)
+    words = [*first, *(bytes_to_unicode()[ord(" ")] + word for word in inside)]
+    merges = _merges(sorted(words, key=len, reverse=True))  # a shorter word's pairs would break up a longer one
     pieces = [*letters, *dict.fromkeys(left + right for left, right in merges), *MARKS]
     made = Qwen2Tokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges)
     made.add_special_tokens({"additional_special_tokens": list(MARKS[1:])})
-    made.chat_template = CHAT
+    made.chat_template = chat
     return made
 
 
@@ -48,8 +49,15 @@ def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((word[:i], word[i]) for word in words for i in range(1, len(word))))
 
 
-def _text(vocabulary: int, layers: int) -> dict[str, Any]:
-    sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_attention_heads": 2, "num_key_value_heads": 1}
+def qwen3(tokenizer: Any, layers: int, width: int = WIDTH) -> Any:
+    """A Qwen 3 with random weights, for `tokenizer`."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(**_text(len(tokenizer), layers, width), head_dim=width // 2)).eval()
+
+
+def _text(vocabulary: int, layers: int, width: int = WIDTH) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "intermediate_size": width, "num_attention_heads": 2, "num_key_value_heads": 1}
     return {**sizes, "vocab_size": vocabulary, "num_hidden_layers": layers, "max_position_embeddings": 4096}
 
 
@@ -69,7 +77,6 @@ def flux2_dev(folder: Path, scheduler: dict[str, Any]) -> Any:
 
 def _flux2(layers: int, scheduler: dict[str, Any], guidance_embeds: bool) -> dict[str, Any]:
     from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
-    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     words = tokenizer()
     heads = {"attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (2, 2, 2, 2)}
@@ -81,7 +88,7 @@ def _flux2(layers: int, scheduler: dict[str, Any], guidance_embeds: bool) -> dic
         "transformer": moved(Flux2Transformer2DModel(**sizes, **heads, guidance_embeds=guidance_embeds)),
         "scheduler": euler(**{"shift": 3.0, "use_dynamic_shifting": True, **scheduler}),
         "vae": vae,
-        "text_encoder": Qwen3ForCausalLM(Qwen3Config(**_text(len(words), layers), head_dim=8)).eval(),
+        "text_encoder": qwen3(words, layers),
         "tokenizer": words,
     }
 
