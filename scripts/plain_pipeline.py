@@ -1,6 +1,6 @@
 """A LoRA that rlflow saved, in plain diffusers: strict accuracy on held-out captions with and without it, as JSON.
 
-    python scripts/plain_pipeline.py sd3_scenes runs/sd3/model  # or klein_scenes
+    python scripts/plain_pipeline.py sd3_scenes runs/sd3/model  # or klein_scenes, sd15_scenes
 
 Pictures come from the folder's pipeline and its own sampler; of rlflow only the captions and the verifier are used.
 """
@@ -8,6 +8,7 @@ Pictures come from the folder's pipeline and its own sampler; of rlflow only the
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 from typing import Any
 
@@ -21,7 +22,9 @@ from rlflow.rewards.shapes import shapes_strict
 
 def accuracy(pipe: Any, captions: list[str], num_steps: int, seed: int) -> float:
     """Share of the captions whose picture the verifier reads as asked."""
-    pictures = []
+    pictures, short = [], {}
+    if "max_sequence_length" in inspect.signature(pipe.__call__).parameters:  # not of Stable Diffusion 1.5
+        short = {"max_sequence_length": LENGTH}
     for start in range(0, len(captions), 64):
         pictures += pipe(
             prompt=captions[start : start + 64],
@@ -31,7 +34,7 @@ def accuracy(pipe: Any, captions: list[str], num_steps: int, seed: int) -> float
             num_inference_steps=num_steps,
             generator=torch.Generator().manual_seed(seed + start),
             output_type="pt",
-            max_sequence_length=LENGTH,
+            **short,
         ).images.cpu()
     return shapes_strict(torch.stack(pictures), captions).mean().item()
 
