@@ -49,9 +49,9 @@ def _check_reward_gradient(config: Config, trust_code: bool) -> None:
 
 def _check_sac(config: Config, trust_code: bool) -> None:
     """ValueError for settings that off-policy learning does not read."""
+    _check_critics(config)
     if registry.split_spec("steps", config.steps)[0] != "all":
         raise ValueError("steps: algorithm=sac differentiates through every denoising step; set steps=all")
-    _check_critics(config)
 
 
 def _check_flow_q(config: Config, trust_code: bool) -> None:
