@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 
 def draw(found: dict, path: Path) -> None:
@@ -27,6 +28,8 @@ def draw(found: dict, path: Path) -> None:
             values = [point[name] for point in points]
             axis.plot(sizes, values, "o-", markersize=3, linewidth=1.2)
             axis.set_xscale("log"), axis.set_ylim(0, 1.12 * max(*values, 1e-9))
+            axis.set_xticks([sizes[0], sizes[-1]], [f"{size:,}" for size in (sizes[0], sizes[-1])])
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.set_title(label, fontsize=8, loc="left"), axis.grid(alpha=0.3), axis.tick_params(labelsize=7)
         axes[1, column].set_xlabel(found[kind]["about"], fontsize=8)
     figure.tight_layout()
