@@ -54,7 +54,7 @@ RAW = (
 )
 
 WHERE = re.compile(
-    r"^((recipe|override) ['\"]|base: |(about|policy|steps|likelihood|advantage|algorithm|env|reward|train|eval)\b|"
+    r"^((recipe|override) ['\"]|base: |(about|policy|steps|likelihood|advantage|algorithm|env|reward|imitation|train|eval)\b|"
     r"  |(no recipe|unknown recipe)|[^:]+: no such setting)",
 )
 """How a line of a refusal begins: with a file and its line, an override, or the path of a setting."""
