@@ -115,20 +115,11 @@ def _sac(
             policy,
             make_steps(config, trust_code),
             Replay(c.capacity, config.env.gamma),
-            optimizer=AdamW(lr=c.lr, betas=(0.9, 0.999), max_grad_norm=c.max_grad_norm),
-            twin=twin_settings(c),
-            batch_size=c.batch_size,
-            start=c.start,
-            updates_per_step=c.updates_per_step,
-            actor_every=c.actor_every,
+            **_off_policy(config, c, policy),
             alpha=c.alpha,
             alpha_lr=c.alpha_lr,
             target_entropy=c.target_entropy,
             anchor=c.anchor,
-            offline=None if c.offline is None else _offline(config, c.offline, policy),
-            ema_decay=c.ema_decay,
-            seed=config.train.seed,
-            permute=config.train.permute_rewards,
             relabel=env.learned.relabel if isinstance(env, Imitated) else None,
         )
 
@@ -145,16 +136,7 @@ def _flow_q(
             make_steps(config, trust_code),
             Replay(c.capacity, config.env.gamma),
             extraction,
-            optimizer=AdamW(lr=c.lr, betas=(0.9, 0.999), max_grad_norm=c.max_grad_norm),
-            twin=twin_settings(c),
-            batch_size=c.batch_size,
-            start=c.start,
-            updates_per_step=c.updates_per_step,
-            actor_every=c.actor_every,
-            offline=None if c.offline is None else _offline(config, c.offline, policy),
-            ema_decay=c.ema_decay,
-            seed=config.train.seed,
-            permute=config.train.permute_rewards,
+            **_off_policy(config, c, policy),
         )
 
 
@@ -224,6 +206,22 @@ def imitated(config: Config, env: VecEnv, place: torch.device, trust_code: bool 
         fitting = Fitting(c.fits, c.batch_size, c.lr, c.memory, c.smooth, c.shift)
         learned = LearnedReward(ratio, expert, c.inputs, fitting, place, config.train.seed)
     return Imitated(env, learned, c.every or config.env.horizon or env.horizon)
+
+
+def _off_policy(config: Config, c: SACConfig | FlowQConfig, policy: FlowPolicy) -> dict[str, Any]:
+    """What both are made of, besides their actor."""
+    return {
+        "optimizer": AdamW(lr=c.lr, betas=(0.9, 0.999), max_grad_norm=c.max_grad_norm),
+        "twin": twin_settings(c),
+        "batch_size": c.batch_size,
+        "start": c.start,
+        "updates_per_step": c.updates_per_step,
+        "actor_every": c.actor_every,
+        "offline": None if c.offline is None else _offline(config, c.offline, policy),
+        "ema_decay": c.ema_decay,
+        "seed": config.train.seed,
+        "permute": config.train.permute_rewards,
+    }
 
 
 def twin_settings(c: OffPolicyConfig) -> TwinSettings:

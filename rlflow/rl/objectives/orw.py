@@ -80,8 +80,8 @@ class ORW(Objective):
 
 def _plain(likelihood: Likelihood) -> bool:
     """Whether a score is minus the mean squared error of the velocity."""
-    assert isinstance(likelihood, CFMLikelihood)
-    return likelihood.supervise == "velocity" and likelihood.reduce == "mean" and not likelihood.normalize
+    plain = isinstance(likelihood, CFMLikelihood) and not likelihood.normalize
+    return plain and likelihood.supervise == "velocity" and likelihood.reduce == "mean"
 
 
 class ACFlow(ORW):
