@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from rlflow.comparison.aggregate import Aggregate, Line, heldout, ordered, summarise
 from rlflow.comparison.compare import compare, run_tables
+from rlflow.files import write_text
 from rlflow.report import page
 from rlflow.report.curves import AXES, SAMPLES, Panel, curves, heldout_panels, trade_off
 from rlflow.report.glossary import HELDOUT, MISSING, describe, headline
@@ -46,9 +46,7 @@ def compare_report(folders: Sequence[str | Path], out: str | Path) -> Path:
     ]
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(page.page("rlflow comparison", parts), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, page.page("rlflow comparison", parts))
     return path
 
 

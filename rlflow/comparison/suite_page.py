@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlflow.files import write_text
 from rlflow.report import page
 from rlflow.report.curves import COLORS, STYLE
 from rlflow.report.tables import Table
@@ -72,9 +73,7 @@ def suite_page(values: Mapping[str, Any], tables: Sequence[Table], runs: Sequenc
         *(page.section(table.title, table.html()) for table in tables),
         page.section("Runs", _links(runs, out.parent), "Curves, films and settings of each."),
     ]
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.write_text(page.page("rlflow suite", parts), encoding="utf-8")
-    os.replace(temporary, out)
+    write_text(out, page.page("rlflow suite", parts))
     return out
 
 

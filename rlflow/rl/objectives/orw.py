@@ -80,8 +80,9 @@ class ORW(Objective):
 
 def _plain(likelihood: Likelihood) -> bool:
     """Whether a score is minus the mean squared error of the velocity."""
-    plain = isinstance(likelihood, CFMLikelihood) and not likelihood.normalize
-    return plain and likelihood.supervise == "velocity" and likelihood.reduce == "mean"
+    if not isinstance(likelihood, CFMLikelihood):
+        return False
+    return likelihood.supervise == "velocity" and likelihood.reduce == "mean" and not likelihood.normalize
 
 
 class ACFlow(ORW):
