@@ -435,7 +435,15 @@ CHANGED = {
         "likelihood={name: cfm, draws: 4, supervise: eps}",
         "algorithm.kl.beta=0",
         "algorithm.optimizer.lr=1e-4",
-    ]
+    ],
+    "robot_reinflow_shortcut_k1": [
+        "env.horizon=250",
+        "algorithm.optimizer.lr=3e-4",
+        "algorithm.ema_decay=0.99",
+        "train.minutes=5",
+        "train.iterations=",
+        "eval.every=30",
+    ],
 }
 """What a recipe said then, where it says something else now."""
 
