@@ -55,7 +55,11 @@ class TabletopSim(ToySim):
 
     step_seconds, tasks = 0.1, TASKS
 
-    def __init__(self, num_envs: int, horizon: int, device: str = "cpu"):
+    def __init__(self, num_envs: int, horizon: int, device: str = "cpu", only: str = "", shaped: bool = False):
+        drawn = [i for i, task in enumerate(TASKS) if task.startswith(only)]
+        if not drawn:
+            raise ValueError(f"only: no task begins with {only!r}, they are {', '.join(TASKS)}")
+        self.drawn, self.shaped = torch.tensor(drawn, device=device), shaped
         sides = [SIDES.get(task.split()[-1], (0.0, 0.0)) for task in TASKS]
         colours = [next(i for i, c in enumerate(COLOURS) if c in task.split()) for task in TASKS]
         self.sentences = torch.tensor([tokens(task) for task in TASKS], device=device)
@@ -69,7 +73,7 @@ class TabletopSim(ToySim):
         cells = u[:, :9].argsort(1)[:, :4]
         centres = torch.stack([cells % 3, cells // 3], -1) - 1
         places = (0.42 * centres + 0.16 * (u[:, 9:17].view(-1, 4, 2) - 0.5)).float()
-        return {"finger": places[:, 0], "discs": places[:, 1:], "task": (u[:, 17] * len(TASKS)).long()}
+        return {"finger": places[:, 0], "discs": places[:, 1:], "task": self.drawn[(u[:, 17] * len(self.drawn)).long()]}
 
     def observe(self) -> Tree:
         pixels = draw(self.state["finger"], self.state["discs"], PIXELS)
@@ -86,8 +90,15 @@ class TabletopSim(ToySim):
         rows = torch.arange(self.num_envs, device=self.device)
         return self.state["discs"][rows, self.colours[self.state["task"]]]
 
+    @property
+    def nearness(self) -> Tensor:
+        """(B,) the finger to the disc, and the disc to its side: minus and plus a distance."""
+        direction = self.directions[self.state["task"]]
+        return (self.target * direction).sum(-1) - (self.target - self.state["finger"]).norm(dim=-1)
+
     def advance(self, action: Tensor) -> Outcome:
         """Move the finger, then every disc out of its way; 1 and the end where the task is done."""
+        before = self.nearness if self.shaped else None
         finger = (self.state["finger"] + SPEED * action).clamp(-1, 1)
         offset = self.state["discs"] - finger.unsqueeze(1)
         distance = offset.norm(dim=-1, keepdim=True).clamp(min=1e-6)
@@ -98,7 +109,8 @@ class TabletopSim(ToySim):
         touched = (self.target - finger).norm(dim=-1) < CONTACT + 1e-3
         there = (self.target * direction).sum(-1) > EDGE
         done = torch.where(direction.any(-1), there, touched)
-        return Outcome(self.observe(), done.float(), done, info={"success": done.float()})
+        reward = done.float() if before is None else done.float() + self.nearness - before
+        return Outcome(self.observe(), reward, done, info={"success": done.float()})
 
     def render(self, row: int, size: tuple[int, int]) -> Tensor:
         """The table from above."""
@@ -154,7 +166,9 @@ class Tabletop(SimEnv):
 
     Observation: {"pixels": (24, 24, 3) uint8, "text": (5,) word numbers, "state": the finger's place}; with `clouds`
     {"cloud": (64, 6) coloured points, "state", "words": 0 or 1 for each of 11}. Action: a chunk of velocities of at
-    most .1 on each axis. `horizon` primitive steps, then a truncation.
+    most .1 on each axis. `horizon` primitive steps, then a truncation. `only` is how the sentences begin that are
+    asked: "touch", "push red", by default any; `shaped` pays, beside the 1, what the finger comes nearer to the disc
+    and the disc to its side.
     """
 
     sim: TabletopSim
@@ -167,8 +181,11 @@ class Tabletop(SimEnv):
         gamma: float = 0.99,
         device: str = "cpu",
         clouds: bool = False,
+        only: str = "",
+        shaped: bool = False,
     ):
-        super().__init__((TabletopCloudSim if clouds else TabletopSim)(num_envs, horizon, device), chunk, gamma)
+        sim = TabletopCloudSim if clouds else TabletopSim
+        super().__init__(sim(num_envs, horizon, device, only, shaped), chunk, gamma)
 
 
 # -- the expert -----------------------------------------------------------------------------------

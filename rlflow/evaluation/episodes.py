@@ -19,7 +19,7 @@ from rlflow.envs.base import VecEnv, told_scores
 from rlflow.envs.seeds import evaluation_seeds
 from rlflow.envs.targets import rank_correlation
 from rlflow.evaluation.film import Film
-from rlflow.evaluation.images import deployed
+from rlflow.evaluation.images import Calls, deployed
 from rlflow.files import save_tensors
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
@@ -127,13 +127,13 @@ class EpisodeEvaluator:
         self.env = make(len(self.rows))
         # where rows differ in calls their mean is over all of them, those whose episode has ended too
         self.env.unwrapped.once = not isinstance(solver or policy.solver, Adaptive)
-        self._asked = torch.zeros(2, dtype=torch.float64)  # network rows, and actions they made
+        self._calls = Calls(policy)
 
     @torch.no_grad()
     def __call__(self, weights: str = "live") -> Episodes:
         """Evaluate one weight set."""
         film = Film(self.env, self.video if dist.rank() == 0 else 0)
-        self._asked.zero_()
+        self._calls.begin()
         with self.policy.using(weights):
             with film:
                 mine = self._play(self._deployed, film)
@@ -142,8 +142,7 @@ class EpisodeEvaluator:
                 mine |= {f"train_{name}": value for name, value in train.items()}
         self.env.metrics()  # says what was not finite
         scores = told_scores({name: dist.gather_shares(value, self.num) for name, value in mine.items()})
-        rows, actions = dist.all_sum(self._asked.to(dist.device()))
-        calls = float(rows / actions)
+        calls = self._calls.mean()
         if not self.env.tasks:
             return Episodes(scores, film, key=self.key, calls=calls)
         task = dist.gather_shares(self._task, self.num).long()
@@ -179,12 +178,9 @@ class EpisodeEvaluator:
         policy = self.policy
         zero = torch.zeros(len(ids), *policy.event_shape, dtype=policy.dtype, device=policy.device)
         key = Key(self.seed, "evaluate", outer=0 if self.noise == "fixed" else step)
-        before = policy.network_rows
-        with deployed(policy, self.solver):
+        with deployed(policy, self.solver), self._calls.count(len(ids)):
             x_0, plan = zero if self.noise == "zero" else None, policy.plan(self.num_steps)
-            action = self.select(policy, policy.encode(obs), obs, plan, key, ids, x_0)
-        self._asked += torch.tensor([policy.network_rows - before, len(ids)])
-        return action
+            return self.select(policy, policy.encode(obs), obs, plan, key, ids, x_0)
 
     def _trained(self, steps: Steps, obs: Tree, ids: Tensor, step: int) -> Tensor:
         """The same with the noise and the number of steps of training."""

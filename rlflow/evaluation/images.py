@@ -36,10 +36,12 @@ class Evaluation:
     captions: list[str]
     caption_id: Tensor
     key: Tensor | None = None  # (N,) of what each sample was asked
+    calls: float | None = None  # network rows of a sample, where it was made by a policy
 
     def means(self) -> dict[str, float]:
-        """Mean over the samples that have a score."""
-        return {n: float(s.nanmean()) for n, s in self.scores.items()}
+        """Mean over the samples that have a score; "calls" over all of them."""
+        told = {} if self.calls is None else {"calls": self.calls}
+        return {n: float(s.nanmean()) for n, s in self.scores.items()} | told
 
     def by_task(self) -> dict[str, float]:
         """Of simulators."""
@@ -92,6 +94,29 @@ def deployed(policy: FlowPolicy, solver: Solver | None, resolution: int | None =
             field.resize(trained_at)
 
 
+class Calls:
+    """Network rows that a policy takes for one row, by the rows that were made while it was counted."""
+
+    def __init__(self, policy: FlowPolicy):
+        self.policy, self._told = policy, torch.zeros(2, dtype=torch.float64)
+
+    @contextmanager
+    def count(self, num: int) -> Iterator[None]:
+        """What happens inside makes `num` rows."""
+        before = self.policy.network_rows
+        yield
+        self._told += torch.tensor([self.policy.network_rows - before, num])
+
+    def begin(self) -> None:
+        """Forget what was counted."""
+        self._told.zero_()
+
+    def mean(self) -> float:
+        """Of all ranks, since the beginning."""
+        rows, made = dist.all_sum(self._told.to(dist.device()))
+        return float(rows / made)
+
+
 def evenly(prompts: Prompts, num: int) -> list[int]:
     """`num` rows spread over the whole table; each row as often as any other, give or take one."""
     n = len(prompts)
@@ -136,6 +161,7 @@ class Evaluator:
         asked = zip(*self.columns.values(), strict=True)
         self.key = sample_keys([dict(zip(prompts.columns, row, strict=True)), seed, i] for i, row in enumerate(asked))
         self.base_images: Tensor | None = None
+        self._calls = Calls(policy)
 
     @torch.no_grad()
     def images(self, progress: Callable[[int], None] | None = None) -> Tensor:
@@ -152,20 +178,22 @@ class Evaluator:
 
     def _batch(self, rows: Tensor) -> Tensor:
         policy, asked = self.policy, {name: [values[i] for i in rows] for name, values in self.columns.items()}
-        with deployed(policy, self.solver, self.resolution):
+        with deployed(policy, self.solver, self.resolution), self._calls.count(len(rows)):
             cond = policy.encode(policy.field.unguided.tokenize(asked["prompt"]))
             plan, key = policy.plan(self.num_steps), Key(self.seed, "evaluate")
             return self.select(policy, cond, asked, plan, key, rows).float().cpu()
 
     def __call__(self, weights: str = "live") -> Evaluation:
         """Evaluate one weight set; the first call fixes the base images unless they were set."""
+        self._calls.begin()
         with self.policy.using(weights):
             images = self.images()
+        calls = self._calls.mean()
         if self.base_images is None and self._compares:
             self.base_images = images
         columns = self.columns | made_columns(images, self.base_images) | {"group": self.caption_id}
         scores = self.judges.compute(columns, len(images))
-        return Evaluation(scores, images, self.columns["prompt"], self.caption_id, self.key)
+        return Evaluation(scores, images, self.columns["prompt"], self.caption_id, self.key, calls)
 
     def compare_with(self, policy: FlowPolicy) -> None:
         """Take the base images, to measure the distance from, of another policy; nothing where no judge does."""

@@ -113,11 +113,21 @@ class ShortcutLoss:
         return (first + second) / 2
 
 
-def spread_loss(field: VelocityField, x_1: Tensor, cond: Cond, x_0: Tensor, t: Tensor) -> Tensor:
-    """Losses (N,) of velocity and spread at data x_1, noise x_0 (N, *D) and times t (N,)."""
-    told = on_path(field.with_spread, x_1, cond, x_0, t)
-    error = (told[:, :-1] - (at_least_float(x_1) - at_least_float(x_0)).flatten(1)).square().mean(1)
-    return error + spread_nll(error.detach(), told[:, -1])
+@dataclass(frozen=True)
+class SpreadLoss:
+    """Flow matching, and the likelihood of its error by the head. `published` sums that error over the event.
+
+    Then s^2 is D times as large, so the solver's eta has to be sqrt(D) times as large for the same steps.
+    """
+
+    published: bool = False
+
+    def __call__(self, field: VelocityField, x_1: Tensor, cond: Cond, x_0: Tensor, t: Tensor) -> Tensor:
+        """Losses (N,) of velocity and spread at data x_1, noise x_0 (N, *D) and times t (N,)."""
+        told = on_path(field.with_spread, x_1, cond, x_0, t)
+        square = (told[:, :-1] - (at_least_float(x_1) - at_least_float(x_0)).flatten(1)).square()
+        judged = square.sum(1) if self.published else square.mean(1)
+        return square.mean(1) + spread_nll(judged.detach(), told[:, -1])
 
 
 def spread_nll(error: Tensor, log_spread: Tensor) -> Tensor:

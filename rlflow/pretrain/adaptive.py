@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from rlflow.envs.demos.dataset import Demos
 from rlflow.flow.field import VelocityField
 from rlflow.flow.grid import uniform_times
 from rlflow.flow.kernels import FlowSDE
-from rlflow.flow.matching import MatchingLoss, spread_loss
+from rlflow.flow.matching import MatchingLoss, SpreadLoss
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.squash import SQUASHES
@@ -33,8 +33,11 @@ from rlflow.pretrain.matching import pretrain, report
 from rlflow.types import Tree, tree_cat, tree_map
 
 
+@dataclass(frozen=True)
 class AdaptiveCloning(Cloning):
     """A policy of numbers that knows where its demonstrations part."""
+
+    published: bool = False
 
     @property
     def asset(self) -> str:
@@ -44,7 +47,19 @@ class AdaptiveCloning(Cloning):
     @property
     def loss(self) -> MatchingLoss:
         """Of velocity and spread."""
-        return spread_loss
+        return SpreadLoss(self.published)
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """The release's spread."""
+        super().add_options(parser)
+        parser.add_argument("--published", action="store_true", help="the spread of a sum over the chunk: a larger eta")
+
+    def make(self, out: Path, args: argparse.Namespace) -> dict[str, Any]:
+        """As any, with the spread asked for."""
+        return super(AdaptiveCloning, replace(self, published=args.published)).make(out, args)
+
+    def options(self, args: argparse.Namespace) -> str:
+        return " --published" if args.published else ""
 
     def network(self, demos: Demos) -> tuple[VelocityField, list[Parameter]]:
         """The usual one and a head."""
@@ -90,7 +105,7 @@ def fit_head(field: MLPField, obs: Tree, action: Tensor, steps: int, seed: int =
         lr=3e-3,
         drop=0.0,
         times=uniform_times,
-        loss=spread_loss,
+        loss=SpreadLoss(),
         seed=seed,
         autocast=False,
         progress=report(steps, every=100),

@@ -282,7 +282,7 @@ def make_env(world: dict[str, Any], num_envs: int, trust_code: bool = False) -> 
     spec = {**world.get("settings", {}), "name": world["name"]}
     env = registry.build("env", "env.settings", spec, {"num_envs": num_envs, "gamma": GAMMA}, trust_code)
     checked = Checked(env, world["name"])
-    return Targeted(checked, world["targets"]) if "targets" in world else checked
+    return Targeted(checked, world["targets"]) if world.get("targets") else checked
 
 
 @torch.no_grad()

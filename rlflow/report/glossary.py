@@ -59,7 +59,10 @@ _FIXED: dict[str, Metric] = {
     "eval/heldout/train_length": Metric("length with training noise", "steps", 0, "Of those episodes."),
     "eval/heldout/length": Metric("length of episodes", "steps", 0, "Primitive steps of a held-out episode."),
     "eval/heldout/calls": Metric(
-        "network calls", "rows", -1, "Rows of the network that made one action of a held-out episode, noise off."
+        "network calls",
+        "rows",
+        -1,
+        "Rows of the network that made a held-out sample, or an action, noise off.",
     ),
     "eval/heldout/rank_correlation": Metric(
         "return follows target",

@@ -23,7 +23,7 @@ from rlflow.report.metrics_file import Metrics, Row, read_table
 from rlflow.report.pairing import NOT_KEPT, pair
 from rlflow.report.stats import Interval
 
-NOT_A_JUDGE = ("strict", "soft", "diversity", "base_distance")
+NOT_A_JUDGE = ("strict", "soft", "diversity", "base_distance", "calls")
 
 
 class Change(NamedTuple):

@@ -124,6 +124,16 @@ def test_other_steps_and_solver_for_evaluation_only(policy: FlowPolicy) -> None:
     assert policy.num_steps == 4
 
 
+def test_network_calls_of_a_picture_are_told(policy: FlowPolicy) -> None:
+    """Every sample that is chosen from counts; the other policy that pictures are compared with does not."""
+    evaluate = make(policy, num=3, rows_per_call=2)
+    evaluate.compare_with(policy)
+    assert evaluate().means()["calls"] == 4
+    assert make(policy, num=3, num_steps=3, solver=Heun())().means()["calls"] == 6
+    several = BestOf(2, lambda made, asked: made.flatten(2).mean(2))
+    assert make(policy, num=3, select=several)().means()["calls"] == 8
+
+
 def test_the_best_of_several_is_as_good_as_its_scorer_says(policy: FlowPolicy) -> None:
     """N times the network rows, whatever the batch; a row's score never below that of its plain sample."""
     prompts = table(3)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rlflow.flow.field import VelocityField
 from rlflow.flow.kernels import FlowSDE
-from rlflow.flow.matching import cfm_loss, spread_loss, spread_nll
+from rlflow.flow.matching import SpreadLoss, cfm_loss, spread_nll
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Adaptive, Euler
@@ -153,10 +153,25 @@ class TestLoss:
         assert abs(log_s.grad.item()) < 1e-12
         assert spread_nll(error, best).mean() < spread_nll(error, best + 0.1).mean()
 
+    @pytest.mark.parametrize("published", [False, True])
+    def test_a_sum_over_the_event_makes_the_spread_larger_by_the_root_of_its_size(self, published):
+        class Told(MLPField):
+            """A velocity of 0, and a spread that is the same everywhere."""
+
+            def with_spread(self, x, t, dt, cond):
+                return torch.cat([torch.zeros(len(x), 6), log_s.expand(len(x), 1)], -1)
+
+        x_1, x_0, t = torch.randn(500, 2, 3), torch.randn(500, 2, 3), torch.rand(500)
+        mean = (x_1 - x_0).square().mean()
+        log_s = (0.5 * torch.log(6 * mean if published else mean)).requires_grad_()
+        cond = Cond({"pooled": torch.zeros(500, 2)})
+        SpreadLoss(published)(Told(2, (2, 3)), x_1, cond, x_0, t).mean().backward()
+        assert abs(log_s.grad.item()) < 1e-5
+
     def test_the_velocity_is_learnt_as_without_a_head(self):
         field = MLPField(2, (2, 3), width=16, spread=True)
         x_1, x_0, t, cond = torch.randn(8, 2, 3), torch.randn(8, 2, 3), torch.rand(8), field.encode(torch.randn(8, 2))
-        spread_loss(field, x_1, cond, x_0, t).mean().backward()
+        SpreadLoss()(field, x_1, cond, x_0, t).mean().backward()
         grads = [p.grad.clone() for p in field.net.parameters()]
         assert any(p.grad.abs().sum() > 0 for p in field.spread_head.parameters())
         field.zero_grad()

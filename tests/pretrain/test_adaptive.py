@@ -96,6 +96,10 @@ def test_commands_make_a_head_and_fit_it_anew(tmp_path):
     fitted = load_field(str(tmp_path / "fit"))
     assert all(torch.equal(a, b) for a, b in zip(cloned.net.parameters(), fitted.net.parameters(), strict=True))
     assert json.loads((tmp_path / "fit/config.json").read_text())["judged_by"]["env"] == {"name": "toy_routes"}
+    of_run = {"env": {"name": "toy_routes", "targets": None}, "policy": {"num_steps": 2}}  # a run names all settings
+    save_field(MLPField(2, (2, 2)), tmp_path / "run", {}, of_run)
+    quick = [*common, "--from", str(tmp_path / "run"), "--out", str(tmp_path / "refit")]
+    main(replace(ADAPTIVE["robot_spread"], chunks=2), quick)
     save_field(MLPField(2, (2, 2)), tmp_path / "homeless")
     with pytest.raises(ValueError, match="does not name the simulator"):
         main(ADAPTIVE["robot_spread"], [*common, "--from", str(tmp_path / "homeless"), "--out", str(tmp_path / "no")])

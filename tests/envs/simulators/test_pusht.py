@@ -41,6 +41,24 @@ def test_pixels_stay_bytes_and_show_the_disc():
     assert picture.dtype == torch.uint8
 
 
+def test_the_picture_of_a_chunk_is_that_of_its_end():
+    """Though it is drawn once a chunk, at the time limit in mid-chunk too."""
+    env = pusht_pixels(2, chunk=7, size=48)
+    env.reset(torch.arange(2))
+    for _ in range(43):  # 301 steps, one more than an episode has
+        step = env.step(torch.rand(2, 7, 2) * 2 - 1)
+        shown = step.final_obs if bool(step.ended.any()) else step.obs
+        for row in range(2):
+            inner = env.sim.envs[row].unwrapped
+            if not bool(step.ended[row]):
+                inner.obs_type = "pixels"
+                assert shown["pixels"].shape == (2, 48, 48, 3)
+                assert torch.equal(shown["pixels"][row], torch.from_numpy(inner.get_obs()))
+                inner.obs_type = "state"
+    assert bool(step.truncated.all())
+    assert not torch.equal(step.final_obs["pixels"], step.obs["pixels"])
+
+
 def test_covering_the_outline_is_success_and_the_end():
     env = pusht(1, chunk=1)
     env.reset(torch.zeros(1).long())

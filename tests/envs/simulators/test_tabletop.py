@@ -30,6 +30,27 @@ def started(num: int) -> TabletopSim:
     return sim
 
 
+def test_only_the_tasks_named_are_asked():
+    sim = TabletopSim(200, 40, only="push red")
+    sim.reset(torch.arange(200), torch.ones(200, dtype=torch.bool))
+    assert {TASKS[i] for i in sim.asked.tolist()} == {f"push red to the {side}" for side in SIDES}
+    with pytest.raises(ValueError, match="only: no task begins with 'pull'"):
+        TabletopSim(2, 40, only="pull")
+
+
+def test_shaping_pays_what_was_gained_on_the_whole_way():
+    """Undiscounted it is the gain from the first state to the last, beside the 1: no way round is worth more."""
+    sim, plain = (TabletopSim(64, 40, shaped=shaped) for shaped in (True, False))
+    begin = torch.ones(64, dtype=torch.bool)
+    for one in (sim, plain):
+        one.reset(torch.arange(64), begin)
+    first, paid, earned = sim.nearness, torch.zeros(64), torch.zeros(64)
+    for _ in range(20):
+        action = torch.randn(64, 2).clamp(-1, 1)
+        paid, earned = paid + sim.advance(action).reward, earned + plain.advance(action).reward
+    torch.testing.assert_close(paid - earned, sim.nearness - first, atol=1e-5, rtol=0)
+
+
 def test_the_expert_does_every_task_and_the_words_name_the_disc_and_the_side():
     """Success is judged again from the sentence alone."""
     sim = started(300)
