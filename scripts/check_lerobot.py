@@ -1,4 +1,4 @@
-"""Tiny random pi0, pi0.5, SmolVLA and EO-1 of the real LeRobot behind rlflow's adapter; in an environment of Python 3.12:
+"""Tiny random pi0, pi0.5, SmolVLA and EO-1 of the real LeRobot behind rlflow's adapter (Python 3.12):
 
     pip install 'lerobot[smolvla,pi]==0.6.1' -e '.[robots]' && python scripts/check_lerobot.py
 

@@ -105,7 +105,9 @@ class PuzzleOracle:
         if lights[self.button] == self.wanted and info["proprio/effector_pos"][2] > HIGH:
             self._aim(lights, info["proprio/effector_pos"])
         target = {"privileged/target_button": self.button, "privileged/target_button_state": self.wanted}
-        return self.oracle.select_action(None, info | target | {"privileged/target_button_top_pos": self._top(self.button)})
+        return self.oracle.select_action(
+            None, info | target | {"privileged/target_button_top_pos": self._top(self.button)}
+        )
 
     def _aim(self, lights: Lights, place: NDArray[np.float64]) -> None:
         goal = self.env._target_button_states.reshape(self.shape)
@@ -139,11 +141,15 @@ def large_episodes(num: int, seed: int, noise: float) -> Iterator[Episode]:
 # -- environments ---------------------------------------------------------------------------------
 
 
-def puzzle_3x3(num_envs: int, chunk: Size = 5, gamma: float = 0.99, sparse: bool = False, threads: Threads = 0) -> SimEnv:
+def puzzle_3x3(
+    num_envs: int, chunk: Size = 5, gamma: float = 0.99, sparse: bool = False, threads: Threads = 0
+) -> SimEnv:
     """puzzle-3x3-singletask-v0: nine buttons, 55 numbers observed; 500 steps."""
     return SimEnv(PuzzleSim(SMALL, num_envs, sparse, threads), chunk, gamma)
 
 
-def puzzle_4x4(num_envs: int, chunk: Size = 5, gamma: float = 0.99, sparse: bool = False, threads: Threads = 0) -> SimEnv:
+def puzzle_4x4(
+    num_envs: int, chunk: Size = 5, gamma: float = 0.99, sparse: bool = False, threads: Threads = 0
+) -> SimEnv:
     """puzzle-4x4-singletask-v0: sixteen buttons, 83 numbers observed; 500 steps."""
     return SimEnv(PuzzleSim(LARGE, num_envs, sparse, threads), chunk, gamma)

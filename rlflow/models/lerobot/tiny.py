@@ -1,5 +1,5 @@
-"""Small random policies of the real LeRobot, to try things on: a SmolVLA and an EO-1 in folders that LeRobot opens like any other,
-pi0 and pi0.5 with the widths of their towers changed. Nothing is fetched.
+"""Small random policies of the real LeRobot, to try things on: a SmolVLA and an EO-1 in folders that LeRobot opens like
+any other, pi0 and pi0.5 with the widths of their towers changed. Nothing is fetched.
 """
 
 from __future__ import annotations
