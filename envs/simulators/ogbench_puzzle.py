@@ -111,14 +111,15 @@ class PuzzleOracle:
 
     def _aim(self, lights: Lights, place: NDArray[np.float64]) -> None:
         goal = self.env._target_button_states.reshape(self.shape)
-        left = np.flatnonzero(solution(lights.reshape(self.shape), goal))
-        if len(left):
-            self.button = int(min(left, key=lambda i: np.linalg.norm(self._top(i)[:2] - place[:2])))
+        left = np.flatnonzero(solution(lights.reshape(self.shape), goal)).tolist()
+        if left:
+            self.button = min(left, key=lambda i: float(np.linalg.norm(self._top(i)[:2] - place[:2])))
             self.wanted = 1 - int(lights[self.button])
 
     def _top(self, button: int) -> NDArray[np.float64]:
         """(3,) metres, the middle of its top."""
-        return self.env.data.site_xpos[self.env._button_site_ids[button]].copy()  # type: ignore[no-any-return]
+        place: NDArray[np.float64] = self.env.data.site_xpos[self.env._button_site_ids[button]]
+        return place.copy()
 
 
 def episodes(env_id: str, num: int, seed: int, noise: float) -> Iterator[Episode]:
