@@ -135,6 +135,8 @@ TABLE: dict[str, dict[str, str]] = {
         "metaworld": "rlflow.envs.simulators.metaworld:MetaWorld",
         "cube_single": "rlflow.envs.simulators.ogbench:cube_single",
         "cube_double": "rlflow.envs.simulators.ogbench:cube_double",
+        "puzzle_3x3": "rlflow.envs.simulators.ogbench_puzzle:puzzle_3x3",
+        "puzzle_4x4": "rlflow.envs.simulators.ogbench_puzzle:puzzle_4x4",
         "pusht": "rlflow.envs.simulators.pusht:pusht",
         "pusht_pixels": "rlflow.envs.simulators.pusht:pusht_pixels",
     },

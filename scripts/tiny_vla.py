@@ -25,17 +25,24 @@ import torch
 SIDE, STEPS, CHUNK, NEAR, NUM = 64, 8, 4, 0.12, 200
 WAYS = {"go left": (-1, 0), "go right": (1, 0), "go up": (0, 1), "go down": (0, -1)}
 
-RECIPE = """\
-base: {base}
-policy:
-  field: {{name: lerobot, checkpoint: {policy}, rename: {{observation.image: observation.images.top}}, weights: null}}
-  precision: float32
-algorithm: {{micro_batch: 128, num_minibatches: 4, optimizer: {{lr: 5.0e-4, warmup: 2}}}}
-env:
-  name: gym_vector
-  num_groups: 64
-  rows_per_call: 64
-  horizon: 4
+FIELD = "{{name: lerobot, checkpoint: {policy}, rename: {{observation.image: observation.images.top}}, weights: null}}"
+ON_POLICY = f"""\
+policy: {{{{field: {FIELD}, precision: float32}}}}
+algorithm: {{{{micro_batch: 128, num_minibatches: 4, optimizer: {{{{lr: 5.0e-4, warmup: 2}}}}}}}}
+env: {{{{name: gym_vector, num_groups: 64, rows_per_call: 64, horizon: 4}}}}
+"""
+OTHERS = {
+    "vla_sac_flow": f"""\
+policy: {{{{field: {FIELD}, precision: float32}}}}
+algorithm: {{{{capacity: 8000, lr: 1.0e-4, start: 1024}}}}
+env: {{{{name: gym_vector, num_groups: 16, rows_per_call: 16, horizon: 16}}}}
+""",
+    "vla_dsrl": f"""\
+env: {{{{name: gym_vector, num_groups: 16, rows_per_call: 16, horizon: 16, frozen: {{{{policy: {FIELD}}}}}}}}}
+""",
+}
+"""Settings beside those of a recipe: all play 20 iterations of 256 decisions."""
+REST = """\
 train: {{iterations: 20, threads: 1}}
 eval: {{num: {num}, noise: zero, every: 0, rows_per_call: 100, video: 0, train_mode: false}}
 """
@@ -169,7 +176,8 @@ def main() -> None:
         if args.what == "clone":
             clone(Path(folder), args.steps)
         elif args.what == "recipe":
-            print(RECIPE.format(base=args.base, policy=Path(folder).resolve(), num=NUM))
+            text = f"base: {args.base}\n" + OTHERS.get(args.base, ON_POLICY) + REST
+            print(text.format(policy=Path(folder).resolve(), num=NUM))
         else:
             print(f"{folder}: success {evaluate(Path(folder)):.3f} of {NUM}")
 

@@ -98,6 +98,8 @@ DEMONSTRATORS: dict[str, Expert | Oracle] = {
         settings={"clouds": 256},
     ),
     "cube_double": Oracle("cube_double", "rlflow.envs.simulators.ogbench:double_episodes", 0.4, OGBENCH),
+    "puzzle_3x3": Oracle("puzzle_3x3", "rlflow.envs.simulators.ogbench_puzzle:small_episodes", 0.4, OGBENCH),
+    "puzzle_4x4": Oracle("puzzle_4x4", "rlflow.envs.simulators.ogbench_puzzle:large_episodes", 0.4, OGBENCH),
     "metaworld": METAWORLD,
     "metaworld_few": replace(METAWORLD, num_episodes=110),  # ten a task, and one held out of each
     "toy_routes": Oracle("toy_routes", "rlflow.envs.simulators.toy:routes_episodes", 0.15, ("torch",), 400),

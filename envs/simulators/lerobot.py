@@ -20,6 +20,11 @@ from rlflow.models.lerobot.opening import check_version
 from rlflow.ranges import Count, Size
 from rlflow.types import Tree
 
+try:
+    import gymnasium
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error}: pip install 'rlflow-torch[robots]'", name=error.name) from None
+
 BYTE = 255
 
 
@@ -102,16 +107,36 @@ def lerobot(
     except TypeError as error:
         raise ValueError(f"env.settings.options: {error}") from error
     makers: dict[str, Callable[[], Any]] = {}
+    num_tasks = sum(map(len, suites.values()))
     for suite, found in suites.items():
         for number, vector in found.items():
-            makers[f"{suite}/{number}" if len(suites) > 1 else str(number)] = _maker(vector)
+            makers[f"{suite}/{number}" if len(suites) > 1 else str(number)] = _maker(vector, num_tasks)
     before, after = config.get_env_processors()
     sim = LeRobotRows(makers, num_envs, before, after, max_steps)
     sim.step_seconds = 1 / config.fps
     return SimEnv(Spoken(sim, sim.sentences), chunk, gamma)
 
 
-def _maker(vector: Any) -> Callable[[], Any]:
+class SeededStart(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """LIBERO plays its recorded starts one after the other, whatever the seed; here the seed of an episode says which.
+
+    A seed is of task `seed % num_tasks`, and of that task's starts in turn the one of `seed // num_tasks`.
+    """
+
+    def __init__(self, env: Any, num_tasks: int):
+        super().__init__(env)
+        self.num_tasks = num_tasks
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        """From the start that the seed says."""
+        if seed is not None:
+            self.unwrapped.init_state_id = seed // self.num_tasks  # type: ignore[attr-defined]
+        return super().reset(seed=seed, options=options)
+
+
+def _maker(vector: Any, num_tasks: int) -> Callable[[], Any]:
     """Makes one environment as a VectorEnv of LeRobot's does; the one that it holds comes first."""
-    make: Callable[[], Any] = vector.env_fns[0]
-    return _once(vector.envs[0], make)
+    make: Callable[[], Any] = _once(vector.envs[0], vector.env_fns[0])
+    if getattr(vector.envs[0].unwrapped, "init_state_id", None) is None:
+        return make
+    return lambda: SeededStart(make(), num_tasks)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -139,12 +139,20 @@ class CubeSim(Sim):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        for row, env in enumerate(self.envs):
-            for name in KEPT:
-                getattr(env.data, name)[:] = state[name][row].numpy()
-            env.data.time = float(state["time"][row])
-            env.post_step()  # success is a function of the positions
+        for row in range(self.num_envs):
+            self._restore(row, state)
         self._obs[:], self._over[:] = state["obs"].numpy(), False
+
+    def _restore(self, row: int, state: dict[str, Any]) -> None:
+        self._place(row, state)
+        self.envs[row].post_step()  # success is a function of the positions
+
+    def _place(self, row: int, state: dict[str, Any]) -> None:
+        """Put the physics of a row back."""
+        data = self.envs[row].data
+        for name in KEPT:
+            getattr(data, name)[:] = state[name][row].numpy()
+        data.time = float(state["time"][row])
 
 
 class DepthEye:
@@ -226,6 +234,13 @@ def numpy_seed(seed: int) -> Iterator[None]:
         np.random.set_state(before)
 
 
+class Player(Protocol):
+    """Knows what to do next in an environment."""
+
+    def act(self) -> NDArray[np.float64]:
+        """The next action (5,)."""
+
+
 class Oracle:
     """OGBench's Markov oracle for a task of several cubes: one cube after the other, each to its own place."""
 
@@ -278,15 +293,20 @@ def double_episodes(num: int, seed: int, noise: float) -> Iterator[Episode]:
 
 
 def demonstration(
-    env: Any, horizon: int, seed: int, noise: float, see: Callable[[Any, NDArray[np.float32]], Tree] = as_numbers
+    env: Any,
+    horizon: int,
+    seed: int,
+    noise: float,
+    see: Callable[[Any, NDArray[np.float32]], Tree] = as_numbers,
+    oracle: Callable[[Any, int], Player] = Oracle,
 ) -> Episode:
     """One episode of the noisy oracle; `see` makes an observation of the environment and its numbers."""
     obs, rng = begin(env, seed), np.random.default_rng(seed)
-    oracle, over, success = Oracle(env, seed), False, False
+    player, over, success = oracle(env, seed), False, False
     rows: list[tuple[Tree, Tensor, float]] = []
     while len(rows) < horizon and not over:
         seen = see(env, obs)
-        action = np.clip(oracle.act() + noise * rng.standard_normal(5), -1, 1).astype(np.float32)
+        action = np.clip(player.act() + noise * rng.standard_normal(5), -1, 1).astype(np.float32)
         found, reward, over, _, info = env.step(action)
         rows.append((seen, torch.from_numpy(action), reward))
         obs, success = found.astype(np.float32), success or bool(info["success"])

@@ -7,7 +7,7 @@ what `denoise_fn` holds is the condition, and
     v(x, t) = -denoise_fn(x, 1 - t).
 
 LeRobot is not imported: any policy with `predict_action_chunk` whose module calls `euler_integrate`, on batches that
-lead with rows, will do (LeRobot 0.6: pi0, Black et al. 2024; pi0.5, 2025; SmolVLA, Shukor et al. 2025).
+lead with rows, will do (LeRobot 0.6: pi0, Black et al. 2024; pi0.5, 2025; SmolVLA, Shukor et al. 2025; EO-1, 2025).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rlflow.files import read_tensors, save_tensors
 from rlflow.flow.field import VelocityField
 from rlflow.models.io import check_finite
 from rlflow.models.lerobot.condition import Rebuild, again, axes_of, cells, pooled, take_apart, tensors
+from rlflow.models.lerobot.eo1 import as_list
 from rlflow.types import Cond, Tree, tree_map
 
 SEAM = "euler_integrate"
@@ -59,7 +60,7 @@ def seam_of(policy: nn.Module) -> Any:
     if not found:
         raise ValueError(
             f"{type(policy).__name__} has no Euler loop that is known: its module does not call {SEAM}, as those of "
-            "pi0, pi0.5 and SmolVLA do"
+            "pi0, pi0.5, SmolVLA and EO-1 do"
         )
     return found[0]
 
@@ -85,9 +86,9 @@ class LeRobotField(VelocityField):
     """A LeRobot flow policy; an observation is what `processors` read, without them the batch of LeRobot's own.
 
     `example` is a batch, as a dict of tensors. Parameters that no gradient of the velocity reaches (the vision-language
-    model of pi0, pi0.5 and SmolVLA) are frozen: the prefix runs once per decision, without a graph. "pooled" is the
-    mean of the last cached values over the prefix. A sample is a whole padded chunk (chunk_size, max_action_dim), for
-    at earlier steps the padding moves the rest. Only what trains is part of `state_dict`.
+    model of pi0, pi0.5 and SmolVLA, EO-1's eyes) are frozen: the prefix runs once per decision, without a graph.
+    "pooled" is the mean of the last cached values over the prefix. A sample is a whole padded chunk (chunk_size,
+    max_action_dim), for at earlier steps the padding moves the rest. Only what trains is part of `state_dict`.
     """
 
     own_format, builder = True, "rlflow.models.lerobot.opening:lerobot"
@@ -120,7 +121,7 @@ class LeRobotField(VelocityField):
         policy.reset()
         try:
             with _stopped(self._seam):
-                policy.predict_action_chunk(dict(batch))
+                policy.predict_action_chunk(as_list(batch))
         except _Prepared as prepared:
             return prepared
         raise ValueError(f"{type(policy).__name__}.predict_action_chunk ended without a denoising step")

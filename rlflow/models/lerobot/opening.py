@@ -12,6 +12,7 @@ import torch.nn as nn
 
 from rlflow.models import hub
 from rlflow.models.io import WEIGHTS
+from rlflow.models.lerobot.eo1 import EO1Processors
 from rlflow.models.lerobot.field import LeRobotField, seam_of
 from rlflow.models.lerobot.processors import PolicyProcessors
 from rlflow.ranges import Positive, Size
@@ -20,8 +21,8 @@ FITS = ("0.6.1", "0.7")
 """Versions of LeRobot from the first, below the second."""
 INSTALL = "pip install 'lerobot[smolvla,pi]==0.6.1' (Python 3.12 or newer, an environment of its own: docs/vla.md)"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-KINDS = ("pi0", "pi05", "smolvla")
-"""Policies that end in LeRobot's `euler_integrate` and whose batches lead with rows (EO-1's pictures are one list)."""
+KINDS = {"pi0": PolicyProcessors, "pi05": PolicyProcessors, "smolvla": PolicyProcessors, "eo1": EO1Processors}
+"""Policies that end in LeRobot's `euler_integrate`, and what stands before them."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -60,6 +61,7 @@ def open_policy(checkpoint: str) -> tuple[Any, dict[str, Any]]:
         raise ValueError(f"{checkpoint} turns its actions after the loop (adapt_to_pi_aloha): not supported")
     _check_weights(checkpoint)
     changed = {"device": "cpu", "compile_model": False, "gradient_checkpointing": False, "load_vlm_weights": False}
+    changed["pretrained_path"] = checkpoint  # where EO-1 would ask the hub for its vision-language model first
     restored = {n: getattr(config, n) for n in (*changed, "rtc_config") if hasattr(config, n)}
     for name in restored:
         setattr(config, name, changed.get(name))  # rtc_config: none
@@ -85,7 +87,7 @@ def lerobot(
     rename: dict[str, str] | None = None,
     weights: Literal["float32", "bfloat16"] | None = None,
 ) -> LeRobotField:
-    """A pi0, pi0.5 or SmolVLA that LeRobot saved, from a folder or a hub id, with its processors.
+    """A pi0, pi0.5, SmolVLA or EO-1 that LeRobot saved, from a folder or a hub id, with its processors.
 
     `lora`: rank of a new LoRA on the attention of the action expert (alpha: twice that unless given; `lora_modules`:
     ends of other layers' names); otherwise all that the velocity depends on trains. `rename`: names of the
@@ -100,7 +102,7 @@ def lerobot(
 
     policy, restored = open_policy(checkpoint)
     before, after = make_pre_post_processors(policy.config, checkpoint)
-    processors = PolicyProcessors(before, after, policy.config, checkpoint, rename or {}, restored)
+    processors = KINDS[policy.config.type](before, after, policy.config, checkpoint, rename or {}, restored)
     field = wrapped(policy, processors, args, checkpoint)
     unit = ", ".join(f"{u:.3g}" for u in processors.unit().tolist())
     chunking = ", real-time chunking off" if restored.get("rtc_config") is not None else ""

@@ -85,9 +85,11 @@ class PolicyProcessors:
         words = [""] * num_rows(obs) if told is None else sentences(told)
         batch = self._before({**{n: v for n, v in seen.items() if n in self.asked}, TASK: words})
         like = next(iter(seen.values()))
-        return {
-            n: v.to(like.device) for n, v in batch.items() if isinstance(v, Tensor) and n.startswith("observation.")
-        }
+        return {n: v.to(like.device) for n, v in self.chosen(batch).items()}
+
+    def chosen(self, made: dict[str, Any]) -> dict[str, Tensor]:
+        """What the policy reads of what the pipeline made, as tensors that lead with rows."""
+        return {n: v for n, v in made.items() if isinstance(v, Tensor) and n.startswith("observation.")}
 
     def after(self, x: Tensor) -> Tensor:
         """Actions (N, H, A) in the environment's units of samples (N, H, D)."""

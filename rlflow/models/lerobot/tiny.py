@@ -1,5 +1,5 @@
-"""Small random policies of the real LeRobot, to try things on: a SmolVLA in a folder that LeRobot opens like any other,
-pi0 and pi0.5 with the widths of their towers changed. Nothing is fetched.
+"""Small random policies of the real LeRobot, to try things on: a SmolVLA and an EO-1 in folders that LeRobot opens like
+any other, pi0 and pi0.5 with the widths of their towers changed. Nothing is fetched.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ def batch(rows: int, image: int = 64, state: int = 6) -> dict[str, Tensor]:
     }
 
 
-def _bytewise() -> Any:
-    """A tokenizer that knows every text, letter by letter."""
+def _bytewise(special: list[str], **named: str) -> Any:
+    """A tokenizer that knows every text, letter by letter; `special` begins with the one that fills up."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     inner = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    named = {"fake_image_token": SPECIAL[1], "global_image_token": SPECIAL[2], "image_token": SPECIAL[3]}
-    named |= {"end_of_utterance_token": SPECIAL[4]}
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=SPECIAL[0], extra_special_tokens=named)
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=special[0], extra_special_tokens=named)
+    made.add_special_tokens({"additional_special_tokens": special[1:]})
+    return made
 
 
 def write_vlm(folder: Path, image: int = 64, width: int = 48, layers: int = 2) -> Path:
@@ -66,7 +66,9 @@ def write_vlm(folder: Path, image: int = 64, width: int = 48, layers: int = 2) -
     vision = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": image}
     config = SmolVLMConfig(text_config=text, vision_config=vision | {"patch_size": image // 4}, scale_factor=2)
     config.save_pretrained(folder)
-    parts = SmolVLMImageProcessor(), _bytewise(), SmolVLMVideoProcessor(size={"longest_edge": image})
+    named = {"fake_image_token": SPECIAL[1], "global_image_token": SPECIAL[2], "image_token": SPECIAL[3]}
+    named |= {"end_of_utterance_token": SPECIAL[4]}
+    parts = SmolVLMImageProcessor(), _bytewise(SPECIAL, **named), SmolVLMVideoProcessor(size={"longest_edge": image})
     SmolVLMProcessor(*parts, image_seq_len=4, chat_template="x").save_pretrained(folder)
     return folder
 
@@ -132,3 +134,50 @@ def pi(version: str, image: int = 64, **settings: Any) -> Any:
     policy = getattr(import_module(f"lerobot.policies.{version}.modeling_{version}"), f"{name}Policy")
     asked = {"chunk_size": 8, "n_action_steps": 4, "device": "cpu", "dtype": "float32", "num_inference_steps": 4}
     return policy(config(**features(image, 6, 6), **asked, image_resolution=(image, image), **settings))
+
+
+EO1_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+EO1_SPECIAL += ["<|video_pad|>"]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|>"
+    "<|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+)
+
+
+def write_qwen(folder: Path, width: int = WIDTH, layers: int = 2) -> dict[str, Any]:
+    """The processor of a Qwen2.5-VL, as `vlm_base` finds it; returns the model's configuration."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    text: dict[str, Any] = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": layers}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 300}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    vision: dict[str, Any] = {"depth": 1, "hidden_size": WIDTH, "intermediate_size": 64, "num_heads": 2}
+    vision |= {"out_hidden_size": width, "fullatt_block_indexes": [0], "window_size": 56}
+    named = ("vision_start", "vision_end", "image", "video")
+    ids = {f"{name}_token_id": EO1_SPECIAL.index(w) for name, w in zip(named, EO1_SPECIAL[3:], strict=True)}
+    parts = Qwen2VLImageProcessor(), _bytewise(EO1_SPECIAL), Qwen2VLVideoProcessor()
+    Qwen2_5_VLProcessor(*parts, chat_template=TEMPLATE).save_pretrained(folder)
+    found: dict[str, Any] = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids).to_dict()
+    return found
+
+
+def eo1(
+    folder: Path, *, image: int = 56, state: int = 6, actions: int = 6,
+    stats: Mapping[str, Mapping[str, Tensor]] | None = None, **settings: Any,
+) -> Any:  # fmt: skip
+    """A random EO-1, saved into `folder` with its processors; settings are those of its config."""
+    from lerobot.policies.eo1.configuration_eo1 import EO1Config
+    from lerobot.policies.eo1.modeling_eo1 import EO1Policy
+    from lerobot.policies.eo1.processor_eo1 import make_eo1_pre_post_processors
+
+    asked: dict[str, Any] = {"dtype": "float32", "device": "cpu", "push_to_hub": False, "num_denoise_steps": 4}
+    asked |= {"image_min_pixels": 28 * 28, "image_max_pixels": image**2, "max_state_dim": 8, "max_action_dim": 8}
+    asked |= {"vlm_base": str(folder / "vlm"), "vlm_config": write_qwen(folder / "vlm"), "n_action_steps": 4}
+    asked |= features(image, state, actions) | settings
+    policy = EO1Policy(EO1Config(pretrained_path=folder, **asked)).eval()  # of its configuration, without weights
+    policy.config.pretrained_path = None
+    policy.save_pretrained(folder)
+    known = {"observation.state": _unit(state), "action": _unit(actions)} if stats is None else dict(stats)
+    for part in make_eo1_pre_post_processors(policy.config, known):
+        part.save_pretrained(folder)
+    return policy
