@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlflow.types import Tree
+from rlflow.types import Tree, tree_where
 
 Rows = Any
 """One number for each of B rows: a tensor (B,), or on the CPU an array (B,)."""
@@ -68,6 +68,16 @@ def as_tensors(tree: Tree) -> Tree:
     if isinstance(tree, dict):
         return {name: as_tensors(part) for name, part in tree.items()}
     return torch.from_numpy(tree) if isinstance(tree, np.ndarray) else tree
+
+
+def renewed(mask: Rows, fresh: Tree, tree: Tree) -> Tree:
+    """`tree`, of memory of its own that may be written to, with the rows of `mask` (B,) as in `fresh`."""
+    if isinstance(fresh, dict):
+        return {name: renewed(mask, part, tree[name]) for name, part in fresh.items()}
+    if isinstance(fresh, np.ndarray):
+        np.copyto(tree.numpy(), fresh, where=mask.reshape(-1, *[1] * (fresh.ndim - 1)))
+        return tree
+    return tree_where(torch.as_tensor(mask), fresh, tree)
 
 
 def copied(tree: Tree) -> Tree:

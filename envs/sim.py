@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlflow.envs.arithmetic import ON_CPU, ON_DEVICE, Rows, as_tensors, copied
+from rlflow.envs.arithmetic import ON_CPU, ON_DEVICE, Rows, as_tensors, copied, renewed
 from rlflow.envs.base import VecEnv
 from rlflow.envs.bounds import Bounds
 from rlflow.envs.contract import check_columns, check_observation
 from rlflow.envs.seeds import episode_seeds
-from rlflow.types import Step, Tree, tree_where
+from rlflow.types import Step, Tree
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: that would double what it costs to make one, once a physics step
 class Outcome:
     """What a simulator answers to one primitive action per row: tensors, or on the CPU arrays, that lead with B.
 
@@ -122,6 +122,8 @@ class SimEnv(VecEnv):
         self._resting: Rows | None = None
         # of a step in which nothing ended and everyone played; nobody writes to what a Step holds
         self._never, self._always, self._blank = zeros.bool(), ~zeros.bool(), zeros * torch.nan
+        self._one, self._limit = (array(torch.full_like(zeros, n, dtype=torch.long)) for n in (1, sim.horizon))
+        self._untold = dict.fromkeys(self.STATISTICS, self._blank)
         self._whole = torch.full_like(self._never, chunk, dtype=torch.long)
 
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
@@ -150,7 +152,7 @@ class SimEnv(VecEnv):
     def recv(self) -> Step:
         """Carry out the chunks sent."""
         math, before, chunk = self._math, self.elapsed, self.bounds(self._action)
-        reward: Rows = 0.0
+        reward: Rows = None
         terminated = truncated = self._nobody
         ended: Rows | None = None  # nobody
         whole = True
@@ -165,18 +167,20 @@ class SimEnv(VecEnv):
             live = self._live(out, self._resting, ended)
             whole = whole and live is None
             gain = self._count(live, out)
-            reward = reward + (self.gamma**i * gain if i else gain)
+            if i:
+                reward = reward + self.gamma**i * gain
+            else:
+                reward = gain if self.chunk == 1 else 1.0 * gain  # the next call may overwrite it
             done, late = math.array(out.terminated), self._late(out)
             if live is not None:
                 done, late = live & done, live & late
             if math.some(done | late) is not None:
                 terminated, truncated = terminated | done, truncated | late
                 ended = terminated | truncated
-            seen = copied(out.obs), copied(out.info)
-            if live is not None and i:
-                mask = math.tensor(live)
-                seen = tree_where(mask, seen[0], reached), tree_where(mask, seen[1], info)
-            reached, info = seen
+            if live is None or not i:
+                reached, info = copied(out.obs), copied(out.info)
+            else:
+                reached, info = renewed(live, out.obs, reached), renewed(live, out.info, info)
         num_steps = self._whole if whole else math.tensor(self.elapsed - before)
         step = self._quiet(reached, math.floats(reward), info, num_steps)
         return step if ended is None else self._ended(step, terminated, truncated, ended)
@@ -195,7 +199,7 @@ class SimEnv(VecEnv):
         gain = math.array(out.reward)
         if live is not None:
             gain = math.where(live, gain, 0.0)
-        self.elapsed, self.returns = self.elapsed + (1 if live is None else live), self.returns + gain
+        self.elapsed, self.returns = self.elapsed + (self._one if live is None else live), self.returns + gain
         if "success" in out.info:
             best = math.fmax(self.success, math.array(out.info["success"]))  # nan: not told at this step
             self.success = best if live is None else math.where(live, best, self.success)
@@ -203,13 +207,12 @@ class SimEnv(VecEnv):
 
     def _late(self, out: Outcome) -> Rows:
         """(B,) rows that are cut off, by time or by the simulator."""
-        late = self.elapsed >= self.sim.horizon
+        late = self.elapsed >= self._limit
         return late if out.truncated is None else late | self._math.array(out.truncated)
 
     def _quiet(self, reached: Tree, reward: Tensor, info: dict[str, Tensor], num_steps: Tensor) -> Step:
         """A step in which no episode ended."""
-        names = [*self.STATISTICS, "success"] if "success" in info else self.STATISTICS
-        info = info | dict.fromkeys(names, self._blank)
+        info = info | self._untold if "success" not in info else info | self._untold | {"success": self._blank}
         valid = self._always if num_steps is self._whole else num_steps > 0
         return Step(reached, reward, self._never, self._never, reached, valid, info, num_steps=num_steps)
 

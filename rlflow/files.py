@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 WHOLE = 64 * 2**20
@@ -55,13 +58,29 @@ def as_readable(folder: Path) -> None:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file; OSError as the system says it, ValueError for a damaged file."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
+
+    with _said(path):
+        return load_file(path)
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
+    """The same as NumPy's, without PyTorch: whoever reads a finished run needs none."""
+    from safetensors.numpy import load_file
+
+    with _said(path):
+        return load_file(path)
+
+
+@contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """What is wrong with a safetensors file, in words."""
+    from safetensors import SafetensorError
 
     with path.open("rb"):  # safetensors calls a file that may not be read one that is not there
         pass
     try:
-        return load_file(path)
+        yield
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 

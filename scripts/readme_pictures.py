@@ -9,6 +9,7 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
+import torch
 from PIL import Image
 
 from rlflow.report.curves import curves
@@ -28,8 +29,8 @@ def images(folder: str, pairs: int = 32) -> None:
     assert last is not None
     rows = [round(i * (len(first.captions) - 1) / (pairs - 1)) for i in range(pairs)]
     before_after(
-        first.images[rows] / 255,
-        last.images[rows] / 255,
+        torch.from_numpy(first.images[rows]),
+        torch.from_numpy(last.images[rows]),
         [first.captions[i] for i in rows],
         DOCS / "before_after.png",
         ([first.marks[i] for i in rows], [last.marks[i] for i in rows]),

@@ -116,11 +116,14 @@ def rate(step: Player, seconds: float) -> tuple[float, float]:
     """(steps per wall second, steps per CPU second of this process) over at least `seconds` of wall time."""
     step()
     wall, cpu = time.perf_counter(), time.process_time()
-    total = step()
+    made = [step()]
     while time.perf_counter() - wall < seconds:
-        total = total + step()
-    count = int(torch.as_tensor(total).sum())  # waits for a GPU
-    return count / (time.perf_counter() - wall), count / (time.process_time() - cpu)
+        made.append(step())
+    if isinstance(made[-1], Tensor):
+        made[-1].sum().item()  # waits for a GPU
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    count = sum(int(torch.as_tensor(steps).sum()) for steps in made)  # adding up is no part of a step
+    return count / wall, count / cpu
 
 
 def compare(players: dict[str, Player], seconds: float, repeats: int) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class EpisodeEvaluator:
         self.select = select or Select()
         self.rows_per_call = max(1, rows_per_call // self.select.num)
         self.noise, self.video, self.noisy = noise, video, noisy
-        self.key = sample_keys([world, seed, i] for i in range(num))
+        self.key = torch.from_numpy(sample_keys([world, seed, i] for i in range(num)))
         self.rows = torch.arange(num).tensor_split(dist.world())[dist.rank()]
         self.env = make(len(self.rows))
         # where rows differ in calls their mean is over all of them, those whose episode has ended too

@@ -159,7 +159,8 @@ class Evaluator:
         known = {text: i for i, text in enumerate(dict.fromkeys(captions))}
         self.caption_id = torch.tensor([known[text] for text in captions])
         asked = zip(*self.columns.values(), strict=True)
-        self.key = sample_keys([dict(zip(prompts.columns, row, strict=True)), seed, i] for i, row in enumerate(asked))
+        rows = ([dict(zip(prompts.columns, row, strict=True)), seed, i] for i, row in enumerate(asked))
+        self.key = torch.from_numpy(sample_keys(rows))
         self.base_images: Tensor | None = None
         self._calls = Calls(policy)
 

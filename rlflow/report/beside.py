@@ -5,11 +5,9 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from torch import Tensor
-
 from rlflow.report import page
 from rlflow.report.glossary import show
-from rlflow.report.pairing import NOT_KEPT, unlike
+from rlflow.report.pairing import NOT_KEPT, Scores, unlike
 from rlflow.report.record import Pictures, RunRecord
 from rlflow.report.video import SECONDS, html_video
 
@@ -111,7 +109,7 @@ def _films(run: RunRecord, first: int, last: int) -> tuple[str, str]:
     return f'<div class="pairs films">{"".join(cells)}</div>', note
 
 
-def _episode_words(scores: dict[str, Tensor], row: int) -> str:
+def _episode_words(scores: Scores, row: int) -> str:
     """Of one episode: return, length in primitive steps and, where the simulator knows it, success."""
     words = [f"return {show(float(scores['return'][row]))}"]
     words += [f"{float(scores['length'][row]):,.0f} steps"] if "length" in scores else []

@@ -10,15 +10,17 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from rlflow.report.curves import Panel, curves
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Panel", "before_after", "curves", "image_grid", "read_captions", "tiles"]
 
@@ -85,8 +87,8 @@ def tiles(images: Tensor, scale: int | None = None) -> list[Image.Image]:
     """Images (N, 3, H, W) in [0, 1] or uint8 as pictures, enlarged by the whole factor `scale` (default: to 128)."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images have shape {tuple(images.shape)}: expected (N, 3, H, W)")
-    if images.dtype != torch.uint8:
-        images = (images.float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
+    if images.is_floating_point():
+        images = (images.float().nan_to_num().clamp(0, 1) * 255).round().byte()
     factor = scale or math.ceil(TILE / images.shape[-1])
     arrays: NDArray[np.uint8] = images.permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(a.repeat(factor, 0).repeat(factor, 1)) for a in arrays]

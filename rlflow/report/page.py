@@ -12,10 +12,8 @@ from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from rlflow.report import curves
 
@@ -165,9 +163,9 @@ def spark(ys: NDArray[np.float64], width: int = 88, height: int = 20) -> str:
     )
 
 
-def picture(image: Tensor, alt: str) -> str:
+def picture(image: NDArray[np.uint8], alt: str) -> str:
     """<img> of an image (3, H, W) uint8, at most 320 pixels wide; a small one is enlarged without blur."""
-    made = Image.fromarray(image.to(torch.uint8).permute(1, 2, 0).numpy())
+    made = Image.fromarray(image.astype(np.uint8).transpose(1, 2, 0))
     small = made.width <= 128
     if made.width > LARGEST:
         made = made.resize((LARGEST, round(made.height * LARGEST / made.width)), Image.Resampling.LANCZOS)

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from torch import Tensor
+from numpy.typing import NDArray
 
-from rlflow.files import read_tensors
+from rlflow.files import read_arrays
 from rlflow.registry import TABLE
 from rlflow.report.curves import series
 from rlflow.report.figures import read_captions
 from rlflow.report.glossary import HELDOUT, describe, headline, share, signed
 from rlflow.report.metrics_file import Metrics, Row, read_table
-from rlflow.report.pairing import NOT_KEPT, pair
+from rlflow.report.pairing import NOT_KEPT, Scores, pair
 from rlflow.report.stats import Interval
 
 NOT_A_JUDGE = ("strict", "soft", "diversity", "base_distance", "calls")
@@ -56,7 +56,7 @@ class Change(NamedTuple):
 class Pictures(NamedTuple):
     """Some images (n, 3, H, W) uint8 of an evaluation, their prompts and, where known, whether each is right."""
 
-    images: Tensor
+    images: NDArray[np.uint8]
     captions: list[str]
     marks: list[bool | None]
 
@@ -174,9 +174,9 @@ class RunRecord:
         at = [row["iteration"] for row in self.evals if math.isfinite(row.get(name, math.nan))]
         return (at[0], at[-1]) if at else None
 
-    def scores(self, iteration: int) -> dict[str, Tensor]:
+    def scores(self, iteration: int) -> Scores:
         """Score of every sample of an evaluation by short metric name, and caption_id."""
-        found = _tensors(self.folder / "samples" / f"eval_{iteration:06d}.safetensors")
+        found = _arrays(self.folder / "samples" / f"eval_{iteration:06d}.safetensors")
         return {name.removeprefix(HELDOUT): value for name, value in found.items()}
 
     def change(self, name: str) -> Change | None:
@@ -209,14 +209,14 @@ class RunRecord:
     def pictures(self, iteration: int) -> Pictures | None:
         """The fixed prompts' images of an evaluation; None where they were not kept."""
         samples = self.folder / "samples"
-        kept = _tensors(samples / f"images_{iteration:06d}.safetensors")
+        kept = _arrays(samples / f"images_{iteration:06d}.safetensors")
         if not {"images", "index"} <= kept.keys():
             return None
         num = len(kept["images"])
         captions = _captions(samples / f"eval_{iteration:06d}.png")
         captions = captions if len(captions) == num else [""] * num
         right = self.scores(iteration).get("strict")
-        known = right is not None and bool(((right == 0) | (right == 1) | right.isnan()).all())
+        known = right is not None and bool(((right == 0) | (right == 1) | np.isnan(right)).all())
         rows = kept["index"].tolist()
         marks = [_mark(float(right[i])) if known and right is not None and i < len(right) else None for i in rows]
         return Pictures(kept["images"], captions, marks)
@@ -277,9 +277,9 @@ def _json(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        return read_tensors(path) if path.exists() else {}
+        return read_arrays(path) if path.exists() else {}
     except ValueError:  # a run killed while it wrote
         return {}
 

@@ -9,12 +9,13 @@ import io
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SECONDS = 8.0  # of an episode that a film shows at most
 FPS = 16.0  # of videos that a model makes: those that Wan was trained on
@@ -57,13 +58,13 @@ def write_video(frames: Iterable[Tensor], path: Path, fps: float) -> None:
 
 def strips(videos: Tensor, num: int = STRIP) -> Tensor:
     """Videos (N, F, 3, H, W) as images (N, 3, H, n W): up to `num` frames side by side, first and last among them."""
-    some = torch.linspace(0, videos.shape[1] - 1, min(num, videos.shape[1])).round().long()
+    some = np.linspace(0, videos.shape[1] - 1, min(num, videos.shape[1])).round().astype(int).tolist()
     return videos[:, some].permute(0, 2, 3, 1, 4).flatten(3)
 
 
 def frames_of(video: Tensor) -> list[Tensor]:
     """A video (F, 3, H, W) in [0, 1] as frames (H, W, 3) uint8."""
-    pixels = (video.detach().float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
+    pixels = (video.detach().float().nan_to_num().clamp(0, 1) * 255).round().byte()
     return list(pixels.permute(0, 2, 3, 1).cpu())
 
 

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from html import unescape
 from pathlib import Path
 
@@ -90,6 +92,20 @@ def text(folder: Path) -> str:
     """The report with its markup taken out and its pictures left aside."""
     html = re.sub(r"<style>.*?</style>", "", write_report(folder).read_text(encoding="utf-8"), flags=re.S)
     return " ".join(re.sub(r"<[^>]+>", " ", html).split())
+
+
+# -- what it costs --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_a_finished_run_is_read_without_pytorch(command, tmp_path):
+    """Its import is 250 MiB and a second and a half; scores and pictures are arrays of NumPy."""
+    run = finished(tmp_path / "run")
+    code = (
+        f"import sys; from rlflow.cli import main; main([{command!r}, {str(run)!r}]); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert command == "compare" or "paired bootstrap" in (run / "report.html").read_text()
 
 
 # -- what it says ---------------------------------------------------------------------------------
