@@ -130,7 +130,7 @@ class SeededStart(gymnasium.Wrapper[Any, Any, Any, Any]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         """From the start that the seed says."""
         if seed is not None:
-            self.unwrapped.init_state_id = seed // self.num_tasks  # type: ignore[attr-defined]
+            self.unwrapped.init_state_id = seed // self.num_tasks
         return super().reset(seed=seed, options=options)
 
 

@@ -37,7 +37,7 @@ class Looked(gymnasium.Wrapper[Any, Any, Any, Any]):
         super().__init__(env)
         self.chunk, self.steps = chunk, 0
         self.picture: NDArray[Any] | None = None
-        env.unwrapped.obs_type = "state"  # type: ignore[attr-defined]  # what its own steps show from now on
+        env.unwrapped.obs_type = "state"  # what its own steps show from now on
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """With a picture."""
