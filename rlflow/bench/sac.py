@@ -21,11 +21,13 @@ OURS = {
     "rlflow_gaussian": ["policy.kernel.width=64", "algorithm.critic_norm=false"],
     "rlflow_gaussian_bfloat16": ["policy.kernel.width=64", "algorithm.critic_norm=false", "policy.precision=bfloat16"],
     "rlflow_flow_g": [],
+    "rlflow_flow_g_bfloat16": ["policy.precision=bfloat16"],
 }
 ABOUT = {
     "rlflow_gaussian": "SAC, Gaussian actor",
     "rlflow_gaussian_bfloat16": "SAC, Gaussian actor, bfloat16 products",
     "rlflow_flow_g": "SAC Flow-G",
+    "rlflow_flow_g_bfloat16": "SAC Flow-G, bfloat16 products",
 }
 
 
