@@ -65,11 +65,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
-    """The same as NumPy's, without PyTorch: whoever reads a finished run needs none."""
+    """The same as NumPy's, without PyTorch: whoever reads a finished run needs none. ValueError for bfloat16, too."""
     from safetensors.numpy import load_file
 
     with _said(path):
-        return load_file(path)
+        try:
+            return load_file(path)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} holds numbers of a kind that NumPy has not: {error}") from None
 
 
 @contextmanager

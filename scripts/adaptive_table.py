@@ -20,6 +20,7 @@ from rlflow.evaluation.episodes import EpisodeEvaluator
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.solvers import Adaptive, Euler, Memory, Solver, Velocity
+from rlflow.flow.squash import SQUASHES
 from rlflow.models.io import load_field, read_config
 from rlflow.pretrain.cloning import make_env
 from rlflow.types import Cond
@@ -67,8 +68,11 @@ class Dealt(Told):
 
 def judged(checkpoint: str, solver: Solver, num_steps: int, num: int) -> dict[str, float]:
     """Means of seeded episodes."""
-    policy = FlowPolicy(load_field(checkpoint), FlowSDE(), num_steps=num_steps)
-    make = partial(make_env, read_config(checkpoint)["judged_by"]["env"])
+    about = read_config(checkpoint)["judged_by"]
+    told = about["policy"] | about.get("eval", {})
+    squash = SQUASHES[told.get("squash", "identity")]()
+    policy = FlowPolicy(load_field(checkpoint), FlowSDE(), num_steps=num_steps, squash=squash)
+    make = partial(make_env, about["env"])
     return EpisodeEvaluator(policy, make, num=num, solver=solver, rows_per_call=num, video=0)().means()
 
 

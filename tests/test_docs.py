@@ -204,6 +204,11 @@ def test_links_and_pictures_exist():
                 assert (page.parent / target).exists(), f"{page.name} points to {target}"
 
 
+def test_no_page_has_the_marks_of_a_merge():
+    for page in (*PAGES, ROOT / "CHANGELOG.md"):
+        assert not re.search(r"^(<<<<<<<|>>>>>>>)", page.read_text(), re.M), page
+
+
 def test_the_metrics_of_the_page_on_failures_exist():
     """Those with a place-holder stand for a pattern of the glossary."""
     names = re.findall(

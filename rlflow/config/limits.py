@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from rlflow.config.schema import Config
     from rlflow.rl.objectives.base import Objective
 
+TAKEN = {"calls", "key", "caption_id"}
+"""Names of what is kept of every evaluation of images beside its scores."""
+
 
 def check_together(config: Config, trust_code: bool = False) -> None:
     """ValueError for settings that exclude each other."""
@@ -258,6 +261,8 @@ def _check_rewards(config: Config, trust_code: bool) -> None:
     """Every reward asked for exists, with settings it has; no settings lie about."""
     from rlflow.rewards.component import check_reward, check_unused
 
+    for name in TAKEN & config.eval.metrics.keys():
+        raise ValueError(f"eval.metrics: {name!r} is a column that every evaluation has: call this one otherwise")
     weights, metrics = list(config.reward.weights), list(config.eval.metrics.values())
     for section, names in (("reward.weights", weights), ("eval.metrics", metrics)):
         for name in names:

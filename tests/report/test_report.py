@@ -350,6 +350,18 @@ def test_films_stand_before_and_after_with_return_and_length(tmp_path):
     assert "before:" not in once
 
 
+def test_films_are_shown_though_their_scores_are_damaged(tmp_path):
+    folder = played(tmp_path / "run", (0, 100.0, 40.0), (9, 250.0, 1000.0))
+    (folder / "samples" / "eval_000009.safetensors").write_bytes(b"torn")
+    assert "before: return 100, 40 steps &rarr; after: the scores of single samples were not kept" in text(folder)
+
+
+def test_scores_that_numpy_cannot_read_are_not_kept(tmp_path):
+    folder = played(tmp_path / "run", (0, 100.0, 40.0))
+    save_file({"return": torch.zeros(3, dtype=torch.bfloat16)}, folder / "samples" / "eval_000000.safetensors")
+    assert "after iteration 0: the scores of single samples were not kept" in text(folder)
+
+
 def test_films_play_by_themselves_and_the_page_lets_them(tmp_path):
     """Browsers start only what is muted, and nothing that the page's own policy forbids to load."""
     html = write_report(played(tmp_path / "run", (0, 100.0, 40.0), (9, 250.0, 1000.0))).read_text()
