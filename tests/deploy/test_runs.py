@@ -151,7 +151,7 @@ def test_functions_and_classes_train_evaluate_and_resume(tmp_path: Path, scenes_
     text = (tmp_path / "run/config.yaml").read_text()
     assert f"{__name__}:Quiet" in text
     assert "given:redness: 0.5" in text
-    assert set(rf.evaluate(tmp_path / "run")) == {"red"}
+    assert set(rf.evaluate(tmp_path / "run")) == {"red", "calls"}
     assert train(resume="last").iteration == 1
 
 
@@ -159,7 +159,7 @@ def test_evaluate_is_the_runs_last_evaluation(run: Path) -> None:
     """Of all metrics, the distance to the base too; and what is asked for is passed on."""
     last = [row for row in read_metrics(run) if row["kind"] == "eval"][-1]
     found = rf.evaluate(run)
-    assert set(found) == {"brightness", "base_distance"}
+    assert set(found) == {"brightness", "base_distance", "calls"}
     for name, value in found.items():
         assert value == pytest.approx(last[f"eval/heldout/{name}"], rel=1e-5)
     assert found["base_distance"] > 0
