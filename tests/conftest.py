@@ -44,8 +44,8 @@ settings.register_profile("rlflow", deadline=None, derandomize=True, print_blob=
 settings.load_profile("rlflow")
 
 
-OF_EXTRAS = {"cube_": "ogbench", "puzzle_": "ogbench", "pusht": "gym_pusht", "warp_": "mujoco_warp", "metaworld": "envpool"}
-OF_EXTRAS |= {"lerobot": "lerobot"}  # of Python 3.12, in an environment of its own
+OF_EXTRAS = {"cube_": "ogbench", "pusht": "gym_pusht", "warp_": "mujoco_warp", "metaworld": "envpool"}
+OF_EXTRAS |= {"puzzle_": "ogbench", "lerobot": "lerobot"}  # the latter of Python 3.12, in an environment of its own
 """Beginnings of the names of environments that need more than the extra [robots], and the package they need."""
 
 RECIPES = set(recipes.names())
