@@ -152,7 +152,7 @@ def _ogpo(
             chain,
             make_steps(config, trust_code),
             Replay(c.capacity, config.env.gamma),
-            imagined=Imagined(c.states, c.copies, c.rounds),
+            imagined=Imagined(c.states, c.copies, c.rounds, c.warmup, c.conservative),
             twin=twin_settings(c),
             batch_size=c.batch_size,
             start=c.start,

@@ -181,6 +181,8 @@ class OGPOConfig(OffPolicyConfig):
     states: Count = 64  # of the replay, in an update of the chain
     copies: Annotated[int, Range("must be at least 2", 2, 65_536)] = 8  # chains of each, compared among themselves
     rounds: Count = 1  # updates of the chain an iteration
+    warmup: Natural = 0  # optimiser steps of the critics before the chain's first
+    conservative: bool = False  # advantages that every critic agrees with, 0 where they disagree about the sign
     start: Natural = 1000
 
 

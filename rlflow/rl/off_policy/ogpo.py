@@ -1,6 +1,6 @@
-"""OGPO: the chain learner paid by an off-policy critic (2026, arXiv:2605.03065). What could not be read of it is ours.
+"""OGPO: the chain learner paid by an off-policy critic (Patil et al. 2026, arXiv:2605.03065).
 
-    critic   1/2 (Q_e(s, a) - y)^2,   y = R + discount min_e Q'_e(s', a'),   a' ~ policy,   on the replay
+    critic   1/2 (Q_e(s, a) - y)^2,   y = R + discount Q'(s', a'),   a' ~ policy,   on the replay
     chain    states s of the replay, G chains of each from the policy of today, each paid Q(s, x_K): one step, the end
 
 The second line is GRPO on images with a critic for a reward: group-relative advantages, a ratio for each denoising
@@ -23,7 +23,7 @@ from rlflow.rl.learners.policy_gradient import PolicyGradient
 from rlflow.rl.off_policy.replay import Replay, Transitions
 from rlflow.rl.off_policy.twin import Twin, TwinSettings
 from rlflow.rl.optim import Optimizer
-from rlflow.types import Rollout, Tree, tree_map
+from rlflow.types import Cond, Rollout, Tree, tree_map
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Imagined:
     states: int = 64
     copies: int = 8
     rounds: int = 1  # updates of the chain an iteration, on states and chains of their own
+    warmup: int = 0  # steps of the critics before the first
+    conservative: bool = False  # pay what the critics agree on
 
 
 class OGPO:
@@ -95,6 +97,7 @@ class OGPO:
         metrics = {"replay/size": float(len(self.replay))}
         if losses:
             metrics["critic/loss"] = float(torch.stack(losses).mean())
+        if losses and self.updates >= self.imagined.warmup:
             for round_ in range(self.imagined.rounds):
                 metrics |= self.chain.update(self._paid(round_))
         self.iteration += 1
@@ -143,8 +146,8 @@ class OGPO:
         chain = policy.sample(cond, plan, key=key, row_ids=ids, copies=copies)
         cond = cond.repeat(copies)
         evidence = likelihood.record(policy, cond, chain, key, group if likelihood.shared_draws else ids)
-        reward = self.twin.value(cond, policy.squash(chain.final)).unsqueeze(0)
         rows = group.to(policy.device)
+        reward = self._pay(cond, policy.squash(chain.final)).unsqueeze(0)
         every = tree_map(lambda v: v[rows].unsqueeze(0), obs)
         over = torch.ones_like(reward, dtype=torch.bool)
         return Rollout(
@@ -162,6 +165,14 @@ class OGPO:
             cond=None if policy.encoder_trains else cond,
             network_calls=policy.network_rows - before,
         )
+
+    def _pay(self, cond: Cond, action: Tensor) -> Tensor:
+        """(S * copies,) of the critics for copies that stand together."""
+        if not self.imagined.conservative:
+            return self.twin.value(cond, action)
+        each = self.twin.each(cond, action)
+        by_state = each.unflatten(1, (-1, self.imagined.copies))
+        return agreed((by_state - by_state.mean(-1, keepdim=True)).flatten(1))
 
     # -- state ------------------------------------------------------------------------------------
 
@@ -185,3 +196,9 @@ class OGPO:
         self.chain.load_state_dict(state["chain"])
         self.twin.load_state_dict(state["twin"])
         self.replay.load_state_dict(state["replay"], self.policy.device)
+
+
+def agreed(advantages: Tensor) -> Tensor:
+    """(N,) the advantage nearest 0 where all E of (E, N) have one sign, else 0 (the paper's conservative one)."""
+    least, most = advantages.amin(0), advantages.amax(0)
+    return least.clamp(min=0) + most.clamp(max=0)

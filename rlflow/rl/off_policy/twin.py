@@ -109,6 +109,10 @@ class Twin:
             list(self.net.parameters()), AdamW(lr=c.lr, betas=(0.9, 0.999), max_grad_norm=0.0), "algorithm.critic_lr"
         )
 
+    def each(self, cond: Cond, action: Tensor) -> Tensor:
+        """(E, N) of every critic."""
+        return self._values(self.net, cond, action)
+
     def value(self, cond: Cond, action: Tensor) -> Tensor:
         """(N,) what the actor is judged by; gradients flow to the action."""
         return self._one(self._values(self.net, cond, action))
