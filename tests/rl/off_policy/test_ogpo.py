@@ -19,7 +19,7 @@ from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
 from rlflow.rl.learners.policy_gradient import PolicyGradient
 from rlflow.rl.likelihoods.chain import ChainLikelihood
-from rlflow.rl.off_policy.ogpo import OGPO, Imagined
+from rlflow.rl.off_policy.ogpo import OGPO, Imagined, agreed
 from rlflow.rl.off_policy.replay import Replay
 from rlflow.rl.off_policy.twin import TwinSettings
 from rlflow.rl.optim import AdamW
@@ -81,6 +81,44 @@ def test_targets_are_the_value_of_todays_policy_without_entropy() -> None:
     assert float(q) == pytest.approx(0.3 / (1 - 0.9), rel=1e-4)
     assert not torch.equal(acted[0], acted[1]), "each with noise of its own"
     assert torch.equal(ogpo.target(replace(batch, discount=0 * batch.discount)), batch.reward)
+
+
+def test_critics_that_agree_pay_their_least_and_others_nothing() -> None:
+    """Of one critic the advantage itself; odd in the advantages; never further from 0 than any critic's."""
+    each = torch.randn(3, 400, generator=torch.Generator().manual_seed(0))
+    found, alike = agreed(each), (each > 0).all(0) | (each < 0).all(0)
+    assert torch.equal(agreed(each[:1]), each[0])
+    assert torch.equal(agreed(-each), -found)
+    assert torch.equal(found != 0, alike)
+    assert torch.equal(found.abs()[alike], each.abs().amin(0)[alike])
+
+
+def test_conservative_chains_are_paid_by_what_the_critics_agree_on() -> None:
+    """Two critics that differ by the state alone agree on everything; two of opposite sign on nothing."""
+    ogpo, states = make(imagined=Imagined(STATES, COPIES, conservative=True)), torch.ones(STATES, 1)
+
+    def paid(*critics: torch.Tensor) -> torch.Tensor:
+        ogpo.twin.each = lambda cond, action: torch.stack(critics)  # type: ignore[method-assign]
+        return ogpo.imagine(states, torch.ones(STATES), Key(5, "rollout", 0, 0)).reward[0]
+
+    q = torch.randn(STATES * COPIES, generator=torch.Generator().manual_seed(1))
+    of_state = torch.arange(float(STATES)).repeat_interleave(COPIES)
+    within = q.view(STATES, COPIES) - q.view(STATES, COPIES).mean(1, keepdim=True)
+    torch.testing.assert_close(paid(q, q + of_state), within.flatten())
+    assert not paid(q, -q).any()
+
+
+def test_the_chain_waits_for_its_critics() -> None:
+    """`warmup` steps of the critics leave the policy as it was, to the bit; the next update moves it."""
+    chain = make_chain()
+    ogpo = make(chain, imagined=Imagined(STATES, COPIES, warmup=40), batch_size=16)
+    collector = Collector(ToyBandit(32), chain.policy, None, All(), Groups(32, 1), horizon=1)
+    start = copy.deepcopy(chain.policy.state_dict())
+    moved = []
+    for iteration in range(2):  # 32 updates each
+        ogpo.update(collector.collect(iteration))
+        moved.append(any(not torch.equal(v, start[k]) for k, v in chain.policy.state_dict().items()))
+    assert moved == [False, True]
 
 
 @pytest.mark.slow
