@@ -7,6 +7,8 @@ Training has the seeds below 2^40, evaluation those from there on: see `first_se
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -76,3 +78,17 @@ def episode_seeds(first: Ints, episode: Ints) -> Ints:
     """(B,) seed of each row's episode: `first` for episode 0, then hashes of (first, episode) below 2^40."""
     later = mix((first ^ EPISODES) + episode * GOLDEN) & (TRAINING - 1)
     return first + (later - first) * (episode != 0)
+
+
+@contextmanager
+def numpy_seed(seed: int | None) -> Iterator[None]:
+    """NumPy's global generator from `seed` (below 2^64) inside, and after as it was before; None: left alone."""
+    if seed is None:
+        yield
+        return
+    before = np.random.get_state()
+    np.random.seed(seed if seed < 2**32 else [seed % 2**32, seed >> 32])
+    try:
+        yield
+    finally:
+        np.random.set_state(before)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlflow.envs.seeds import numpy_seed
 from rlflow.envs.sim import Outcome, Sim, SimEnv
 from rlflow.envs.simulators.success import Success
 from rlflow.ranges import Count, Size
@@ -100,9 +101,11 @@ class GymRows(Sim):
         self._over = np.ones(len(envs), bool)
 
     def reset(self, seeds: Tensor, mask: Tensor) -> Tree:
-        """Each row's own `reset(seed=...)`."""
+        """Each row's own `reset(seed=...)`, with NumPy's global generator of that seed: some draw from it."""
         for row in np.flatnonzero(mask.numpy()):
-            self._obs[row], _ = self.envs[row].reset(seed=int(seeds[row]))
+            seed = int(seeds[row])
+            with numpy_seed(seed):
+                self._obs[row], _ = self.envs[row].reset(seed=seed)
             self._over[row] = False
         return self.observed()
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlflow import registry
+from rlflow.envs.seeds import numpy_seed
 from rlflow.envs.sim import Outcome, Sim, SimEnv
 from rlflow.envs.simulators.gym import bounds_of, convert, registered, row_of, spec_of, time_limit
 from rlflow.envs.simulators.spoken import Spoken
@@ -153,10 +154,11 @@ class Held(gymnasium.Wrapper):
     over = False
     last: Any = None
 
-    def reset(self, **settings: Any) -> Any:
-        """Another episode."""
+    def reset(self, *, seed: int | None = None, **settings: Any) -> Any:
+        """Another episode; NumPy's global generator has its seed meanwhile: some environments draw from it."""
         self.over = False
-        return self.env.reset(**settings)
+        with numpy_seed(seed):
+            return self.env.reset(seed=seed, **settings)
 
     def step(self, action: Any) -> Any:
         """A step, or nothing after the end."""

@@ -11,7 +11,6 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from rlflow.envs.camera import Camera, cloud
 from rlflow.envs.demos.dataset import Episode
+from rlflow.envs.seeds import numpy_seed
 from rlflow.envs.sim import Outcome, Sim, SimEnv
 from rlflow.parallel.dist import num_cpus
 from rlflow.ranges import Natural, Size, Threads
@@ -223,17 +223,6 @@ class CubeCloudSim(CubeSim):
 # -- demonstrations -------------------------------------------------------------------------------
 
 
-@contextmanager
-def numpy_seed(seed: int) -> Iterator[None]:
-    """NumPy's global generator from `seed` inside and as before after: the oracle draws from it."""
-    before = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(before)
-
-
 class Player(Protocol):
     """Knows what to do next in an environment."""
 
@@ -247,7 +236,7 @@ class Oracle:
     def __init__(self, env: Any, seed: int):
         self.env, self.num_cubes, self.cube = env, len(env.cur_task_info["goal_xyzs"]), 0
         self.oracle = CubeMarkovOracle(env=env)
-        with numpy_seed(seed):
+        with numpy_seed(seed):  # the oracle draws from it
             self.oracle.reset(None, None)
 
     def act(self) -> NDArray[np.float64]:

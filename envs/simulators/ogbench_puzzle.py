@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlflow.envs.demos.dataset import Episode
+from rlflow.envs.seeds import numpy_seed
 from rlflow.envs.sim import SimEnv
-from rlflow.envs.simulators.ogbench import CubeSim, demonstration, numpy_seed, prototype, steps_of, twin
+from rlflow.envs.simulators.ogbench import CubeSim, demonstration, prototype, steps_of, twin
 from rlflow.ranges import Size, Threads
 
 try:

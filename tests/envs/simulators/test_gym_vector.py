@@ -58,6 +58,16 @@ def slides(num_envs: int, limit: int = 6, mode: str = "NextStep") -> gymnasium.v
     return gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=gymnasium.vector.AutoresetMode(mode))
 
 
+class Careless(Slide):
+    """Its goal comes from NumPy's global generator, as the task of OGBench's goal-conditioned arms does."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.goal = int(np.random.randint(2))
+        return self.seen(), {}
+
+
+gymnasium.register("Careless-v0", entry_point=Careless, max_episode_steps=6)
 gymnasium.register("Slide-v0", entry_point=Slide, max_episode_steps=6)
 MAKE = f"{__name__}:slides"
 
@@ -109,6 +119,17 @@ def test_success_is_told_and_a_row_waits_after_its_end_in_mid_chunk(processes):
     assert step.info["success"].tolist() == [1, 1]
     assert (step.num_steps < 5).all(), "half a unit a step, one and a bit to go"
     assert step.info["episode_length"].tolist() == step.num_steps.tolist()
+
+
+@pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_start_from_numpys_global_generator_follows_the_seed_too(processes):
+    """Training's seeds and evaluation's differ; the caller's own draws go on as if nothing had happened."""
+    env, seeds = gym_vector(16, "Careless-v0", processes=processes), torch.arange(16)
+    np.random.seed(0)
+    told = [sentences(env.reset(s)["task"]) for s in (seeds, seeds, seeds.flip(0), seeds + 2**40)]
+    assert np.random.randint(2**31) == np.random.RandomState(0).randint(2**31)
+    assert told[0] == told[1] == told[2][::-1] != told[3]
+    assert set(told[0]) == set(GOALS)
 
 
 def test_a_sentence_given_is_observed_beside_numbers():
