@@ -1,4 +1,4 @@
-"""What a command says: an error as one line, results for machines as JSON in the strict sense."""
+"""What a command says: an error as one line, how far a step is, results for machines as JSON in the strict sense."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 RANK_WAITS = 10.0
 """Seconds: an error that all ranks share ends rank 0, and the launcher the others, before they repeat it."""
+EVERY = 10.0
+"""Seconds between two lines on one long step."""
 
 
 def say_error(message: str) -> None:
@@ -19,6 +22,17 @@ def say_error(message: str) -> None:
     if rank != "0":
         time.sleep(RANK_WAITS)
     print(f"rlflow: error: {'' if rank == '0' else f'process {rank}: '}{message}", file=sys.stderr, flush=True)
+
+
+def counted(num: int, what: str) -> Iterator[int]:
+    """0 .. num - 1, and once in a while a line on stdout: how many `what` are done, about how long the rest takes."""
+    begin = said = time.monotonic()
+    for done in range(num):
+        now = time.monotonic()
+        if done and now - said >= EVERY:
+            said, left = now, (now - begin) / done * (num - done)
+            print(f"{done} of {num} {what}  {now - begin:.0f} s, about {left:.0f} s left", flush=True)
+        yield done
 
 
 def finite(value: Any) -> Any:

@@ -82,6 +82,11 @@ Threads = Annotated[int, Range("must not be negative", 0, 1024)]
 Seed = Annotated[int, Range("must be in [0, 2**63)", 0, 2**63, open_high=True)]
 Port = Annotated[int, Range("must be in [0, 65535]", 0, 65_535)]
 Text = Annotated[str, MayBeEmpty()]
+Spec = str | dict[str, Any]
+"""A component: its name, or `name: ...` with its settings."""
+
+STRICT = {"extra": "forbid", "strict": True}
+"""`__pydantic_config__` of a section: no unknown key, no value of another type."""
 
 FINITE = Range()
 WHOLE = Range(low=-(2**63), high=2**63 - 1)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from rlflow.assembly.network import PRECISION
 from rlflow.assembly.parts import make_parts
-from rlflow.bench.images import Bare, listen
+from rlflow.bench.passes import Bare, listen
 from rlflow.config import recipes
 from rlflow.config.schema import Config
 from rlflow.cost.estimate import Planner

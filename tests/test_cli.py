@@ -6,6 +6,7 @@ import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -278,3 +279,14 @@ def test_tables_in_a_pipe_keep_their_words(monkeypatch: pytest.MonkeyPatch) -> N
     assert console.terminal().width == 160
     monkeypatch.setenv("COLUMNS", "90")
     assert console.terminal().width == 90
+
+
+def test_a_long_step_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line in ten seconds, and the rest at the pace so far; a short step says nothing."""
+    now = 0.0
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now))
+    assert list(console.counted(3, "episodes")) == [0, 1, 2]
+    for _ in console.counted(5, "episodes"):
+        now += 6
+    said = ["2 of 5 episodes  12 s, about 18 s left", "4 of 5 episodes  24 s, about 6 s left"]
+    assert capsys.readouterr().out.splitlines() == said

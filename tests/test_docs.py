@@ -17,8 +17,9 @@ import rlflow as rf
 from rlflow import registry
 from rlflow.cli import main, parse
 from rlflow.config import recipes
+from rlflow.config.algorithms import FlowQConfig, RewardGradientConfig, SACConfig
 from rlflow.config.parse import parse as parse_config
-from rlflow.config.schema import Config, FlowQConfig, RewardGradientConfig, SACConfig
+from rlflow.config.schema import Config
 from rlflow.config.values import merge, read_yaml
 from rlflow.report.glossary import describe
 from rlflow.train.sweep import plan

@@ -9,8 +9,9 @@ import pytest
 
 from rlflow import ranges, registry
 from rlflow.config import recipes
-from rlflow.config import schema as config_module
+from rlflow.config.algorithms import LEARNERS
 from rlflow.config.parse import parse
+from rlflow.config.schema import Config
 from rlflow.config.values import set_value
 from rlflow.rewards.component import column_names
 
@@ -73,12 +74,12 @@ def test_every_number_of_every_component_refuses_nan_and_the_absurd(kind: str, n
                     registry.validate(kind, "here", spec, [o for o in others if o not in spec])
 
 
+ALGORITHMS: dict[str, type] = {name: type(default()) for name, default in LEARNERS.items()}
+
+
 def sections() -> list[tuple[str, type]]:
     """Path and class of every section."""
-    algorithm = {"policy_gradient": config_module.AlgorithmConfig, "sac": config_module.SACConfig}
-    algorithm |= {"flow_q": config_module.FlowQConfig, "ogpo": config_module.OGPOConfig}
-    algorithm["reward_gradient"] = config_module.RewardGradientConfig
-    return [*((f"algorithm.{name}", cls) for name, cls in algorithm.items()), ("", config_module.Config)]
+    return [*((f"algorithm.{name}", cls) for name, cls in ALGORITHMS.items()), ("", Config)]
 
 
 def numbers(cls: type) -> list[tuple[str, Any]]:
@@ -106,12 +107,8 @@ NEEDED = {"stop_when": {"metric": "kl/ref"}, "frozen": {"policy": "hopper"}}
 
 @pytest.mark.parametrize(
     ("learner", "path", "annotation"),
-    [("policy_gradient", path, a) for path, a in numbers(config_module.Config)]
-    + [("policy_gradient", f"algorithm.{path}", a) for path, a in numbers(config_module.AlgorithmConfig)]
-    + [("sac", f"algorithm.{path}", a) for path, a in numbers(config_module.SACConfig)]
-    + [("flow_q", f"algorithm.{path}", a) for path, a in numbers(config_module.FlowQConfig)]
-    + [("ogpo", f"algorithm.{path}", a) for path, a in numbers(config_module.OGPOConfig)]
-    + [("reward_gradient", f"algorithm.{path}", a) for path, a in numbers(config_module.RewardGradientConfig)],
+    [("policy_gradient", path, a) for path, a in numbers(Config)]
+    + [(name, f"algorithm.{path}", a) for name, cls in ALGORITHMS.items() for path, a in numbers(cls)],
 )
 def test_every_number_of_every_section_refuses_nan_and_the_absurd(learner: str, path: str, annotation: Any) -> None:
     for plain in plain_types(annotation) - ({str} if path == "about" else set()):

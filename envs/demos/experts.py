@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from rlflow.console import counted
 from rlflow.envs.base import VecEnv
 from rlflow.envs.demos.dataset import Episode
 from rlflow.files import read_tensors, save_tensors
@@ -69,7 +70,9 @@ def play(env: VecEnv, act: Callable[[Tree], Tensor], seed: int) -> Iterator[Epis
     kept: list[tuple[Tree, ...]] = []
     ends = torch.full((2, env.num_envs), -1)  # the step that ended each row, and whether by the task
     success = torch.full((env.num_envs,), torch.nan)
+    steps = counted(env.horizon, f"steps of {env.num_envs} episodes")
     while bool(running.any()):
+        next(steps, None)
         action = act(obs)
         step = env.step(action)
         kept.append((obs, action[:, 0], step.reward))

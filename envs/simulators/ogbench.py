@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlflow.console import counted
 from rlflow.envs.camera import Camera, cloud
 from rlflow.envs.demos.dataset import Episode
 from rlflow.envs.seeds import numpy_seed
@@ -262,7 +263,7 @@ def episodes(env_id: str, num: int, seed: int, noise: float, clouds: int = 0) ->
     """
     env = twin(prototype(env_id))
     see = DepthEye(env.model, clouds).beside if clouds else as_numbers
-    for episode in range(num):
+    for episode in counted(num, "episodes"):
         yield demonstration(env, steps_of(env_id), seed + episode, noise, see)
 
 

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlflow.console import counted
 from rlflow.envs.demos.dataset import Episode
 from rlflow.envs.seeds import numpy_seed
 from rlflow.envs.sim import SimEnv
@@ -126,7 +127,7 @@ class PuzzleOracle:
 def episodes(env_id: str, num: int, seed: int, noise: float) -> Iterator[Episode]:
     """`num` demonstrations by the oracle from `seed` on, noise of that std on each number of its actions."""
     env = twin(prototype(env_id))
-    for episode in range(num):
+    for episode in counted(num, "episodes"):
         yield demonstration(env, steps_of(env_id), seed + episode, noise, oracle=PuzzleOracle)
 
 

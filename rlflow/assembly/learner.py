@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from rlflow import registry
-from rlflow.config.schema import (
+from rlflow.config.algorithms import (
     AlgorithmConfig,
-    Config,
     FlowQConfig,
     OfflineConfig,
     OffPolicyConfig,
@@ -20,6 +19,7 @@ from rlflow.config.schema import (
     RewardGradientConfig,
     SACConfig,
 )
+from rlflow.config.schema import Config
 from rlflow.config.steps import make_steps
 from rlflow.envs.base import VecEnv
 from rlflow.envs.demos.dataset import Demos

@@ -159,7 +159,8 @@ def reinflow(repeats: int) -> list[Line]:
 
 def images(repeats: int) -> list[Line]:
     """A Flow-GRPO iteration of the shipped image model beside the single file's, and its network passes run bare."""
-    from rlflow.bench.images import SCRIPT, Real, Setting, SingleFile, methods
+    from rlflow.bench.iterations import SCRIPT, Real, Setting, SingleFile
+    from rlflow.bench.methods import methods
 
     setting = Setting("shapes", rows=12, group_size=12, num_steps=6, micro_batch=12)
     real = Real(setting, methods(window=2)[0])
@@ -171,7 +172,8 @@ def images(repeats: int) -> list[Line]:
 
 def flow_grpo(repeats: int) -> list[Line]:
     """Guidance, KL and a LoRA on a small Stable Diffusion 3 beside the single file's loop, and the passes run bare."""
-    from rlflow.bench.images import SCRIPT, bench_flow_grpo
+    from rlflow.bench.images import bench_flow_grpo
+    from rlflow.bench.iterations import SCRIPT
 
     what = "Flow-GRPO, SD3 of peers' size, 4 images, K 5, CFG + KL + LoRA"
     if not SCRIPT.is_file():

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from rlflow.bench.envs import TASKS, Player, bench_envs
-from rlflow.bench.images import Bare, listen
+from rlflow.bench.passes import Bare, listen
 from rlflow.bench.size import PAPER, Size
 from rlflow.bench.stopwatch import Phases, Times
 from rlflow.envs.base import VecEnv

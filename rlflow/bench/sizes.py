@@ -35,7 +35,8 @@ Timed = Callable[[], float]
 
 def images(num: int) -> Timed:
     """Flow-GRPO iterations of the shipped model."""
-    from rlflow.bench.images import Real, Setting, methods
+    from rlflow.bench.iterations import Real, Setting
+    from rlflow.bench.methods import methods
 
     real = Real(Setting("shapes", rows=num, group_size=6, num_steps=6, micro_batch=min(num, 24)), methods(window=2)[0])
 

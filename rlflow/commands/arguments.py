@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rlflow.ranges import filled
 
 if TYPE_CHECKING:
-    from rlflow.config.schema import Spec
     from rlflow.deploy.runs import Asked
+    from rlflow.ranges import Spec
 
 
 def command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:

@@ -17,11 +17,12 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from rlflow import registry
+from rlflow.config.algorithms import LEARNERS, AlgorithmConfig, algorithm_name
 from rlflow.config.former import refuse, translate
 from rlflow.config.inputs import absolute
 from rlflow.config.limits import check
 from rlflow.config.plain import check_plain
-from rlflow.config.schema import LEARNERS, AlgorithmConfig, Config, algorithm_name
+from rlflow.config.schema import Config
 from rlflow.config.values import merge
 from rlflow.registry import nearest
 

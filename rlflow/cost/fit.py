@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlflow.config.schema import AlgorithmConfig, Config, RewardGradientConfig
+from rlflow.config.algorithms import AlgorithmConfig, RewardGradientConfig
+from rlflow.config.schema import Config
 from rlflow.cost.estimate import Estimate, Planner
 from rlflow.cost.gpus import GPU
 

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rlflow import registry
 from rlflow.assembly.environment import make_simulator
 from rlflow.assembly.network import policy_around
-from rlflow.config.schema import AlgorithmConfig, Config, RewardGradientConfig
+from rlflow.config.algorithms import AlgorithmConfig, RewardGradientConfig
+from rlflow.config.schema import Config
 from rlflow.cost.trace import fake_mode
 from rlflow.envs.prompts import load_prompts
 from rlflow.flow.field import VelocityField

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rlflow.config.schema import AlgorithmConfig, Config, RewardGradientConfig
+from rlflow.config.algorithms import AlgorithmConfig, RewardGradientConfig
+from rlflow.config.schema import Config
 from rlflow.cost.formula import Gradients, Ratios
 from rlflow.cost.skeleton import Skeleton
 from rlflow.cost.trace import Pass, Trace

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlflow.assembly.learner import twin_settings
-from rlflow.config.schema import OffPolicyConfig
+from rlflow.config.algorithms import OffPolicyConfig
 from rlflow.deploy.runs import is_run, read_run_config, restored
 from rlflow.registry import SettingError
 from rlflow.rl.off_policy.twin import Twin

@@ -16,7 +16,7 @@ from rlflow.assembly.policy import make_policy
 from rlflow.config import inputs, recipes
 from rlflow.config.limits import check_select
 from rlflow.config.parse import parse, saved
-from rlflow.config.schema import Config, PolicyConfig, Spec
+from rlflow.config.schema import Config, PolicyConfig
 from rlflow.config.values import merge
 from rlflow.deploy.steered import Steered
 from rlflow.evaluation.episodes import EpisodeEvaluator
@@ -30,6 +30,7 @@ from rlflow.models.io import load_field, read_config, save_field
 from rlflow.models.pretrained.opening import is_pipeline
 from rlflow.models.pretrained.pipeline import PretrainedField, pretrained
 from rlflow.parallel.dist import device
+from rlflow.ranges import Spec
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.seal import taken_up
 

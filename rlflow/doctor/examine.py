@@ -13,7 +13,8 @@ from torch import Tensor
 from rlflow import registry
 from rlflow.assembly.parts import Parts
 from rlflow.assembly.policy import make_policy
-from rlflow.config.schema import AlgorithmConfig, Config, RewardGradientConfig, SACConfig
+from rlflow.config.algorithms import AlgorithmConfig, RewardGradientConfig, SACConfig
+from rlflow.config.schema import Config
 from rlflow.config.steps import make_steps
 from rlflow.doctor.check import Check
 from rlflow.doctor.density import euler_log_prob

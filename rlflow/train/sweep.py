@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from rlflow import ranges
 from rlflow.comparison.aggregate import aggregate
@@ -39,7 +39,7 @@ from rlflow.config.plain import yaml_errors
 from rlflow.config.schema import Config
 from rlflow.envs.captions.files import read_text
 from rlflow.parallel.workers import Workers
-from rlflow.ranges import Positive, Seed, Size
+from rlflow.ranges import STRICT, Positive, Seed, Size
 from rlflow.registry import located, nearest
 from rlflow.report.glossary import duration
 from rlflow.report.metrics_file import read_metrics
@@ -47,7 +47,6 @@ from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.folder import changes
 
 State = Literal["new", "interrupted", "finished"]
-STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 @dataclass

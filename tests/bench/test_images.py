@@ -5,17 +5,10 @@ import statistics
 import pytest
 import torch
 
-from rlflow.bench.images import (
-    Real,
-    Setting,
-    _even,
-    bench_t2i,
-    count,
-    forward_equivalents,
-    listen,
-    methods,
-    num_positions,
-)
+from rlflow.bench.images import _even, bench_t2i
+from rlflow.bench.iterations import Real, Setting
+from rlflow.bench.methods import count, forward_equivalents, methods, num_positions
+from rlflow.bench.passes import listen
 from rlflow.envs.captions import scenes
 from rlflow.flow.steps import AllButLast, Window
 from rlflow.models.dit import DiT

@@ -68,7 +68,7 @@ def test_the_picture_is_drawn_from_the_json(tmp_path, monkeypatch):
 
 
 def test_without_a_checkout_the_guided_loop_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr("rlflow.bench.images.SCRIPT", tmp_path / "gone.py")
+    monkeypatch.setattr("rlflow.bench.iterations.SCRIPT", tmp_path / "gone.py")
     (line,) = peers.flow_grpo(1)
     assert line.note == "needs a checkout"
 

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from rlflow.bench.images import listen
+from rlflow.bench.passes import listen
 from rlflow.bench.peer import PlainLoop
 from rlflow.bench.robot import ReinFlow, bench_paper, bench_robot
 from rlflow.bench.size import Size

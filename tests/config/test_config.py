@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from rlflow import ranges
+from rlflow.config import algorithms, recipes, schema
 from rlflow.config import parse as parsing
-from rlflow.config import recipes
-from rlflow.config import schema as config_module
+from rlflow.config.algorithms import OptimizerConfig
 from rlflow.config.parse import MAY_CHANGE_ON_RESUME, difference, parse, saved
-from rlflow.config.schema import Config, OptimizerConfig, WandbConfig
+from rlflow.config.schema import Config, WandbConfig
 from rlflow.config.values import merge, read_yaml, set_value
 from rlflow.rl.optim import AdamW
 
@@ -314,8 +314,9 @@ def sections() -> Iterator[type]:
     """Every dataclass of the config, but for what several learners share."""
     return (
         c
-        for c in vars(config_module).values()
-        if dataclasses.is_dataclass(c) and c.__module__ == "rlflow.config.schema" and not c.__subclasses__()
+        for module in (schema, algorithms)
+        for c in vars(module).values()
+        if dataclasses.is_dataclass(c) and c.__module__ == module.__name__ and not c.__subclasses__()
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from rlflow.assembly.parts import make_parts
 from rlflow.config import recipes
-from rlflow.config.schema import AlgorithmConfig
+from rlflow.config.algorithms import AlgorithmConfig
 from rlflow.cost.estimate import Planner
 from rlflow.cost.formula import iteration_cost
 from rlflow.doctor.doctor import NO_LIMIT

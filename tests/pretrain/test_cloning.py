@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rlflow import console
 from rlflow.cli import main as cli
 from rlflow.envs.demos.dataset import Demos, Episode, write_demos
 from rlflow.flow.grid import uniform_times
@@ -104,6 +105,20 @@ def test_where_success_is_told_it_is_kept(tmp_path):
     assert -200 <= made_by["return"] < 0
     assert made_by["demonstrations"]["success"] == 0.75
     assert load_field(str(tmp_path / "a")).event_shape == (5, 5)
+
+
+def test_demonstrations_that_are_made_say_how_far_they_are(tmp_path, monkeypatch, capsys):
+    """Each step of all episodes here; of a command, one line in ten seconds."""
+    monkeypatch.setattr(console, "EVERY", 0.0)
+    demos_of("tabletop", tmp_path / "demos", num=6)
+    first, *steps, last = capsys.readouterr().out.splitlines()
+    assert first.endswith("demonstrations of tabletop are made")
+    assert [line.partition("  ")[0] for line in steps] == [
+        f"{i} of 40 steps of 12 episodes" for i in range(1, 1 + len(steps))
+    ]
+    assert len(steps) > 5
+    assert all(line.endswith(" s left") for line in steps)
+    assert last == Demos.open(tmp_path / "demos").summary
 
 
 def test_demonstrations_of_another_environment_are_refused(tiny):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlflow.config import recipes
-from rlflow.config.schema import AlgorithmConfig
+from rlflow.config.algorithms import AlgorithmConfig
 from rlflow.report.metrics_file import read_metrics
 from rlflow.train.trainer import Trainer
 

@@ -15,8 +15,8 @@ import yaml
 from safetensors.torch import load_file
 
 from rlflow.config import recipes
+from rlflow.config.algorithms import AlgorithmConfig, FlowQConfig, OffPolicyConfig, OGPOConfig, SACConfig
 from rlflow.config.parse import parse
-from rlflow.config.schema import AlgorithmConfig, FlowQConfig, OffPolicyConfig, OGPOConfig, SACConfig
 from rlflow.envs.demos.dataset import Episode, write_demos
 from rlflow.envs.sim import SimEnv
 from rlflow.envs.simulators.toy import ToyReach

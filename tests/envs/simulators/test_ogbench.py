@@ -1,4 +1,6 @@
-"""OGBench's cubes: the registered task step by step, seeds that are all, and an oracle that does the task."""
+"""OGBench's tasks: the registered ones step by step, seeds that are all, and oracles that do them; cubes, and how they look."""
+
+from collections.abc import Callable
 
 import gymnasium
 import numpy as np
@@ -7,51 +9,50 @@ import torch
 
 pytest.importorskip("ogbench")
 
-from rlflow.envs.conformance import CHECKS, Subject
+from rlflow.envs.conformance import CHECKS, Make, Subject
 from rlflow.envs.sim import SimEnv
 from rlflow.envs.simulators import ogbench
+from rlflow.envs.simulators import ogbench_puzzle as puzzle
 from rlflow.registry import TABLE, find
 
 
-def limited(limit: int, chunk: int):
-    def make(num_envs: int) -> SimEnv:
-        sim = ogbench.CubeSim(ogbench.SINGLE, num_envs, threads=1)
-        sim.horizon = limit
-        return SimEnv(sim, chunk, 0.9)
-
-    return make
+def cubes(num_envs: int, chunk: int) -> ogbench.CubeSim:
+    return ogbench.CubeSim(ogbench.SINGLE, num_envs, threads=1)
 
 
-SUBJECT = Subject(limited(6, 2), limited(20, 2), limited(6, 1), num_envs=3, num_steps=7, gamma=0.9)
-
-
-@pytest.mark.parametrize("one", CHECKS, ids=lambda f: f.__name__)
-def test_conforms(one):
-    one(SUBJECT)
-
-
-def seen(limit: int, chunk: int):
+def clouds(num_envs: int, chunk: int) -> ogbench.CubeSim:
     """Cubes as clouds, or a skip where nothing can be drawn."""
+    try:
+        return ogbench.CubeCloudSim(ogbench.SINGLE, num_envs, False, 1, clouds=64, chunk=chunk)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+def lights(num_envs: int, chunk: int) -> ogbench.CubeSim:
+    return puzzle.PuzzleSim(puzzle.SMALL, num_envs, threads=1)
+
+
+def limited(sim: Callable[[int, int], ogbench.CubeSim], limit: int, chunk: int) -> Make:
+    """Of `sim` with another time limit."""
 
     def make(num_envs: int) -> SimEnv:
-        try:
-            sim = ogbench.CubeCloudSim(ogbench.SINGLE, num_envs, False, 1, clouds=64, chunk=chunk)
-        except RuntimeError as error:
-            pytest.skip(str(error))
-        sim.horizon = limit
-        return SimEnv(sim, chunk, 0.9)
+        found = sim(num_envs, chunk)
+        found.horizon = limit
+        return SimEnv(found, chunk, 0.9)
 
     return make
 
 
+@pytest.mark.parametrize("sim", [cubes, clouds, lights])
 @pytest.mark.parametrize("one", CHECKS, ids=lambda f: f.__name__)
-def test_clouds_conform(one):
-    one(Subject(seen(6, 2), seen(20, 2), seen(6, 1), num_envs=3, num_steps=7, gamma=0.9))
+def test_conforms(one, sim):
+    make, longer, single = (limited(sim, *times) for times in ((6, 2), (20, 2), (6, 1)))
+    one(Subject(make, longer, single, num_envs=3, num_steps=7, gamma=0.9))
 
 
 def test_clouds_show_where_the_cube_is_and_nothing_else_does():
     """Many points on its surface, none inside; they follow it. The numbers beside are the arm's."""
-    env = seen(20, 1)(3)
+    env = limited(clouds, 20, 1)(3)
     obs = env.reset(torch.arange(3))
     assert {n: tuple(v.shape[1:]) for n, v in obs.items()} == {"cloud": (64, 3), "state": (19,)}
     for row, cloud in enumerate(obs["cloud"]):
@@ -79,12 +80,20 @@ def test_demonstrations_are_the_same_whoever_looks():
     assert cloudy.obs["cloud"].shape == (len(plain.action), 32, 3)
 
 
-def test_steps_rewards_and_success_are_those_of_the_registered_id():
-    """Ours is fed what the oracle did; theirs starts from our state."""
-    (episode,) = ogbench.episodes(ogbench.SINGLE, 1, seed=5, noise=0.0)
-    env = SimEnv(ogbench.CubeSim(ogbench.SINGLE, 1, threads=1))
+@pytest.mark.parametrize(
+    ("of", "sim", "env_id"),
+    [
+        (ogbench, ogbench.CubeSim, ogbench.SINGLE),
+        (puzzle, puzzle.PuzzleSim, puzzle.SMALL),
+        (puzzle, puzzle.PuzzleSim, puzzle.LARGE),
+    ],
+)
+def test_steps_rewards_and_success_are_those_of_the_registered_id(of, sim, env_id):
+    """Ours is fed what the oracle did; theirs starts from our state. Buttons are pressed on the way."""
+    (episode,) = of.episodes(env_id, 1, seed=5, noise=0.0)
+    env = SimEnv(sim(env_id, 1, threads=1))
     obs = env.reset(torch.tensor([5]))
-    peer = gymnasium.make(ogbench.SINGLE).unwrapped
+    peer = gymnasium.make(env_id).unwrapped
     ogbench.begin(peer, 5)
     for expected, action, paid in zip(episode.obs, episode.action, episode.reward, strict=True):
         torch.testing.assert_close(obs[0], expected, rtol=0, atol=0)
@@ -94,17 +103,19 @@ def test_steps_rewards_and_success_are_those_of_the_registered_id():
         assert (float(step.reward[0]), bool(step.terminated[0])) == (reward, terminated)
         assert float(paid) == reward
         obs = step.obs
-    assert episode.success
-    assert episode.terminated
-    assert not episode.truncated
+    assert (episode.success, episode.terminated, episode.truncated) == (True, True, False)
     assert bool(step.terminated[0])
     assert float(step.info["success"][0]) == 1
-    assert float(step.info["episode_return"][0]) == 1 - len(episode.action)  # -1 a step, 0 when all cubes are in place
+    if of is puzzle:
+        assert len(set(episode.reward.tolist())) > 2, "some were right on the way"
+    else:  # -1 a step, 0 when all cubes are in place
+        assert float(step.info["episode_return"][0]) == 1 - len(episode.action)
 
 
-def test_the_first_state_is_a_function_of_the_seed():
+@pytest.mark.parametrize("env_id", [ogbench.SINGLE, puzzle.SMALL])
+def test_the_first_state_is_a_function_of_the_seed(env_id):
     """OGBench's own reset takes random steps that no seed reaches."""
-    envs = [ogbench.twin(ogbench.prototype(ogbench.SINGLE)) for _ in range(2)]
+    envs = [ogbench.twin(ogbench.prototype(env_id)) for _ in range(2)]
     for env in envs:
         ogbench.begin(env, 3)
     for name in ogbench.KEPT:
@@ -150,9 +161,17 @@ def test_threads_change_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("env_id", "least"), [(ogbench.SINGLE, 19), (ogbench.DOUBLE, 18)])
-def test_the_oracle_succeeds(env_id, least):
-    assert sum(e.success for e in ogbench.episodes(env_id, 20, seed=0, noise=0.0)) >= least
+@pytest.mark.parametrize(
+    ("of", "env_id", "least"),
+    [
+        (ogbench, ogbench.SINGLE, 19),
+        (ogbench, ogbench.DOUBLE, 18),
+        (puzzle, puzzle.SMALL, 20),
+        (puzzle, puzzle.LARGE, 20),
+    ],
+)
+def test_the_oracle_succeeds(of, env_id, least):
+    assert sum(e.success for e in of.episodes(env_id, 20, seed=0, noise=0.0)) >= least
 
 
 def test_noise_and_seed_make_another_episode_and_leave_numpy_alone():
@@ -179,7 +198,10 @@ def test_pictures_show_the_cube_move():
     assert torch.equal(one, env.render(0, (96, 96)))
 
 
-@pytest.mark.parametrize(("name", "numbers", "limit"), [("cube_single", 28, 40), ("cube_double", 37, 100)])
+@pytest.mark.parametrize(
+    ("name", "numbers", "limit"),
+    [("cube_single", 28, 40), ("cube_double", 37, 100), ("puzzle_3x3", 55, 100), ("puzzle_4x4", 83, 100)],
+)
 def test_is_registered_with_its_defaults(name, numbers, limit):
     assert name in TABLE["env"]
     env = find("env", name)(1)
