@@ -157,6 +157,7 @@ def _ogpo(
             batch_size=c.batch_size,
             start=c.start,
             updates_per_step=c.updates_per_step,
+            offline=None if c.offline is None else _offline(config, c.offline, policy),
             seed=config.train.seed,
             permute=config.train.permute_rewards,
         )

@@ -151,6 +151,7 @@ class OGPOConfig(OffPolicyConfig):
     rounds: Count = 1  # updates of the chain an iteration
     warmup: Natural = 0  # optimiser steps of the critics before the chain's first
     conservative: bool = False  # advantages that every critic agrees with, 0 where they disagree about the sign
+    offline: OfflineConfig | None = None  # what the critics learn from beside the replay
     start: Natural = 1000
 
 

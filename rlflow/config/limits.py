@@ -70,14 +70,6 @@ def _check_critics(config: Config) -> None:
     """ValueError for settings that a learner with critics of the data's actions does not read."""
     _check_unread(config, "it has no ratio", "it has critics")
     _check_replay(config)
-    c: Any = config.algorithm
-    if c.offline is not None and config.reward.weights:
-        raise ValueError("algorithm.offline: its rewards are the simulator's own; leave reward.weights out")
-    if c.offline is not None and config.env.frozen is not None:
-        raise ValueError(
-            "algorithm.offline: demonstrations hold actions, and around env.frozen the learner does something else; "
-            "leave one of the two out"
-        )
 
 
 def _check_replay(config: Config) -> None:
@@ -93,6 +85,14 @@ def _check_replay(config: Config) -> None:
         raise ValueError(
             f"reward.scale: the replay of {name} would keep quotients of a std that still moves, early ones many "
             "times too large; leave it out, and weigh rewards against entropy by algorithm.alpha"
+        )
+    c: Any = config.algorithm
+    if c.offline is not None and config.reward.weights:
+        raise ValueError("algorithm.offline: its rewards are the simulator's own; leave reward.weights out")
+    if c.offline is not None and config.env.frozen is not None:
+        raise ValueError(
+            "algorithm.offline: demonstrations hold actions, and around env.frozen the learner does something else; "
+            "leave one of the two out"
         )
 
 

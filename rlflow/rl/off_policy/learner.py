@@ -14,7 +14,7 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import Steps
 from rlflow.parallel import dist
 from rlflow.rl.masked import weighted_sum
-from rlflow.rl.off_policy.offline import Offline, clone
+from rlflow.rl.off_policy.offline import Offline, clone, drawn, paid_at_random
 from rlflow.rl.off_policy.replay import Replay, Transitions
 from rlflow.rl.off_policy.twin import Twin, TwinSettings
 from rlflow.rl.optim import AdamW, Deferred
@@ -142,25 +142,12 @@ class OffPolicy(ABC):
         batch = self._draw(rng)
         if not self.permute:
             return batch
-        other = self._draw(rng)
-        if self.offline is not None:  # in both draws the demonstrations stand first
-            other = other.index(torch.randperm(len(other), generator=rng).to(self.policy.device))
-        return batch.paid_as(other)
+        return paid_at_random(batch, self._draw(rng), self.offline is not None, rng)
 
     def _draw(self, rng: torch.Generator) -> Transitions:
         """A batch, paid by the rewards of today where they are learnt: those in the replay are stale."""
-        batch = self._stored(rng)
+        batch = drawn(self.replay, self.offline, self.batch_size, rng, self.policy.device)
         return batch if self.relabel is None else self.relabel(batch)
-
-    def _stored(self, rng: torch.Generator) -> Transitions:
-        num = self.batch_size
-        if self.offline is None:
-            return self.replay.at(self.replay.draw(num, rng).to(self.policy.device))
-        if not len(self.replay):
-            return self.offline.draw(num, rng)
-        old = round(self.offline.share * num)
-        new = self.replay.at(self.replay.draw(num - old, rng).to(self.policy.device))
-        return Transitions.cat(self.offline.draw(old, rng), new)
 
     @torch.no_grad()
     def target(self, batch: Transitions, noise: Tensor) -> Tensor:

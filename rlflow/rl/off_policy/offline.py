@@ -19,7 +19,7 @@ from rlflow.envs.demos.dataset import Demos
 from rlflow.flow.matching import cfm_loss
 from rlflow.flow.noise import generator
 from rlflow.flow.policy import FlowPolicy
-from rlflow.rl.off_policy.replay import Transitions
+from rlflow.rl.off_policy.replay import Replay, Transitions
 from rlflow.rl.optim import AdamW, Deferred
 from rlflow.types import tree_leaves, tree_map
 
@@ -58,6 +58,23 @@ class Offline:
     def draw(self, num: int, rng: torch.Generator) -> Transitions:
         """`num` decisions, each equally likely."""
         return self.data.index(torch.randint(len(self.data), (num,), generator=rng).to(self.whole.device))
+
+
+def drawn(replay: Replay, offline: Offline | None, num: int, rng: torch.Generator, device: torch.device) -> Transitions:
+    """`num` decisions of the replay; the demonstrations' share stands first, all of them while the replay is empty."""
+    if offline is None:
+        return replay.at(replay.draw(num, rng).to(device))
+    if not len(replay):
+        return offline.draw(num, rng)
+    old = round(offline.share * num)
+    return Transitions.cat(offline.draw(old, rng), replay.at(replay.draw(num - old, rng).to(device)))
+
+
+def paid_at_random(batch: Transitions, other: Transitions, mixed: bool, rng: torch.Generator) -> Transitions:
+    """The control: `batch` with the pay of another draw; `mixed` where demonstrations stand first in both."""
+    if mixed:
+        other = other.index(torch.randperm(len(other), generator=rng).to(other.weight.device))
+    return batch.paid_as(other)
 
 
 def offline_data(demos: Demos, chunk: int, gamma: float, device: torch.device) -> tuple[Transitions, Tensor]:

@@ -20,6 +20,7 @@ from rlflow.flow.noise import Key, generator
 from rlflow.flow.steps import Steps
 from rlflow.parallel import dist
 from rlflow.rl.learners.policy_gradient import PolicyGradient
+from rlflow.rl.off_policy.offline import Offline, clone, drawn, paid_at_random
 from rlflow.rl.off_policy.replay import Replay, Transitions
 from rlflow.rl.off_policy.twin import Twin, TwinSettings
 from rlflow.rl.optim import Optimizer
@@ -57,6 +58,7 @@ class OGPO:
         batch_size: int = 256,
         start: int = 1000,
         updates_per_step: float = 1.0,
+        offline: Offline | None = None,
         seed: int = 0,
         permute: bool = False,
     ):
@@ -68,6 +70,7 @@ class OGPO:
         if groups != (self.imagined.states, self.imagined.copies):
             raise ValueError(f"the chain learner has groups of {groups}, {self.imagined} was asked for")
         chain.likelihood.check(self.policy, steps)
+        self.offline = offline
         self.updates_per_step, self.seed, self.permute = updates_per_step, seed, permute
         num_inputs = self.policy.field.num_features + torch.Size(self.policy.event_shape).numel()
         self.twin = Twin(num_inputs, twin or TwinSettings(), self.policy.device, self.policy.dtype)
@@ -84,14 +87,23 @@ class OGPO:
         return max(self.batch_size, self.chain.micro_batch)
 
     def begin(self) -> None:
-        """Nothing to do before the first iteration."""
+        """Clone the demonstrations, then fit the critics to them alone; without any, nothing."""
+        if self.offline is None:
+            return
+        clone(self.policy, self.offline, self.batch_size, self.seed)
+        for name in list(self.policy.weights.sets):
+            self.policy.weights.snapshot(name)
+        for _ in range(self.offline.updates):
+            self._fit()
+        self.twin.optimizer.settle()
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Metrics; those of critics and chain are missing where no step was due yet."""
         self.replay.add(rollout, self.policy.squash(rollout.action))
         self.seen += rollout.num_rows
         self.policy.field.unguided.observe(rollout.flat(rollout.obs))
-        due = max(0, int(self.updates_per_step * (self.seen - self.start)) - self.updates)
+        first = 0 if self.offline is None else self.offline.updates
+        due = max(0, int(self.updates_per_step * (self.seen - self.start)) - self.updates + first)
         losses = [self._fit() for _ in range(due)]
         self.twin.optimizer.settle()
         metrics = {"replay/size": float(len(self.replay))}
@@ -109,7 +121,7 @@ class OGPO:
         rng = generator("ogpo/replay", self.seed, self.updates)
         batch = self._draw(self.batch_size, rng)
         if self.permute:
-            batch = batch.paid_as(self._draw(self.batch_size, rng))
+            batch = paid_at_random(batch, self._draw(self.batch_size, rng), self.offline is not None, rng)
         with torch.no_grad():
             cond = self.policy.encode(batch.obs)
         loss = self.twin.loss(cond, batch.action, self.target(batch), batch.weight)
@@ -118,7 +130,7 @@ class OGPO:
         return loss.detach()
 
     def _draw(self, num: int, rng: torch.Generator) -> Transitions:
-        return self.replay.at(self.replay.draw(num, rng).to(self.policy.device))
+        return drawn(self.replay, self.offline, num, rng, self.policy.device)
 
     @torch.no_grad()
     def target(self, batch: Transitions) -> Tensor:
