@@ -19,6 +19,7 @@ from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
 from rlflow.rl.learners.policy_gradient import PolicyGradient
 from rlflow.rl.likelihoods.chain import ChainLikelihood
+from rlflow.rl.off_policy.offline import Offline
 from rlflow.rl.off_policy.ogpo import OGPO, Imagined, agreed
 from rlflow.rl.off_policy.replay import Replay
 from rlflow.rl.off_policy.twin import TwinSettings
@@ -119,6 +120,31 @@ def test_the_chain_waits_for_its_critics() -> None:
         ogpo.update(collector.collect(iteration))
         moved.append(any(not torch.equal(v, start[k]) for k, v in chain.policy.state_dict().items()))
     assert moved == [False, True]
+
+
+def test_demonstrations_teach_the_critics_before_the_first_rollout() -> None:
+    """Decisions that end and are paid .7 are worth .7; the policy stays as it was, and the clone is its reference."""
+    data = transitions(64)
+    data = replace(
+        data,
+        obs=data.obs.float(),
+        next_obs=data.next_obs.float(),
+        action=data.action.float(),
+        reward=torch.full((64,), 0.7),
+        discount=torch.zeros(64),
+        weight=data.weight.float(),
+        counts=data.counts.float(),
+    )
+    chain = make_chain(dims=4)
+    before = copy.deepcopy(chain.policy.state_dict())
+    ogpo = make(chain, offline=Offline(data, torch.arange(64), clone=0, updates=300))
+    ogpo.begin()
+    assert all(torch.equal(v, before[k]) for k, v in chain.policy.state_dict().items())
+    torch.testing.assert_close(
+        ogpo.twin.value(chain.policy.encode(data.obs), data.action), data.reward, atol=0.05, rtol=0
+    )
+    half = ogpo._draw(32, torch.Generator().manual_seed(0))
+    assert len(half) == 32, "of the demonstrations alone, while nothing was seen"
 
 
 @pytest.mark.slow
