@@ -1,4 +1,4 @@
-"""Draw docs/results.png from the table of docs/results.md: what every recipe began with, reached, and its control.
+"""Draw docs/results.png from the tables of docs/results.md: what every recipe began with, reached, and its control.
 
 python scripts/draw_results.py
 """
@@ -19,17 +19,19 @@ def number(cell: str) -> tuple[float, float] | None:
     return (float(found[1].replace(",", "")), float((found[2] or "0").replace(",", ""))) if found else None
 
 
-def table(text: str) -> list[dict[str, str]]:
-    """Rows of the first table of a page, by column."""
-    below = itertools.dropwhile(lambda line: not line.startswith("|"), text.splitlines())
-    lines = itertools.takewhile(lambda line: line.startswith("|"), below)
-    names, _, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
-    return [dict(zip(names, row, strict=True)) for row in rows]
+def recipes(text: str) -> list[dict[str, str]]:
+    """Rows of all of a page's tables that tell what recipes reached, by column."""
+    found = []
+    for is_table, lines in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")):
+        if is_table:
+            names, _, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
+            found += [dict(zip(names, row, strict=True)) for row in rows if "after (seeds)" in names]
+    return found
 
 
 def main() -> None:
     """One line a recipe; numbers as shares of what was reached, so that returns and accuracies share an axis."""
-    rows = table((DOCS / "results.md").read_text(encoding="utf-8"))
+    rows = recipes((DOCS / "results.md").read_text(encoding="utf-8"))
     figure, axes = plt.subplots(figsize=(9.5, 0.3 * len(rows) + 1.1), layout="constrained")
     for y, row in enumerate(rows):
         reached = number(row["after (seeds)"])
