@@ -75,7 +75,7 @@ def _train_seeds(args: argparse.Namespace, seeds: list[int]) -> None:
 def _train_shared(args: argparse.Namespace) -> None:
     from rlflow.config import recipes
     from rlflow.parallel import dist
-    from rlflow.train.trainer import default_run
+    from rlflow.train.folder import default_run
 
     recipes.load(args.recipe, args.overrides, args.trust_code)  # an error is said once
     words = args.words if args.run else [*args.words, "--run", str(default_run(args.recipe))]

@@ -132,3 +132,8 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def default_run(recipe: str) -> Path:
+    """runs/RECIPE-TIME, where no folder was named."""
+    return Path("runs") / f"{Path(recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlflow.report.glossary import HELDOUT, describe, duration, headline, show
+from rlflow.train.budget import Budget
 
 SHOWN = {  # while training, in this order
     "reward/mean": "reward",
@@ -29,34 +30,6 @@ SHOWN = {  # while training, in this order
 }
 ONLY_WHERE_ABOVE_0 = ("reward/masked_frac", "optim/skipped_steps")
 PLAIN_SECONDS = 10.0
-
-
-class Budget:
-    """How much of a run is done: by iterations, by minutes, or whichever ends first."""
-
-    def __init__(self, total_iterations: int | None, minutes: float | None):
-        self.total_iterations, self.minutes = total_iterations, minutes
-
-    def done(self, iteration: int, seconds: float) -> float:
-        """Share in [0, 1]; nan without a budget."""
-        shares = [iteration / self.total_iterations] if self.total_iterations else []
-        shares += [seconds / (60 * self.minutes)] if self.minutes else []
-        return min(1.0, max(shares)) if shares else math.nan
-
-    def left(self, iteration: int, seconds: float) -> float:
-        """Estimated seconds to the end; nan while it cannot be told."""
-        ends = [60 * self.minutes - seconds] if self.minutes else []
-        if self.total_iterations and iteration:
-            ends.append(seconds / iteration * (self.total_iterations - iteration))
-        return max(0.0, min(ends)) if ends else math.nan
-
-    def place(self, iteration: int, seconds: float) -> str:
-        """Where the run is, in words."""
-        words = f"iteration {iteration}" + (f" of {self.total_iterations}" if self.total_iterations else "")
-        if self.minutes:
-            words += f", {seconds / 60:.1f} of {self.minutes:g} min trained"
-        left = self.left(iteration, seconds)
-        return words + (f", {duration(left)} left" if math.isfinite(left) else "")
 
 
 def numbers(metrics: Mapping[str, float]) -> list[tuple[str, str]]:

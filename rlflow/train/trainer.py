@@ -6,7 +6,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,10 @@ from rlflow.report.glossary import HELDOUT, headline
 from rlflow.rl.collector import permute_rewards
 from rlflow.rl.learners.passes import size_passes
 from rlflow.rl.optim import NonFiniteError
+from rlflow.train.budget import Budget
 from rlflow.train.callbacks import AfterIteration, Callback, Each
 from rlflow.train.checkpoint import Checkpoints
-from rlflow.train.folder import RunFolder
+from rlflow.train.folder import RunFolder, default_run
 from rlflow.train.logger import RunLogger, import_wandb
 from rlflow.train.rollout_metrics import rollout_metrics
 from rlflow.train.signals import Signals
@@ -235,13 +235,10 @@ class Trainer:
         )
 
     def _progress(self) -> float:
-        train = self.config.train
-        shares = [0.0]
-        if train.iterations:
-            shares.append(self.iteration / train.iterations)
-        if train.minutes:
-            shares.append(self.seconds / (60 * train.minutes))
-        return min(1.0, max(shares))
+        """Share of the budget that is spent; 0 where there is none."""
+        budget = Budget(self.config.train.iterations, self.config.train.minutes)
+        share = budget.done(self.iteration, self.seconds)
+        return 0.0 if math.isnan(share) else share
 
     def _done(self) -> bool:
         """Budget spent, a rule of `stop_when` holds, or any rank was asked to stop."""
@@ -346,8 +343,3 @@ class Trainer:
 
         if self.config.train.report and dist.rank() == 0:
             write_report(self.run)
-
-
-def default_run(recipe: str) -> Path:
-    """runs/RECIPE-TIME, where no folder was named."""
-    return Path("runs") / f"{Path(recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"

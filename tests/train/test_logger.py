@@ -20,6 +20,7 @@ from rlflow.config.schema import WandbConfig
 from rlflow.report.metrics_file import METRICS, MetricsFile, encode_row, read_metrics
 from rlflow.report.video import write_video
 from rlflow.train import terminal
+from rlflow.train.budget import Budget
 from rlflow.train.logger import RunLogger
 
 
@@ -397,11 +398,11 @@ def test_every_metric_of_an_evaluation_is_shown(tmp_path, capsys, name):
 
 def test_time_left_follows_the_budget_that_ends_first():
     """By minutes it is what is left of them; by iterations the pace so far."""
-    assert terminal.Budget(None, 5).left(10, 60.0) == 240
-    assert terminal.Budget(100, None).left(10, 60.0) == pytest.approx(540)
-    assert terminal.Budget(100, 5).left(10, 60.0) == 240
-    assert math.isnan(terminal.Budget(None, None).left(10, 60.0))
-    assert terminal.Budget(100, 5).done(10, 150.0) == 0.5
+    assert Budget(None, 5).left(10, 60.0) == 240
+    assert Budget(100, None).left(10, 60.0) == pytest.approx(540)
+    assert Budget(100, 5).left(10, 60.0) == 240
+    assert math.isnan(Budget(None, None).left(10, 60.0))
+    assert Budget(100, 5).done(10, 150.0) == 0.5
 
 
 LIVE = """
