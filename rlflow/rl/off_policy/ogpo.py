@@ -64,6 +64,8 @@ class OGPO:
     ):
         if dist.world() > 1:
             raise ValueError("OGPO keeps one replay in one process: start it with --processes 1")
+        if offline is not None:
+            offline.check(chain.policy)
         self.chain, self.policy, self.steps, self.replay = chain, chain.policy, steps, replay
         self.imagined, self.batch_size, self.start = imagined or Imagined(), batch_size, start
         groups = (chain.groups.num_groups, chain.groups.group_size)
@@ -118,6 +120,7 @@ class OGPO:
     # -- the critic -------------------------------------------------------------------------------
 
     def _fit(self) -> Tensor:
+        self.twin.redraw(generator("ogpo/critics", self.seed, self.updates))
         rng = generator("ogpo/replay", self.seed, self.updates)
         batch = self._draw(self.batch_size, rng)
         if self.permute:

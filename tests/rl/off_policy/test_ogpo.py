@@ -21,9 +21,10 @@ from rlflow.rl.learners.policy_gradient import PolicyGradient
 from rlflow.rl.likelihoods.chain import ChainLikelihood
 from rlflow.rl.off_policy.offline import Offline
 from rlflow.rl.off_policy.ogpo import OGPO, Imagined, agreed
-from rlflow.rl.off_policy.replay import Replay
+from rlflow.rl.off_policy.replay import Replay, Transitions
 from rlflow.rl.off_policy.twin import TwinSettings
 from rlflow.rl.optim import AdamW
+from rlflow.types import Cond
 from tests.rl.off_policy.test_sac import transitions
 
 STATES, COPIES = 4, 6
@@ -122,19 +123,16 @@ def test_the_chain_waits_for_its_critics() -> None:
     assert moved == [False, True]
 
 
+def demonstrated() -> Transitions:
+    """64 decisions that end and are paid .7."""
+    data = transitions(64)
+    data = replace(data, **{name: value.float() for name, value in vars(data).items()})
+    return replace(data, reward=torch.full((64,), 0.7), discount=torch.zeros(64))
+
+
 def test_demonstrations_teach_the_critics_before_the_first_rollout() -> None:
     """Decisions that end and are paid .7 are worth .7; the policy stays as it was, and the clone is its reference."""
-    data = transitions(64)
-    data = replace(
-        data,
-        obs=data.obs.float(),
-        next_obs=data.next_obs.float(),
-        action=data.action.float(),
-        reward=torch.full((64,), 0.7),
-        discount=torch.zeros(64),
-        weight=data.weight.float(),
-        counts=data.counts.float(),
-    )
+    data = demonstrated()
     chain = make_chain(dims=4)
     before = copy.deepcopy(chain.policy.state_dict())
     ogpo = make(chain, offline=Offline(data, torch.arange(64), clone=0, updates=300))
@@ -145,6 +143,26 @@ def test_demonstrations_teach_the_critics_before_the_first_rollout() -> None:
     )
     half = ogpo._draw(32, torch.Generator().manual_seed(0))
     assert len(half) == 32, "of the demonstrations alone, while nothing was seen"
+
+
+def test_demonstrations_that_the_policy_does_not_read_are_refused_at_construction() -> None:
+    with pytest.raises(ValueError, match=r"^offline.demos: the network of policy.field does not read what is seen"):
+        make(make_chain(dims=1), offline=Offline(demonstrated(), torch.arange(64)))
+
+
+def test_each_step_of_the_critics_has_a_subset_of_its_own() -> None:
+    """Of four critics every pair is asked for targets in time, not always the first two."""
+    ogpo = make(twin=TwinSettings(num=4, width=8, subset=2))
+    ask, asked = ogpo.twin.target_value, []
+
+    def target_value(cond: Cond, action: torch.Tensor) -> torch.Tensor:
+        asked.append(tuple(sorted(ogpo.twin.chosen.tolist())))
+        return ask(cond, action)
+
+    ogpo.twin.target_value = target_value  # type: ignore[method-assign]
+    ogpo.update(Collector(ToyBandit(64), ogpo.policy, None, All(), Groups(64, 1), horizon=1).collect(0))
+    assert len(asked) == 64
+    assert len(set(asked)) == 6
 
 
 @pytest.mark.slow
