@@ -156,6 +156,7 @@ class Trainer:
             except NonFiniteError as error:
                 self._report()
                 raise NonFiniteError(f"{error}. {self.checkpoints.ways_on(self._last_good)}") from None
+            self._warn_of_no_step()
             if self.evaluated != self.iteration and not self.interrupted:
                 self._evaluate()
             self._save()
@@ -233,6 +234,14 @@ class Trainer:
             "look at reward/<name>/masked_frac for the one that gives None, nan or an error",
             stacklevel=2,
         )
+
+    def _warn_of_no_step(self) -> None:
+        """Say that a run ended before its learner began."""
+        if self.algorithm.optimizer.steps or self.interrupted or not self.iteration or self._warned or dist.rank() > 0:
+            return
+        waits = [f"algorithm.{n}" for n in ("start", "warmup") if getattr(self.config.algorithm, n, 0)]
+        why = f"it waits for {' and '.join(waits)}" if waits else "no sample of it had an advantage"
+        warnings.warn(f"the policy never took a step in {self.iteration} iterations: {why}", stacklevel=2)
 
     def _progress(self) -> float:
         """Share of the budget that is spent; 0 where there is none."""

@@ -327,6 +327,14 @@ def test_a_reward_that_never_scores_is_said_once_and_reported(
     assert "beware: no score at all in 2 of 2 iterations" in (tmp_path / "run/report.html").read_text()
 
 
+def test_a_run_that_ends_before_its_learner_begins_says_so(tmp_path: Path) -> None:
+    """Decisions that `start` waits for did not come: the policy is the one it was, and nobody thinks it learnt."""
+    small = ["env.num_groups=4", "env.horizon=2", "train.iterations=2", "eval.num=2", "eval.video=0"]
+    small += ["algorithm.start=100", "train.report=false", "train.tensorboard=false"]
+    with pytest.warns(UserWarning, match=r"never took a step in 2 iterations: it waits for algorithm.start"):
+        Trainer("robot_reach_sac", tmp_path / "run", overrides=small, quiet=True).fit()
+
+
 def test_dotted_paths_need_trust(tmp_path: Path, trainer: Make, own_rewards: str) -> None:
     with pytest.raises(ValueError, match=r"reward.weights: .*--trust-code"):
         trainer(tmp_path / "run", f"reward.weights={{'{own_rewards}:nothing': 1}}")
