@@ -240,7 +240,7 @@ class Trainer:
         if self.algorithm.optimizer.steps or self.interrupted or not self.iteration or self._warned or dist.rank() > 0:
             return
         waits = [f"algorithm.{n}" for n in ("start", "warmup") if getattr(self.config.algorithm, n, 0)]
-        why = f"it waits for {' and '.join(waits)}" if waits else "no sample of it had an advantage"
+        why = f"it waits for {' and '.join(waits)}" if waits else "nothing it saw gave a gradient"
         warnings.warn(f"the policy never took a step in {self.iteration} iterations: {why}", stacklevel=2)
 
     def _progress(self) -> float:
