@@ -157,7 +157,7 @@ def _ogpo(
             batch_size=c.batch_size,
             start=c.start,
             updates_per_step=c.updates_per_step,
-            offline=None if c.offline is None else _offline(config, c.offline, policy),
+            offline=_offline(config, c.offline, policy),
             seed=config.train.seed,
             permute=config.train.permute_rewards,
         )
@@ -218,7 +218,7 @@ def _off_policy(config: Config, c: SACConfig | FlowQConfig, policy: FlowPolicy) 
         "start": c.start,
         "updates_per_step": c.updates_per_step,
         "actor_every": c.actor_every,
-        "offline": None if c.offline is None else _offline(config, c.offline, policy),
+        "offline": _offline(config, c.offline, policy),
         "ema_decay": c.ema_decay,
         "seed": config.train.seed,
         "permute": config.train.permute_rewards,
@@ -232,8 +232,10 @@ def twin_settings(c: OffPolicyConfig) -> TwinSettings:
     )
 
 
-def _offline(config: Config, c: OfflineConfig, policy: FlowPolicy) -> Offline:
+def _offline(config: Config, c: OfflineConfig | None, policy: FlowPolicy) -> Offline | None:
     """Demonstrations of the config's simulator as decisions of its chunk."""
+    if c is None:
+        return None
     with registry.located("offline"):
         if config.env.frame_stack > 1:
             raise ValueError("demonstrations hold single observations: use env.frame_stack=1")

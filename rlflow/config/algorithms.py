@@ -108,6 +108,7 @@ class OffPolicyConfig:
     pessimism: Literal["min", "mean"] = "min"  # over the critics
     critic_subset: Size | None = None  # targets: the least of that many, drawn anew; the actor: the mean of all
     tau: Share = 0.005
+    offline: OfflineConfig | None = None  # of every batch, beside the replay
 
 
 @dataclass
@@ -120,7 +121,6 @@ class SACConfig(OffPolicyConfig):
     alpha_lr: NotNegative = 1e-3  # 0 keeps the temperature
     target_entropy: float | None = None  # of a path, nats per number; default: that of the noise's middle less 1/2
     anchor: NotNegative = 0.0  # weight of the squared distance to the action in the replay
-    offline: OfflineConfig | None = None
     lr: LearningRate = 3e-4
     max_grad_norm: LimitOrZero = 0.0  # 0: no limit
     ema_decay: BelowOne = 0.9
@@ -133,7 +133,6 @@ class FlowQConfig(OffPolicyConfig):
     name: Literal["flow_q"] = "flow_q"
     extraction: Spec = "fql"
     actor_every: Count = 1
-    offline: OfflineConfig | None = None
     lr: LearningRate = 3e-4  # of the policy, and of the cloned flow
     max_grad_norm: LimitOrZero = 0.0
     ema_decay: BelowOne = 0.9
@@ -151,7 +150,6 @@ class OGPOConfig(OffPolicyConfig):
     rounds: Count = 1  # updates of the chain an iteration
     warmup: Natural = 0  # optimiser steps of the critics before the chain's first
     conservative: bool = False  # advantages that every critic agrees with, 0 where they disagree about the sign
-    offline: OfflineConfig | None = None  # what the critics learn from beside the replay
     start: Natural = 1000
 
 

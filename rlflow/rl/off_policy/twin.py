@@ -115,7 +115,7 @@ class Twin:
 
     def value(self, cond: Cond, action: Tensor) -> Tensor:
         """(N,) what the actor is judged by; gradients flow to the action."""
-        return self._one(self._values(self.net, cond, action))
+        return self._one(self.each(cond, action))
 
     @torch.no_grad()
     def target_value(self, cond: Cond, action: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class Twin:
 
     def loss(self, cond: Cond, action: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         """1/2 sum_e of the mean squared error over rows of weight (N,)."""
-        error = (self._values(self.net, cond, action) - target).square().sum(0)
+        error = (self.each(cond, action) - target).square().sum(0)
         return 0.5 * weighted_sum(error, weight) / weight.sum().clamp(min=1e-12)
 
     @property
