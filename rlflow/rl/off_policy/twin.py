@@ -65,18 +65,20 @@ class Ensemble(nn.Module):
         self.gains = nn.ParameterList(nn.Parameter(torch.ones(s)) for s in shapes)
         self.shifts = nn.ParameterList(nn.Parameter(torch.zeros(s)) for s in shapes)
         # a ParameterList is slow to read, and this is read thousands of times a minute
-        self._hidden = list(zip_longest(self.weights, self.biases, self.gains, self.shifts))[:-1]
-        self._last = self.weights[-1], self.biases[-1]
+        self._layers = list(zip_longest(self.weights, self.biases, self.gains, self.shifts))
         # without them a CPU's layer_norm takes twice as long for the same bits
         self.register_buffer("one", torch.ones(width), persistent=False)
         self.register_buffer("zero", torch.zeros(width), persistent=False)
 
-    def forward(self, features: Tensor, action: Tensor) -> Tensor:
-        """(E, N) from features (N, F), which get no gradient, and actions (N, *D)."""
-        w, b = self._last
+    def forward(self, features: Tensor, action: Tensor, only: Tensor | None = None) -> Tensor:
+        """(E, N) from features (N, F), which get no gradient, and actions (N, *D); of those `only` (S,), (S, N)."""
+        layers = self._layers
+        if only is not None:
+            layers = [tuple(v if v is None else v.index_select(0, only) for v in layer) for layer in layers]
+        *hidden, (w, b, _, _) = layers
         x = torch.cat([features.detach(), action.flatten(1)], -1).to(w.dtype)
         x = x.expand(len(w), *x.shape)
-        for weight, bias, gain, shift in self._hidden:
+        for weight, bias, gain, shift in hidden:
             x = torch.baddbmm(bias, x, weight)
             x = relu(
                 x if gain is None else torch.addcmul(shift, layer_norm(x, x.shape[-1:], self.one, self.zero), gain)
@@ -120,19 +122,18 @@ class Twin:
     @torch.no_grad()
     def target_value(self, cond: Cond, action: Tensor) -> Tensor:
         """(N,) of the slow copies."""
-        return self._least(self._values(self.target, cond, action))
+        if self.settings.subset is None:
+            return self._one(self._values(self.target, cond, action))
+        return self._values(self.target, cond, action, self.chosen).amin(0)
 
-    def _values(self, net: Ensemble, cond: Cond, action: Tensor) -> Tensor:
-        """(E, N)."""
+    def _values(self, net: Ensemble, cond: Cond, action: Tensor, only: Tensor | None = None) -> Tensor:
+        """(E, N), of `only` those if given."""
         with torch.autocast(action.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            return net(cond["pooled"], action)
+            return net(cond["pooled"], action, only)
 
     def _one(self, values: Tensor) -> Tensor:
         c = self.settings
         return values.amin(0) if c.pessimism == "min" and c.subset is None else values.mean(0)
-
-    def _least(self, values: Tensor) -> Tensor:
-        return self._one(values) if self.settings.subset is None else values.index_select(0, self.chosen).amin(0)
 
     def redraw(self, rng: torch.Generator) -> None:
         """Choose the critics of the next target, in place: nothing that was made of `chosen` has to be made anew."""
