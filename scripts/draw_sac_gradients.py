@@ -45,7 +45,7 @@ def by_step(learner: Algorithm) -> list[float]:
         x.register_hook(lambda g: seen.append(g.flatten(1).norm(dim=1).mean()))
         return real(x, *args)
 
-    batch = learner._batch()
+    batch = learner.batch()
     cond = policy.encode(batch.obs)
     policy.transition = watch  # type: ignore[method-assign]
     squash = policy.squash.forward

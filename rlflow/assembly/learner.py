@@ -33,7 +33,9 @@ from rlflow.rl.learners.policy_gradient import PolicyGradient
 from rlflow.rl.learners.regularizers import KL
 from rlflow.rl.learners.reward_gradient import RewardGradient
 from rlflow.rl.likelihoods.base import Likelihood
+from rlflow.rl.off_policy.actor import ActorSettings
 from rlflow.rl.off_policy.flow_q import FlowQ
+from rlflow.rl.off_policy.learner import OffPolicySettings
 from rlflow.rl.off_policy.offline import Offline, offline_data
 from rlflow.rl.off_policy.ogpo import OGPO, Imagined
 from rlflow.rl.off_policy.replay import Replay
@@ -115,7 +117,8 @@ def _sac(
             policy,
             make_steps(config, trust_code),
             Replay(c.capacity, config.env.gamma),
-            **_off_policy(config, c, policy),
+            _off_policy(config, c, policy),
+            _actor(c),
             alpha=c.alpha,
             alpha_lr=c.alpha_lr,
             target_entropy=c.target_entropy,
@@ -136,7 +139,8 @@ def _flow_q(
             make_steps(config, trust_code),
             Replay(c.capacity, config.env.gamma),
             extraction,
-            **_off_policy(config, c, policy),
+            _off_policy(config, c, policy),
+            _actor(c),
         )
 
 
@@ -152,14 +156,8 @@ def _ogpo(
             chain,
             make_steps(config, trust_code),
             Replay(c.capacity, config.env.gamma),
-            imagined=Imagined(c.states, c.copies, c.rounds, c.warmup, c.conservative),
-            twin=twin_settings(c),
-            batch_size=c.batch_size,
-            start=c.start,
-            updates_per_step=c.updates_per_step,
-            offline=_offline(config, c.offline, policy),
-            seed=config.train.seed,
-            permute=config.train.permute_rewards,
+            _off_policy(config, c, policy),
+            Imagined(c.states, c.copies, c.rounds, c.warmup, c.conservative),
         )
 
 
@@ -209,20 +207,22 @@ def imitated(config: Config, env: VecEnv, place: torch.device, trust_code: bool 
     return Imitated(env, learned, c.every or config.env.horizon or env.horizon)
 
 
-def _off_policy(config: Config, c: SACConfig | FlowQConfig, policy: FlowPolicy) -> dict[str, Any]:
-    """What both are made of, besides their actor."""
-    return {
-        "optimizer": AdamW(lr=c.lr, betas=(0.9, 0.999), max_grad_norm=c.max_grad_norm),
-        "twin": twin_settings(c),
-        "batch_size": c.batch_size,
-        "start": c.start,
-        "updates_per_step": c.updates_per_step,
-        "actor_every": c.actor_every,
-        "offline": _offline(config, c.offline, policy),
-        "ema_decay": c.ema_decay,
-        "seed": config.train.seed,
-        "permute": config.train.permute_rewards,
-    }
+def _off_policy(config: Config, c: OffPolicyConfig, policy: FlowPolicy) -> OffPolicySettings:
+    """What every learner with a replay is made of."""
+    return OffPolicySettings(
+        c.batch_size,
+        c.start,
+        c.updates_per_step,
+        twin_settings(c),
+        _offline(config, c.offline, policy),
+        config.train.seed,
+        config.train.permute_rewards,
+    )
+
+
+def _actor(c: SACConfig | FlowQConfig) -> ActorSettings:
+    """How one moves that climbs the critics."""
+    return ActorSettings(AdamW(lr=c.lr, betas=(0.9, 0.999), max_grad_norm=c.max_grad_norm), c.actor_every, c.ema_decay)
 
 
 def twin_settings(c: OffPolicyConfig) -> TwinSettings:

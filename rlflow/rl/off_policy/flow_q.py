@@ -19,16 +19,15 @@ from rlflow.flow.matching import cfm_loss
 from rlflow.flow.noise import generator
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import Steps
+from rlflow.rl.off_policy.actor import ActorCritic, ActorSettings, mean
 from rlflow.rl.off_policy.extraction import Extraction
-from rlflow.rl.off_policy.learner import OffPolicy, mean
-from rlflow.rl.off_policy.offline import Offline
+from rlflow.rl.off_policy.learner import OffPolicySettings
 from rlflow.rl.off_policy.replay import Replay, Transitions
-from rlflow.rl.off_policy.twin import TwinSettings
-from rlflow.rl.optim import AdamW, Deferred
+from rlflow.rl.optim import Deferred
 from rlflow.types import Cond, Tree
 
 
-class FlowQ(OffPolicy):
+class FlowQ(ActorCritic):
     """The behaviour flow has the policy's shape and reads its features; it begins as its clone."""
 
     def __init__(
@@ -37,44 +36,22 @@ class FlowQ(OffPolicy):
         steps: Steps,
         replay: Replay,
         extraction: Extraction,
-        *,
-        optimizer: AdamW | None = None,
-        twin: TwinSettings | None = None,
-        batch_size: int = 256,
-        start: int = 5000,
-        updates_per_step: float = 1.0,
-        actor_every: int = 1,
-        offline: Offline | None = None,
-        ema_decay: float = 0.9,
-        seed: int = 0,
-        permute: bool = False,
+        settings: OffPolicySettings | None = None,
+        actor: ActorSettings | None = None,
     ):
-        super().__init__(
-            policy,
-            steps,
-            replay,
-            optimizer=optimizer,
-            twin=twin,
-            batch_size=batch_size,
-            start=start,
-            updates_per_step=updates_per_step,
-            actor_every=actor_every,
-            offline=offline,
-            ema_decay=ema_decay,
-            seed=seed,
-            permute=permute,
-        )
+        super().__init__(policy, steps, replay, settings, actor)
         if policy.encoder_trains:
             raise ValueError("flow_q has two flows that read one encoder: freeze it by policy.frozen")
         extraction.check(policy, steps)
         self.extraction, self.behaviour = extraction, extraction.behaviour(policy)
         cloned = [p for p in self.behaviour.field.parameters() if p.requires_grad]
-        self.cloning = Deferred(cloned, self.optimizer_settings, "algorithm.lr")
+        self.cloning = Deferred(cloned, self.actor.optimizer, "algorithm.lr")
         self.plans, self.deployed = (self.plan, self.behaviour.plan()), policy.plan()
         self.record(cloned)
 
     def cloned(self) -> None:
         self.behaviour.load_state_dict(self.policy.state_dict())
+        super().cloned()
 
     @property
     def optimizers(self) -> list[Deferred]:
@@ -82,7 +59,7 @@ class FlowQ(OffPolicy):
 
     def noise(self, num: int) -> tuple[Tensor, dict[str, Tensor]]:
         device, dtype = self.policy.device, self.policy.dtype
-        rng = generator("flow_q/noise", self.seed, self.updates, device=device)
+        rng = generator("flow_q/noise", self.settings.seed, self.updates, device=device)
         shape = (self.plan.num_steps + 3, num, *self.policy.event_shape)
         target, x_0, *chain = torch.randn(shape, generator=rng, dtype=dtype, device=device)
         t = torch.rand(num, generator=rng, dtype=dtype, device=device)

@@ -18,12 +18,10 @@ from torch import Tensor
 
 from rlflow.flow.noise import Key, generator
 from rlflow.flow.steps import Steps
-from rlflow.parallel import dist
 from rlflow.rl.learners.policy_gradient import PolicyGradient
-from rlflow.rl.off_policy.offline import Offline, clone, drawn, paid_at_random
+from rlflow.rl.off_policy.learner import OffPolicy, OffPolicySettings
 from rlflow.rl.off_policy.replay import Replay, Transitions
-from rlflow.rl.off_policy.twin import Twin, TwinSettings
-from rlflow.rl.optim import Optimizer
+from rlflow.rl.optim import Deferred, Optimizer
 from rlflow.types import Cond, Rollout, Tree, tree_map
 
 
@@ -38,45 +36,28 @@ class Imagined:
     conservative: bool = False  # pay what the critics agree on
 
 
-class OGPO:
+class OGPO(OffPolicy):
     """`update(rollout)` stores it, fits the critics, then improves the chain by what they say.
 
     `chain` is a PolicyGradient with Groups(states, copies); `steps` the plan of its chains, and of the rollouts.
     """
 
-    sample_with = "live"
-    keep_path = 0
+    stream = "ogpo"
 
     def __init__(
         self,
         chain: PolicyGradient,
         steps: Steps,
         replay: Replay,
-        *,
+        settings: OffPolicySettings | None = None,
         imagined: Imagined | None = None,
-        twin: TwinSettings | None = None,
-        batch_size: int = 256,
-        start: int = 1000,
-        updates_per_step: float = 1.0,
-        offline: Offline | None = None,
-        seed: int = 0,
-        permute: bool = False,
     ):
-        if dist.world() > 1:
-            raise ValueError("OGPO keeps one replay in one process: start it with --processes 1")
-        if offline is not None:
-            offline.check(chain.policy)
-        self.chain, self.policy, self.steps, self.replay = chain, chain.policy, steps, replay
-        self.imagined, self.batch_size, self.start = imagined or Imagined(), batch_size, start
+        super().__init__(chain.policy, replay, settings)
+        self.chain, self.steps, self.imagined = chain, steps, imagined or Imagined()
         groups = (chain.groups.num_groups, chain.groups.group_size)
         if groups != (self.imagined.states, self.imagined.copies):
             raise ValueError(f"the chain learner has groups of {groups}, {self.imagined} was asked for")
         chain.likelihood.check(self.policy, steps)
-        self.offline = offline
-        self.updates_per_step, self.seed, self.permute = updates_per_step, seed, permute
-        num_inputs = self.policy.field.num_features + torch.Size(self.policy.event_shape).numel()
-        self.twin = Twin(num_inputs, twin or TwinSettings(), self.policy.device, self.policy.dtype)
-        self.iteration, self.seen, self.updates = 0, 0, 0
 
     @property
     def optimizer(self) -> Optimizer:
@@ -85,29 +66,18 @@ class OGPO:
 
     @property
     def micro_batch(self) -> int:
-        """Rows of one network pass."""
-        return max(self.batch_size, self.chain.micro_batch)
+        return max(super().micro_batch, self.chain.micro_batch)
 
-    def begin(self) -> None:
-        """Clone the demonstrations, then fit the critics to them alone; without any, nothing."""
-        if self.offline is None:
-            return
-        clone(self.policy, self.offline, self.batch_size, self.seed)
+    def cloned(self) -> None:
         for name in list(self.policy.weights.sets):
             self.policy.weights.snapshot(name)
-        for _ in range(self.offline.updates):
-            self._fit()
-        self.twin.optimizer.settle()
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Metrics; those of critics and chain are missing where no step was due yet."""
-        self.replay.add(rollout, self.policy.squash(rollout.action))
-        self.seen += rollout.num_rows
+        due = self.store(rollout)
         self.policy.field.unguided.observe(rollout.flat(rollout.obs))
-        first = 0 if self.offline is None else self.offline.updates
-        due = max(0, int(self.updates_per_step * (self.seen - self.start)) - self.updates + first)
-        losses = [self._fit() for _ in range(due)]
-        self.twin.optimizer.settle()
+        losses = [self.step()["critic/loss"] for _ in range(due)]
+        self.settle()
         metrics = {"replay/size": float(len(self.replay))}
         if losses:
             metrics["critic/loss"] = float(torch.stack(losses).mean())
@@ -117,38 +87,37 @@ class OGPO:
         self.iteration += 1
         return metrics
 
-    # -- the critic -------------------------------------------------------------------------------
+    # -- the critics ------------------------------------------------------------------------------
 
-    def _fit(self) -> Tensor:
-        self.twin.redraw(generator("ogpo/critics", self.seed, self.updates))
-        rng = generator("ogpo/replay", self.seed, self.updates)
-        batch = self._draw(self.batch_size, rng)
-        if self.permute:
-            batch = paid_at_random(batch, self._draw(self.batch_size, rng), self.offline is not None, rng)
+    @property
+    def optimizers(self) -> list[Deferred]:
+        return [self.twin.optimizer]
+
+    def step(self) -> dict[str, Tensor]:
+        """One of the critics."""
+        batch = self.batch()
         with torch.no_grad():
             cond = self.policy.encode(batch.obs)
         loss = self.twin.loss(cond, batch.action, self.target(batch), batch.weight)
         self.twin.step(torch.autograd.grad(loss, self.twin.optimizer.parameters))
         self.updates += 1
-        return loss.detach()
-
-    def _draw(self, num: int, rng: torch.Generator) -> Transitions:
-        return drawn(self.replay, self.offline, num, rng, self.policy.device)
+        return {"critic/loss": loss.detach()}
 
     @torch.no_grad()
     def target(self, batch: Transitions) -> Tensor:
         """y (N,): what follows is valued by the action of a chain drawn from the policy of today."""
         cond, ids = self.policy.encode(batch.next_obs), torch.arange(len(batch))
         plan = self.steps(self.iteration, self.policy.grid(self.policy.num_steps), ids)
-        chain = self.policy.sample(cond, plan, key=Key(self.seed, "ogpo/target", self.updates), row_ids=ids)
-        value = self.twin.target_value(cond, self.policy.squash(chain.final))
-        return batch.reward + torch.where(batch.discount > 0, batch.discount * value, 0.0)
+        key = Key(self.settings.seed, "ogpo/target", self.updates)
+        chain = self.policy.sample(cond, plan, key=key, row_ids=ids)
+        return batch.backed_up(self.twin.target_value(cond, self.policy.squash(chain.final)))
 
     # -- the chain --------------------------------------------------------------------------------
 
     def _paid(self, round_: int) -> Rollout:
-        batch = self._draw(self.imagined.states, generator("ogpo/states", self.seed, self.iteration, round_))
-        return self.imagine(batch.obs, batch.weight, Key(self.seed, "ogpo/chain", self.iteration, round_))
+        seed = self.settings.seed
+        batch = self.draw(self.imagined.states, generator("ogpo/states", seed, self.iteration, round_))
+        return self.imagine(batch.obs, batch.weight, Key(seed, "ogpo/chain", self.iteration, round_))
 
     @torch.no_grad()
     def imagine(self, obs: Tree, weight: Tensor, key: Key) -> Rollout:
@@ -192,25 +161,14 @@ class OGPO:
     # -- state ------------------------------------------------------------------------------------
 
     def set_progress(self, progress: float) -> None:
-        """Share of the run that is done, for schedules."""
         self.chain.set_progress(progress)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything an exact resume needs besides the policy and its weight sets; the replay with it."""
-        return {
-            "counters": {"iteration": self.iteration, "seen": self.seen, "updates": self.updates},
-            "chain": self.chain.state_dict(),
-            "twin": self.twin.state_dict(),
-            "replay": self.replay.state_dict(),
-        }
+        return super().state_dict() | {"chain": self.chain.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
-        for name, value in state["counters"].items():
-            setattr(self, name, int(value))
+        super().load_state_dict(state)
         self.chain.load_state_dict(state["chain"])
-        self.twin.load_state_dict(state["twin"])
-        self.replay.load_state_dict(state["replay"], self.policy.device)
 
 
 def agreed(advantages: Tensor) -> Tensor:

@@ -38,6 +38,10 @@ class Transitions:
         """The same decisions with the outcomes of `other` (N): reward, discount, weight."""
         return replace(self, reward=other.reward, discount=other.discount, weight=other.weight)
 
+    def backed_up(self, value: Tensor) -> Tensor:
+        """y (N,) = R + discount V, with `value` (N,) of what was reached, which need not be a number after an end."""
+        return self.reward + torch.where(self.discount > 0, self.discount * value, 0.0)
+
     def to(self, device: torch.device) -> Transitions:
         """On another device."""
         return Transitions(**{f.name: tree_map(lambda v: v.to(device), getattr(self, f.name)) for f in fields(self)})

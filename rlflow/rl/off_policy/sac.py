@@ -21,13 +21,12 @@ from torch import Tensor
 from rlflow.flow.noise import generator
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.steps import Steps
-from rlflow.rl.off_policy.learner import OffPolicy, mean
-from rlflow.rl.off_policy.offline import Offline
+from rlflow.rl.off_policy.actor import ActorCritic, ActorSettings, mean
+from rlflow.rl.off_policy.learner import OffPolicySettings
 from rlflow.rl.off_policy.path_entropy import entropy_target, path_log_prob
 from rlflow.rl.off_policy.replay import Replay, Transitions
 from rlflow.rl.off_policy.temperature import Temperature
-from rlflow.rl.off_policy.twin import TwinSettings
-from rlflow.rl.optim import AdamW, Deferred
+from rlflow.rl.optim import Deferred
 from rlflow.types import Cond, Tree
 
 
@@ -40,7 +39,7 @@ class Acted:
     std: Tensor
 
 
-class SAC(OffPolicy):
+class SAC(ActorCritic):
     """With an entropy of the whole path, and a temperature that keeps it at its target."""
 
     def __init__(
@@ -48,39 +47,16 @@ class SAC(OffPolicy):
         policy: FlowPolicy,
         steps: Steps,
         replay: Replay,
+        settings: OffPolicySettings | None = None,
+        actor: ActorSettings | None = None,
         *,
-        optimizer: AdamW | None = None,
-        twin: TwinSettings | None = None,
-        batch_size: int = 256,
-        start: int = 5000,
-        updates_per_step: float = 1.0,
-        actor_every: int = 1,
         alpha: float = 0.2,
         alpha_lr: float = 3e-4,
         target_entropy: float | None = None,
         anchor: float = 0.0,
-        offline: Offline | None = None,
-        ema_decay: float = 0.9,
-        seed: int = 0,
-        permute: bool = False,
         relabel: Callable[[Transitions], Transitions] | None = None,
     ):
-        super().__init__(
-            policy,
-            steps,
-            replay,
-            optimizer=optimizer,
-            twin=twin,
-            batch_size=batch_size,
-            start=start,
-            updates_per_step=updates_per_step,
-            actor_every=actor_every,
-            offline=offline,
-            ema_decay=ema_decay,
-            seed=seed,
-            permute=permute,
-            relabel=relabel,
-        )
+        super().__init__(policy, steps, replay, settings, actor, relabel)
         if self.plan.scored.ndim > 1 or not bool(self.plan.scored.all()):
             raise ValueError("SAC differentiates through, and scores, every denoising step: use steps=all")
         self.anchor = anchor
@@ -94,7 +70,7 @@ class SAC(OffPolicy):
 
     def noise(self, num: int) -> Tensor:
         """Of this update, (2, K + 1, num, *D): for the target's actions and the actor's, each x_0's and the steps'."""
-        rng = generator("sac/noise", self.seed, self.updates, device=self.policy.device)
+        rng = generator("sac/noise", self.settings.seed, self.updates, device=self.policy.device)
         shape = (2, self.plan.num_steps + 1, num, *self.policy.event_shape)
         return torch.randn(shape, generator=rng, dtype=self.policy.dtype, device=self.policy.device)
 

@@ -65,7 +65,7 @@ class Ensemble(nn.Module):
         self.gains = nn.ParameterList(nn.Parameter(torch.ones(s)) for s in shapes)
         self.shifts = nn.ParameterList(nn.Parameter(torch.zeros(s)) for s in shapes)
         # a ParameterList is slow to read, and this is read thousands of times a minute
-        self._layers = list(zip_longest(self.weights, self.biases, self.gains, self.shifts))
+        self._layers: list[Any] = list(zip_longest(self.weights, self.biases, self.gains, self.shifts))
         # without them a CPU's layer_norm takes twice as long for the same bits
         self.register_buffer("one", torch.ones(width), persistent=False)
         self.register_buffer("zero", torch.zeros(width), persistent=False)

@@ -174,11 +174,11 @@ def test_sac_draws_rewards_of_today(folder: Path) -> None:
         parts.algorithm.update(parts.collector.collect(iteration))
     assert isinstance(parts.algorithm, SAC)
     assert isinstance(parts.collector.env, Imitated)
-    batch, mine = parts.algorithm._batch(), parts.collector.env.learned
+    batch, mine = parts.algorithm.batch(), parts.collector.env.learned
     decisions = mine.decisions(batch.obs, batch.action, batch.next_obs)
     torch.testing.assert_close(batch.reward, mine.reward(decisions))
     parts.algorithm.relabel = None
-    assert not torch.allclose(parts.algorithm._batch().reward, batch.reward)
+    assert not torch.allclose(parts.algorithm.batch().reward, batch.reward)
 
 
 @pytest.mark.parametrize(("recipe", "more"), [PG, OFF], ids=["policy_gradient", "sac"])

@@ -18,8 +18,10 @@ from rlflow.flow.steps import AllButLast, NoSteps
 from rlflow.models.mlp import MLPField
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
+from rlflow.rl.off_policy.actor import ActorSettings
 from rlflow.rl.off_policy.extraction import FQL, QAM, Extraction
 from rlflow.rl.off_policy.flow_q import FlowQ
+from rlflow.rl.off_policy.learner import OffPolicySettings
 from rlflow.rl.off_policy.offline import Offline
 from rlflow.rl.off_policy.replay import Replay, Transitions
 from rlflow.rl.off_policy.twin import TwinSettings
@@ -118,15 +120,15 @@ def test_qams_gradient_does_not_pass_through_q_or_the_chain() -> None:
     assert float(one[:-1].abs().min()) > 0
 
 
-def make(extraction: Extraction, **settings) -> FlowQ:
+def make(extraction: Extraction) -> FlowQ:
     torch.manual_seed(0)
     one = isinstance(extraction, FQL)
     policy = FlowPolicy(
         MLPField(4, (2, 2), 12, running=True), FlowSDE(0.5) if one else Ancestral(1.0), num_steps=1 if one else 4,
         squash=Tanh(),
     ).double()  # fmt: skip
-    small = {"twin": TwinSettings(width=8), "batch_size": 16, "start": 0}
-    return FlowQ(policy, NoSteps() if one else AllButLast(), Replay(1000, 0.9), extraction, **(small | settings))
+    shared = OffPolicySettings(batch_size=16, start=0, twin=TwinSettings(width=8))
+    return FlowQ(policy, NoSteps() if one else AllButLast(), Replay(1000, 0.9), extraction, shared)
 
 
 @pytest.mark.parametrize("extraction", [FQL(3.0, num_steps=4), QAM(0.5)], ids=["fql", "qam"])
@@ -220,10 +222,9 @@ def test_qam_shifts_the_shares_of_modes_and_stays_where_the_data_are() -> None:
     """Mean reward .7 of the clone; of its law tilted by exp(8 r), of which the best mode has .80, it is .951."""
     torch.manual_seed(0)
     policy = FlowPolicy(MLPField(1, (1, 2), 64), Ancestral(1.0), num_steps=10)
-    learner = FlowQ(
-        policy, AllButLast(), Replay(64, 1.0), QAM(8.0), optimizer=AdamW(lr=1e-3, betas=(0.9, 0.999)),
-        twin=TwinSettings(width=64, lr=1e-3), batch_size=128, offline=four_modes(),
-    )  # fmt: skip
+    shared = OffPolicySettings(batch_size=128, twin=TwinSettings(width=64, lr=1e-3), offline=four_modes())
+    actor = ActorSettings(AdamW(lr=1e-3, betas=(0.9, 0.999)))
+    learner = FlowQ(policy, AllButLast(), Replay(64, 1.0), QAM(8.0), shared, actor)
     learner.begin()
     (reward, near), (cloned, as_near) = played(policy), played(learner.behaviour)
     assert cloned == pytest.approx(0.7, abs=0.03)

@@ -9,6 +9,7 @@ from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.squash import Tanh
 from rlflow.flow.steps import All
 from rlflow.models.gated import GatedField
+from rlflow.rl.off_policy.learner import OffPolicySettings
 from rlflow.rl.off_policy.offline import Offline, clone, offline_data
 from rlflow.rl.off_policy.replay import Replay
 from rlflow.rl.off_policy.sac import SAC
@@ -70,11 +71,11 @@ def test_the_cloned_flow_does_what_was_done(tmp_path):
     assert float(policy.field.candidate.normalizer.moments[0, 0]) == len(data)
 
 
-def make_sac(tmp_path, **settings):
+def make_sac(tmp_path, batch_size=8, **settings):
     data, whole = offline_data(demos(tmp_path, (30, True)), 2, GAMMA, CPU)
     offline = Offline(data, whole, clone=2, updates=3, share=0.25)
-    small = {"twin": TwinSettings(width=8), "batch_size": 8, "start": 0}
-    return SAC(make_policy(), All(), Replay(100, GAMMA), offline=offline, **(small | settings))
+    shared = OffPolicySettings(batch_size, start=0, twin=TwinSettings(width=8), offline=offline, **settings)
+    return SAC(make_policy(), All(), Replay(100, GAMMA), shared)
 
 
 def test_every_batch_has_its_share_and_offline_steps_are_not_owed_again(tmp_path):
@@ -90,7 +91,7 @@ def test_every_batch_has_its_share_and_offline_steps_are_not_owed_again(tmp_path
     steps.action = torch.zeros(6, 1, 2, 2)
     sac.update(steps)
     assert sac.updates == 3 + 3
-    old = sac._batch().obs[:, 0] < 500
+    old = sac.batch().obs[:, 0] < 500
     assert int(old.sum()) == 2
 
 
@@ -103,7 +104,7 @@ def test_the_controls_rewards_do_not_tell_demonstrations_from_the_rest(tmp_path,
     steps = rollout(500, 6)
     steps.obs, steps.final_obs = steps.obs.expand(-1, -1, 3), steps.final_obs.expand(-1, -1, 3)
     sac.replay.add(steps, torch.zeros(6, 1, 2, 2))
-    batch = sac._batch()
+    batch = sac.batch()
     demonstrated, poor = batch.obs[:, 0] < 500, batch.reward < 500
     assert poor.float().mean() == pytest.approx(0.25)
     assert poor[demonstrated].float().mean() == pytest.approx(0.25 if permute else 1.0, abs=0.05)
@@ -124,7 +125,7 @@ def test_demonstrations_of_other_shapes_are_refused_at_construction(tmp_path, sh
     kernel = LearnedNoise(numbers, shape, 0.03, 0.1)
     policy = FlowPolicy(GatedField(numbers, shape, width=8, gate_width=4), kernel, squash=Tanh())
     with pytest.raises(ValueError, match=f"offline.demos: {message}"):
-        SAC(policy, All(), Replay(100, GAMMA), offline=Offline(data, whole))
+        SAC(policy, All(), Replay(100, GAMMA), OffPolicySettings(offline=Offline(data, whole)))
 
 
 def test_a_batch_of_demonstrations_alone_is_refused(tmp_path):

@@ -19,6 +19,7 @@ from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
 from rlflow.rl.learners.policy_gradient import PolicyGradient
 from rlflow.rl.likelihoods.chain import ChainLikelihood
+from rlflow.rl.off_policy.learner import OffPolicySettings
 from rlflow.rl.off_policy.offline import Offline
 from rlflow.rl.off_policy.ogpo import OGPO, Imagined, agreed
 from rlflow.rl.off_policy.replay import Replay, Transitions
@@ -39,11 +40,11 @@ def make_chain(seed: int = 5, lr: float = 1e-3, states: int = STATES, dims: int 
     )
 
 
-def make(chain: PolicyGradient | None = None, **settings) -> OGPO:
+def make(chain: PolicyGradient | None = None, imagined: Imagined | None = None, **settings) -> OGPO:
     chain = chain or make_chain()
     small = {"twin": TwinSettings(width=16, lr=3e-3), "batch_size": 32, "start": 0}
-    small |= {"imagined": Imagined(chain.groups.num_groups, COPIES)}
-    return OGPO(chain, All(), Replay(4096, 1.0), **(small | settings))
+    imagined = imagined or Imagined(chain.groups.num_groups, COPIES)
+    return OGPO(chain, All(), Replay(4096, 1.0), OffPolicySettings(**(small | settings)), imagined)
 
 
 def test_paid_by_the_true_reward_it_is_grpo_to_the_bit() -> None:
@@ -141,7 +142,7 @@ def test_demonstrations_teach_the_critics_before_the_first_rollout() -> None:
     torch.testing.assert_close(
         ogpo.twin.value(chain.policy.encode(data.obs), data.action), data.reward, atol=0.05, rtol=0
     )
-    half = ogpo._draw(32, torch.Generator().manual_seed(0))
+    half = ogpo.draw(32, torch.Generator().manual_seed(0))
     assert len(half) == 32, "of the demonstrations alone, while nothing was seen"
 
 

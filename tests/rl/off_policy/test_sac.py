@@ -17,6 +17,8 @@ from rlflow.models.gaussian import GaussianField
 from rlflow.models.mlp import MLPField
 from rlflow.rl.collector import Collector, permute_rewards
 from rlflow.rl.groups import Groups
+from rlflow.rl.off_policy.actor import ActorSettings
+from rlflow.rl.off_policy.learner import OffPolicySettings
 from rlflow.rl.off_policy.path_entropy import entropy_target, highest_entropy, path_log_prob
 from rlflow.rl.off_policy.replay import Replay, Transitions
 from rlflow.rl.off_policy.sac import SAC
@@ -37,10 +39,9 @@ def make_policy(field=None, num_steps=3, std=(0.05, 0.4), shape=(1, 2), dtype=to
     return FlowPolicy(field, kernel, num_steps=num_steps, squash=Tanh()).to(dtype)
 
 
-def make_sac(policy=None, **settings):
-    policy = policy or make_policy()
-    small = {"twin": TwinSettings(width=8), "batch_size": 8, "start": 0}
-    return SAC(policy, All(), Replay(1000, 0.9), **(small | settings))
+def make_sac(policy=None, actor=None, batch_size=8, start=0, updates_per_step=1.0, permute=False, **own):
+    shared = OffPolicySettings(batch_size, start, updates_per_step, TwinSettings(width=8), permute=permute)
+    return SAC(policy or make_policy(), All(), Replay(1000, 0.9), shared, actor, **own)
 
 
 def transitions(num=8, shape=(1, 2)):
@@ -210,7 +211,9 @@ def test_the_temperature_rises_where_entropy_is_missing_and_falls_where_there_is
 
 def test_the_whole_loop_brings_the_entropy_to_its_target():
     """With rewards that say nothing: the sign of alpha's loss and that of the actor's fit together."""
-    sac = make_sac(alpha=0.5, alpha_lr=0.1, optimizer=AdamW(lr=2e-2, betas=(0.9, 0.999)), target_entropy=-2.0)
+    sac = make_sac(
+        alpha=0.5, alpha_lr=0.1, actor=ActorSettings(AdamW(lr=2e-2, betas=(0.9, 0.999))), target_entropy=-2.0
+    )
     batch = transitions(64)
     found = []
     for _ in range(300):
@@ -321,7 +324,7 @@ def test_the_controls_rewards_know_nothing_of_the_decision_they_are_paid_to():
             paid = rollout(first, 5, rows=4)
             permute_rewards(paid, torch.Generator().manual_seed(first))
             sac.replay.add(paid, paid.action)
-    informed, control = (sac._batch() for sac in sacs)
+    informed, control = (sac.batch() for sac in sacs)
     assert torch.equal(informed.obs, control.obs)
     assert correlation(informed) > 0.9
     assert abs(correlation(control)) < 0.08  # five standard errors
@@ -410,7 +413,7 @@ def test_updates_follow_the_decisions():
 def test_the_first_update_is_due_with_the_first_decision_after_start(start, due):
     """It draws from what was just stored, and the actor is moved by it and by each `actor_every`-th from there on."""
     policy = make_policy(shape=(2, 2), dtype=torch.float32)
-    sac = make_sac(policy, start=start, actor_every=2)
+    sac = make_sac(policy, start=start, actor=ActorSettings(every=2))
     seen, real = [], sac.replay.draw
     sac.replay.draw = lambda num, rng: seen.append(len(sac.replay)) or real(num, rng)
     before = [p.clone() for p in sac.optimizer.parameters]
@@ -442,7 +445,7 @@ def test_every_update_has_a_batch_and_noise_of_its_own():
     cond, seen = sac.policy.encode(transitions().obs), []
     for update in range(2):
         sac.updates = update
-        seen.append((sac._batch().obs, *(sac.act(cond, noise).action for noise in sac.noise(8))))
+        seen.append((sac.batch().obs, *(sac.act(cond, noise).action for noise in sac.noise(8))))
     assert not any(torch.equal(a, b) for a, b in zip(*seen, strict=True))
     assert not torch.equal(seen[0][1], seen[0][2])
 
@@ -481,8 +484,8 @@ def test_one_update_is_that_of_stable_baselines3(monkeypatch):
     theirs.set_logger(Logger(None, []))
     policy = make_policy(GaussianField(4, (1, 2), width=16), num_steps=1, std=(0.1, 0.9), dtype=torch.float32)
     torch.nn.init.zeros_(policy.kernel.net[-1].weight)  # one std for all, theirs and ours
-    mine = SAC(policy, All(), Replay(10, 0.9), twin=TwinSettings(width=16, norm=False), batch_size=8, start=0,
-               alpha=0.2, target_entropy=-1.0)  # fmt: skip
+    shared = OffPolicySettings(batch_size=8, start=0, twin=TwinSettings(width=16, norm=False))
+    mine = SAC(policy, All(), Replay(10, 0.9), shared, alpha=0.2, target_entropy=-1.0)
     layers = [theirs.actor.latent_pi[0], theirs.actor.latent_pi[2], theirs.actor.mu]
     for ours, other in zip(list(policy.field.mean)[::2], layers, strict=True):
         ours.load_state_dict(other.state_dict())
@@ -499,7 +502,7 @@ def test_one_update_is_that_of_stable_baselines3(monkeypatch):
     monkeypatch.setattr(torch.distributions.normal, "_standard_normal", lambda *a, **k: drawn.pop(0)[:, 0])
     theirs.train(1, 8)
 
-    monkeypatch.setattr(mine, "_batch", lambda: b)
+    monkeypatch.setattr(mine, "batch", lambda: b)
     metrics = mine.step()
     told = theirs.logger.name_to_value
     assert float(metrics["critic/loss"]) == pytest.approx(told["train/critic_loss"], rel=1e-4)

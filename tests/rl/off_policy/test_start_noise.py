@@ -12,6 +12,8 @@ from rlflow.flow.steps import All
 from rlflow.models.gaussian import GaussianField
 from rlflow.rl.collector import Collector
 from rlflow.rl.groups import Groups
+from rlflow.rl.off_policy.actor import ActorSettings
+from rlflow.rl.off_policy.learner import OffPolicySettings
 from rlflow.rl.off_policy.replay import Replay
 from rlflow.rl.off_policy.sac import SAC
 from rlflow.rl.off_policy.twin import TwinSettings
@@ -35,18 +37,9 @@ def test_the_best_of_four_modes_is_found_through_a_black_box() -> None:
     env = Frozen(ToyBandit(64), StartNoise(FourModes()))
     field = GaussianField(1, (1, 2), width=16)
     policy = FlowPolicy(field, LearnedNoise(1, (1, 2), 0.3, 1.0, width=8), num_steps=1, squash=Tanh())
-    sac = SAC(
-        policy,
-        All(),
-        Replay(4096, 1.0),
-        optimizer=AdamW(lr=3e-3, betas=(0.9, 0.999)),
-        twin=TwinSettings(width=32, lr=3e-3),
-        batch_size=64,
-        start=256,
-        updates_per_step=0.25,
-        alpha=0.02,
-        alpha_lr=0.0,
-    )
+    shared = OffPolicySettings(64, start=256, updates_per_step=0.25, twin=TwinSettings(width=32, lr=3e-3))
+    actor = ActorSettings(AdamW(lr=3e-3, betas=(0.9, 0.999)))
+    sac = SAC(policy, All(), Replay(4096, 1.0), shared, actor, alpha=0.02, alpha_lr=0.0)
     collector = Collector(env, policy, None, All(), Groups(64, 1), horizon=1)
     rewards = []
     for iteration in range(24):
