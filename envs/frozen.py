@@ -19,7 +19,8 @@ from rlflow.envs.base import VecEnv
 from rlflow.envs.seeds import GOLDEN, mix, normal
 from rlflow.envs.wrappers import Wrapper
 from rlflow.flow.policy import FlowPolicy
-from rlflow.ranges import Limit, Positive
+from rlflow.ranges import Limit, Positive, Size
+from rlflow.registry import SettingError
 from rlflow.types import Step, Tree, tree_leaves, tree_map
 
 STARTS = 0x1D8E4E27C47D124F
@@ -65,10 +66,12 @@ class BasePolicy:
 
 
 class Steering:
-    """What a learner sees of an environment with a frozen policy inside, and what is carried out when it acts."""
+    """What a learner sees of an environment with a frozen policy inside, and what is carried out when it acts.
+
+    Where it `draws`, `see` and `act` are given the start noises x_0 (N, *D) that the frozen policy would draw.
+    """
 
     draws = False
-    """True where `see` reads start noises."""
 
     def __init__(self, flow: Flow):
         self.flow = flow
@@ -78,10 +81,10 @@ class Steering:
         raise NotImplementedError
 
     def see(self, obs: Tree, x_0: Tensor) -> Tree:
-        """What the learner sees at observations (N, ...), given start noises (N, *D)."""
+        """What the learner sees at observations (N, ...)."""
         return obs
 
-    def act(self, obs: Tree, seen: Tree, u: Tensor) -> Tensor:
+    def act(self, obs: Tree, seen: Tree, u: Tensor, x_0: Tensor) -> Tensor:
         """(N, *A) for the environment, where the learner sees `seen` of obs (N, ...) and does u (N, *U)."""
         raise NotImplementedError
 
@@ -93,23 +96,52 @@ class StartNoise(Steering):
     bound=inf nothing is scaled or clipped: then x_0 ~ N(0, I) is the frozen policy itself. With `features` the learner
     sees what the frozen policy made of the observation, in its place: of pictures and words, numbers that a small
     network can read. They are made once more where the learner acts.
+
+    A vision-language-action model has a noise of 50 actions of 32 numbers, of which ten of seven are carried out. With
+    `chosen` the learner has the first so many of each axis, [10, 7] say, and the frozen policy draws the others; with
+    `repeat` the last action that was chosen is repeated over those that were not, as released for pi0 with [1, 32].
     """
 
-    def __init__(self, flow: Flow, bound: Limit = 1.5, features: bool = False):
+    def __init__(
+        self,
+        flow: Flow,
+        bound: Limit = 1.5,
+        features: bool = False,
+        chosen: tuple[Size, ...] | None = None,
+        repeat: bool = False,
+    ):
         super().__init__(flow)
-        self.bound, self.features = bound, features
+        self.bound, self.features, self.repeat = bound, features, repeat
+        whole = flow.noise_shape
+        self.chosen = whole if chosen is None else tuple(chosen)
+        if len(self.chosen) != len(whole) or any(a > b for a, b in zip(self.chosen, whole, strict=True)):
+            told = f"{list(self.chosen)} is no part of the frozen policy's start noise, {list(whole)}"
+            raise SettingError("chosen", f"{told}: give at most these")
+        self.draws = self.chosen != whole
+        if repeat and self.chosen[0] == whole[0]:
+            raise SettingError("repeat", f"all {whole[0]} actions are chosen: give env.frozen.steering.chosen fewer")
 
     def learner_shape(self, action_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """That of the noise."""
-        return self.flow.noise_shape
+        """That of the chosen noise."""
+        return self.chosen
 
     def see(self, obs: Tree, x_0: Tensor) -> Tree:
         """The observation, or the frozen policy's features (N, F) of it."""
         return self.flow.features(obs).to(tree_leaves(obs)[0].device) if self.features else obs
 
-    def act(self, obs: Tree, seen: Tree, u: Tensor) -> Tensor:
+    def act(self, obs: Tree, seen: Tree, u: Tensor, x_0: Tensor) -> Tensor:
         """What the flow makes of the noise."""
-        return self.flow(obs, u if self.bound == float("inf") else self.bound * u.clamp(-1, 1))
+        u = u if self.bound == float("inf") else self.bound * u.clamp(-1, 1)
+        return self.flow(obs, self._whole(u, x_0.to(u)) if self.draws else u)
+
+    def _whole(self, u: Tensor, x_0: Tensor) -> Tensor:
+        """x_0 (N, *D) with the chosen ones of u (N, *U) in their places."""
+        first, *others = (slice(size) for size in self.chosen)
+        x_0 = x_0.clone()
+        x_0[:, first, *others] = u
+        if self.repeat:
+            x_0[:, self.chosen[0] :, *others] = u[:, -1:]
+        return x_0
 
 
 class Residual(Steering):
@@ -136,7 +168,7 @@ class Residual(Steering):
             raise ValueError(f"the environment shows an entry {BASE!r} of its own: rename it, a residual adds one")
         return {**seen, BASE: self.flow(obs, x_0).to(tree_leaves(obs)[0].device, torch.float32)}
 
-    def act(self, obs: Tree, seen: Tree, u: Tensor) -> Tensor:
+    def act(self, obs: Tree, seen: Tree, u: Tensor, x_0: Tensor) -> Tensor:
         """The sum; the environment clips it to its bounds."""
         base = seen[BASE]
         return base + self.scale * u.to(base).clamp(-1, 1)
@@ -164,8 +196,9 @@ class Frozen(Wrapper):
             return
         obs = tree_map(lambda v: torch.zeros(1, *v.shape, dtype=v.dtype, device=self.device), self.env.obs_spec)
         try:
-            seen = self.steering.see(obs, self._starts()[:1])
-            made = self.steering.act(obs, seen, torch.zeros(1, *self.action_shape, device=self.device))
+            starts = self._starts()[:1]
+            seen = self.steering.see(obs, starts)
+            made = self.steering.act(obs, seen, torch.zeros(1, *self.action_shape, device=self.device), starts)
         except (RuntimeError, LookupError, TypeError) as error:
             shapes = [tuple(v.shape[1:]) for v in tree_leaves(obs)]
             raise ValueError(f"the frozen policy does not read what is observed here, {shapes}: {error}") from error
@@ -177,13 +210,13 @@ class Frozen(Wrapper):
         self.obs_spec = tree_map(lambda v: torch.empty(v.shape[1:], dtype=v.dtype, device="meta"), seen)
 
     def _starts(self) -> Tensor:
-        """(B, *D) standard normal start noises of this decision."""
-        shape = self.steering.flow.noise_shape
+        """(B, *D) standard normal start noises of this decision; (B, 0) where nobody reads them."""
+        shape = self.steering.flow.noise_shape if self.steering.draws else (0,)
         seeds = mix((self.first ^ STARTS) + self.count * GOLDEN)
         return normal(seeds, torch.Size(shape).numel()).float().view(self.num_envs, *shape)
 
     def _see(self, obs: Tree) -> Tree:
-        return self.steering.see(obs, self._starts() if self.steering.draws else torch.empty(0))
+        return self.steering.see(obs, self._starts())
 
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
         """First observations, as the learner sees them, in the rows of `mask`; the other rows keep theirs."""
@@ -197,7 +230,7 @@ class Frozen(Wrapper):
     def send(self, action: Tensor, rows: slice) -> None:
         """Hand over what the frozen policy makes of the learner's actions (rows, *U)."""
         obs, seen = (tree_map(lambda v: v[rows], tree) for tree in (self.obs, self.seen))
-        self.env.send(self.steering.act(obs, seen, action.detach()), rows)
+        self.env.send(self.steering.act(obs, seen, action.detach(), self._starts()[rows]), rows)
 
     def recv(self) -> Step:
         """The step with both its observations as the learner sees them."""

@@ -32,10 +32,12 @@ def check_units(policy: FlowPolicy) -> None:
         raise ValueError(
             "a LeRobot policy acts by LeRobot: rlflow export RUN --format lerobot --out DIR, then its select_action"
         )
+    if isinstance(policy.select, Steered) and policy.select.frozen.field.unguided.decodes_actions:
+        raise ValueError("what acts on a LeRobot policy is played by rlflow eval: its actions have LeRobot's units")
 
 
 class Predictor:
-    """`predict(obs, state, episode_start)` -> one primitive action per row, made in chunks of H = event_shape[0].
+    """`predict(obs, state, episode_start)` -> one primitive action per row, made in chunks of H.
 
     `obs_spec`: one row's observation as (meta) tensors. Actions are clipped to [-1, 1] and stretched to `low`,
     `high` as in training (`Bounds`). `weights` names the set that acts.
@@ -52,10 +54,11 @@ class Predictor:
         weights: str = "live",
     ):
         check_units(policy)
-        if len(policy.event_shape) < 2:
-            raise ValueError(f"a chunk of actions is (H, *A), the policy makes {policy.event_shape}: set a chunk of 1")
         self.policy, self.obs_spec, self.seed, self.weights = policy, obs_spec, seed, weights
-        shape = policy.event_shape[1:]
+        self.chunk_shape = policy.select.act_shape(policy)
+        if len(self.chunk_shape) < 2:
+            raise ValueError(f"a chunk of actions is (H, *A), the policy makes {self.chunk_shape}: set a chunk of 1")
+        shape = torch.Size(self.chunk_shape[1:])
         low = torch.full(shape, -1.0) if low is None else low
         high = torch.full(shape, 1.0) if high is None else high
         if low.shape != shape or high.shape != shape:
@@ -96,14 +99,14 @@ class Predictor:
         if len(rows):
             state["queue"] = state["queue"].copy()
             state["queue"][rows.numpy()] = self._chunks(tensors, rows, state["calls"], deterministic)
-            left[rows.numpy()] = self.policy.event_shape[0]
+            left[rows.numpy()] = self.chunk_shape[0]
             state["calls"] += 1
-        action = state["queue"][np.arange(len(left)), self.policy.event_shape[0] - left]
+        action = state["queue"][np.arange(len(left)), self.chunk_shape[0] - left]
         state["left"] = left - 1
         return action[0] if single else action, state
 
     def _start(self, num: int) -> State:
-        queue = np.zeros((num, *self.policy.event_shape), np.float32)
+        queue = np.zeros((num, *self.chunk_shape), np.float32)
         return {"queue": queue, "left": np.zeros(num, np.int64), "calls": 0}
 
     def _chunks(self, obs: Tree, rows: Tensor, calls: int, deterministic: bool) -> np.ndarray:

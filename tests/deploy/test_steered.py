@@ -25,6 +25,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 STEERINGS = {"start_noise": {"name": "start_noise", "bound": 2.0}, "residual": {"name": "residual", "scale": 0.3}}
+STEERINGS["part"] = STEERINGS["start_noise"] | {"chosen": [1, 2]}
 
 
 def config(base: str, steering: str) -> dict[str, Any]:
@@ -52,10 +53,12 @@ def test_what_is_deployed_is_the_frozen_policy_under_the_learners_hand(run: tupl
     flow = policy.select.steering.flow
     with torch.no_grad():
         action = policy.select.act(policy, obs, policy.plan(), key, ids)
-        base = flow(obs, noise(Key(0, "test/frozen"), ids, (2, 2)))
-        seen = obs if kind == "start_noise" else {"obs": obs, "base": base}
+        x_0 = noise(Key(0, "test/frozen"), ids, (2, 2))
+        base = flow(obs, x_0)
+        seen = {"obs": obs, "base": base} if kind == "residual" else obs
         u = policy.squash(policy.sample(policy.encode(seen), key=key, row_ids=ids).final)
-        expected = flow(obs, 2.0 * u) if kind == "start_noise" else base + 0.3 * u
+        started = torch.cat([2.0 * u, x_0[:, 1:]], 1) if kind == "part" else 2.0 * u
+        expected = base + 0.3 * u if kind == "residual" else flow(obs, started)
     assert torch.equal(action, expected)
     assert float(u.abs().max()) > 0
 

@@ -145,6 +145,39 @@ def test_samples_of_a_network_with_units_of_its_own_are_decoded_inside() -> None
     assert torch.equal(step.obs, raw.obs)
 
 
+@pytest.mark.parametrize("chosen", [(1, 2), (2, 1), (1, 1)])
+def test_a_part_of_the_noise_that_is_chosen_as_it_would_be_drawn_is_the_frozen_policy_to_the_bit(chosen) -> None:
+    """Ten decisions, with ends in between: the numbers that are not chosen are the frozen policy's own draws."""
+    flow = BasePolicy(routes_policy())
+    env = Frozen(ToyRoutes(6), StartNoise(flow, bound=math.inf, chosen=chosen))
+    bare = Frozen(ToyRoutes(6), StartNoise(flow, bound=math.inf))
+    assert (env.action_shape, bare.action_shape) == (chosen, (2, 2))
+    env.reset(torch.arange(6)), bare.reset(torch.arange(6))
+    ends = 0
+    for _ in range(10):
+        starts = env._starts()
+        step, raw = env.step(starts[:, : chosen[0], : chosen[1]]), bare.step(starts)
+        for name in ("obs", "reward", "terminated", "truncated"):
+            assert torch.equal(getattr(step, name), getattr(raw, name)), name
+        ends += int(raw.ended.sum())
+    assert ends > 0
+
+
+def test_a_chosen_part_is_bounded_the_rest_is_normal_or_repeats_it() -> None:
+    flow = BasePolicy(FlowPolicy(Still(2, (3, 4)), Ancestral(), num_steps=1))
+    flow.policy.field.scale.data.zero_()  # the action is the noise
+    u, x_0, obs = torch.full((5, 2, 3), 7.0), torch.randn(5, 3, 4), torch.zeros(5, 2)
+    u[:, -1] = -7.0
+    drawn = StartNoise(flow, 1.5, chosen=(2, 3)).act(obs, obs, u, x_0)
+    assert torch.equal(drawn[:, :2, :3], u.sign() * 1.5)
+    assert torch.equal(drawn[:, 2], x_0[:, 2])
+    assert torch.equal(drawn[:, :, 3], x_0[:, :, 3])
+    again = StartNoise(flow, 1.5, chosen=(2, 3), repeat=True).act(obs, obs, u, x_0)
+    assert bool((again[:, 2, :3] == -1.5).all())
+    assert torch.equal(again[:, :2], drawn[:, :2])
+    assert torch.equal(again[:, :, 3], x_0[:, :, 3])
+
+
 def test_start_noises_stay_within_the_bound() -> None:
     seen: list[Tensor] = []
 
@@ -220,3 +253,12 @@ class TestMisfits:
         flow = BasePolicy(routes_policy())
         with pytest.raises(ValueError, match="an entry 'base' of its own"):
             Residual(flow).see({"base": torch.zeros(1, 2)}, torch.zeros(1, 2, 2))
+
+    @pytest.mark.parametrize("chosen", [(3, 2), (2,), (2, 3), (2, 2, 1)])
+    def test_a_part_that_is_none(self, chosen: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError, match=r"no part of the frozen policy's start noise, \[2, 2\]: give at most"):
+            StartNoise(BasePolicy(routes_policy()), chosen=chosen)
+
+    def test_nothing_left_to_repeat_over(self) -> None:
+        with pytest.raises(ValueError, match="repeat: all 2 actions are chosen: give env.frozen.steering.chosen fewer"):
+            StartNoise(BasePolicy(routes_policy()), chosen=(2, 1), repeat=True)
