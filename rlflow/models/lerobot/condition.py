@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.functional import layer_norm
 
 from rlflow.types import Cond
 
@@ -102,12 +103,17 @@ def _cache(like: Any, layers: list[dict[str, Tensor]]) -> Any:
     return made
 
 
-def pooled(parts: Mapping[str, Tensor]) -> Tensor:
-    """(N, F) mean of the last values, (N, L, heads, d) or (N, heads, L, d), over valid tokens, and the state."""
+def pooled(parts: Mapping[str, Tensor], state: Tensor | None = None) -> Tensor:
+    """(N, F) for small networks: the mean of the last values over valid tokens, normalised, and the state.
+
+    Values are (N, L, heads, d) or (N, heads, L, d). Their mean by itself is small, and a state that the prefix has as
+    one token of hundreds is lost in it.
+    """
     last = [v for name, v in parts.items() if "value" in name.rpartition(".")[2]][-1]
     mask = next((parts[name] for name in MASKS if name in parts), None)
     by_heads = last.shape[1] not in (() if mask is None else (mask.shape[1],))
     tokens = (last.transpose(1, 2) if by_heads else last).flatten(2).float()
     weight = tokens.new_ones(tokens.shape[:2]) if mask is None else mask[:, : tokens.shape[1]].to(tokens)
     mean = (tokens * weight.unsqueeze(-1)).sum(1) / weight.sum(1, keepdim=True)
-    return torch.cat([mean, *(parts[n].flatten(1).float() for n in ("state",) if n in parts)], 1)
+    mean = layer_norm(mean, mean.shape[1:])
+    return mean if state is None else torch.cat([mean, state.flatten(1).to(mean)], 1)

@@ -70,5 +70,13 @@ def test_pooled_means_valid_tokens_of_both_layouts():
     by_heads = pooled({"c.0.values": values, "prefix_pad_masks": mask})
     by_tokens = pooled({"c.0.values": values.transpose(1, 2), "prefix_pad_masks": mask})
     torch.testing.assert_close(by_heads, by_tokens)
-    torch.testing.assert_close(by_heads[0], values[0, :, :2].mean(1).flatten())
-    torch.testing.assert_close(pooled({"c.0.values": values, "state": mask})[1, -5:], torch.ones(5))
+    mean = values[0, :, :2].mean(1).flatten()
+    torch.testing.assert_close(by_heads[0], (mean - mean.mean()) / mean.std(correction=0), atol=1e-4, rtol=0)
+
+
+def test_pooled_tells_small_differences_and_the_state():
+    """However small the values are, and though the state is one of many tokens."""
+    values, state = torch.randn(2, 3, 50, 4) * 1e-2, torch.tensor([[0.5, -1.0], [2.0, 0.0]])
+    found = pooled({"c.0.values": values}, state)
+    assert torch.equal(found[:, 12:], state)
+    torch.testing.assert_close(found[:, :12].std(1, correction=0), torch.ones(2), atol=0.05, rtol=0)
