@@ -553,6 +553,7 @@ def test_every_recipe_runs_two_iterations(
         few += [f"env.horizon={3 if isinstance(learner, SACConfig | FlowQConfig) else 6}", "eval.video=0"]
     if recipe.env.name == "lerobot":
         few += on_a_tiny_policy(tmp_path, "env.frozen.policy" if recipe.env.frozen else "policy.field")
+        few += ["env.frozen.steering.chosen=[4, 2]"] if recipe.env.frozen else []
     offline, imitation = getattr(learner, "offline", None) is not None, recipe.imitation
     if offline or imitation is not None:
         demos = some_demos(tmp_path, recipe.env.name)

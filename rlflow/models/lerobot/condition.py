@@ -115,5 +115,5 @@ def pooled(parts: Mapping[str, Tensor], state: Tensor | None = None) -> Tensor:
     tokens = (last.transpose(1, 2) if by_heads else last).flatten(2).float()
     weight = tokens.new_ones(tokens.shape[:2]) if mask is None else mask[:, : tokens.shape[1]].to(tokens)
     mean = (tokens * weight.unsqueeze(-1)).sum(1) / weight.sum(1, keepdim=True)
-    mean = layer_norm(mean, mean.shape[1:])
+    mean = layer_norm(mean, mean.shape[1:], eps=1e-12)
     return mean if state is None else torch.cat([mean, state.flatten(1).to(mean)], 1)

@@ -88,7 +88,8 @@ class LeRobotField(VelocityField):
     `example` is a batch, as a dict of tensors. Parameters that no gradient of the velocity reaches (the vision-language
     model of pi0, pi0.5 and SmolVLA, EO-1's eyes) are frozen: the prefix runs once per decision, without a graph.
     "pooled" is the mean of the last cached values over the prefix, normalised, beside the state as processed. A sample
-    is a whole padded chunk (chunk_size, max_action_dim), for at earlier steps the padding moves the rest. Only what trains is part of `state_dict`.
+    is a whole padded chunk (chunk_size, max_action_dim), for at earlier steps the padding moves the rest. Only what
+    trains is part of `state_dict`.
     """
 
     own_format, builder = True, "rlflow.models.lerobot.opening:lerobot"
