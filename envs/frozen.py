@@ -71,7 +71,7 @@ class Steering:
     Where it `draws`, `see` and `act` are given the start noises x_0 (N, *D) that the frozen policy would draw.
     """
 
-    draws = False
+    draws: bool = False
 
     def __init__(self, flow: Flow):
         self.flow = flow
@@ -80,11 +80,11 @@ class Steering:
         """*U of what the learner does, around an environment that takes actions of `action_shape`."""
         raise NotImplementedError
 
-    def see(self, obs: Tree, x_0: Tensor) -> Tree:
+    def see(self, obs: Tree, x_0: Tensor | None = None) -> Tree:
         """What the learner sees at observations (N, ...)."""
         return obs
 
-    def act(self, obs: Tree, seen: Tree, u: Tensor, x_0: Tensor) -> Tensor:
+    def act(self, obs: Tree, seen: Tree, u: Tensor, x_0: Tensor | None = None) -> Tensor:
         """(N, *A) for the environment, where the learner sees `seen` of obs (N, ...) and does u (N, *U)."""
         raise NotImplementedError
 
@@ -114,25 +114,25 @@ class StartNoise(Steering):
         self.bound, self.features, self.repeat = bound, features, repeat
         whole = flow.noise_shape
         self.chosen = whole if chosen is None else tuple(chosen)
-        if len(self.chosen) != len(whole) or any(a > b for a, b in zip(self.chosen, whole, strict=True)):
+        if len(self.chosen) != len(whole) or not all(1 <= a <= b for a, b in zip(self.chosen, whole, strict=True)):
             told = f"{list(self.chosen)} is no part of the frozen policy's start noise, {list(whole)}"
-            raise SettingError("chosen", f"{told}: give at most these")
+            raise SettingError("chosen", f"{told}: give at most these, at least 1")
         self.draws = self.chosen != whole
         if repeat and self.chosen[0] == whole[0]:
-            raise SettingError("repeat", f"all {whole[0]} actions are chosen: give env.frozen.steering.chosen fewer")
+            raise SettingError("repeat", f"all {whole[0]} actions are chosen: let `chosen` have fewer")
 
     def learner_shape(self, action_shape: tuple[int, ...]) -> tuple[int, ...]:
         """That of the chosen noise."""
         return self.chosen
 
-    def see(self, obs: Tree, x_0: Tensor) -> Tree:
+    def see(self, obs: Tree, x_0: Tensor | None = None) -> Tree:
         """The observation, or the frozen policy's features (N, F) of it."""
         return self.flow.features(obs).to(tree_leaves(obs)[0].device) if self.features else obs
 
-    def act(self, obs: Tree, seen: Tree, u: Tensor, x_0: Tensor) -> Tensor:
+    def act(self, obs: Tree, seen: Tree, u: Tensor, x_0: Tensor | None = None) -> Tensor:
         """What the flow makes of the noise."""
         u = u if self.bound == float("inf") else self.bound * u.clamp(-1, 1)
-        return self.flow(obs, self._whole(u, x_0.to(u)) if self.draws else u)
+        return self.flow(obs, u if x_0 is None else self._whole(u, x_0.to(u)))
 
     def _whole(self, u: Tensor, x_0: Tensor) -> Tensor:
         """x_0 (N, *D) with the chosen ones of u (N, *U) in their places."""
@@ -161,14 +161,15 @@ class Residual(Steering):
         """That of the action."""
         return action_shape
 
-    def see(self, obs: Tree, x_0: Tensor) -> Tree:
+    def see(self, obs: Tree, x_0: Tensor | None = None) -> Tree:
         """The observation (as the entry "obs" if it is one tensor) and, as "base", the frozen policy's action."""
         seen = obs if isinstance(obs, dict) else {"obs": obs}
         if BASE in seen:
             raise ValueError(f"the environment shows an entry {BASE!r} of its own: rename it, a residual adds one")
+        assert x_0 is not None
         return {**seen, BASE: self.flow(obs, x_0).to(tree_leaves(obs)[0].device, torch.float32)}
 
-    def act(self, obs: Tree, seen: Tree, u: Tensor, x_0: Tensor) -> Tensor:
+    def act(self, obs: Tree, seen: Tree, u: Tensor, x_0: Tensor | None = None) -> Tensor:
         """The sum; the environment clips it to its bounds."""
         base = seen[BASE]
         return base + self.scale * u.to(base).clamp(-1, 1)
@@ -188,6 +189,7 @@ class Frozen(Wrapper):
         self.first, self.count = torch.zeros(2, self.num_envs, dtype=torch.long, device=self.device)
         self.obs: Tree = None
         self.seen: Tree = None
+        self.starts = self._starts()  # of the decision to come
         self._check()
 
     def _check(self) -> None:
@@ -196,7 +198,7 @@ class Frozen(Wrapper):
             return
         obs = tree_map(lambda v: torch.zeros(1, *v.shape, dtype=v.dtype, device=self.device), self.env.obs_spec)
         try:
-            starts = self._starts()[:1]
+            starts = self._of(slice(1))
             seen = self.steering.see(obs, starts)
             made = self.steering.act(obs, seen, torch.zeros(1, *self.action_shape, device=self.device), starts)
         except (RuntimeError, LookupError, TypeError) as error:
@@ -209,37 +211,40 @@ class Frozen(Wrapper):
             )
         self.obs_spec = tree_map(lambda v: torch.empty(v.shape[1:], dtype=v.dtype, device="meta"), seen)
 
-    def _starts(self) -> Tensor:
-        """(B, *D) standard normal start noises of this decision; (B, 0) where nobody reads them."""
-        shape = self.steering.flow.noise_shape if self.steering.draws else (0,)
+    def _starts(self) -> Tensor | None:
+        """(B, *D) standard normal start noises of this decision, where anybody reads them."""
+        if not self.steering.draws:
+            return None
+        shape = self.steering.flow.noise_shape
         seeds = mix((self.first ^ STARTS) + self.count * GOLDEN)
         return normal(seeds, torch.Size(shape).numel()).float().view(self.num_envs, *shape)
 
-    def _see(self, obs: Tree) -> Tree:
-        return self.steering.see(obs, self._starts())
+    def _of(self, rows: slice) -> Tensor | None:
+        return None if self.starts is None else self.starts[rows]
 
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tree:
         """First observations, as the learner sees them, in the rows of `mask`; the other rows keep theirs."""
         seeds = seeds.to(self.device)
         every = torch.ones_like(seeds, dtype=torch.bool) if mask is None else mask.to(self.device)
         self.first, self.count = torch.where(every, seeds, self.first), torch.where(every, 0, self.count)
-        self.obs = self.env.reset(seeds, mask)
-        self.seen = self._see(self.obs)
+        self.obs, self.starts = self.env.reset(seeds, mask), self._starts()
+        self.seen = self.steering.see(self.obs, self.starts)
         return self.seen
 
     def send(self, action: Tensor, rows: slice) -> None:
         """Hand over what the frozen policy makes of the learner's actions (rows, *U)."""
         obs, seen = (tree_map(lambda v: v[rows], tree) for tree in (self.obs, self.seen))
-        self.env.send(self.steering.act(obs, seen, action.detach(), self._starts()[rows]), rows)
+        self.env.send(self.steering.act(obs, seen, action.detach(), self._of(rows)), rows)
 
     def recv(self) -> Step:
         """The step with both its observations as the learner sees them."""
         step = self.env.recv()
         self.count = self.count + 1
-        self.obs, self.seen = step.obs, self._see(step.obs)
+        self.obs, self.starts = step.obs, self._starts()
+        self.seen = self.steering.see(step.obs, self.starts)
         final = step.final_obs
         if final is not None:
-            final = self.seen if final is step.obs else self._see(final)
+            final = self.seen if final is step.obs else self.steering.see(final, self.starts)
         return replace(step, obs=self.seen, final_obs=final)
 
     def own_state(self) -> dict[str, Any]:
@@ -248,4 +253,4 @@ class Frozen(Wrapper):
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         self.first, self.count, self.seen = state["first"], state["count"], state.get("seen")
-        self.obs = state.get("obs")
+        self.obs, self.starts = state.get("obs"), self._starts()

@@ -56,7 +56,7 @@ def by_step(learner: Algorithm) -> list[float]:
 
     policy.squash.forward = end  # type: ignore[method-assign]
     try:
-        learner.actor_loss(cond, batch)[0].backward()
+        learner.actor_loss(cond, batch, learner.noise(len(batch))[1])[0].backward()
         learner.twin.optimizer.zero_grad()
     finally:
         policy.transition = real  # type: ignore[method-assign]

@@ -38,7 +38,9 @@ algorithm: {{{{capacity: 8000, lr: 1.0e-4, start: 1024}}}}
 env: {{{{name: gym_vector, num_groups: 16, rows_per_call: 16, horizon: 16}}}}
 """,
     "vla_dsrl": f"""\
-env: {{{{name: gym_vector, num_groups: 16, rows_per_call: 16, horizon: 16, frozen: {{{{policy: {FIELD}, steering: {{{{chosen: [4, 2]}}}}}}}}}}}}
+env:
+  {{{{name: gym_vector, num_groups: 16, rows_per_call: 16, horizon: 16,
+  frozen: {{{{policy: {FIELD}, steering: {{{{chosen: [4, 2]}}}}}}}}}}}}
 """,
 }
 """Settings beside those of a recipe: all play 20 iterations of 256 decisions."""

@@ -144,7 +144,7 @@ def _off_policy(parts: Parts, rows: int, plan: Plan) -> tuple[int, int]:
     assert isinstance(algorithm, SAC)
     steps = range(algorithm.updates, algorithm.updates + algorithm.due(rows))
     actor = sum(step % algorithm.actor.every == 0 for step in steps)
-    passes = algorithm.micro_batch * plan.num_steps * parts.policy.field.calls
+    passes = algorithm.settings.batch_size * plan.num_steps * parts.policy.field.calls
     return 0, passes * (len(steps) + 3 * actor)
 
 

@@ -1,6 +1,8 @@
 """Demonstrations as a LeRobot v3 dataset: steps, episodes and tasks in parquet; pictures as PNG in the table, lossless.
 
-A plain observation is `observation.state`, entries of a dict `observation.NAME`, pictures `observation.images.NAME`.
+A plain observation is `observation.state`, as is `agent_pos`; other entries of a dict are `observation.NAME`, pictures
+`observation.images.NAME`; a name that begins so already is kept. What `task`, a sentence as bytes, asks at the start of
+an episode is the episode's task.
 """
 
 from __future__ import annotations
@@ -11,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from rlflow.datasets.out import Leaving, Played, Writer, by_name, colours_last, is_picture
 from rlflow.datasets.source import EXTRA, Array
+from rlflow.types import sentences
 
 FILE_BYTES = 100 * 2**20
 """At which a file of steps is closed."""
 FILES = 1000
 """In a folder (chunk)."""
 PATH = "chunk-{chunk_index:03d}/file-{file_index:03d}"
+TASK = "task"
 WHOLE = ("frame_index", "episode_index", "index", "task_index")
 
 
@@ -31,32 +36,46 @@ class ToLeRobot(Writer):
     def write(self, leaving: Leaving, folder: Path) -> None:
         """One episode after the other."""
         steps = _Steps(folder)
+        tasks: dict[str, int] = {}  # their numbers
+        asked = []
         for played in leaving.episodes():
-            steps.add(_columns(played, steps.rows, leaving.fps))
+            asked.append(_task(played) or leaving.task)
+            steps.add(_columns(played, steps.rows, leaving.fps, tasks.setdefault(asked[-1], len(tasks))))
         steps.close()
         meta = folder / "meta"
         (meta / "episodes" / "chunk-000").mkdir(parents=True)
-        rows = [row | {"tasks": [leaving.task]} for row in steps.episodes]
+        rows = [row | {"tasks": [task]} for row, task in zip(steps.episodes, asked, strict=True)]
         _save(steps.arrow.Table.from_pylist(rows), meta / "episodes" / "chunk-000" / "file-000.parquet")
-        _save(_tasks(steps.arrow, leaving.task), meta / "tasks.parquet")
-        for name, value in (("stats", steps.stats()), ("info", _info(leaving, steps))):
+        _save(_tasks(steps.arrow, list(tasks)), meta / "tasks.parquet")
+        for name, value in (("stats", steps.stats()), ("info", _info(leaving, steps, len(tasks)))):
             (meta / f"{name}.json").write_text(json.dumps(value, indent=4), encoding="utf-8")
 
 
-def _columns(played: Played, start: int, fps: float) -> dict[str, Array]:
+def _task(played: Played) -> str:
+    """What an episode was asked at its start; nothing where nothing was said."""
+    told = by_name(played.obs).get(TASK)
+    return "" if told is None or told.dtype != torch.uint8 else sentences(told[:1])[0]
+
+
+def _columns(played: Played, start: int, fps: float, task: int) -> dict[str, Array]:
     """The steps of an episode (L, ...) under LeRobot's names."""
     length = len(played.reward)
     frames, last = np.arange(length), np.arange(length) == length - 1
-    found = {_name(name, value): _array(value) for name, value in by_name(played.obs).items()}
+    seen = {name: value for name, value in by_name(played.obs).items() if name != TASK or value.dtype != torch.uint8}
+    found = {_name(name, value): _array(value) for name, value in seen.items()}
     found |= {"action": _array(played.action), "next.reward": played.reward.numpy(), "next.done": last}
     if played.told["success"] is not None:
         found["next.success"] = last & played.told["success"]
-    counters = (frames, np.full(length, played.number), start + frames, np.zeros(length, np.int64))
+    counters = (frames, np.full(length, played.number), start + frames, np.full(length, task))
     return found | {"timestamp": (frames / fps).astype(np.float32)} | dict(zip(WHOLE, counters, strict=True))
 
 
 def _name(name: str, value: Tensor) -> str:
-    return f"observation.images.{name}" if is_picture(value) else f"observation.{name}"
+    if name.startswith("observation."):
+        return name
+    if is_picture(value):
+        return f"observation.images.{name}"
+    return "observation.state" if name == "agent_pos" else f"observation.{name}"
 
 
 def _array(value: Tensor) -> Array:
@@ -159,14 +178,15 @@ def _png(picture: Array) -> bytes:
     return file.getvalue()
 
 
-def _tasks(arrow: Any, task: str) -> Any:
-    """The text is the index of a pandas table, which its metadata say."""
+def _tasks(arrow: Any, tasks: list[str]) -> Any:
+    """The texts are the index of a pandas table, which its metadata say."""
     place = "__index_level_0__"
     kinds = (("task_index", "task_index", "int64", "int64"), (None, place, "unicode", "object"))
     names = ("name", "field_name", "pandas_type", "numpy_type")
     columns = [dict(zip(names, kind, strict=True)) | {"metadata": None} for kind in kinds]
     about = {"index_columns": [place], "column_indexes": [], "columns": columns, "pandas_version": "2.0.0"}
-    return arrow.table({"task_index": [0], place: [task]}).replace_schema_metadata({"pandas": json.dumps(about)})
+    made = arrow.table({"task_index": list(range(len(tasks))), place: tasks})
+    return made.replace_schema_metadata({"pandas": json.dumps(about)})
 
 
 def _save(table: Any, path: Path) -> None:
@@ -175,14 +195,14 @@ def _save(table: Any, path: Path) -> None:
     pyarrow.parquet.write_table(table, path)
 
 
-def _info(leaving: Leaving, steps: _Steps) -> dict[str, Any]:
+def _info(leaving: Leaving, steps: _Steps, num_tasks: int) -> dict[str, Any]:
     num = len(steps.episodes)
     return {
         "codebase_version": "v3.0",
         "robot_type": leaving.title,
         "total_episodes": num,
         "total_frames": steps.rows,
-        "total_tasks": 1,
+        "total_tasks": num_tasks,
         "chunks_size": FILES,
         "data_files_size_in_mb": FILE_BYTES // 2**20,
         "video_files_size_in_mb": 200,

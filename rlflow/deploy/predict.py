@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlflow.deploy.steered import Steered
 from rlflow.envs.bounds import Bounds
+from rlflow.envs.frozen import BasePolicy
 from rlflow.envs.simulators.gym import bounds_of, convert, spec_of
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
@@ -32,12 +33,24 @@ def check_units(policy: FlowPolicy) -> None:
         raise ValueError(
             "a LeRobot policy acts by LeRobot: rlflow export RUN --format lerobot --out DIR, then its select_action"
         )
-    if isinstance(policy.select, Steered) and policy.select.frozen.field.unguided.decodes_actions:
+    flow = policy.select.steering.flow if isinstance(policy.select, Steered) else None
+    if isinstance(flow, BasePolicy) and flow.policy.field.unguided.decodes_actions:
         raise ValueError("what acts on a LeRobot policy is played by rlflow eval: its actions have LeRobot's units")
 
 
+def chunk_shape(policy: FlowPolicy, obs_spec: Tree) -> tuple[int, ...]:
+    """(H, *A) of what a policy's deployment hands over; around a frozen one it is asked, with a row of zeros."""
+    if not isinstance(policy.select, Steered):
+        return tuple(policy.event_shape)
+    row = tree_map(lambda v: torch.zeros(1, *v.shape, dtype=v.dtype, device=policy.device), obs_spec)
+    with torch.no_grad():
+        return tuple(policy.select.act(policy, row, policy.plan(), Key(0, "shape"), torch.arange(1)).shape[1:])
+
+
 class Predictor:
-    """`predict(obs, state, episode_start)` -> one primitive action per row, made in chunks of H.
+    """`predict(obs, state, episode_start)` -> one primitive action per row, made in chunks of H = event_shape[0].
+
+    Of a policy that acts on a frozen one H is the frozen one's.
 
     `obs_spec`: one row's observation as (meta) tensors. Actions are clipped to [-1, 1] and stretched to `low`,
     `high` as in training (`Bounds`). `weights` names the set that acts.
@@ -55,7 +68,7 @@ class Predictor:
     ):
         check_units(policy)
         self.policy, self.obs_spec, self.seed, self.weights = policy, obs_spec, seed, weights
-        self.chunk_shape = policy.select.act_shape(policy)
+        self.chunk_shape = chunk_shape(policy, obs_spec)
         if len(self.chunk_shape) < 2:
             raise ValueError(f"a chunk of actions is (H, *A), the policy makes {self.chunk_shape}: set a chunk of 1")
         shape = torch.Size(self.chunk_shape[1:])

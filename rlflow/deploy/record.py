@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from rlflow.datasets.actions import bounds_of, step_env
-from rlflow.deploy.predict import check_units
 from rlflow.deploy.runs import Asked, judging_config, load
+from rlflow.deploy.steered import Steered
 from rlflow.envs.bounds import Bounds
 from rlflow.envs.demos.dataset import Demos, Episode, write_demos
 from rlflow.envs.demos.experts import play
+from rlflow.envs.frozen import BasePolicy
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.types import Tree, tree_leaves, tree_map
@@ -24,10 +25,15 @@ ROWS = 32
 
 
 class InTurn:
-    """A policy's actions one at a time: a chunk is made when the last one is used up, by the deployment sampler."""
+    """A policy's actions one at a time: a chunk is made when the last one is used up, by the deployment sampler.
 
-    def __init__(self, policy: FlowPolicy, bounds: Bounds | None, seed: int):
-        self.policy, self.bounds, self.seed, self.made = policy, bounds, seed, 0
+    The first `length` of a chunk are carried out.
+    """
+
+    def __init__(self, policy: FlowPolicy, bounds: Bounds | None, seed: int, length: int):
+        self.policy, self.bounds, self.seed, self.length, self.made = policy, bounds, seed, length, 0
+        flow = policy.select.steering.flow if isinstance(policy.select, Steered) else None
+        self.field = (flow.policy if isinstance(flow, BasePolicy) else policy).field.unguided
         self.waiting: list[Tensor] = []
 
     @torch.no_grad()
@@ -36,10 +42,18 @@ class InTurn:
         if not self.waiting:
             policy, key = self.policy, Key(self.seed, "record", self.made)
             seen = tree_map(lambda v: v.to(policy.device), obs)
-            chunk = policy.select.act(policy, seen, policy.plan(), key, torch.arange(ROWS))
-            self.waiting, self.made = list(chunk.float().to(tree_leaves(obs)[0].device).split(1, 1)), self.made + 1
+            chunk = self._stretched(policy.select.act(policy, seen, policy.plan(), key, torch.arange(ROWS)).float())
+            chunk = chunk[:, : self.length].to(tree_leaves(obs)[0].device)
+            self.waiting, self.made = list(chunk.split(1, 1)), self.made + 1
         action = self.waiting.pop(0)
         return action if self.bounds is None else self.bounds.inverse(self.bounds(action))
+
+    def _stretched(self, chunk: Tensor) -> Tensor:
+        """(B, H, *A) as a simulator takes them: in [-1, 1], or in its units where it has no bounds."""
+        if not self.field.decodes_actions:
+            return chunk
+        made = self.field.decode(chunk)
+        return made if self.bounds is None else self.bounds.inverse(made)
 
 
 def record(name: str | Path, out: Path, asked: Asked, command: str = "") -> Demos:
@@ -59,12 +73,11 @@ def record(name: str | Path, out: Path, asked: Asked, command: str = "") -> Demo
             f"{name}: {config.env.name} takes chunks of {env.action_shape[0]} actions only, not one by one"
         )
     policy = load(name, checkpoint=asked.checkpoint, weights=asked.weights, trust_code=trust_code)
-    check_units(policy)
-    bounds = bounds_of(env)
+    bounds, length = bounds_of(env), int(config.env.settings.get("chunk", 1))
 
     def episodes() -> Iterator[Episode]:
         for first in range(seed, seed + num, ROWS):
-            yield from play(env, InTurn(policy, bounds, first), first)
+            yield from play(env, InTurn(policy, bounds, first, length), first)
 
     limit = 1.0 if bounds is None or bool((bounds.low.isfinite() & bounds.high.isfinite()).all()) else None
     made_by = {"command": command, "policy": str(name), "seed": seed, "fps": round(1 / env.step_seconds, 3)}

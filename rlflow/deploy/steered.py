@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlflow.envs.frozen import BasePolicy, Steering
+from rlflow.envs.frozen import Steering
 from rlflow.flow.noise import Key, noise
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.select import Select
@@ -20,12 +20,6 @@ class Steered(Select):
         self.select, self.steering, self.num = select, steering, select.num
 
     @property
-    def frozen(self) -> FlowPolicy:
-        """The other one."""
-        assert isinstance(self.steering.flow, BasePolicy)
-        return self.steering.flow.policy
-
-    @property
     def about(self) -> str:
         """That there are two."""
         return "acts on a frozen policy"
@@ -37,9 +31,6 @@ class Steered(Select):
     def act(self, policy: FlowPolicy, obs: Any, plan: Plan, key: Key, row_ids: Tensor) -> Tensor:
         """Start noises that the frozen policy draws by itself follow from (key, row_ids), too."""
         start = key._replace(purpose=f"{key.purpose}/frozen")
-        x_0 = noise(start, row_ids, self.steering.flow.noise_shape)
+        x_0 = noise(start, row_ids, self.steering.flow.noise_shape) if self.steering.draws else None
         seen = self.steering.see(obs, x_0)
         return self.steering.act(obs, seen, self.select.act(policy, seen, plan, key, row_ids), x_0)
-
-    def act_shape(self, policy: FlowPolicy) -> tuple[int, ...]:
-        return self.steering.flow.noise_shape

@@ -66,10 +66,6 @@ class Select:
         """(N, *D) as an environment receives it, at raw observations (N, ...) on the policy's device."""
         return self(policy, policy.encode(obs), obs, plan, key, row_ids)
 
-    def act_shape(self, policy: FlowPolicy) -> tuple[int, ...]:
-        """*D of what `act` gives."""
-        return tuple(policy.event_shape)
-
 
 class BestOf(Select):
     """Of `num` samples of each row the one that `scorer` likes best, the first of equals; `num` times the network rows.

@@ -11,7 +11,9 @@ from torch import Tensor
 from rlflow.assembly.parts import make_parts
 from rlflow.config import recipes
 from rlflow.envs.prompts import Prompts, load_prompts
+from rlflow.rl.off_policy.actor import ActorCritic, ActorSettings
 from rlflow.rl.off_policy.sac import SAC
+from rlflow.rl.optim import AdamW
 from rlflow.train.trainer import Trainer
 
 
@@ -55,7 +57,25 @@ def test_a_toy_field_takes_no_prompts(tmp_path: Path, trainer: Callable[..., Tra
 def test_a_control_of_sac_is_told_to_be_one(control: bool) -> None:
     algorithm = make_parts(recipes.load("robot_reach_sac", [f"train.permute_rewards={control}"])).algorithm
     assert isinstance(algorithm, SAC)
-    assert algorithm.permute is control
+    assert algorithm.settings.permute is control
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [("robot_reach_sac", []), ("robot_fql", ["env.name=toy_reach", "env.settings={}", "algorithm.offline="])],
+)
+def test_every_setting_of_an_off_policy_learner_arrives(recipe: str, more: list[str]) -> None:
+    """Each at a value that nothing else has."""
+    own = ["lr=7e-4", "max_grad_norm=3", "actor_every=4", "ema_decay=0.7"]
+    shared = ["batch_size=24", "start=11", "updates_per_step=0.3", "num_critics=3", "tau=0.02", "critic_lr=5e-4"]
+    overrides = [f"algorithm.{setting}" for setting in (*own, *shared)] + ["train.seed=9", *more]
+    algorithm = make_parts(recipes.load(recipe, overrides)).algorithm
+    assert isinstance(algorithm, ActorCritic)
+    actor = ActorSettings(AdamW(lr=7e-4, betas=(0.9, 0.999), max_grad_norm=3.0), every=4, ema_decay=0.7)
+    assert algorithm.actor == actor
+    found = algorithm.settings
+    assert (found.batch_size, found.start, found.updates_per_step, found.seed) == (24, 11, 0.3, 9)
+    assert (found.twin.num, found.twin.tau, found.twin.lr) == (3, 0.02, 5e-4)
 
 
 class Starts:

@@ -19,6 +19,7 @@ from rlflow.datasets.to_lerobot import ToLeRobot
 from rlflow.datasets.to_minari import ToMinari
 from rlflow.envs.demos.dataset import Demos, Episode, write_demos
 from rlflow.report.video import gif
+from rlflow.types import as_bytes
 
 LENGTHS = [4, 9, 2]
 TABLETOP = {"name": "tabletop"}
@@ -94,6 +95,24 @@ def test_minari_reads_it(tmp_path):
         assert all(found.action_space.contains(action) for action in episode.actions)
         assert float(episode.rewards.sum(dtype=np.float64)) == pytest.approx(row["return"])
         assert (episode.terminations[-1], episode.truncations[-1]) == (row["terminated"], row["truncated"])
+
+
+def test_what_an_episode_was_asked_is_its_task(tmp_path):
+    """A sentence is no number that is observed, and the state has LeRobot's name for it."""
+    parquet, words = pytest.importorskip("pyarrow.parquet"), ["go left", "go right", "go left"]
+    seen = [{"agent_pos": torch.randn(4, 3), "task": as_bytes([sentence] * 4, 16)} for sentence in words]
+    made = [Episode(obs, torch.rand(4, 1), torch.zeros(4), False, True) for obs in seen]
+    write_demos(tmp_path / "d", made, PENDULUM, {"tasks": ["another"], "fps": 20.0})
+    export_demos(tmp_path / "d", tmp_path / "out", ToLeRobot())
+    steps, episodes, tasks = (
+        parquet.read_table(tmp_path / "out" / part).to_pydict()
+        for part in ("data", "meta/episodes", "meta/tasks.parquet")
+    )
+    assert tasks == {"task_index": [0, 1], "__index_level_0__": ["go left", "go right"]}
+    assert episodes["tasks"] == [[sentence] for sentence in words]
+    assert steps["task_index"] == [0] * 4 + [1] * 4 + [0] * 4
+    assert [name for name in steps if name.startswith("observation")] == ["observation.state"]
+    assert json.loads((tmp_path / "out" / "meta" / "info.json").read_text())["total_tasks"] == 2
 
 
 def test_lerobot_reads_it(tmp_path):

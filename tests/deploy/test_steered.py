@@ -5,12 +5,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import rlflow as rf
 from rlflow.assembly.environment import make_steering
 from rlflow.config import recipes
 from rlflow.deploy.predict import export
+from rlflow.deploy.record import ROWS, InTurn
+from rlflow.deploy.steered import Steered
+from rlflow.envs.bounds import Bounds
+from rlflow.envs.frozen import BasePolicy, Flow, StartNoise
+from rlflow.flow.kernels import Ancestral
 from rlflow.flow.noise import Key, noise
+from rlflow.flow.policy import FlowPolicy
+from rlflow.flow.select import Select
 from rlflow.models.io import save_field
 from rlflow.models.mlp import MLPField
 from rlflow.train.trainer import Trainer
@@ -75,6 +83,61 @@ def test_a_predictor_gives_actions_of_the_robot(run: tuple[Path, str]) -> None:
     action, state = predictor.predict(torch.zeros(3, 2).numpy())
     assert action.shape == (3, 2)
     assert state["queue"].shape == (3, 2, 2)
+
+
+class Server:
+    """A black box: six numbers of noise, chunks of one action of two."""
+
+    noise_shape = (6,)
+
+    def __call__(self, obs: Tensor, x_0: Tensor) -> Tensor:
+        return x_0[:, None, :2] - x_0[:, None, 4:]
+
+    def features(self, obs: Tensor) -> Tensor:
+        return obs
+
+
+def around(flow: Flow, shape: tuple[int, ...]) -> FlowPolicy:
+    policy = FlowPolicy(MLPField(2, shape, 16), Ancestral(), num_steps=2)
+    policy.select = Steered(Select(), StartNoise(flow))
+    return policy
+
+
+def test_a_predictor_around_a_black_box_plans_what_the_box_makes() -> None:
+    predictor = rf.Predictor(around(Server(), (6,)), torch.empty(2, device="meta"))
+    assert predictor.chunk_shape == (1, 2)
+    action, state = predictor.predict(torch.zeros(3, 2).numpy())
+    assert action.shape == (3, 2)
+    assert state["left"].tolist() == [0, 0, 0], "one action, then it plans anew"
+
+
+class OwnUnits(MLPField):
+    decodes_actions = True
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x[..., :2] / 10
+
+
+def test_a_predictor_around_a_policy_with_units_of_its_own_is_refused() -> None:
+    frozen = FlowPolicy(OwnUnits(2, (3, 4), 16), Ancestral(), num_steps=2)
+    with pytest.raises(ValueError, match="what acts on a LeRobot policy is played by rlflow eval"):
+        rf.Predictor(around(BasePolicy(frozen), (3, 4)), torch.empty(2, device="meta"))
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["plain", "frozen"])
+def test_what_is_recorded_of_a_policy_with_units_of_its_own_is_in_the_environments(inside: bool) -> None:
+    """The first two of the three actions that it plans, stretched, in turn."""
+    policy = FlowPolicy(OwnUnits(2, (3, 4), 16), Ancestral(), num_steps=2)
+    policy = around(BasePolicy(policy), (3, 4)) if inside else policy
+    bounds, obs = Bounds(torch.full((2,), -0.5), torch.full((2,), 0.5)), torch.randn(ROWS, 2)
+    turn = InTurn(policy, bounds, seed=7, length=2)
+    with torch.no_grad():
+        made = policy.select.act(policy, obs, policy.plan(), Key(7, "record", 0), torch.arange(ROWS))[..., :2] / 10
+    for step in range(2):
+        torch.testing.assert_close(bounds(turn(obs))[:, 0], made[:, step].clamp(-0.5, 0.5), atol=1e-6, rtol=0)
+    assert turn.made == 1
+    turn(obs)
+    assert turn.made == 2
 
 
 def test_an_export_would_leave_the_frozen_policy_behind(run: tuple[Path, str], tmp_path: Path) -> None:

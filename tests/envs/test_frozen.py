@@ -88,7 +88,7 @@ def test_a_correction_of_nothing_is_the_frozen_policy_to_the_bit(world) -> None:
     ends = 0
     for _ in range(12):
         assert torch.equal(seen["obs"], obs)
-        assert torch.equal(seen["base"], flow(obs, env._starts()))
+        assert torch.equal(seen["base"], flow(obs, env.starts))
         step, raw = env.step(torch.zeros(6, *env.action_shape)), bare.step(seen["base"])
         for name in ("reward", "terminated", "truncated", "num_steps"):
             assert torch.equal(getattr(step, name), getattr(raw, name)), name
@@ -155,12 +155,23 @@ def test_a_part_of_the_noise_that_is_chosen_as_it_would_be_drawn_is_the_frozen_p
     env.reset(torch.arange(6)), bare.reset(torch.arange(6))
     ends = 0
     for _ in range(10):
-        starts = env._starts()
+        starts = env.starts
         step, raw = env.step(starts[:, : chosen[0], : chosen[1]]), bare.step(starts)
         for name in ("obs", "reward", "terminated", "truncated"):
             assert torch.equal(getattr(step, name), getattr(raw, name)), name
         ends += int(raw.ended.sum())
     assert ends > 0
+
+
+def test_rows_that_are_sent_in_pieces_keep_their_own_draws() -> None:
+    one, two = (Frozen(ToyRoutes(6), StartNoise(BasePolicy(routes_policy()), chosen=(1, 2))) for _ in range(2))
+    one.reset(torch.arange(6)), two.reset(torch.arange(6))
+    for _ in range(3):
+        u = torch.rand(6, 1, 2)
+        whole = one.step(u)
+        for first in (0, 2, 4):
+            two.send(u[first : first + 2], slice(first, first + 2))
+        assert torch.equal(whole.obs, two.recv().obs)
 
 
 def test_a_chosen_part_is_bounded_the_rest_is_normal_or_repeats_it() -> None:
@@ -203,8 +214,8 @@ def test_the_frozen_policys_own_noise_is_normal_fresh_at_each_decision_and_the_r
     env.reset(torch.arange(400)), alone.reset(torch.tensor([7]))
     draws = []
     for _ in range(10):
-        draws.append(env._starts())
-        assert torch.equal(draws[-1][7:8], alone._starts())
+        draws.append(env.starts)
+        assert torch.equal(draws[-1][7:8], alone.starts)
         env.step(torch.zeros(400, 2, 2)), alone.step(torch.zeros(1, 2, 2))
     z = torch.stack(draws)
     assert abs(float(z.mean())) < 0.03  # of 16,000 numbers: nearly four standard errors
@@ -254,11 +265,11 @@ class TestMisfits:
         with pytest.raises(ValueError, match="an entry 'base' of its own"):
             Residual(flow).see({"base": torch.zeros(1, 2)}, torch.zeros(1, 2, 2))
 
-    @pytest.mark.parametrize("chosen", [(3, 2), (2,), (2, 3), (2, 2, 1)])
+    @pytest.mark.parametrize("chosen", [(3, 2), (2,), (2, 3), (2, 2, 1), (0, 2), (-1, 2)])
     def test_a_part_that_is_none(self, chosen: tuple[int, ...]) -> None:
         with pytest.raises(ValueError, match=r"no part of the frozen policy's start noise, \[2, 2\]: give at most"):
             StartNoise(BasePolicy(routes_policy()), chosen=chosen)
 
     def test_nothing_left_to_repeat_over(self) -> None:
-        with pytest.raises(ValueError, match="repeat: all 2 actions are chosen: give env.frozen.steering.chosen fewer"):
+        with pytest.raises(ValueError, match="repeat: all 2 actions are chosen: let `chosen` have fewer"):
             StartNoise(BasePolicy(routes_policy()), chosen=(2, 1), repeat=True)

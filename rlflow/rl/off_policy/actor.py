@@ -35,6 +35,8 @@ class ActorSettings:
 class ActorCritic(OffPolicy):
     """`step` moves critics and actor; what the actor climbs is a subclass's."""
 
+    stream = "sac"
+
     def __init__(
         self,
         policy: FlowPolicy,

@@ -45,7 +45,8 @@ class OffPolicy(ABC):
 
     sample_with = "live"
     keep_path = 0
-    stream = "sac"  # names its random draws
+    stream: str
+    """Names its random draws."""
 
     def __init__(
         self,

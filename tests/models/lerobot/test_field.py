@@ -182,6 +182,13 @@ def test_rows_of_a_condition_are_those_rows(field):
     assert not torch.allclose(cond["pooled"][4], cond["pooled"][1])
 
 
+def test_critics_read_the_state_itself(field):
+    """In the prefix it is one token of many, or none: pi0's stands among the actions."""
+    batch = observed()
+    state = batch["observation.state"]
+    assert torch.equal(field.encode(batch)["pooled"][:, -state.shape[1] :], state)
+
+
 def test_padding_is_no_part_of_what_the_critic_reads(field):
     assert bool((observed()["observation.language.tokens"] == 0).any())
     pooled = field.encode(observed())["pooled"]

@@ -58,6 +58,8 @@ def test_recipes_can_be_read_without_lerobot():
         config = recipes.load(name)
         assert config.policy.field["name"] == config.env.name == "lerobot"
         assert config.policy.squash == "identity", f"{name}: LeRobot's normalised actions go beyond 1"
+    config = recipes.load("vla_dsrl")
+    assert config.env.frozen.policy["name"] == config.env.name == "lerobot"
 
 
 def test_entries_get_lerobots_names():

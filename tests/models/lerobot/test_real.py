@@ -11,13 +11,26 @@ import torch
 pytest.importorskip("lerobot")
 
 import numpy as np
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.envs.utils import preprocess_observation
 from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
+import rlflow as rf
 from rlflow import registry
+from rlflow.config import recipes
+from rlflow.cost.estimate import Planner
+from rlflow.cost.gpus import find_gpu
+from rlflow.cost.plan import plan_as_json
+from rlflow.datasets.actions import bounds_of
+from rlflow.datasets.out import export_demos
+from rlflow.datasets.to_lerobot import ToLeRobot
+from rlflow.deploy.for_lerobot import export_policy
+from rlflow.deploy.record import record
+from rlflow.deploy.runs import Asked
+from rlflow.envs.conformance import CHECKS, Subject
 from rlflow.envs.wrappers import Decoded
 from rlflow.flow.kernels import FlowSDE
 from rlflow.flow.policy import FlowPolicy
@@ -27,6 +40,7 @@ from rlflow.models.lerobot.export import save_policy
 from rlflow.models.lerobot.field import LeRobotField
 from rlflow.models.lerobot.opening import lerobot
 from rlflow.models.lerobot.processors import PolicyProcessors
+from rlflow.train.trainer import Trainer
 from rlflow.types import as_bytes
 
 MEAN, STD = torch.tensor([256.0, 200.0]), torch.tensor([80.0, 120.0])
@@ -212,3 +226,66 @@ def test_lerobots_pusht_shows_and_takes_what_lerobot_says(folder):
             field.decode,
             (8, 8),
         )
+
+
+def pusht(chunk: int, max_steps: int):
+    size = {"observation_height": 32, "observation_width": 32}
+    spec = {"name": "lerobot", "type": "pusht", "chunk": chunk, "max_steps": max_steps, "options": size}
+    return lambda num: registry.build("env", "env.settings", spec, {"num_envs": num, "gamma": 0.9})
+
+
+@pytest.mark.parametrize("one", CHECKS, ids=lambda check: check.__name__)
+def test_lerobots_pusht_conforms(one):
+    one(Subject(pusht(2, 6), pusht(2, 20), pusht(1, 6), gamma=0.9))
+
+
+def test_success_is_what_lerobot_says():
+    env = pusht(1, 1)(2)
+    env.reset(torch.tensor([3, 4]))
+    world = env.sim.sim.envs[1]
+    world.step = lambda action, step=world.step: (*step(action)[:2], True, False, {"is_success": True})
+    step = env.step(torch.zeros(2, 1, 2))
+    assert step.info["success"].tolist() == [0, 1]
+    assert (step.terminated.tolist(), step.truncated.tolist()) == ([False, True], [True, False])
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory) -> Path:
+    """One iteration of a recipe in PushT."""
+    found = tmp_path_factory.mktemp("runs") / "run"
+    looks = f"{{name: lerobot, checkpoint: {folder}, rename: {{observation.image: observation.images.top}}}}"
+    sizes = "{observation_height: 64, observation_width: 64}"
+    few = [f"policy.field={looks}", "policy.precision=float32", "env.num_groups=4", "env.horizon=4", "eval.num=4"]
+    few += [f"env.settings={{type: pusht, chunk: 3, max_steps: 12, options: {sizes}}}", "train.iterations=1"]
+    Trainer("vla_pirl_flow_sde", found, overrides=[*few, "train.tensorboard=false", "eval.video=0"], quiet=True).fit()
+    return found
+
+
+def test_plain_lerobot_acts_as_the_run_that_was_exported(run, tmp_path):
+    saved = export_policy(run, tmp_path / "tuned")
+    config = json.loads((saved / "config.json").read_text())
+    assert (config["n_action_steps"], config["num_steps"]) == (3, 4)
+    policy, obs, noise = rf.load(run), observed(2), torch.randn(2, 8, 8)
+    with torch.no_grad():
+        chunk = policy.field.unguided.decode(policy.sample(policy.encode(obs), x_0=noise).final)
+    torch.testing.assert_close(plain(saved, obs, noise, 3), chunk[:, :3], atol=1e-3, rtol=1e-4)
+
+
+def test_lerobot_opens_the_rollouts_of_its_own_policy(run, tmp_path):
+    """Recorded by rlflow, exported, read by LeRobot: what the policy did, in PushT's pixels."""
+    demos = record(run, tmp_path / "demos", Asked(num=2, seed=5))
+    export_demos(tmp_path / "demos", tmp_path / "out", ToLeRobot())
+    found = LeRobotDataset("own", root=tmp_path / "out")
+    assert found.num_episodes == 2
+    bounds = bounds_of(pusht(1, 6)(1))
+    torch.testing.assert_close(found[0]["action"], bounds(demos.actions(torch.tensor([0])))[0].flatten())
+    assert found[0]["observation.state"].shape == (2,)
+
+
+def test_a_smolvla_of_the_published_sizes_fits_a_card_of_24_gb():
+    """Its 350 M frozen numbers in bfloat16; of the 100 M that train a copy, an average, two moments, gradients."""
+    planner = Planner(recipes.load("vla_pirl_flow_sde"))
+    found = plan_as_json(planner, find_gpu("24GB"), 1)
+    parts = found["memory_bytes"]
+    assert found["fits"]
+    assert found["peak_bytes"] / 1e9 == pytest.approx(6.9, abs=0.1), parts

@@ -48,6 +48,22 @@ def test_every_subset_is_drawn_as_often_and_its_least_is_the_target(size):
     assert sum(found) / 2000 == pytest.approx(float(expected), abs=4 * float(q.std()) / 2000**0.5)
 
 
+def test_a_target_asks_nobody_else():
+    """Critics that were not drawn may be anything."""
+    cond, action = asked()
+    twin = make(num=5, subset=2)
+    twin.redraw(generator("test"))
+    before = twin.target_value(cond, action)
+    others = [e for e in range(5) if e not in twin.chosen.tolist()]
+    for p in twin.target.parameters():
+        p.data[others] = float("nan")
+    assert torch.equal(twin.target_value(cond, action), before)
+    asked_of = []
+    twin.target.register_forward_pre_hook(lambda net, given: asked_of.append(given[2]))
+    twin.target_value(cond, action)
+    assert torch.equal(asked_of[0], twin.chosen)
+
+
 def test_the_actor_climbs_the_mean_of_all():
     cond, action = asked()
     twin = make(num=5, subset=2)
