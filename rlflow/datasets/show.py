@@ -59,7 +59,7 @@ def _of_demos(folder: Path, episode: int, choose: Choose) -> Shown:
     steps = torch.arange(row["start"], row["start"] + row["length"])
     columns = by_name(demos.observations(steps)) | {"action": demos.actions(steps), "reward": demos.rewards(steps)}
     chosen = choose({name: is_picture(value) for name, value in columns.items()})
-    told = {key: row[key] for key in ("length", "return", "success")}
+    told = {"length": row["length"], "return": round(row["return"], 3), "success": row["success"]}
     return Shown({name: columns[name] for name in chosen}, demos.about["made_by"].get("fps") or FPS, told)
 
 
@@ -70,7 +70,7 @@ def _of_source(path: Path, episode: int, choose: Choose) -> Shown:
     paid = [source.reward] if source.reward else []
     chosen = choose({name: source.columns[name].is_picture for name in [*source.observed, source.action, *paid]})
     found = next(islice(source.episodes(dict.fromkeys([*chosen, *paid])), episode, None))
-    total = float(found.columns[source.reward].sum(dtype=float)) if source.reward else None
+    total = round(float(found.columns[source.reward].sum(dtype=float)), 3) if source.reward else None
     told = {"length": source.lengths[episode], "return": total, "success": found.success}
     return Shown({name: torch.from_numpy(found.columns[name].copy()) for name in chosen}, source.said.fps or FPS, told)
 
