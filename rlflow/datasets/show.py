@@ -45,7 +45,8 @@ def show(path: Path, out: Path, episode: int = 0, name: str | None = None) -> st
     shown = read(path, episode, partial(_pictures, out, name) if out.suffix == ".mp4" else _numbers)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".mp4":
-        _film(*shown.columns.values(), out, shown.fps)
+        (pictures,) = shown.columns.values()
+        _film(pictures, out, shown.fps)
     else:
         _curves(shown.columns, out)
     told = ", ".join(f"{key} {value}" for key, value in shown.told.items() if value is not None)
