@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
     p.add_argument("folder", type=Path, metavar="FOLDER|DATASET")
     json_flag(p)
     p = command(parts, "show", _show, "One episode: a film of its pictures (.mp4), or curves of its numbers (.png).")
-    p.add_argument("folder", type=Path, metavar="FOLDER")
+    p.add_argument("folder", type=Path, metavar="FOLDER|DATASET")
     p.add_argument("--episode", type=argument(Natural), default=0, metavar="N")
     p.add_argument("--out", type=Path, required=True, metavar="x.mp4|x.png")
     p.add_argument("--name", type=filled, help="of the pictures, where there are several")

@@ -16,6 +16,9 @@ from rlflow.parallel.moments import merge, no_moments
 
 BLOCK = 65_536
 """Rows that are read at once."""
+FEW = 16
+"""Numbers of a step's entry up to which each of them has figures of its own."""
+FIGURES = ("mean", "std", "min", "max")
 
 
 def info(path: Path) -> dict[str, Any]:
@@ -46,21 +49,25 @@ def _lengths(lengths: list[int]) -> dict[str, Any]:
 
 
 def _statistics(demos: Demos, name: str) -> dict[str, Any]:
-    """Of a column: shape, dtype, and over all its numbers the mean, std, least and largest."""
+    """Of a column: shape, dtype, mean, std, least and largest; of each number where they are few, else over all."""
     first = demos.shards[0][name]
-    found, low, high = no_moments(), torch.inf, -torch.inf
+    shape = first.shape[1:]
+    each = shape.numel() <= FEW
+    own = shape if each else torch.Size()
+    found = no_moments([own.numel()])
+    low = torch.full(found.shape[1:], torch.inf, dtype=torch.float64)
+    high = -low
     for block in _blocks(demos, name):
-        flat = block.flatten().double()
-        found = merge(found, flat, torch.ones(len(flat), dtype=torch.bool))
-        low, high = min(low, float(flat.min())), max(high, float(flat.max()))
-    count, mean, deviations = found.tolist()
+        rows = block.reshape(-1, own.numel()).double()
+        found = merge(found, rows, torch.ones(len(rows), dtype=torch.bool))
+        low, high = torch.minimum(low, rows.amin(0)), torch.maximum(high, rows.amax(0))
+    count, mean, deviations = found
+    figures = {"mean": mean, "std": (deviations.clamp(min=0) / count).sqrt(), "min": low, "max": high}
     return {
-        "shape": list(first.shape[1:]),
+        "shape": list(shape),
         "dtype": str(first.dtype).removeprefix("torch."),
-        "mean": mean,
-        "std": (max(deviations, 0.0) / count) ** 0.5,
-        "min": low,
-        "max": high,
+        "over": "each number" if each else "all numbers",
+        **{key: value.reshape(own).tolist() for key, value in figures.items()},
     }
 
 
@@ -88,12 +95,19 @@ def _of_source(source: Source) -> dict[str, Any]:
     }
 
 
+def _written(figure: Any) -> str:
+    """One number, or those of a nested list in order."""
+    return " ".join(map(_written, figure)) if isinstance(figure, list) else f"{figure:.4g}"
+
+
 def lines(found: dict[str, Any]) -> Iterator[str]:
     """The same for people."""
     yield f"format: {found['format']}    env: {found['env']}"
     yield "episodes: " + "  ".join(f"{name} {value}" for name, value in found["episodes"].items() if value is not None)
     for name, column in found["columns"].items():
-        numbers = [f"{key} {column[key]:.4g}" for key in ("mean", "std", "min", "max") if key in column]
+        numbers = [f"{key} {_written(column[key])}" for key in FIGURES if key in column]
+        if column.get("shape") and numbers:  # one number needs no word
+            numbers.insert(0, f"of {column['over']}:")
         role = (
             "action"
             if name == found.get("action", {}).get("column")

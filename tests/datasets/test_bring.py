@@ -14,6 +14,8 @@ from rlflow.datasets.bring import import_demos
 from rlflow.envs.bounds import Bounds
 from rlflow.envs.demos import dataset
 from rlflow.envs.demos.dataset import Demos
+from rlflow.envs.sim import Outcome, SimEnv
+from rlflow.envs.simulators.toy import ReachSim
 
 PENDULUM = {"name": "gym", "settings": {"env_id": "Pendulum-v1"}}
 STEPS, LONG = 120, 30
@@ -199,10 +201,31 @@ def test_what_moves_by_itself_is_neither():
     assert control([(state[:-1], np.diff(state, axis=0), action[:-1])]) == [None, None]
 
 
-@pytest.mark.parametrize("env", ["toy_reach", "tabletop"])
-def test_environments_are_measured(env):
-    """Both take velocities."""
-    assert control(played(step_env({"name": env}, False))) == ["delta", "delta"]
+class Follow(ReachSim):
+    """A point that goes half the way to where it is told to be, at most 2 from the middle on each axis."""
+
+    def __init__(self, num_envs: int):
+        super().__init__(num_envs, num_actions=2, horizon=50)
+        self.low, self.high = torch.full((2,), -2.0), torch.full((2,), 2.0)
+
+    def advance(self, action: torch.Tensor) -> Outcome:
+        self.state["state"] = self.state["state"] + 0.5 * (action - self.state["state"])
+        return Outcome(self.observe(), torch.zeros(self.num_envs), torch.zeros(self.num_envs, dtype=torch.bool))
+
+
+def follow(num_envs: int = 1, chunk: int = 1) -> SimEnv:
+    return SimEnv(Follow(num_envs), chunk)
+
+
+FOLLOW = {"name": "tests.datasets.test_bring:follow"}
+
+
+@pytest.mark.parametrize(
+    ("env", "takes"), [({"name": "toy_reach"}, "delta"), ({"name": "tabletop"}, "delta"), (FOLLOW, "absolute")]
+)
+def test_environments_are_measured(env, takes):
+    """The first two take velocities, the last where to be."""
+    assert control(played(step_env(env, True))) == [takes] * 2
 
 
 def test_targets_for_an_environment_of_changes_are_refused_and_converted(tmp_path):
@@ -214,6 +237,22 @@ def test_targets_for_an_environment_of_changes_are_refused_and_converted(tmp_pat
         bring(tmp_path)
     made = bring(tmp_path, convert="delta", state="state[0:2]", clip=True).actions(torch.arange(STEPS))
     np.testing.assert_allclose(made.numpy(), (action - state).clip(-1, 1), atol=1e-6)
+
+
+def test_changes_for_an_environment_of_targets_are_refused_and_converted(tmp_path):
+    """Half of a change is what the point moves: told the state and the change as its target, it goes where the data went."""
+    state, action = (part[:STEPS].astype(np.float32) for part in moved(0.5, absolute=False, noise=0.05))
+    save(tmp_path, state=state, action=action)
+    message = r"action 0 is a change of what it moves, the environment takes the target .* --convert absolute --state COLUMN\[0:2\]"
+    with pytest.raises(ValueError, match=message):
+        bring(tmp_path, FOLLOW, trust_code=True)
+    made = bring(tmp_path, FOLLOW, trust_code=True, convert="absolute", state="state[0:2]").actions(torch.arange(STEPS))
+    np.testing.assert_array_equal(2 * made.numpy(), state + action)  # in [-1, 1] of bounds that are 2
+    env = follow()
+    env.reset(torch.zeros(1, dtype=torch.long))
+    for step in range(LONG):
+        reached = env.step(made[step].view(1, 1, 2)).reached["state"]
+        np.testing.assert_allclose(reached[0].numpy(), state[step + 1], atol=1e-5)
 
 
 def test_options_for_converting_are_checked(tmp_path):

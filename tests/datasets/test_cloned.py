@@ -103,10 +103,10 @@ def test_the_format_makes_no_difference_to_what_is_cloned(
 
 @pytest.mark.slow
 def test_and_the_clone_of_it_acts(told: Any, tmp_path: Path) -> None:
-    """Far above an untrained policy, which returns -1,200; that is told by the command, and again by eval."""
+    """Close to the controller's -145; an untrained policy returns -1,194. The command tells it, and eval again."""
     imported(sources.npz, told, tmp_path)
     made = str(tmp_path / "policy")
-    command = ["--demos", str(tmp_path / "imported"), "--chunk", "1", "--steps", "1200", "--judged", "8", "--out", made]
+    command = ["--demos", str(tmp_path / "imported"), "--chunk", "1", "--steps", "2000", "--judged", "8", "--out", made]
     cli.main(["pretrain", "robot_bc", *command])
-    assert read_config(made)["made_by"]["return"] > -900
-    assert rf.evaluate(made, num=8)["return"] > -900
+    assert read_config(made)["made_by"]["return"] > -300
+    assert rf.evaluate(made, num=8)["return"] > -300

@@ -11,7 +11,7 @@ import torch
 from rlflow import cli
 from rlflow.datasets.acting import Options
 from rlflow.datasets.bring import import_demos
-from rlflow.datasets.info import info
+from rlflow.datasets.info import info, lines
 from rlflow.datasets.open import open_source
 from rlflow.datasets.out import Writer, export_demos
 from rlflow.datasets.show import show
@@ -190,8 +190,32 @@ def test_info_of_demonstrations(tmp_path):
     assert found["episodes"]["number"] == 3
     assert (found["episodes"]["shortest"], found["episodes"]["longest"], found["episodes"]["terminated"]) == (2, 9, 1)
     action = kept.actions(torch.arange(15)).double()
-    assert found["columns"]["action"]["std"] == pytest.approx(float(action.std(correction=0)))
-    assert found["columns"]["action"]["max"] == pytest.approx(float(action.max()))
+    figures = found["columns"]["action"]
+    assert figures["over"] == "each number"
+    assert figures["mean"] == pytest.approx(action.mean(0).tolist())
+    assert figures["std"] == pytest.approx(action.std(0, correction=0).tolist())
+    assert (figures["min"], figures["max"]) == (action.amin(0).tolist(), action.amax(0).tolist())
+
+
+def test_info_tells_of_each_number_where_they_are_few(tmp_path, monkeypatch):
+    """16 have figures each, 17 together; read in blocks of three rows or so, across shards."""
+    monkeypatch.setattr("rlflow.datasets.info.BLOCK", 50)
+    rng = torch.Generator().manual_seed(0)
+    obs = {"few": torch.randn(12, 4, 4, generator=rng), "many": torch.randn(12, 17, generator=rng)}
+    rows = [{name: value[i : i + 4] for name, value in obs.items()} for i in (0, 4, 8)]
+    made = (Episode(seen, torch.zeros(4, 1), torch.arange(4.0), False, True) for seen in rows)
+    write_demos(tmp_path / "d", made, {"name": "toy_reach"}, {"notes": []}, shard_rows=4)
+    found = info(tmp_path / "d")
+    few, many, reward = (found["columns"][name] for name in ("obs.few", "obs.many", "reward"))
+    assert (few["over"], many["over"]) == ("each number", "all numbers")
+    for key, of in {"mean": torch.mean, "std": lambda x, dim: x.std(dim, correction=0), "min": torch.amin}.items():
+        torch.testing.assert_close(torch.tensor(few[key], dtype=torch.float64), of(obs["few"].double(), 0))
+        assert many[key] == pytest.approx(float(of(obs["many"].double().flatten(), 0)))
+    assert (reward["mean"], reward["max"]) == (1.5, 3)
+    printed = {line.split(":")[0].strip(): line for line in lines(found)}
+    assert re.search(r"of each number:  mean( \S+){16}  std( \S+){16}  min( \S+){16}  max", printed["obs.few"])
+    assert re.search(r"of all numbers:  mean \S+  std \S+  min", printed["obs.many"])
+    assert printed["reward"].endswith("reward: float32 ()  mean 1.5  std 1.118  min 0  max 3")
 
 
 def test_films_have_a_frame_for_each_step(tmp_path):
@@ -216,6 +240,44 @@ def test_curves_are_drawn_of_numbers(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             show(tmp_path / "d", tmp_path / out, episode)
+
+
+def test_films_of_others_are_drawn_without_an_import(tmp_path, monkeypatch):
+    """Episode 1 of three, from its own first frame to its last; the pictures asked for, in either order of axes."""
+    pytest.importorskip("imageio_ffmpeg")
+    drawn = {}
+    monkeypatch.setattr("rlflow.datasets.show.write_video", lambda frames, out, fps: drawn.update({fps: list(frames)}))
+    greys = torch.arange(sum(LENGTHS), dtype=torch.uint8)
+    pixels = greys.view(-1, 1, 1, 1).expand(-1, 3, 24, 24).numpy()
+    flags = np.isin(np.arange(len(greys)), np.cumsum(LENGTHS) - 1)
+    table = {"top": pixels, "side": 255 - pixels, "actions": np.zeros((len(greys), 2), np.float32)}
+    np.savez(tmp_path / "d.npz", **table, rewards=np.ones(len(greys)), timeouts=flags)
+    said = show(tmp_path / "d.npz", tmp_path / "x.mp4", episode=1, name="side")
+    assert said == f"episode 1 (length 9, return 9.0) in {tmp_path / 'x.mp4'}"
+    assert {frame.shape for frame in drawn[25]} == {(192, 192, 3)}
+    assert [int(frame[0, 0, 0]) for frame in drawn[25]] == [255 - grey for grey in range(4, 13)]
+    with pytest.raises(ValueError, match="no pictures front, its pictures are top, side"):
+        show(tmp_path / "d.npz", tmp_path / "x.mp4", name="front")
+    with pytest.raises(ValueError, match="--episode 3: .* has episodes 0 to 2"):
+        show(tmp_path / "d.npz", tmp_path / "x.mp4", episode=3)
+
+
+def test_curves_of_others_are_those_of_all_their_numbers(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("rlflow.datasets.show._curves", lambda columns, out: drawn.update(columns))
+    rows = np.arange(6, dtype=np.float64)[:, None]
+    table = {
+        "state": rows,
+        "pixels": np.zeros((6, 4, 4, 3), np.uint8),
+        "actions": rows + 10,
+        "dones": rows[:, 0] % 3 == 2,
+    }
+    np.savez(tmp_path / "d.npz", **table)
+    assert show(tmp_path / "d.npz", tmp_path / "x.png", episode=1).startswith("episode 1 (length 3) in")
+    assert {name: value.flatten().tolist() for name, value in drawn.items()} == {
+        "state": [3, 4, 5],
+        "actions": [13, 14, 15],
+    }
 
 
 # -- the command ----------------------------------------------------------------------------------
