@@ -296,14 +296,16 @@ def run_sweep(
     failed = Workers(commands, done, root / "logs", side_by_side).run()
     runs = {name: _folders(todo, name, root) for name in dict.fromkeys(job.name for job in todo)}
     result = aggregate(runs, table.at.minutes, table.at.network_rows, table.at.samples)
+    page: Path | None = None
     if crossed := table.crossed():
         scales = {task.name: Scale(task.metric, task.low, task.high) for task in table.tasks}
-        said, tables = across(scores_of({both: runs[run.name] for both, run in crossed.items()}, scales))
+        finished = {both: runs[run.name] for both, run in crossed.items()}
+        said, tables = across(scores_of(finished, scales))
         result = replace(result, values=result.values | {"across": said}, tables=[*tables, *result.tables])
-        suite_page(said, tables, [folder for name in runs for folder in runs[name]], root / "suite.html")
+        page = suite_page(said, tables, finished, scales, root / "suite.html")
     for name, text in (("table.json", json.dumps(result.values, indent=1) + "\n"), ("table.md", result.markdown)):
         (root / name).write_text(text, encoding="utf-8")
-    print(result.markdown)
+    print(result.markdown + (f"\ncurves and films: {page}\n" if page else ""))
     if failed:
         raise ValueError(
             f"{len(failed)} of {len(left)} runs failed, the table holds the others:\n  " + "\n  ".join(failed)
