@@ -80,9 +80,9 @@ def _color(values: Mapping[str, Any], method: str) -> str:
 
 def curves_figure(runs: Records, scales: Mapping[str, Scale]) -> Figure | None:
     """A panel for each task with an evaluated run: its metric over images or environment steps, where all tell them."""
-    panels = []
+    panels, methods = [], dict.fromkeys(method for method, _ in runs)
     for task, scale in scales.items():
-        mine = {method: seeds for (method, of), seeds in runs.items() if of == task}
+        mine = {method: runs.get((method, task), ()) for method in methods}
         every = [run for seeds in mine.values() for run in seeds]
         name = f"{HELDOUT}{scale.metric}"
         if any(name in run.names for run in every):

@@ -114,13 +114,12 @@ def curves(
 
 
 def curves_apart(panels: Sequence[tuple[Panel, Mapping[str, Sequence[Run]]]], *, columns: int = 3) -> Figure:
-    """As `curves` of groups, but each panel has runs of its own: a task each, say.
+    """As `curves` of groups of seeds, but each panel has runs of its own: a task each, say.
 
-    Groups have one name and one colour in all panels; a panel may lack runs of some.
+    Every panel has the same labels in the same order, which are their colours; () where it has no run of one.
     """
-    names = list(dict.fromkeys(name for _, groups in panels for name in groups))
-    filled = [(panel, {name: groups.get(name, ()) for name in names}) for panel, groups in panels]
-    return _panels(filled, names if len(names) > 1 else [], max(1, min(columns, len(panels))))
+    labels = list(panels[0][1])
+    return _panels(panels, labels if len(labels) > 1 else [], max(1, min(columns, len(panels))))
 
 
 def _panels(panels: Sequence[tuple[Panel, Mapping[str, Sequence[Run]]]], labels: Sequence[str], columns: int) -> Figure:

@@ -109,7 +109,8 @@ def test_the_page_draws_what_the_tables_say(tmp_path: Path) -> None:
     wanted = [values["methods"][a]["improvement"][b][0] for a, b in (("a<b", "b"), ("a<b", "c"), ("b", "c"))]
     assert points == pytest.approx(wanted)
     colors = [line.get_color() for line in profiles.lines]
-    assert [line.get_color() for line in better.lines if line.get_marker() == "o"] == [colors[0]] * 2 + colors[1:2]
+    assert colors == list(COLORS[:3])
+    assert [line.get_color() for line in better.lines if line.get_marker() == "o"] == [*COLORS[:1] * 2, COLORS[1]]
     text = suite_page(values, tables, {}, {}, tmp_path / "suite.html").read_text()
     assert "late" in text
     assert "<b above" not in text
@@ -142,7 +143,6 @@ def a_page(root: Path) -> tuple[dict, dict[str, Scale], str]:
         ("a", "hop"): [learnt(root / "a@hop", s, [0, 10 + 4 * s, 30 + 6 * s], (0, 20), s == 1) for s in (0, 1)],
         ("a", "x#y"): [learnt(root / "a@x#y", 0, [5.0], report=True)],
         ("b", "hop"): [learnt(root / "b@hop", 0, [0, 7])],
-        ("b", "x#y"): [],
     }
     scales = {"hop": Scale("return", 0, 40), "x#y": Scale("return", 0, 10)}
     values, tables = across(scores_of(runs, scales))
@@ -164,6 +164,9 @@ def test_the_page_draws_the_held_out_curve_of_every_method(tmp_path: Path) -> No
     assert [line.get_ydata().tolist() for line in other.lines] == [[5]], "what b has not finished has no curve"
     assert [entry.get_text() for entry in drawn.legends[0].get_texts()] == ["a", "b"]
     assert "Learning curves" in text
+    b = [RunRecord.read(folder) for folder in runs["b", "hop"]]
+    alone = curves_figure({("a", "x#y"): [RunRecord.read(runs["a", "x#y"][0])], ("b", "hop"): b}, scales)
+    assert [ax.lines[0].get_color() for ax in alone.axes] == [COLORS[1], COLORS[0]], "a method has one colour"
     assert curves_figure({}, scales) is None
 
 
