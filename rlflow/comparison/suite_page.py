@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Runs = Mapping[tuple[str, str], Sequence[Path]]
 """Folders of finished runs by (method, task), seed by seed."""
 Records = Mapping[tuple[str, str], Sequence[RunRecord]]
+"""What they hold."""
 
 
 def suite_figure(values: Mapping[str, Any]) -> Figure:
