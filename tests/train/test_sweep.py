@@ -140,7 +140,9 @@ def test_pictures_and_steps_are_told_before_anything_runs(tmp_path: Path) -> Non
 
 
 def test_a_run_takes_the_steps_that_were_told(tmp_path: Path) -> None:
-    config = recipes.load("robot_reach_sac", ["train.iterations=2", "train.threads=1", "eval.num=2", "algorithm.start=32"])
+    config = recipes.load(
+        "robot_reach_sac", ["train.iterations=2", "train.threads=1", "eval.num=2", "algorithm.start=32"]
+    )
     made = Trainer(config, tmp_path / "run", quiet=True)
     made.fit()
     cost = planned(config)
