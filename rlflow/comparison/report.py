@@ -79,7 +79,7 @@ def figure(folders: Sequence[str | Path], path: str | Path, x: str = "iterations
     runs = [run for line in lines for run in line.runs]
     if x not in AXES:
         return _trade_off(lines, heldout(runs), x, Path(path))
-    panels = [_over(panel, x, runs) for panel in heldout_panels(heldout(runs))]
+    panels = [over(panel, x, runs) for panel in heldout_panels(heldout(runs))]
     if not panels:
         raise ValueError("none of these runs has been evaluated")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ def _rows(lines: Sequence[Line]) -> dict[str, list[Metrics]]:
     return {line.label: [run.rows for run in line.runs] for line in lines}
 
 
-def _over(panel: Panel, x: str, runs: Sequence[RunRecord]) -> Panel:
+def over(panel: Panel, x: str, runs: Sequence[RunRecord]) -> Panel:
     """A panel over another axis; samples are called what they are in these runs."""
     kinds = {run.is_images for run in runs}
     words = {frozenset({True}): "images", frozenset({False}): "environment steps"}
@@ -169,7 +169,7 @@ def _over(panel: Panel, x: str, runs: Sequence[RunRecord]) -> Panel:
 def _against_cost(lines: Sequence[Line], name: str) -> str:
     runs = [run for line in lines for run in line.runs]
     known = [x for x, metric in AXES.items() if x == "iterations" or any(metric in run.names for run in runs)]
-    return _drawn(lines, [_over(Panel(describe(name).label, (name,)), x, runs) for x in known], columns=2)
+    return _drawn(lines, [over(Panel(describe(name).label, (name,)), x, runs) for x in known], columns=2)
 
 
 def _drawn(lines: Sequence[Line], panels: Sequence[str | Panel], columns: int = 3) -> str:

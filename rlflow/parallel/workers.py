@@ -21,13 +21,19 @@ POLL_SECONDS = 0.1
 class Workers:
     """Runs `commands` by title, `num` at a time; output goes to LOGS/title.log.
 
-    `done[title]()` says after a command has ended well whether its work is complete.
+    `done[title]()` says after a command has ended well whether its work is complete, `rest(titles)` what is told of
+    those that run or wait.
     """
 
     def __init__(
-        self, commands: Mapping[str, Sequence[str]], done: Mapping[str, Callable[[], bool]], logs: Path, num: int
+        self,
+        commands: Mapping[str, Sequence[str]],
+        done: Mapping[str, Callable[[], bool]],
+        logs: Path,
+        num: int,
+        rest: Callable[[Sequence[str]], str] | None = None,
     ):
-        self.commands, self.done, self.logs, self.num = commands, done, logs, num
+        self.commands, self.done, self.logs, self.num, self.rest = commands, done, logs, num, rest
         self.running: dict[subprocess.Popen[bytes], str] = {}
         self.stopped = False
         self.failed: list[str] = []
@@ -42,7 +48,7 @@ class Workers:
                 while waiting and len(self.running) < self.num and not self.stopped:
                     self._start(waiting.pop(0))
                 time.sleep(POLL_SECONDS)
-                self._reap(len(waiting))
+                self._reap(waiting)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -74,13 +80,16 @@ class Workers:
             )
         self.running[process] = title
 
-    def _reap(self, num_waiting: int) -> None:
+    def _reap(self, waiting: Sequence[str]) -> None:
         for process in [p for p in self.running if p.poll() is not None]:
             title = self.running.pop(process)
             done = process.returncode == 0 and self.done[title]()
             failed = not done and not self.stopped
             said = f"FAILED with exit code {process.returncode}" if failed else "done" if done else "stopped"
-            print(f"{title}: {said} ({len(self.running)} running, {num_waiting} waiting)", flush=True)
+            print(f"{title}: {said} ({len(self.running)} running, {len(waiting)} waiting)", flush=True)
+            left = [*self.running.values(), *waiting]
+            if done and left and self.rest is not None:
+                print(f"  {self.rest(left)}", flush=True)
             if failed:
                 log = self.logs / f"{title}.log"
                 lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()

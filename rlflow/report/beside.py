@@ -96,7 +96,7 @@ def _films(run: RunRecord, first: int, last: int) -> tuple[str, str]:
     when = ["before", "after"] if len(at) == 2 else [f"after iteration {at[0]}"]
     cells = []
     for row, films in enumerate(rows):
-        told = [f"{name}: {_episode_words(score, row) or NOT_KEPT}" for name, score in zip(when, scores, strict=True)]
+        told = [f"{name}: {episode_words(score, row) or NOT_KEPT}" for name, score in zip(when, scores, strict=True)]
         shown = [
             f'<figure><div class="tile">{html_video(film)}</div><figcaption>{words}</figcaption></figure>'
             for film, words in zip(films, told, strict=True)
@@ -109,7 +109,7 @@ def _films(run: RunRecord, first: int, last: int) -> tuple[str, str]:
     return f'<div class="pairs films">{"".join(cells)}</div>', note
 
 
-def _episode_words(scores: Scores, row: int) -> str:
+def episode_words(scores: Scores, row: int) -> str:
     """Of one episode: return, length in primitive steps and, where the simulator knows it, success."""
     words = [f"return {show(float(scores['return'][row]))}"] if "return" in scores else []
     words += [f"{float(scores['length'][row]):,.0f} steps"] if "length" in scores else []

@@ -103,27 +103,42 @@ def curves(
     A run is what `read_metrics` returns. One run is drawn thin with its running mean; seeds as their mean and a
     band from lowest to highest where all have data. `path` ends in .png, .svg or .pdf.
     """
+    groups = _groups(rows)
+    panels = [Panel(describe(name).label, (name,)) if isinstance(name, str) else name for name in names]
+    shown = max(1, min(columns, len(panels)))
+    labels = _labels(groups, min(LONGEST, 42 * shown)) if len(groups) > 1 else []
+    figure = _panels([(panel, groups) for panel in panels], labels, shown)
+    if path is not None:
+        save(figure, path)
+    return figure
+
+
+def curves_apart(panels: Sequence[tuple[Panel, Mapping[str, Sequence[Run]]]], *, columns: int = 3) -> Figure:
+    """As `curves` of groups of seeds, but each panel has runs of its own: a task each, say.
+
+    Every panel has the same labels in the same order, which are their colours; () where it has no run of one.
+    """
+    labels = list(panels[0][1])
+    return _panels(panels, labels if len(labels) > 1 else [], max(1, min(columns, len(panels))))
+
+
+def _panels(panels: Sequence[tuple[Panel, Mapping[str, Sequence[Run]]]], labels: Sequence[str], columns: int) -> Figure:
+    """`columns` panels beside each other, with what each shows; under them the groups by their `labels`, if any."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    groups = _groups(rows)
-    panels = [Panel(describe(name).label, (name,)) if isinstance(name, str) else name for name in names]
-    columns = max(1, min(columns, len(panels)))
-    labels = _labels(groups, min(LONGEST, 42 * columns)) if len(groups) > 1 else []
     height = math.ceil(len(panels) / columns)
     with mpl.rc_context(STYLE):
         in_a_line = max(1, 56 * columns // max(map(len, labels), default=1))
         under = 0.2 * math.ceil(len(labels) / in_a_line)
         figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * height + under))
         axes = figure.subplots(height, columns, squeeze=False, gridspec_kw=_places(columns, height, under)).flatten()
-        for panel, ax in zip(panels, axes, strict=False):
+        for (panel, groups), ax in zip(panels, axes, strict=False):
             _draw_panel(ax, panel, groups)
         for ax in axes[len(panels) :]:
             ax.set_axis_off()
         if labels:
             _name_groups(figure, labels, in_a_line)
-        if path is not None:
-            save(figure, path)
     return figure
 
 

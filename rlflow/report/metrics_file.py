@@ -37,6 +37,19 @@ def read_metrics(folder: str | Path, kind: Kind | None = None) -> list[Row]:
     return [{k: math.nan if v is None else v for k, v in row.items()} for row in wanted]
 
 
+def last_trained(folder: str | Path) -> Row | None:
+    """The newest whole row of training, looked for in the last MiB only, since a file may be long; null stays None."""
+    path = Path(folder) / METRICS
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        begin = max(0, os.fstat(file.fileno()).st_size - 16 * TAIL)
+        file.seek(begin)
+        whole = file.read().split(b"\n")[1 if begin else 0 : -1]
+    rows = (json.loads(line) for line in reversed(whole))
+    return next((row for row in rows if row["kind"] == "train"), None)
+
+
 def _rows(path: Path) -> Iterator[tuple[Row, bytes]]:
     """(row, its line) of every whole line, null as None; ValueError names a line that is not a row."""
     with path.open("rb") as file:

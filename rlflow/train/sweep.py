@@ -41,8 +41,10 @@ from rlflow.envs.captions.files import read_text
 from rlflow.parallel.workers import Workers
 from rlflow.ranges import STRICT, Positive, Seed, Size
 from rlflow.registry import located, nearest
+from rlflow.report.curves import SECONDS
 from rlflow.report.glossary import duration
-from rlflow.report.metrics_file import read_metrics
+from rlflow.report.metrics_file import last_trained
+from rlflow.train.budget import Planned, planned
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.folder import changes
 
@@ -226,51 +228,74 @@ def state(job: Job, root: Path) -> State:
 
 
 def describe_plan(jobs: Sequence[Job], root: Path, side_by_side: int) -> str:
-    """What will run, what is done, and how long the rest may take."""
+    """What will run, what is done, how many steps or images the rest comes to, and how long it may take."""
     states = {job: state(job, root) for job in jobs}
+    costs = {job.name: planned(job.config, job.trust_code) for job in jobs if job.seed == jobs[0].seed}
     lines = []
     for name in dict.fromkeys(job.name for job in jobs):
         mine = [job for job in jobs if job.name == name]
         count = ", ".join(f"{n} {s}" for s in ("finished", "interrupted", "new") if (n := _count(mine, states, s)))
-        lines.append(f"  {name}: {mine[0].recipe}, {_budget(mine[0].config)}, {len(mine)} seeds ({count})")
+        lines.append(f"  {name}: {mine[0].recipe}, {_budget(mine[0].config, costs[name])}, {len(mine)} seeds ({count})")
     left = [job for job in jobs if states[job] != "finished"]
-    return "\n".join([f"{len(jobs)} runs, {len(left)} to do", *lines, _estimate(left, jobs, root, side_by_side)])
+    total = _total([costs[job.name] for job in left])
+    rest = [f"  {text}" for text in (total, _estimate(left, jobs, root, side_by_side)) if text]
+    return "\n".join([f"{len(jobs)} runs, {len(left)} to do", *lines, *rest])
 
 
 def _count(jobs: Sequence[Job], states: dict[Job, State], wanted: str) -> int:
     return sum(states[job] == wanted for job in jobs)
 
 
-def _budget(config: Config) -> str:
+def _budget(config: Config, cost: Planned | None) -> str:
     train = config.train
     parts = [f"{train.iterations} iterations"] if train.iterations else []
     parts += [f"{train.minutes:g} min"] if train.minutes else []
-    return " or ".join(parts) + " each"
+    return " or ".join(parts) + " each" + (f" ({cost.words()})" if cost else "")
+
+
+def _total(costs: Sequence[Planned | None]) -> str:
+    """Of all runs that are not finished; those that tell no number beforehand are counted."""
+    known = [cost for cost in costs if cost]
+    sums = [
+        Planned(sum(cost.num for cost in mine), of, any(cost.most for cost in mine)).words()
+        for of in dict.fromkeys(cost.of for cost in known)
+        if (mine := [cost for cost in known if cost.of == of])
+    ]
+    unknown = len(costs) - len(known)
+    more = [f"of {unknown} runs it is not known beforehand"] if unknown and known else []
+    return "in all " + ", ".join([*sums, *more]) if sums else ""
 
 
 def _estimate(left: Sequence[Job], jobs: Sequence[Job], root: Path, side_by_side: int) -> str:
+    """How long the runs of `left` may take: their minutes, or at the speed of a run of the same name."""
     if not left:
-        return "  nothing to do"
-    seconds = [_seconds(job, jobs, root) for job in left]
-    known = sum(s for s in seconds if s is not None) / max(1, min(side_by_side, len(left)))
-    unknown = sum(s is None for s in seconds)
+        return "nothing to do"
+    trained = {job: _trained(job.folder(root)) for job in jobs}
+    speeds: dict[str, float] = {}
+    for job, (iteration, seconds) in sorted(trained.items(), key=lambda item: item[1]):
+        if iteration:
+            speeds[job.name] = seconds / iteration  # of the run that has come farthest
+    found = [_seconds(job.config, *trained[job], speeds.get(job.name)) for job in left]
+    known = sum(s for s in found if s is not None) / max(1, min(side_by_side, len(left)))
+    unknown = sum(s is None for s in found)
     if unknown == len(left):
-        return f"  all {unknown} count iterations only: how long they take is told once one of each name has run"
-    text = f"  about {duration(known)} with {side_by_side} side by side, and loading and evaluation on top"
+        return f"all {unknown} count iterations only: how long they take is told once one of each name has run"
+    text = f"about {duration(known)} with {side_by_side} side by side, and loading and evaluation on top"
     return text + (f"; {unknown} runs count iterations only, their time is not known yet" if unknown else "")
 
 
-def _seconds(job: Job, jobs: Sequence[Job], root: Path) -> float | None:
-    """Seconds of training a run will take: its minutes, or from the iterations of a run of the same name."""
-    train = job.config.train
-    limits = [60 * train.minutes] if train.minutes else []
-    if train.iterations:
-        for other in (other for other in jobs if other.name == job.name):
-            rows = [row for row in read_metrics(other.folder(root)) if row["kind"] == "train"]
-            if rows:
-                limits.append(rows[-1]["cost/train_seconds_total"] / rows[-1]["iteration"] * train.iterations)
-                break
-    return min(limits) if limits else None
+def _seconds(config: Config, iteration: int, seconds: float, speed: float | None) -> float | None:
+    """Seconds of training left after `iteration`, at `speed` seconds an iteration; None where nothing tells."""
+    train = config.train
+    ends = [60 * train.minutes - seconds] if train.minutes else []
+    ends += [speed * (train.iterations - iteration)] if train.iterations and speed is not None else []
+    return max(0.0, min(ends)) if ends else None
+
+
+def _trained(run: Path) -> tuple[int, float]:
+    """(iterations, seconds) of training so far."""
+    row = last_trained(run)
+    return (int(row["iteration"]), float(row[SECONDS])) if row else (0, 0.0)
 
 
 # -- running --------------------------------------------------------------------------------------
@@ -293,17 +318,24 @@ def run_sweep(
     left = [job for job in todo if not _is_finished(job, root)]
     done = {job.title: partial(_is_finished, job, root) for job in left}
     commands = {job.title: job.command(root) for job in left}
-    failed = Workers(commands, done, root / "logs", side_by_side).run()
+    titles = {job.title: job for job in left}
+
+    def rest(running: Sequence[str]) -> str:
+        return _estimate([titles[title] for title in running], todo, root, side_by_side)
+
+    failed = Workers(commands, done, root / "logs", side_by_side, rest).run()
     runs = {name: _folders(todo, name, root) for name in dict.fromkeys(job.name for job in todo)}
     result = aggregate(runs, table.at.minutes, table.at.network_rows, table.at.samples)
+    page: Path | None = None
     if crossed := table.crossed():
         scales = {task.name: Scale(task.metric, task.low, task.high) for task in table.tasks}
-        said, tables = across(scores_of({both: runs[run.name] for both, run in crossed.items()}, scales))
+        finished = {both: runs[run.name] for both, run in crossed.items()}
+        said, tables = across(scores_of(finished, scales))
         result = replace(result, values=result.values | {"across": said}, tables=[*tables, *result.tables])
-        suite_page(said, tables, [folder for name in runs for folder in runs[name]], root / "suite.html")
+        page = suite_page(said, tables, finished, scales, root / "suite.html")
     for name, text in (("table.json", json.dumps(result.values, indent=1) + "\n"), ("table.md", result.markdown)):
         (root / name).write_text(text, encoding="utf-8")
-    print(result.markdown)
+    print(result.markdown + (f"\ncurves and films: {page}\n" if page else ""))
     if failed:
         raise ValueError(
             f"{len(failed)} of {len(left)} runs failed, the table holds the others:\n  " + "\n  ".join(failed)

@@ -1,17 +1,25 @@
 """A suite: every method on every task, checked and priced as a sweep, and summed up over tasks."""
 
+import base64
+import itertools
 import math
+import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from rlflow.cli import parse
 from rlflow.commands import suite
 from rlflow.comparison.stats import improvement, iqm
 from rlflow.comparison.suite import Scale, across, scores_of
-from rlflow.comparison.suite_page import suite_figure, suite_page
+from rlflow.comparison.suite_page import curves_figure, suite_figure, suite_page
+from rlflow.report.curves import COLORS, SAMPLES
+from rlflow.report.record import RunRecord
 from rlflow.train.logger import RunLogger
 from rlflow.train.sweep import describe_plan, parse_table, plan
 
@@ -86,7 +94,7 @@ def test_scores_are_of_the_last_evaluation_on_the_scale_of_their_task(tmp_path: 
 
 
 def test_the_page_draws_what_the_tables_say(tmp_path: Path) -> None:
-    """Profiles with bands around them, a point for every pair, a link to every run; one seed has no band."""
+    """Profiles with bands around them and a point for every pair, in the colour of the method; one seed has no band."""
     rng = np.random.default_rng(0)
     scores = {m: {t: rng.random(4) for t in ("x", "y")} for m in ("a<b", "b", "c")}
     values, tables = across(scores | {"late": {"x": rng.random(2)}})
@@ -100,13 +108,89 @@ def test_the_page_draws_what_the_tables_say(tmp_path: Path) -> None:
     points = [line.get_xdata()[0] for line in better.lines if line.get_marker() == "o"]
     wanted = [values["methods"][a]["improvement"][b][0] for a, b in (("a<b", "b"), ("a<b", "c"), ("b", "c"))]
     assert points == pytest.approx(wanted)
-    text = suite_page(values, tables, [tmp_path / "b@x" / "seed-0"], tmp_path / "suite.html").read_text()
-    assert 'href="b@x/seed-0/report.html"' in text
+    colors = [line.get_color() for line in profiles.lines]
+    assert colors == list(COLORS[:3])
+    assert [line.get_color() for line in better.lines if line.get_marker() == "o"] == [*COLORS[:1] * 2, COLORS[1]]
+    text = suite_page(values, tables, {}, {}, tmp_path / "suite.html").read_text()
     assert "late" in text
     assert "<b above" not in text
     alone, tables = across({"a": {"x": np.array([0.3])}})
     assert alone["methods"]["a"]["band"] is None
     assert len(suite_figure(alone).axes) == 1
+
+
+def learnt(root: Path, seed: int, returns: list[float], films: tuple[int, ...] = (), report: bool = False) -> Path:
+    """A run evaluated every ten iterations of 64 steps; at `films` two episodes were filmed."""
+    run = root / f"seed-{seed}"
+    samples = run / "samples"
+    samples.mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump({"env": {"name": "hopper"}}))
+    with RunLogger(run, total_iterations=1, minutes=None, tensorboard=False, quiet=True) as log:
+        for i, value in zip(range(0, 10 * len(returns), 10), returns, strict=True):
+            log.log(i, "eval", {"eval/heldout/return": value, SAMPLES: 64.0 * i})
+            scores = {"return": torch.tensor([value + 1, value - 1]), "caption_id": torch.arange(2)}
+            save_file(scores, samples / f"eval_{i:06d}.safetensors")
+    for i, row in itertools.product(films, (0, 1)):
+        (samples / f"film_{i:06d}_{row}.mp4").write_bytes(f"film {run.parent.name} {seed} {i} {row}".encode())
+    if report:
+        (run / "report.html").write_text("a report")
+    return run
+
+
+def a_page(root: Path) -> tuple[dict, dict[str, Scale], str]:
+    """Folders, scales and text of the page of two methods: b met one task alone, and drew no pictures there."""
+    runs = {
+        ("a", "hop"): [learnt(root / "a@hop", s, [0, 10 + 4 * s, 30 + 6 * s], (0, 20), s == 1) for s in (0, 1)],
+        ("a", "x#y"): [learnt(root / "a@x#y", 0, [5.0], report=True)],
+        ("b", "hop"): [learnt(root / "b@hop", 0, [0, 7])],
+    }
+    scales = {"hop": Scale("return", 0, 40), "x#y": Scale("return", 0, 10)}
+    values, tables = across(scores_of(runs, scales))
+    return runs, scales, suite_page(values, tables, runs, scales, root / "suite.html").read_text()
+
+
+def test_the_page_draws_the_held_out_curve_of_every_method(tmp_path: Path) -> None:
+    """Over environment steps: seeds of 10 and 14 after 640 steps have a mean of 12 there."""
+    runs, scales, text = a_page(tmp_path)
+    drawn = curves_figure({both: [RunRecord.read(f) for f in folders] for both, folders in runs.items()}, scales)
+    hop, other = drawn.axes
+    assert [ax.get_title("left") for ax in drawn.axes] == ["hop: return", "x#y: return"]
+    assert hop.get_xlabel() == other.get_xlabel() == "environment steps"
+    lines = [(line.get_color(), line.get_xdata().tolist(), line.get_ydata().tolist()) for line in hop.lines]
+    steps = [0, 640, 1280]
+    mine = [(color, ys) for color, xs, ys in lines if xs == steps]
+    assert mine == [(COLORS[0], [0, 10, 30]), (COLORS[0], [0, 14, 36]), (COLORS[0], [0, 12, 33])]
+    assert lines[-1] == (COLORS[1], steps[:2], [0, 7])
+    assert [line.get_ydata().tolist() for line in other.lines] == [[5]], "what b has not finished has no curve"
+    assert [entry.get_text() for entry in drawn.legends[0].get_texts()] == ["a", "b"]
+    assert "Learning curves" in text
+    b = [RunRecord.read(folder) for folder in runs["b", "hop"]]
+    alone = curves_figure({("a", "x#y"): [RunRecord.read(runs["a", "x#y"][0])], ("b", "hop"): b}, scales)
+    assert [ax.lines[0].get_color() for ax in alone.axes] == [COLORS[1], COLORS[0]], "a method has one colour"
+    assert curves_figure({}, scales) is None
+
+
+def test_the_page_holds_the_newest_films_and_leads_nowhere_that_is_not(tmp_path: Path) -> None:
+    """One film: of the first finished seed, newest evaluation, first episode, with what that episode returned."""
+    _, _, text = a_page(tmp_path)
+    films = [base64.b64decode(data).decode() for data in re.findall(r'src="data:video/mp4;base64,([^"]*)"', text)]
+    assert films == ["film a@hop 0 20 0"]
+    assert "a, seed 0, after iteration 20: return 31<" in text
+    assert text.count("<video") == text.count('<div class="tile">') == 1
+    links = re.findall(r'href="([^"]*)"', text)
+    assert links == ["a@hop/seed-1/report.html", "a@x%23y/seed-0/report.html"]
+    assert all((tmp_path / unquote(link)).exists() for link in links)
+    assert "<li>b@hop/seed-0</li>" in text
+    assert not re.search(r'src="(?!data:)', text), "the page loads nothing"
+
+
+def test_a_suite_without_pictures_says_nothing_of_films(tmp_path: Path) -> None:
+    runs = {("b", "hop"): [learnt(tmp_path / "b@hop", 0, [0, 7])]}
+    scales = {"hop": Scale("return", 0, 40)}
+    text = suite_page(*across(scores_of(runs, scales)), runs, scales, tmp_path / "suite.html").read_text()
+    assert "Films" not in text
+    assert "<video" not in text
+    assert "Learning curves" in text
 
 
 def test_the_tables_say_what_the_statistics_say() -> None:

@@ -19,6 +19,7 @@ from rlflow.parallel.workers import Workers
 from rlflow.report.curves import NETWORK_ROWS, SECONDS
 from rlflow.report.metrics_file import read_metrics
 from rlflow.report.record import RunRecord
+from rlflow.train.budget import planned
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.logger import RunLogger
 from rlflow.train.sweep import describe_plan, parse_table, plan, read_table, run_sweep, state
@@ -102,14 +103,60 @@ def test_the_cost_is_told_first(tmp_path: Path, capsys: pytest.CaptureFixture[st
     run_sweep(tmp_path / "table.yaml", tmp_path / "out", dry=True)
     out = capsys.readouterr().out
     assert "4 runs, 4 to do" in out
-    assert "grpo: t2i_flow_grpo, 3 iterations or 2 min each, 2 seeds (2 new)" in out
+    assert "grpo: t2i_flow_grpo, 3 iterations or 2 min each (at most 288 images), 2 seeds (2 new)" in out
     assert "about 2 min 00 s with 2 side by side" in out, "2 runs x 2 min / 2"
     assert "2 runs count iterations only" in out
     assert not (tmp_path / "out").exists()
     folder = plan(table())[1].folder(tmp_path / "out")
     with RunLogger(folder, total_iterations=3, minutes=None, tensorboard=False, quiet=True) as log:
         log.log(2, "train", {SECONDS: 40.0})
-    assert "about 3 min 00 s with 2 side by side" in describe_plan(plan(table()), tmp_path / "out", 2), "+ 2 x 60 s / 2"
+    told = describe_plan(plan(table()), tmp_path / "out", 2)
+    assert "about 2 min 40 s with 2 side by side" in told, "+ 20 s that are left of one, and 60 s of the other, / 2"
+    with RunLogger(folder, total_iterations=3, minutes=None, tensorboard=False, quiet=True) as log:
+        log.log(3, "train", {SECONDS: 90.0})
+        log.log(3, "eval", {STRICT: 0.5})
+    told = describe_plan(plan(table()), tmp_path / "out", 2)
+    assert "about 2 min 45 s with 2 side by side" in told, "what has been trained counts no more: + 0 s and 90 s, / 2"
+
+
+def test_pictures_and_steps_are_told_before_anything_runs(tmp_path: Path) -> None:
+    """groups x horizon x chunk x iterations; at most where an episode's end leaves some out."""
+    reach = ["train.minutes=", "train.iterations=7", "env.num_groups=6", "env.group_size=2", "env.horizon=3"]
+    runs = [
+        {"name": "pictures", "recipe": "t2i_flow_grpo", "overrides": reach[:4]},
+        {"name": "toy", "recipe": "robot_reach_sac", "overrides": reach},  # decisions of two steps, not a setting
+        {"name": "hop", "recipe": "robot_sac_flow_g", "overrides": [*reach, "env.rows_per_call=12"]},
+        {"name": "chunks", "recipe": "robot_sac_flow_g", "overrides": [*reach, "env.settings={}"]},  # hopper's own: 4
+        {"name": "timed", "recipe": "t2i_flow_grpo", "overrides": ["train.iterations="]},
+    ]
+    jobs = plan(table(runs=runs, overrides=[]))
+    told = describe_plan(jobs, tmp_path, 1)
+    assert "pictures: t2i_flow_grpo, 7 iterations each (84 images), 2 seeds" in told
+    assert "toy: robot_reach_sac, 7 iterations each (at most 504 environment steps)" in told
+    assert "hop: robot_sac_flow_g, 7 iterations each (252 environment steps)" in told
+    assert "chunks: robot_sac_flow_g, 7 iterations each (at most 1,008 environment steps)" in told
+    steps = 2 * (504 + 252 + 1008)
+    assert f"in all 168 images, at most {steps:,} environment steps, of 2 runs it is not known beforehand" in told
+
+
+def test_a_run_takes_the_steps_that_were_told(tmp_path: Path) -> None:
+    config = recipes.load(
+        "robot_reach_sac", ["train.iterations=2", "train.threads=1", "eval.num=2", "algorithm.start=32"]
+    )
+    made = Trainer(config, tmp_path / "run", quiet=True)
+    made.fit()
+    cost = planned(config)
+    assert cost is not None
+    assert made.samples == cost.num == 32 * 4 * 2 * 2
+
+
+def test_a_shipped_suite_tells_its_steps_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_sweep("suite_toys", tmp_path, dry=True)
+    out = capsys.readouterr().out
+    assert "flow_g@mdp: robot_reach_sac, 60 iterations each (11,520 environment steps), 3 seeds (3 new)" in out
+    assert "(at most 15,360 environment steps)" in out, "32 rows x 4 decisions x 2 steps x 60"
+    steps = 3 * 2 * 32 * 60 * (4 * 2 + 6 + 12 * 2)
+    assert f"in all at most {steps:,} environment steps" in out
 
 
 def test_no_table_is_said(tmp_path: Path) -> None:
@@ -209,11 +256,11 @@ def test_a_signal_reaches_every_worker_once_and_starts_no_other(tmp_path: Path) 
     workers = Workers(commands, dict.fromkeys(commands, lambda: False), tmp_path / "logs", 2)
     real = workers._reap
 
-    def reap(num_waiting: int) -> None:
+    def reap(waiting: list[str]) -> None:
         if not workers.stopped and all(f.exists() and f.read_text() == "up " for f in files[:2]):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-        real(num_waiting)
+        real(waiting)
 
     workers._reap = reap  # type: ignore[method-assign]
     before = signal.getsignal(signal.SIGINT)
@@ -223,6 +270,15 @@ def test_a_signal_reaches_every_worker_once_and_starts_no_other(tmp_path: Path) 
     assert not files[2].exists()
     assert workers.failed == []
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_is_left_is_told_whenever_a_command_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the titles that run or wait; not after the last one, nor of what failed."""
+    commands = {"a": python(""), "bad": python("raise SystemExit(1)"), "b": python(""), "c": python("")}
+    done = dict.fromkeys(commands, lambda: True)
+    Workers(commands, done, tmp_path, 1, lambda titles: f"left: {', '.join(titles)}").run()
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if line.startswith("left")] == ["left: bad, b, c", "left: c"]
 
 
 @pytest.mark.slow
