@@ -27,8 +27,11 @@ def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.SiLU) -> nn.Seque
 
 
 def side_by_side(obs: Tree) -> Tensor:
-    """Observations (N, F), or a dict of tensors concatenated in the order of its sorted keys."""
-    return torch.cat([obs[k].flatten(1) for k in sorted(obs)], -1) if isinstance(obs, dict) else obs
+    """Observations (N, F), or a dict of tensors (N, ...) concatenated in the order of its sorted keys."""
+    if not isinstance(obs, dict):
+        return obs
+    entries = [obs[name] for name in sorted(obs)]
+    return torch.cat([v.flatten(1) if v.ndim > 1 else v.unsqueeze(1) for v in entries], -1)
 
 
 class TimeFeatures(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlflow.models.mlp import MLPField, TimeFeatures, mlp
+from rlflow.models.mlp import MLPField, TimeFeatures, mlp, side_by_side
 
 EVENT = (2, 3)
 
@@ -62,6 +62,14 @@ def test_dict_observations_are_concatenated_in_the_order_of_their_names(field):
     a, b = torch.randn(5, 1, 2), torch.randn(5, 2)
     pooled = field.encode({"b": b, "a": a})["pooled"]
     assert torch.equal(pooled, torch.cat([a.flatten(1), b], 1))
+
+
+def test_an_entry_may_be_a_single_number():
+    """As the height of DM control's walker is."""
+    height, rest = torch.randn(5), torch.randn(5, 2, 3)
+    found = side_by_side({"rest": rest, "height": height})
+    assert torch.equal(found, torch.cat([height[:, None], rest.flatten(1)], 1))
+    assert side_by_side({"rest": rest[:0], "height": height[:0]}).shape == (0, 7)
 
 
 def test_observations_take_the_dtype_of_the_weights(field):
