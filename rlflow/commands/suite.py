@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from rlflow.train.sweep import parse_table, read_table
+    from rlflow.train.table import parse_table, read_table
 
     if not parse_table(read_table(args.table)).tasks:
         raise ValueError(f"{args.table} is a table of runs, without tasks and methods: rlflow sweep {args.table}")

@@ -14,9 +14,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rlflow.deploy.steered import Steered
+from rlflow.deploy.steered import Steered, maker
 from rlflow.envs.bounds import Bounds
-from rlflow.envs.frozen import BasePolicy
 from rlflow.envs.simulators.gym import bounds_of, convert, spec_of
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
@@ -33,8 +32,7 @@ def check_units(policy: FlowPolicy) -> None:
         raise ValueError(
             "a LeRobot policy acts by LeRobot: rlflow export RUN --format lerobot --out DIR, then its select_action"
         )
-    flow = policy.select.steering.flow if isinstance(policy.select, Steered) else None
-    if isinstance(flow, BasePolicy) and flow.policy.field.unguided.decodes_actions:
+    if maker(policy).field.unguided.decodes_actions:
         raise ValueError("what acts on a LeRobot policy is played by rlflow eval: its actions have LeRobot's units")
 
 

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from rlflow.datasets.actions import bounds_of, step_env
 from rlflow.deploy.runs import Asked, judging_config, load
-from rlflow.deploy.steered import Steered
+from rlflow.deploy.steered import maker
 from rlflow.envs.bounds import Bounds
 from rlflow.envs.demos.dataset import Demos, Episode, write_demos
 from rlflow.envs.demos.experts import play
-from rlflow.envs.frozen import BasePolicy
 from rlflow.flow.noise import Key
 from rlflow.flow.policy import FlowPolicy
 from rlflow.types import Tree, tree_leaves, tree_map
@@ -27,13 +26,12 @@ ROWS = 32
 class InTurn:
     """A policy's actions one at a time: a chunk is made when the last one is used up, by the deployment sampler.
 
-    The first `length` of a chunk are carried out.
+    A network with units of its own plans further than `length`, which are carried out.
     """
 
     def __init__(self, policy: FlowPolicy, bounds: Bounds | None, seed: int, length: int):
         self.policy, self.bounds, self.seed, self.length, self.made = policy, bounds, seed, length, 0
-        flow = policy.select.steering.flow if isinstance(policy.select, Steered) else None
-        self.field = (flow.policy if isinstance(flow, BasePolicy) else policy).field.unguided
+        self.field = maker(policy).field.unguided
         self.waiting: list[Tensor] = []
 
     @torch.no_grad()
@@ -43,8 +41,7 @@ class InTurn:
             policy, key = self.policy, Key(self.seed, "record", self.made)
             seen = tree_map(lambda v: v.to(policy.device), obs)
             chunk = self._stretched(policy.select.act(policy, seen, policy.plan(), key, torch.arange(ROWS)).float())
-            chunk = chunk[:, : self.length].to(tree_leaves(obs)[0].device)
-            self.waiting, self.made = list(chunk.split(1, 1)), self.made + 1
+            self.waiting, self.made = list(chunk.to(tree_leaves(obs)[0].device).split(1, 1)), self.made + 1
         action = self.waiting.pop(0)
         return action if self.bounds is None else self.bounds.inverse(self.bounds(action))
 
@@ -52,7 +49,7 @@ class InTurn:
         """(B, H, *A) as a simulator takes them: in [-1, 1], or in its units where it has no bounds."""
         if not self.field.decodes_actions:
             return chunk
-        made = self.field.decode(chunk)
+        made = self.field.decode(chunk)[:, : self.length]
         return made if self.bounds is None else self.bounds.inverse(made)
 
 

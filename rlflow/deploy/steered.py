@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlflow.envs.frozen import Steering
+from rlflow.envs.frozen import BasePolicy, Steering
 from rlflow.flow.noise import Key, noise
 from rlflow.flow.policy import FlowPolicy
 from rlflow.flow.select import Select
@@ -34,3 +34,9 @@ class Steered(Select):
         x_0 = noise(start, row_ids, self.steering.flow.noise_shape) if self.steering.draws else None
         seen = self.steering.see(obs, x_0)
         return self.steering.act(obs, seen, self.select.act(policy, seen, plan, key, row_ids), x_0)
+
+
+def maker(policy: FlowPolicy) -> FlowPolicy:
+    """Whose samples leave: the policy's own, or those of the frozen one that it acts on, if that is known here."""
+    flow = policy.select.steering.flow if isinstance(policy.select, Steered) else None
+    return flow.policy if isinstance(flow, BasePolicy) else policy

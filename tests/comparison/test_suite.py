@@ -21,7 +21,8 @@ from rlflow.comparison.suite_page import curves_figure, suite_figure, suite_page
 from rlflow.report.curves import COLORS, SAMPLES
 from rlflow.report.record import RunRecord
 from rlflow.train.logger import RunLogger
-from rlflow.train.sweep import describe_plan, parse_table, plan
+from rlflow.train.sweep import describe_plan, plan
+from rlflow.train.table import parse_table
 
 
 def table(**more) -> dict:

@@ -9,7 +9,7 @@ import pytest
 
 from rlflow.config import plain, recipes
 from rlflow.config.parse import parse
-from rlflow.train.sweep import read_table
+from rlflow.train.table import read_table
 
 BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "\n".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]" for old, new in zip("abcdef", "bcdefg", strict=True)

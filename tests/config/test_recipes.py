@@ -12,7 +12,7 @@ from rlflow.assembly.environment import heldout_prompts
 from rlflow.config import recipes
 from rlflow.envs.prompts import load_prompts
 from rlflow.rewards.component import column_names
-from rlflow.train.sweep import read_table
+from rlflow.train.table import read_table
 
 # -- published numbers ----------------------------------------------------------------------------
 

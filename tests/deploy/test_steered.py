@@ -140,6 +140,15 @@ def test_what_is_recorded_of_a_policy_with_units_of_its_own_is_in_the_environmen
     assert turn.made == 2
 
 
+def test_a_plain_policys_chunk_is_recorded_whole() -> None:
+    """Whatever the settings of its environment say, or leave to their default."""
+    policy = FlowPolicy(MLPField(2, (3, 2), 16), Ancestral(), num_steps=2)
+    turn = InTurn(policy, None, seed=7, length=1)
+    for _ in range(3):
+        turn(torch.zeros(ROWS, 2))
+    assert turn.made == 1
+
+
 def test_an_export_would_leave_the_frozen_policy_behind(run: tuple[Path, str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="acts on a frozen policy, which is not exported: use a Predictor"):
         export(rf.load(run[0]), torch.empty(2, device="meta"), tmp_path / "x.pt2")

@@ -22,7 +22,8 @@ from rlflow.report.record import RunRecord
 from rlflow.train.budget import planned
 from rlflow.train.checkpoint import Checkpoints
 from rlflow.train.logger import RunLogger
-from rlflow.train.sweep import describe_plan, parse_table, plan, read_table, run_sweep, state
+from rlflow.train.sweep import describe_plan, plan, run_sweep, state
+from rlflow.train.table import parse_table, read_table
 from rlflow.train.trainer import Trainer
 
 STRICT = "eval/heldout/strict"
